@@ -1,0 +1,65 @@
+"""Build script: the package map that pyproject.toml cannot express, and the optional C++ extension.
+
+The folder `kernels/` is imported as `turnfast.kernels`. The extension `turnfast._C` is built when
+torch and a C++ compiler are found at build time; without them everything installs and works,
+only slower on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def packages() -> dict[str, str]:
+    """Import name -> folder, for every folder with an __init__.py."""
+    found = {}
+    for name, folder in (("turnfast", "turnfast"), ("turnfast.kernels", "kernels")):
+        for init in sorted((ROOT / folder).rglob("__init__.py")):
+            inner = init.parent.relative_to(ROOT / folder).parts
+            found[".".join((name, *inner))] = str(Path(folder, *inner))
+    return found
+
+
+def extension() -> dict:
+    """The keyword arguments of `setup` that build turnfast._C, or none."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not sources or not compiler or os.environ.get("TURNFAST_NO_EXTENSION"):
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        """A compiler that fails costs speed, not the installation."""
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:  # any compiler or linker fault
+                print(f"turnfast: C++ extension not built, continuing without it: {error}")
+
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+    return {
+        "ext_modules": [
+            CppExtension(
+                "turnfast._C",
+                sources,
+                extra_compile_args={"cxx": flags},
+                extra_link_args=["-fopenmp"],
+                py_limited_api=False,
+            )
+        ],
+        "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=bool(shutil.which("ninja")))},
+    }
+
+
+table = packages()
+setup(packages=list(table), package_dir=table, **extension())

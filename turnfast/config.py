@@ -1,0 +1,301 @@
+"""The recipe: one frozen record, read from TOML and dotted flags, checked whole before anything runs.
+
+    config = load_config("search.toml", ["--loss.clip-high", "0.28"])
+
+Every field is checked for type and range, and so are the pairs that cannot work together; the first
+thing wrong ends the run with a `ConfigError` that names the field, the file and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot run. The text names the field, the file and the way out."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field("tiny", description="hub name, local folder, or 'tiny' for the built-in one")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    freeze_head: bool = False
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class EnvConfig(Section):
+    name: str = Field("lookup", description="'lookup', 'search', or 'module:Class' of your own")
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    max_turns: PositiveInt = 4
+    tool_timeout_s: PositiveFloat = 10.0
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt = 16
+    group_size: PositiveInt = 8
+    max_new_tokens: PositiveInt = Field(256, description="per turn")
+    max_context: PositiveInt = Field(2048, description="prompt, replies and samples together")
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_error_share: Share = Field(0.2, description="more failed rollouts in a step end the run")
+    trajectory_timeout_s: PositiveFloat = 600.0
+    step_timeout_s: PositiveFloat = 3600.0
+
+
+class SamplerConfig(Section):
+    backend: Literal["auto", "vllm", "local"] = "auto"
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    max_sequences: PositiveInt = 256
+    sleep: bool = Field(True, description="free the engine's memory while training (CUDA only)")
+    probe_tolerance: PositiveFloat | None = Field(
+        None, description="largest |log-prob| gap of the probe after a sync; None: by dtype"
+    )
+
+
+class CreditConfig(Section):
+    rule: str = "mt_grpo"
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the rule")
+
+
+class LossConfig(Section):
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    ratio: Literal["token", "turn", "sequence"] = "token"
+    kind: Literal["ppo", "cispo"] = "ppo"
+    dual_clip: PositiveFloat | None = None
+    entropy_coef: float = 0.0
+    is_cap: PositiveFloat | None = Field(None, description="truncated importance weight's cap")
+    normalizer: Literal["token", "sequence", "constant"] = "token"
+    impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat = 1e-6
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    grad_clip: PositiveFloat = 0.1
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 300
+    updates_per_step: PositiveInt = Field(1, description="optimizer steps on each step's rollouts")
+    tokens_per_microbatch: PositiveInt = 16384
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: Annotated[int, Field(ge=0)] = Field(20, description="0: only first and last")
+    eval_tasks: PositiveInt = 128
+    save_every: Annotated[int, Field(ge=0)] = Field(50, description="0: only at the end")
+    keep_checkpoints: PositiveInt = 2
+    log_rollouts: Annotated[int, Field(ge=0)] = Field(4, description="groups written per step")
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class SftConfig(Section):
+    steps: PositiveInt = 600
+    lr: PositiveFloat = 1e-3
+    batch_tokens: PositiveInt = 8192
+
+
+class Config(Section):
+    """A whole recipe; one section per room, and each room is handed only its own."""
+
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    credit: CreditConfig = CreditConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+
+    @model_validator(mode="after")
+    def _pairs_that_cannot_work(self) -> Config:
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                "rollout.group_size: 1 rollout has no baseline, its advantage is always 0; "
+                "set it to 2 or more"
+            )
+        if self.rollout.top_p < 1.0:
+            raise ValueError(
+                "rollout.top_p: below 1 the sampled distribution is not the trained one and the "
+                "ratio is biased; leave it at 1.0 and use rollout.temperature"
+            )
+        if self.rollout.max_new_tokens >= self.rollout.max_context:
+            raise ValueError(
+                f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leaves no room for a "
+                f"prompt in rollout.max_context = {self.rollout.max_context}"
+            )
+        if self.train.tokens_per_microbatch < self.rollout.max_context:
+            raise ValueError(
+                f"train.tokens_per_microbatch: {self.train.tokens_per_microbatch} cannot hold one "
+                f"row of rollout.max_context = {self.rollout.max_context} tokens"
+            )
+        return self
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (`demo` for `demo.toml`)."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise ConfigError(f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}")
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ConfigError(f"{name}: no such recipe{_did_you_mean(name, shipped)}")
+    return shipped[name]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    folder = Path(str(resources.files("turnfast") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and lay dotted flags over it.
+
+    Args:
+        recipe: path of a TOML file, or the name of a shipped recipe.
+        overrides: `["--loss.clip-high", "0.28", "--env.options.hops=2", …]`; a value is read as
+            TOML and, where that fails, as a plain string.
+    Raises:
+        ConfigError: unknown or ill-typed field, impossible pair, unreadable file.
+    """
+    path = recipe_path(str(recipe))
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for dotted, value in _parse_flags(overrides):
+        _set(tree, dotted, value)
+    return build_config(tree, source=str(path))
+
+
+def build_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
+    """Check a nested mapping; `source` is named in the error."""
+    try:
+        return Config.model_validate(_lists_to_tuples(tree))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The whole recipe as TOML, so that a run directory says what it was run with."""
+    return "\n\n".join(
+        f"[{name}]\n" + "\n".join(_toml_lines(section))
+        for name, section in config.model_dump().items()
+    )
+
+
+def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted names, `model.path` … `sft.batch_tokens`."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += field_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _explain(item: Any) -> str:
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{dotted}: no such field{_did_you_mean(dotted, field_names())}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{dotted}: {item['msg']} (got {item['input']!r})"
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    section = [name for name in known if name.split(".")[0] == word.split(".")[0]]
+    return f"; known: {', '.join(section or known)}"
+
+
+def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:
+    flags: list[tuple[str, Any]] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word}: expected a dotted flag such as --loss.clip-high 0.28")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not queue:
+                raise ConfigError(f"--{name}: a value is missing")
+            text = queue.pop(0)
+        flags.append((name.replace("-", "_"), _toml_value(text)))
+    return flags
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--{dotted}: {parent!r} is a value, not a section")
+    node[leaf] = value
+
+
+def _lists_to_tuples(node: Any, depth: int = 0) -> Any:
+    # TOML has no tuples, and strict validation takes none for a list outside free-form options
+    if isinstance(node, Mapping):
+        return {
+            key: value if depth == 1 and key == "options" else _lists_to_tuples(value, depth + 1)
+            for key, value in node.items()
+        }
+    return tuple(node) if isinstance(node, list) else node
+
+
+def _toml_lines(section: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {_toml_literal(value)}" for key, value in section.items() if value is not None]
+
+
+def _toml_literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(_escape(character) for character in value)
+        return f'"{escaped}"'
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_literal(str(k))} = {_toml_literal(v)}" for k, v in value.items())
+        return "{" + inner + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_literal(item) for item in value) + "]"
+    return repr(value)
+
+
+def _escape(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}"

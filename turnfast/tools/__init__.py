@@ -1,0 +1,1 @@
+"""Tools: typed Python functions that an agent may call."""

@@ -1,0 +1,173 @@
+"""The nouns of turnfast, one per stage of a training step.
+
+A step turns tasks into gradients through this chain; each record is complete when it is made and
+is never changed afterwards, the next stage makes a new one::
+
+    Task -> Turn -> Trajectory -> Group -> Credit -> Batch
+
+Token ids are the truth: `Turn.sampled_ids` are the ids the sampler drew, and what is trained is
+exactly those ids. Text is carried along for people and for parsing tool calls, never re-encoded.
+
+Worked example, two rollouts of one question, the first with a tool call::
+
+    prompt   <user>Who wrote Ulm?</user><assistant>           7 ids, given by the environment
+    turn 0   <tool>{"q": "Ulm"}</tool><end>                   9 ids, sampled  -> advantage A[0][0]
+    prompt   <user>Ulm was written by Ida.</user><assistant>  12 ids, given
+    turn 1   <answer>Ida</answer><end>                        5 ids, sampled  -> advantage A[0][1]
+
+trains 9 + 5 targets for this trajectory: the loss mask is "who produced the token" and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Finish = Literal["stop", "length"]
+Status = Literal["finished", "max_turns", "context_full", "error", "timeout"]
+Message = Mapping[str, Any]
+"""One chat message: `role` and `content`, as Hugging Face chat templates take it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One question for the agent. `data` is whatever the environment needs to score it."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One turn: what the environment appended, then what the policy sampled.
+
+    Attributes:
+        prompt_ids: ids appended by the environment since the previous turn ended (for the first
+            turn, or after a `restart`, the whole context).
+        sampled_ids: ids drawn by the policy, including the end-of-turn token when it was drawn.
+        logprobs: log-probability of each sampled id under the sampling distribution (natural log).
+        text: the sampled ids as text, without the end-of-turn token.
+        reply: the environment's answer to this turn, as shown to the agent at the next one.
+        reward: weighted turn reward; None when the environment gave none for this turn.
+        reward_parts: the named, weighted parts of which `reward` is the sum.
+        tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt.
+        restart: True when the chat template rewrote earlier turns, so this turn starts a new row.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampled_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish: Finish
+    reply: str = ""
+    reward: float | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    tool_calls: int = 0
+    tool_successes: int = 0
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.sampled_ids) != len(self.logprobs):
+            raise ValueError(
+                f"Turn.logprobs has {len(self.logprobs)} entries for {len(self.sampled_ids)} "
+                "sampled_ids: one log-probability per sampled token is needed"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One rollout of one task.
+
+    Attributes:
+        outcome: weighted outcome reward of the whole trajectory (0.0 when it never answered).
+        metrics: unweighted figures for people (`exact_match`, …), averaged in metrics.jsonl.
+        status: how it ended. `error` and `timeout` are faults of the world, not of the policy:
+            such a trajectory is counted, but never trained on and never part of a baseline.
+    """
+
+    task_id: str
+    index: int
+    turns: tuple[Turn, ...]
+    status: Status
+    outcome: float = 0.0
+    outcome_parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+    time_s: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("error", "timeout")
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(len(turn.sampled_ids) for turn in self.turns)
+
+    @property
+    def tool_success(self) -> float:
+        """Successful calls over attempted calls; 0.0 when no call was attempted."""
+        attempts = sum(turn.tool_calls for turn in self.turns)
+        return sum(turn.tool_successes for turn in self.turns) / attempts if attempts else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All rollouts of one task in one step; the baseline of a trajectory is its group."""
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        strangers = {t.task_id for t in self.trajectories} - {self.task.id}
+        if strangers:
+            raise ValueError(f"Group of task {self.task.id!r} holds rollouts of {sorted(strangers)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """One advantage per turn: `advantages[i][k]` is for turn k of trajectory i of the group."""
+
+    rule: str
+    advantages: tuple[tuple[float, ...], ...]
+
+    @property
+    def has_signal(self) -> bool:
+        return any(a != 0.0 for row in self.advantages for a in row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Packed rows of one micro-batch. T tokens, S rows, N loss-bearing tokens, K turns.
+
+    Attributes:
+        tokens_T, positions_T: int64; rows lie one after the other without padding.
+        cu_seqlens: [S + 1] int32, row boundaries: row s is tokens_T[cu_seqlens[s]:cu_seqlens[s+1]].
+        max_seqlen: the longest row.
+        rows_N: int64, index into T of the hidden state that predicts target n.
+        targets_N: int64 token ids. turns_N: int32 index into the K-tables.
+        advantages_K: float32, one advantage per turn.
+        weights_N: float32, the normaliser as data, fixed for the whole optimizer step before the
+            step is cut into micro-batches: the gradient does not depend on the cut.
+        sampler_logprobs_N: float32, what the sampler reported when it drew the token.
+        old_logprobs_N: float32 log-probs of the policy before the step's first update, or None
+            while the policy is still the one that sampled (ratio 1).
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    rows_N: torch.Tensor
+    targets_N: torch.Tensor
+    turns_N: torch.Tensor
+    advantages_K: torch.Tensor
+    weights_N: torch.Tensor
+    sampler_logprobs_N: torch.Tensor
+    old_logprobs_N: torch.Tensor | None = None
+    ref_logprobs_N: torch.Tensor | None = None
