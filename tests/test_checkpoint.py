@@ -1,0 +1,281 @@
+"""Checkpoints: bitwise resume, whole or not there, and nothing lost when the disk says no."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from turnfast.checkpoint import CheckpointError, load_checkpoint, newest_whole, save_checkpoint
+
+
+def make(dtype: torch.dtype = torch.float32, tied: bool = True, seed: int = 0, width: int = 16):
+    torch.manual_seed(seed)
+    shape = Qwen3Config(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen3ForCausalLM(shape).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    return model, optimizer
+
+
+def train(model, optimizer, steps: int) -> None:
+    """Steps whose data come from the global random states of all three libraries."""
+    for _ in range(steps):
+        ids = torch.randint(0, 64, (2, 8))
+        ids[0, 0] = random.randrange(64)
+        ids[1, 0] = int(np.random.randint(64))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def digest(model, optimizer) -> str:
+    total = hashlib.sha256()
+    tensors = [*model.state_dict().values()]
+    for _, entries in sorted(optimizer.state_dict()["state"].items()):
+        tensors += [torch.as_tensor(entries[name]) for name in sorted(entries)]
+    for tensor in tensors:
+        total.update(str(tensor.dtype).encode())
+        total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def save(folder: Path, step: int, model, optimizer, keep: int = 2, **state) -> Path:
+    return save_checkpoint(
+        folder, step, model=model, optimizer=optimizer, tokenizer=None, state=state, keep=keep
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_five_and_five_steps_equal_ten(tmp_path, dtype, tied):
+    model, optimizer = make(dtype, tied)
+    seed_all(3)
+    train(model, optimizer, 5)
+    path = save(tmp_path, 5, model, optimizer, position=40, weights_version=5)
+    train(model, optimizer, 5)
+
+    again, optimizer_again = make(dtype, tied, seed=99)
+    seed_all(77)
+    state = load_checkpoint(path, model=again, optimizer=optimizer_again)
+    assert state == {"step": 5, "position": 40, "weights_version": 5}
+    train(again, optimizer_again, 5)
+    assert digest(again, optimizer_again) == digest(model, optimizer)
+
+
+def test_random_states_go_on_where_they_were(tmp_path):
+    model, optimizer = make()
+    seed_all(5)
+    random.gauss(0, 1)
+    np.random.randn(3)
+    path = save(tmp_path, 1, model, optimizer)
+    drawn = (random.gauss(0, 1), random.random(), np.random.randn(), torch.randn(3).tolist())
+    seed_all(6)
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    assert drawn == (
+        random.gauss(0, 1),
+        random.random(),
+        np.random.randn(),
+        torch.randn(3).tolist(),
+    )
+
+
+def test_float32_moments_of_bfloat16_weights_are_not_rounded(tmp_path):
+    model, optimizer = make(torch.bfloat16)
+    train(model, optimizer, 1)
+    for entries in optimizer.state.values():
+        entries["exp_avg"] = torch.randn(entries["exp_avg"].shape)
+    before = digest(model, optimizer)
+    path = save(tmp_path, 1, model, optimizer)
+    again, optimizer_again = make(torch.bfloat16, seed=1)
+    load_checkpoint(path, model=again, optimizer=optimizer_again)
+    assert digest(again, optimizer_again) == before
+
+
+def test_optimizer_without_a_step_and_with_two_groups(tmp_path):
+    model, _ = make()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD([{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:]}])
+    path = save(tmp_path, 0, model, optimizer)
+    other = torch.optim.SGD([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.1)
+    load_checkpoint(path, model=model, optimizer=other)
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_the_folder_is_a_model_path_and_shows_engines_only_the_weights(tmp_path):
+    model, optimizer = make(torch.bfloat16)
+    train(model, optimizer, 1)
+    path = save(tmp_path, 7, model, optimizer)
+    assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"]
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_no_file_is_a_pickle(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    names = {
+        file.suffix for file in save(tmp_path, 1, model, optimizer).rglob("*") if file.is_file()
+    }
+    assert names == {".json", ".safetensors"}
+
+
+FILES = ["model.safetensors", "config.json", "trainer/optimizer.safetensors", "trainer/state.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_harmed_checkpoint_is_skipped_by_name(tmp_path, caplog, name, harm):
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    old = save(tmp_path, 1, model, optimizer)
+    new = save(tmp_path, 2, model, optimizer)
+    assert newest_whole(tmp_path) == new
+    file = new / name
+    data = bytearray(file.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 0x80
+        file.write_bytes(data)
+    elif harm == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        file.unlink()
+    assert newest_whole(tmp_path) == old
+    assert str(new) in caplog.text
+    if harm != "flip" or name == "manifest.json":
+        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+            load_checkpoint(new, model=model, optimizer=optimizer)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest_whole(tmp_path / "missing") is None
+    (tmp_path / "step_000003").mkdir()
+    assert newest_whole(tmp_path) is None
+
+
+def test_retention_keeps_the_newest_and_latest_points_at_it(tmp_path):
+    model, optimizer = make()
+    for step in (10, 20, 30):
+        save(tmp_path, step, model, optimizer, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_000020",
+        "step_000030",
+    ]
+    assert (tmp_path / "latest").read_text().strip() == "step_000030"
+
+
+def test_broken_later_checkpoints_do_not_push_good_ones_out(tmp_path):
+    model, optimizer = make()
+    first = save(tmp_path, 10, model, optimizer)
+    broken = save(tmp_path, 20, model, optimizer)
+    (broken / "model.safetensors").unlink()
+    third = save(tmp_path, 15, model, optimizer, keep=2)
+    assert first.exists() and third.exists()
+    assert newest_whole(tmp_path) == third
+    replaced = save(tmp_path, 20, model, optimizer, keep=2)
+    assert newest_whole(tmp_path) == replaced
+    assert not first.exists()
+
+
+def test_what_an_interrupted_save_left_is_swept_away(tmp_path):
+    model, optimizer = make()
+    whole = save(tmp_path, 1, model, optimizer)
+    shutil.copytree(whole, tmp_path / ".step_000002.partial")
+    assert newest_whole(tmp_path) == whole
+    save(tmp_path, 2, model, optimizer)
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_full_disk_is_a_clear_error_and_the_old_one_stays(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    whole = save(tmp_path, 1, model, optimizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step_000002.*could not be written"):
+            save(tmp_path, 2, model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest_whole(tmp_path) == whole
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_unwritable_folder_is_a_clear_error(tmp_path):
+    model, optimizer = make()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save(tmp_path / "checkpoints", 1, model, optimizer)
+
+
+def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    model, optimizer = make()
+    with pytest.raises(CheckpointError, match="state is not JSON"):
+        save(tmp_path / "c", 1, model, optimizer, position={1, 2})
+    assert not (tmp_path / "c").exists()
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    path = save(tmp_path, 1, model, optimizer)
+    wide, wide_optimizer = make(width=24)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        load_checkpoint(path, model=wide, optimizer=wide_optimizer)
+    fewer = torch.optim.AdamW(list(model.parameters())[1:])
+    with pytest.raises(CheckpointError, match="belongs to other parameters"):
+        load_checkpoint(path, model=model, optimizer=fewer)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import turnfast.checkpoint as checkpoint
+sys.path.insert(0, {tests!r})
+from test_checkpoint import make, save
+model, optimizer = make()
+folder = Path({folder!r})
+save(folder, 1, model, optimizer)
+hook = lambda event, args: os.kill(os.getpid(), 9) if event == "os.rename" else None
+sys.addaudithook(hook)
+save(folder, 2, model, optimizer)
+"""
+
+
+def test_a_kill_just_before_the_rename_leaves_the_earlier_one(tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / ".step_000002.partial" / "manifest.json").exists()
+    assert newest_whole(tmp_path) == tmp_path / "step_000001"
+    manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
+    assert manifest["step"] == 1
