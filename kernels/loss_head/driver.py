@@ -1,0 +1,158 @@
+"""The order of the work, the same for every implementation: plan, forward, policy, backward per
+chunk.
+
+An implementation brings a Head: logits of a chunk to log-probs and entropies, then coefficients to
+gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..segments import segment_sum
+from .plan import Plan, make_plan
+from .policy import Terms, Tokens, add_sums, no_sums, policy_terms, stats_vector
+from .problem import Outcome, Problem, Vocab, compute_dtype
+
+
+class Head(Protocol):
+    """One linear head during one call. Owns the workspace of one chunk and the sum for the head's
+    gradient."""
+
+    def chunk_tokens(self) -> int:
+        """Tokens per chunk that the workspace allows."""
+        ...
+
+    def forward(self, x_CD: Tensor, targets_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+        """log-probs and entropies of a chunk, [C] in the compute dtype, over the whole vocabulary
+        of the group.
+
+        With keep, whatever `backward` needs stays in the workspace until the next forward.
+        """
+        ...
+
+    def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
+        """Gradients of the chunk of the last forward(keep=True), from dloss/dlogprob and
+        dloss/dentropy.
+
+        Adds to the head's gradient if that was asked for; returns d_x [C, D] in the compute dtype
+        summed over the group, or None if it was not.
+        """
+        ...
+
+    def head_gradient(self) -> Tensor:
+        """The sum over all chunks, [V, D] in the compute dtype; empty if not asked for."""
+        ...
+
+
+def run_policy_loss(problem: Problem, head: Head) -> Outcome:
+    """Loss, statistics and gradients of a checked problem, chunk by chunk."""
+    p = problem
+    dtype = compute_dtype(p.hidden_TD.dtype)
+    device = p.hidden_TD.device
+    N, M_chunk = p.rows_N.shape[0], p.chunk_tokens or head.chunk_tokens()
+    plan = make_plan(p, M_chunk)
+    logprobs_N = torch.full((N,), torch.nan, dtype=dtype, device=device)
+    entropies_N = logprobs_N.clone()
+    d_hidden_TD = torch.zeros(
+        p.hidden_TD.shape if p.need_hidden else (0,), dtype=dtype, device=device
+    )
+    loss = torch.zeros((), dtype=dtype, device=device)
+    sums = no_sums(device)
+    gradients = p.need_hidden or p.need_head
+    for start, stop in plan.chunks:
+        index_C = plan.order_M[start:stop]
+        long = stop - start > M_chunk
+        pieces = index_C.split(M_chunk)
+        results = [_forward(p, head, piece_C, keep=gradients and not long) for piece_C in pieces]
+        logprobs_C = torch.cat([logprobs for logprobs, _ in results])
+        entropies_C = torch.cat([entropies for _, entropies in results])
+        terms = policy_terms(p.rule, _tokens(p, plan, start, stop), logprobs_C, entropies_C)
+        loss = loss + terms.loss
+        sums = add_sums(sums, terms.sums)
+        logprobs_N[index_C] = logprobs_C
+        entropies_N[index_C] = entropies_C
+        if gradients:
+            _backward(p, head, terms, pieces, again=long, d_hidden_TD=d_hidden_TD)
+    turn_logprobs_K = segment_sum(
+        logprobs_N.nan_to_num(0.0), p.turns_N, num_segments=p.advantages_K.shape[0]
+    )
+    return Outcome(
+        loss=loss,
+        logprobs_N=logprobs_N,
+        entropies_N=entropies_N,
+        turn_logprobs_K=turn_logprobs_K,
+        stats=stats_vector(sums, plan.order_M.shape[0], plan.masked, plan.skipped),
+        d_hidden_TD=d_hidden_TD,
+        d_head_VD=head.head_gradient(),
+    )
+
+
+def run_logprobs(
+    hidden_TD: Tensor, head: Head, rows_N: Tensor, targets_N: Tensor, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """log-probs and entropies of all N tokens, nothing kept."""
+    dtype = compute_dtype(hidden_TD.dtype)
+    logprobs_N = torch.empty(rows_N.shape[0], dtype=dtype, device=hidden_TD.device)
+    entropies_N = torch.empty_like(logprobs_N)
+    size = chunk or head.chunk_tokens()
+    for start in range(0, rows_N.shape[0], size):
+        piece = slice(start, start + size)
+        x_CD = hidden_TD[rows_N[piece]]
+        logprobs_N[piece], entropies_N[piece] = head.forward(x_CD, targets_N[piece], keep=False)
+    return logprobs_N, entropies_N
+
+
+def _forward(p: Problem, head: Head, index_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    return head.forward(p.hidden_TD[p.rows_N[index_C]], p.targets_N[index_C], keep=keep)
+
+
+def _backward(
+    p: Problem,
+    head: Head,
+    terms: Terms,
+    pieces: tuple[Tensor, ...],
+    *,
+    again: bool,
+    d_hidden_TD: Tensor,
+) -> None:
+    start = 0
+    for index_C in pieces:
+        stop = start + index_C.shape[0]
+        if again:
+            # The coefficients of a segment longer than a chunk were known only after its last
+            # token.
+            _forward(p, head, index_C, keep=True)
+        d_entropy_C = None if terms.d_entropy_C is None else terms.d_entropy_C[start:stop]
+        d_x_CD = head.backward(terms.d_logprob_C[start:stop], d_entropy_C)
+        if d_x_CD is not None:
+            # index_put_ sorts its indices: rows with several targets sum in a fixed order on every
+            # device.
+            d_hidden_TD.index_put_((p.rows_N[index_C],), d_x_CD, accumulate=True)
+        start = stop
+
+
+def _tokens(p: Problem, plan: Plan, start: int, stop: int) -> Tokens:
+    index_C = plan.order_M[start:stop]
+    return Tokens(
+        advantages_C=p.advantages_K[p.turns_N[index_C]],
+        weights_C=p.weights_N[index_C],
+        old_C=None if p.old_N is None else p.old_N[index_C],
+        ref_C=None if p.ref_N is None else p.ref_N[index_C],
+        sampler_C=None if p.sampler_N is None else p.sampler_N[index_C],
+        segment_C=None if plan.segment_M is None else plan.segment_M[start:stop],
+    )
+
+
+def empty_head_gradient(head_VD: Tensor, need: bool) -> Tensor:
+    """The accumulator of the head's gradient in the compute dtype; empty if not needed."""
+    shape = head_VD.shape if need else (0,)
+    return torch.zeros(shape, dtype=compute_dtype(head_VD.dtype), device=head_VD.device)
+
+
+def whole_vocab(head_VD: Tensor) -> Vocab:
+    """The vocabulary of an unsharded head."""
+    return Vocab.of(head_VD, 0, "")

@@ -1,0 +1,147 @@
+"""The policy loss of a set of whole ratio segments, and its derivative by log-prob and entropy.
+
+r_n   = logprob_n - old_n                       (0 without old log-probs: on policy)
+ratio = exp(r_n), or exp(mean of r over the segment's tokens) at turn and sequence level
+PPO   = -min(ratio A, clip(ratio, 1 - low, 1 + high) A), for A < 0 at most -c A (dual clip)
+CISPO = -sg(min(ratio, 1 + high)) A logprob
+loss  = sum_n w_n (min(pi_old / pi_sampler, C) policy_n + kl_coef k3_n - entropy_coef H_n)
+k3    = exp(ref - logprob) - (ref - logprob) - 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .records import PolicyRule
+
+# Sums over tokens, in this order; then the extremes of the ratio.
+NUM_SUMS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The per-token inputs of the policy loss for C tokens; segment numbers count up by at most
+    one."""
+
+    advantages_C: Tensor
+    weights_C: Tensor
+    old_C: Tensor | None
+    ref_C: Tensor | None
+    sampler_C: Tensor | None
+    segment_C: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """loss: 0-d. d_logprob_C, d_entropy_C: its derivatives (None where the rule has no entropy
+    term).
+    sums: clip_low, clip_high, clip_dual, kl, ref_kl, entropy, ratio_min, ratio_max of the C
+    tokens."""
+
+    loss: Tensor
+    d_logprob_C: Tensor
+    d_entropy_C: Tensor | None
+    sums: Tensor
+
+
+def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: Tensor) -> Terms:
+    """Loss and derivatives in torch, without autograd, any device."""
+    old_C = logprobs_C if t.old_C is None else t.old_C
+    log_ratio_C = logprobs_C - old_C
+    level_C, lengths = log_ratio_C, None
+    if t.segment_C is not None:
+        local_C = t.segment_C - t.segment_C[0]
+        lengths = torch.bincount(local_C).to(logprobs_C.dtype)
+        mean_S = _segment_sum(log_ratio_C, local_C, lengths) / lengths
+        level_C = mean_S[local_C]
+    ratio_C = level_C.exp()
+    A_C = t.advantages_C
+    scale_C = t.weights_C
+    if rule.is_cap is not None:
+        assert t.sampler_C is not None
+        scale_C = scale_C * (old_C - t.sampler_C).exp().clamp(max=rule.is_cap)
+    high_C = ratio_C > 1 + rule.clip_high
+    none_C = torch.zeros_like(high_C)
+    if rule.kind == "ppo":
+        low_C = (ratio_C < 1 - rule.clip_low) & (A_C < 0)
+        high_C = high_C & (A_C > 0)
+        dual_C = none_C
+        if rule.dual_clip is not None:
+            dual_C = (ratio_C > rule.dual_clip) & (A_C < 0)
+        bounded_C = torch.where(high_C, 1 + rule.clip_high, ratio_C)
+        bounded_C = torch.where(low_C, 1 - rule.clip_low, bounded_C)
+        bounded_C = torch.where(dual_C, rule.dual_clip or 0.0, bounded_C)
+        policy_C = -bounded_C * A_C
+        clipped_C = high_C | low_C | dual_C
+        d_level_C = torch.where(clipped_C, 0.0, policy_C) * scale_C
+        d_logprob_C = d_level_C
+        if t.segment_C is not None:
+            assert lengths is not None
+            d_mean_S = _segment_sum(d_level_C, local_C, lengths) / lengths
+            d_logprob_C = d_mean_S[local_C]
+    else:
+        low_C = dual_C = none_C
+        coef_C = -ratio_C.clamp(max=1 + rule.clip_high) * A_C
+        policy_C = coef_C * logprobs_C
+        d_logprob_C = coef_C * scale_C
+    loss = (policy_C * scale_C).sum()
+    ref_kl = torch.zeros_like(loss)
+    if t.ref_C is not None:
+        gap_C = t.ref_C - logprobs_C
+        k3_C = gap_C.expm1() - gap_C
+        ref_kl = k3_C.sum()
+        if rule.kl_coef:
+            loss = loss + rule.kl_coef * (t.weights_C * k3_C).sum()
+            d_logprob_C = d_logprob_C - rule.kl_coef * t.weights_C * gap_C.expm1()
+    d_entropy_C = None
+    if rule.entropy_coef:
+        loss = loss - rule.entropy_coef * (t.weights_C * entropies_C).sum()
+        d_entropy_C = -rule.entropy_coef * t.weights_C
+    kl_C = (-log_ratio_C).expm1() + log_ratio_C
+    sums = [low_C.sum(), high_C.sum(), dual_C.sum(), kl_C.sum(), ref_kl, entropies_C.sum()]
+    sums += [ratio_C.min(), ratio_C.max()]
+    return Terms(
+        loss=loss,
+        d_logprob_C=d_logprob_C,
+        d_entropy_C=d_entropy_C,
+        sums=torch.stack([x.double() for x in sums]),
+    )
+
+
+def _segment_sum(values_C: Tensor, segment_C: Tensor, like_S: Tensor) -> Tensor:
+    return torch.zeros_like(like_S).index_add_(0, segment_C, values_C)
+
+
+def no_sums(device: torch.device) -> Tensor:
+    """The neutral element of add_sums."""
+    sums = torch.zeros(NUM_SUMS + 2, dtype=torch.float64, device=device)
+    sums[NUM_SUMS] = torch.inf
+    sums[NUM_SUMS + 1] = -torch.inf
+    return sums
+
+
+def add_sums(a: Tensor, b: Tensor) -> Tensor:
+    n = NUM_SUMS
+    return torch.cat(
+        [
+            a[:n] + b[:n],
+            torch.minimum(a[n : n + 1], b[n : n + 1]),
+            torch.maximum(a[n + 1 :], b[n + 1 :]),
+        ]
+    )
+
+
+def stats_vector(sums: Tensor, tokens: int, masked: Tensor, skipped: Tensor) -> Tensor:
+    """The vector in the order of PolicyStats; without a trained token all means are 0 and ratios
+    1."""
+    head = torch.stack([torch.full_like(masked, tokens), masked, skipped]).double()
+    if tokens == 0:
+        ones = torch.ones(2, dtype=torch.float64, device=sums.device)
+        zeros = torch.zeros(NUM_SUMS, dtype=torch.float64, device=sums.device)
+        means, extremes = zeros, ones
+    else:
+        means, extremes = sums[:NUM_SUMS] / tokens, sums[NUM_SUMS:]
+    return torch.cat([head, means[: NUM_SUMS - 1], extremes, means[NUM_SUMS - 1 :]])

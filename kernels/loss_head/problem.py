@@ -1,0 +1,176 @@
+"""One call of the loss head as a record, and the checks that need the values of its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .records import PolicyRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocab:
+    """The columns of the vocabulary that this rank's head holds, and the group that holds the
+    rest."""
+
+    start: int
+    size: int
+    total: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, head_VD: Tensor, start: int, group_name: str) -> Vocab:
+        """The shard's place; with a group, checks that the shards tile the vocabulary.
+
+        One collective of two integers per rank. Raises ValueError naming vocab_start.
+        """
+        size = head_VD.shape[0]
+        if not group_name:
+            if start:
+                raise ValueError(f"vocab_start: expected 0 without a process group, got {start}")
+            return cls(start=0, size=size, total=size, group=None)
+        group = dist.distributed_c10d._resolve_process_group(group_name)
+        mine = torch.tensor([start, size], dtype=torch.int64, device=head_VD.device)
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, mine, group=group)
+        shards = sorted(tuple(part.tolist()) for part in parts)
+        total = 0
+        for first, length in shards:
+            if first != total:
+                raise ValueError(
+                    f"vocab_start: expected shards that tile the vocabulary, got {shards}"
+                )
+            total += length
+        return cls(start=start, size=size, total=total, group=group)
+
+    def local(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        """(column in this shard, clamped to 0; whether the target lies in this shard)."""
+        column_C = targets_C - self.start
+        owned_C = (column_C >= 0) & (column_C < self.size)
+        return column_C.where(owned_C, 0), owned_C
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """All arguments of one turn_policy_loss, shapes and dtypes already checked.
+
+    Integer tensors are int64; the per-token and per-turn floats have the compute dtype (float32, or
+    float64 for float64 hidden states). N tokens, K turns, T rows of hidden.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    vocab: Vocab
+    rows_N: Tensor
+    targets_N: Tensor
+    turns_N: Tensor
+    sequences_K: Tensor | None
+    advantages_K: Tensor
+    weights_N: Tensor
+    old_N: Tensor | None
+    ref_N: Tensor | None
+    sampler_N: Tensor | None
+    rule: PolicyRule
+    temperature: float
+    softcap: float | None
+    chunk_tokens: int | None
+    need_hidden: bool
+    need_head: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What an implementation gives back: loss 0-d, [N] vectors with NaN where nothing was computed,
+    the statistics as one vector in the order of PolicyStats, and the gradients in the compute dtype
+    (empty when not asked for)."""
+
+    loss: Tensor
+    logprobs_N: Tensor
+    entropies_N: Tensor
+    turn_logprobs_K: Tensor
+    stats: Tensor
+    d_hidden_TD: Tensor
+    d_head_VD: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_indices(hidden_TD: Tensor, vocab: Vocab, rows_N: Tensor, targets_N: Tensor) -> None:
+    """ValueError naming rows, targets or hidden and the first token that does not fit."""
+    T = hidden_TD.shape[0]
+    _refuse(
+        [
+            ("rows", (rows_N < 0) | (rows_N >= T), f"expected 0 <= row < {T}", rows_N),
+            (
+                "targets",
+                (targets_N < 0) | (targets_N >= vocab.total),
+                f"expected 0 <= target < {vocab.total}",
+                targets_N,
+            ),
+        ]
+    )
+    # Rows that no token uses may hold anything (poisoned padding), so only used rows are looked at.
+    finite_T = hidden_TD.isfinite().all(dim=1)
+    _refuse([("hidden", ~finite_T[rows_N], "expected finite values in its row", rows_N)])
+
+
+def check_values(problem: Problem) -> None:
+    """ValueError naming the first argument whose values do not fit, with the offending index."""
+    p = problem
+    check_indices(p.hidden_TD, p.vocab, p.rows_N, p.targets_N)
+    K = p.advantages_K.shape[0]
+    _refuse([("turns", (p.turns_N < 0) | (p.turns_N >= K), f"expected 0 <= turn < {K}", p.turns_N)])
+    tests = [
+        ("advantages", ~p.advantages_K.isfinite(), "expected finite values", p.advantages_K),
+        ("weights", ~p.weights_N.isfinite(), "expected finite values", p.weights_N),
+        ("weights", p.weights_N < 0, "expected values >= 0", p.weights_N),
+        ("turns", _returns_to_earlier(p.turns_N, K), "expected contiguous turns", p.turns_N),
+    ]
+    for name, values in (
+        ("old_logprobs", p.old_N),
+        ("ref_logprobs", p.ref_N),
+        ("sampler_logprobs", p.sampler_N),
+    ):
+        if values is not None:
+            # A masked token may carry anything: its log-prob is never read.
+            tests.append((name, ~values.isfinite() & (p.weights_N != 0), "expected finite", values))
+    if p.sequences_K is not None:
+        tests.append(("sequences", p.sequences_K < 0, "expected ids >= 0", p.sequences_K))
+    _refuse(tests)
+
+
+def _returns_to_earlier(turns_N: Tensor, K: int) -> Tensor:
+    """True at each token that starts a run of a turn which already had one."""
+    n = turns_N.shape[0]
+    if n == 0:
+        return torch.zeros(0, dtype=torch.bool, device=turns_N.device)
+    starts_N = torch.ones_like(turns_N, dtype=torch.bool)
+    starts_N[1:] = turns_N[1:] != turns_N[:-1]
+    index_N = torch.arange(n, device=turns_N.device)
+    first_K = torch.full((K,), n, device=turns_N.device)
+    first_K = first_K.scatter_reduce(0, turns_N, index_N, reduce="amin")
+    return starts_N & (first_K[turns_N] != index_N)
+
+
+def _refuse(tests: list[tuple[str, Tensor, str, Tensor]]) -> None:
+    # One read-back for all tests of a list; the index is looked up only on failure.
+    flags = torch.stack([bad.any() for _, bad, _, _ in tests]).tolist()
+    for (name, bad, expected, values), failed in zip(tests, flags, strict=True):
+        if failed:
+            index = int(bad.nonzero()[0])
+            raise ValueError(f"{name}: {expected}, got {values[index].item()} at index {index}")

@@ -1,0 +1,136 @@
+"""The specification: torch only, float32 inside (float64 for float64 input), any device.
+
+    z_j  = softcap * tanh(x . w_j / softcap) / temperature    (x . w_j / temperature without)
+    m    = max_j z_j, E_j = exp(z_j - m), S = sum of E_j over j != y, Z = S + E_y
+    logprob = z_y - m - log Z = -log1p(S exp(m - z_y));   entropy = log Z - sum_j E_j (z_j - m) / Z
+    dz_j = -(g + h (log p_j + entropy)) E_j / Z          g = dloss/dlogprob, h = dloss/dentropy
+    dz_y = g S / Z - h (log p_y + entropy) E_y / Z
+    dx = dz @ W, dW = dz^T @ x
+
+S leaves the target out, so that 1 - p_y = S / Z keeps its digits for confident tokens.
+Memory: two [C, V] buffers in float32, C chosen so that one is about 64 MiB or 64 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .driver import empty_head_gradient, run_logprobs, run_policy_loss, whole_vocab
+from .problem import Outcome, Problem, Vocab, compute_dtype
+
+CHUNK_ELEMENTS = 1 << 24
+MIN_CHUNK, MAX_CHUNK = 64, 2048
+
+
+class ReferenceHead:
+    """The driver's Head in plain torch."""
+
+    def __init__(
+        self,
+        head_VD: Tensor,
+        vocab: Vocab,
+        temperature: float,
+        softcap: float | None,
+        need_hidden: bool,
+        need_head: bool,
+    ) -> None:
+        self.dtype = compute_dtype(head_VD.dtype)
+        self.head_VD = head_VD.to(self.dtype)
+        self.vocab = vocab
+        self.temperature, self.softcap = temperature, softcap
+        self.need_hidden, self.need_head = need_hidden, need_head
+        self.d_head_VD = empty_head_gradient(head_VD, need_head)
+        self.kept: tuple[Tensor, ...] = ()
+
+    def chunk_tokens(self) -> int:
+        return max(MIN_CHUNK, min(MAX_CHUNK, CHUNK_ELEMENTS // max(1, self.head_VD.shape[0])))
+
+    def forward(self, x_CD: Tensor, targets_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+        self.kept = ()
+        x_CD = x_CD.to(self.dtype)
+        z_CV = x_CD @ self.head_VD.T
+        if self.softcap is not None:
+            z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z_CV.div_(self.temperature)
+        column_C1, owned_C = (t.unsqueeze(1) for t in self.vocab.local(targets_C))
+        m_C = self.vocab.max(z_CV.amax(dim=1))
+        u_CV = z_CV.sub_(m_C.unsqueeze(1))
+        u_y_C = self.vocab.sum((u_CV.gather(1, column_C1) * owned_C).squeeze(1))
+        E_CV = u_CV.exp()
+        E_CV.scatter_(1, column_C1, E_CV.gather(1, column_C1).masked_fill(owned_C, 0.0))
+        S_C = self.vocab.sum(E_CV.sum(dim=1))
+        E_y_C = u_y_C.exp()
+        Z_C = S_C + E_y_C
+        # Anchored at the target where that cannot overflow; there log1p keeps tiny probabilities of
+        # error.
+        anchored_C = -torch.log1p(S_C * (-u_y_C.clamp(min=-60)).exp())
+        logprobs_C = torch.where(u_y_C > -60, anchored_C, u_y_C - Z_C.log())
+        log_Z_C = u_y_C - logprobs_C
+        Eu_C = self.vocab.sum(_dot_rows(E_CV, u_CV)) + E_y_C * u_y_C
+        entropies_C = log_Z_C - Eu_C / Z_C
+        if keep:
+            self.kept = (x_CD, column_C1, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C)
+            self.kept += (log_Z_C, entropies_C)
+        return logprobs_C, entropies_C
+
+    def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
+        x_CD, column_C1, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C, log_Z_C, entropies_C = self.kept
+        scale_C = -d_logprob_C / (Z_C * self.temperature)
+        if d_entropy_C is None:
+            # All of row n shares the factor -g / Z, which then acts on the D-wide side instead.
+            E_CV.scatter_(1, column_C1, _patch(E_CV, column_C1, owned_C, -S_C))
+        else:
+            bonus_C = entropies_C - log_Z_C
+            E_y_C = u_y_C.exp()
+            slope_C = -d_entropy_C / (Z_C * self.temperature)
+            y_C = -scale_C * S_C + slope_C * (u_y_C + bonus_C) * E_y_C
+            factor_CV = u_CV.add(bonus_C.unsqueeze(1)).mul_(slope_C.unsqueeze(1))
+            E_CV.mul_(factor_CV.add_(scale_C.unsqueeze(1)))
+            E_CV.scatter_(1, column_C1, _patch(E_CV, column_C1, owned_C, y_C))
+            scale_C = torch.ones_like(scale_C)
+        if self.softcap is not None:
+            # d tanh: 1 - (z / softcap)^2 with z before the temperature.
+            t_CV = u_CV.add_(m_C.unsqueeze(1)).mul_(self.temperature / self.softcap)
+            E_CV.mul_(t_CV.square_().neg_().add_(1.0))
+        if self.need_head:
+            self.d_head_VD.addmm_(E_CV.T, x_CD * scale_C.unsqueeze(1))
+        if not self.need_hidden:
+            return None
+        return self.vocab.sum((E_CV @ self.head_VD).mul_(scale_C.unsqueeze(1)))
+
+    def head_gradient(self) -> Tensor:
+        return self.d_head_VD
+
+
+def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
+    # bmm of [1, V] by [V, 1] per row: no third [C, V] buffer.
+    return torch.bmm(a_CV.unsqueeze(1), b_CV.unsqueeze(2)).flatten()
+
+
+def _patch(E_CV: Tensor, column_C1: Tensor, owned_C1: Tensor, value_C: Tensor) -> Tensor:
+    return torch.where(owned_C1, value_C.unsqueeze(1), E_CV.gather(1, column_C1))
+
+
+def policy_loss(problem: Problem) -> Outcome:
+    """Loss and gradients of a checked problem."""
+    p = problem
+    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
+    return run_policy_loss(p, head)
+
+
+def logprobs(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    vocab: Vocab | None,
+    rows_N: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    """log-probs and entropies, [N] in the compute dtype."""
+    vocab = vocab or whole_vocab(head_VD)
+    head = ReferenceHead(head_VD, vocab, temperature, softcap, False, False)
+    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
