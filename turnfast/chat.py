@@ -1,0 +1,166 @@
+"""Messages to token ids, append-only: a prompt only ever grows, token for token.
+
+A conversation is rendered by the model's own chat template, but ids that were sampled are never
+rendered again. After a turn only the *difference* is tokenised: what the template puts after the
+assistant's text (end of turn, the environment's messages, the next assistant header)::
+
+    prompt    <|im_start|>user ⏎ Who wrote Ulm?<|im_end|> ⏎ <|im_start|>assistant ⏎
+    sampled   <tool>…</tool><|im_end|>                       kept as the ids that were drawn
+    appended   ⏎ <|im_start|>user ⏎ Ida wrote Ulm.<|im_end|> ⏎ <|im_start|>assistant ⏎
+
+Some templates rewrite earlier turns (they drop old reasoning, say). Then no appended text can
+reproduce the context, and `Conversation.restart` says that the next turn begins a new row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACE = "\ue000{}\ue001"  # private-use characters, which no template inspects
+
+
+class ChatError(ValueError):
+    """A chat template that cannot be used for training; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Messages so far and how they were rendered.
+
+    `prompt_ids` are the ids to append before the next sample; with `restart` they are the whole
+    context instead.
+    """
+
+    messages: tuple[Message, ...]
+    rendered: str
+    prompt_ids: tuple[int, ...]
+    restart: bool = False
+
+
+class Chat:
+    """The chat template of one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        tools: JSON schemas offered through the template; empty when the environment describes its
+            tools itself.
+    Raises:
+        ChatError: no template, or a turn that does not end in one special token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict] = ()) -> None:
+        self.tokenizer = tokenizer
+        self._tools = list(tools) or None
+        self._special = tuple(sorted(set(tokenizer.all_special_tokens), key=len, reverse=True))
+        self._special += tuple(
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special and token.content not in self._special
+        )
+        if not tokenizer.chat_template:
+            raise ChatError("the tokenizer has no chat template; use an instruction-tuned model")
+        self.end_id = self._find_end_of_turn()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn; the one that was drawn is part of the sample and is trained."""
+        eos = self.tokenizer.eos_token_id
+        return (self.end_id,) if eos in (None, self.end_id) else (self.end_id, eos)
+
+    def open(self, messages: Sequence[Message]) -> Conversation:
+        """The first prompt: messages, then the header of the assistant's turn."""
+        rendered = self._render(messages)
+        ids = self._encode(messages, rendered, skip=0, first=0)
+        return Conversation(messages=tuple(messages), rendered=rendered, prompt_ids=ids)
+
+    def extend(
+        self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
+    ) -> Conversation:
+        """The prompt after one sampled turn and the environment's reply to it.
+
+        Args:
+            text: what was sampled, without the end-of-turn token.
+            closed: whether the end-of-turn token was sampled; if the turn was cut off, the
+                environment supplies it, and it is not trained.
+        """
+        said: Message = {"role": "assistant", "content": text}
+        history = (*before.messages, said, *messages)
+        rendered = self._render(history)
+        known = before.rendered + text
+        if rendered.startswith(known):
+            skip = len(known)
+        else:
+            # a template may trim the assistant's text; the context it stands in must be the same
+            trimmed = before.rendered + text.strip()
+            skip = len(trimmed) if text.strip() and rendered.startswith(trimmed) else -1
+        if skip < 0:
+            ids = self._encode(history, rendered, skip=0, first=0)
+            return Conversation(messages=history, rendered=rendered, prompt_ids=ids, restart=True)
+        ids = self._encode(history, rendered, skip=skip, first=len(before.messages) + 1)
+        if closed and ids and ids[0] == self.end_id:
+            ids = ids[1:]
+        return Conversation(messages=history, rendered=rendered, prompt_ids=ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Sampled ids as text, without the end-of-turn token."""
+        kept = [token for token in ids if token not in self.stop_ids]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+    def encode_reply(self, text: str) -> tuple[int, ...]:
+        """A scripted assistant turn as ids, end of turn included: targets of supervised tuning."""
+        return (*self._plain(text), self.end_id)
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
+        kwargs: dict[str, Any] = {"tools": self._tools} if self._tools else {}
+        rendered = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **kwargs,
+        )
+        return str(rendered)
+
+    def _encode(
+        self, messages: Sequence[Message], rendered: str, *, skip: int, first: int
+    ) -> tuple[int, ...]:
+        """Ids of `rendered[skip:]`, in which the contents of messages[first:] are mere text."""
+        contents = [str(message["content"]) for message in messages[first:]]
+        if not any(special in content for content in contents for special in self._special):
+            return tuple(self.tokenizer.encode(rendered[skip:], add_special_tokens=False))
+        # A content that spells a special token must not become one: the template is rendered with
+        # placeholders, and each content is tokenised by itself.
+        placed = [
+            message if i < first else {**message, "content": _PLACE.format(i - first)}
+            for i, message in enumerate(messages)
+        ]
+        rest = self._render(placed)[skip:]
+        ids: list[int] = []
+        for i, content in enumerate(contents):
+            literal, found, rest = rest.partition(_PLACE.format(i))
+            if not found:
+                raise ChatError(f"the chat template leaves out or reorders message {first + i}")
+            ids += self.tokenizer.encode(literal, add_special_tokens=False)
+            ids += self._plain(content)
+        return (*ids, *self.tokenizer.encode(rest, add_special_tokens=False))
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _find_end_of_turn(self) -> int:
+        mark = _PLACE.format("end")
+        said = [{"role": "user", "content": "."}, {"role": "assistant", "content": mark}]
+        _, found, tail = self._render(said, prompt=False).partition(mark)
+        ids = self.tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
+        if not ids or self.tokenizer.decode([ids[0]]) not in self._special:
+            raise ChatError(
+                "the chat template does not close an assistant turn with a special token, so the "
+                "end of a turn could not be trained; use an instruction-tuned model's template"
+            )
+        return ids[0]

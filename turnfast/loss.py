@@ -1,0 +1,129 @@
+"""One optimizer step, or several, on one step's packed rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import LossConfig
+from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
+from .model import Policy, hidden_states
+from .optim import Optimizer
+from .types import Batch
+
+
+class TrainingError(RuntimeError):
+    """The update cannot be trusted; the text names the figure that went wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
+    `logprob_gap_max` the largest; ratio and clip figures are of the last update on the data."""
+
+    loss: float = 0.0
+    logprob: float = 0.0
+    entropy: float = 0.0
+    logprob_gap: float = 0.0
+    logprob_gap_max: float = 0.0
+    ratio_max: float = 1.0
+    clip_fraction: float = 0.0
+    grad_norm: float = 0.0
+    num_updates: int = 0
+
+
+def policy_rule(config: LossConfig) -> PolicyRule:
+    return PolicyRule(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        ratio=config.ratio,
+        kind=config.kind,
+        dual_clip=config.dual_clip,
+        entropy_coef=config.entropy_coef,
+        is_cap=config.is_cap,
+    )
+
+
+def update(
+    policy: Policy,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    config: LossConfig,
+    *,
+    temperature: float = 1.0,
+    num_updates: int = 1,
+) -> Update:
+    """Take `num_updates` optimizer steps on the same batches.
+
+    The first step is on policy: its ratio is 1, no old-policy pass is needed, and the log-probs it
+    computes are the old ones of the steps after it.
+    """
+    done = Update()
+    for i in range(num_updates if batches else 0):
+        results = [_backward(policy, batch, config, temperature) for batch in batches]
+        if i == 0:
+            done = _first(results, batches)
+            # tokens without advantage are not computed; they stay without it in every update
+            batches = [
+                replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
+                for batch, result in zip(batches, results, strict=True)
+            ]
+        loss = sum(float(result.loss) for result in results)
+        norm = optimizer.step()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"loss {loss}, gradient norm {norm}: the weights were left as they were before this "
+                "update; lower optim.lr, or resume from the last checkpoint"
+            )
+        done = _last(done, results, loss, norm)
+    return done
+
+
+def _backward(policy: Policy, batch: Batch, config: LossConfig, temperature: float) -> PolicyLoss:
+    result = turn_policy_loss(
+        hidden_states(policy, batch),
+        policy.head_VD,
+        batch.rows_N,
+        batch.targets_N,
+        batch.turns_N,
+        batch.advantages_K,
+        batch.old_logprobs_N,
+        weights=batch.weights_N,
+        sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
+        rule=policy_rule(config),
+        temperature=temperature,
+        softcap=policy.softcap,
+        impl=config.impl,
+    )
+    result.loss.backward()
+    return result
+
+
+def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
+    logprobs = torch.cat([result.logprobs for result in results])
+    gap = (logprobs - torch.cat([batch.sampler_logprobs_N for batch in batches])).abs()
+    return Update(
+        logprob=float(logprobs.nanmean()),
+        entropy=float(torch.cat([result.entropies for result in results]).nanmean()),
+        logprob_gap=float(gap.nanmean().nan_to_num()),
+        logprob_gap_max=float(gap.nan_to_num().max()),
+    )
+
+
+def _last(before: Update, results: Sequence[PolicyLoss], loss: float, norm: float) -> Update:
+    trained = [float(result.stats.tokens) for result in results]
+    clipped = [
+        float(stats.clip_low + stats.clip_high + stats.clip_dual)
+        for stats in (result.stats for result in results)
+    ]
+    return replace(
+        before,
+        loss=loss,
+        ratio_max=max(float(result.stats.ratio_max) for result in results),
+        clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True)) / max(1.0, sum(trained)),
+        grad_norm=norm,
+        num_updates=before.num_updates + 1,
+    )

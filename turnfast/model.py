@@ -1,0 +1,179 @@
+"""Any Hugging Face causal language model, run over packed rows up to its last hidden state.
+
+The model keeps its own code. Attention enters through transformers' attention interface: with row
+boundaries the kernels' packed attention answers, without them (generation, probes) transformers'
+own SDPA does, so one module serves both. Logits are never made here; the loss head takes the hidden
+states and the head's weight.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging as transformers_logging
+
+from .config import ConfigError, ModelConfig
+from .kernels.attention import PackedRows, packed_attention, pick_backend
+from .types import Batch
+
+ATTENTION = "turnfast"
+_in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The model being trained, with what the rest needs to know of it.
+
+    Attributes:
+        head_VD: the output projection; the same tensor as the embedding where the two are tied.
+        softcap: the final logit soft-cap of models that have one (Gemma), else None.
+        folder: where the weights came from; the sampler reads architecture and tokenizer there.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    device: torch.device
+    attention: str
+    softcap: float | None = None
+
+    @property
+    def head_VD(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+
+def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Policy:
+    """Load weights and tokenizer from a local folder or the local hub cache.
+
+    Raises:
+        ConfigError: the folder is no model, or the model has a feature the kernels do not compute.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    dtype = dtype_of(config, device)
+    attention = _checked_backend(device, config.attention)
+    try:
+        architecture = AutoConfig.from_pretrained(folder)
+        _refuse_unsupported(architecture)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=ATTENTION
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {folder} cannot be loaded as a model: {error}") from None
+    model.to(device).train()
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.freeze_head:
+        model.get_output_embeddings().weight.requires_grad_(False)
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        folder=folder,
+        device=device,
+        attention=attention,
+        softcap=getattr(architecture, "final_logit_softcapping", None),
+    )
+
+
+def hidden_states(policy: Policy, batch: Batch) -> Tensor:
+    """Last hidden states [T, D] of a pack; rows do not see each other."""
+    lengths = tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())
+    rows = PackedRows(
+        cu_seqlens=batch.cu_seqlens,
+        lengths=lengths,
+        backend=policy.attention,  # type: ignore[arg-type]
+        max_seqlen=batch.max_seqlen,
+    )
+    token = _in_packed_forward.set(True)
+    try:
+        out = policy.model.base_model(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.positions_T[None],
+            use_cache=False,
+            packed_rows=rows,
+        )
+    finally:
+        _in_packed_forward.reset(token)
+    return out.last_hidden_state[0]
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: 'cuda' was asked for, but torch sees no CUDA device")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def _checked_backend(device: torch.device, wanted: str) -> str:
+    try:
+        return pick_backend(device, wanted)
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from None
+
+
+def _refuse_unsupported(architecture: Any) -> None:
+    name = architecture.model_type
+    if getattr(architecture, "attn_logit_softcapping", None):
+        raise ConfigError(f"model.path: {name} caps its attention logits, which no backend here does")
+    if getattr(architecture, "logits_scaling", 1.0) not in (None, 1.0):
+        raise ConfigError(f"model.path: {name} rescales its logits, which the loss head does not")
+    if getattr(architecture, "attention_dropout", 0.0):
+        raise ConfigError(f"model.path: {name} has attention dropout; set it to 0 in its config.json")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_rows: PackedRows | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if packed_rows is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise NotImplementedError("attention sinks and capped attention logits are not computed")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window or 0
+    out = packed_attention(query[0], key[0], value[0], packed_rows, scale=scale, window=window)
+    return out[None], None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask for packed rows: their boundaries arrive explicitly."""
+    return None if _in_packed_forward.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,0 +1,114 @@
+"""AdamW with a warm-up, whose moments and master weights are float32 whatever the model's dtype.
+
+At a learning rate of 1e-6 a bf16 weight never moves: the update is smaller than its last digit. So
+low-precision parameters get a float32 master copy here, and the model holds its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimConfig
+
+
+class Optimizer:
+    """AdamW over a model's trainable parameters.
+
+    Args:
+        parameters: those with `requires_grad`; gradients are read from them.
+        total_steps: None for a constant rate after the warm-up, else a linear decay to 10 %.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: OptimConfig,
+        *,
+        total_steps: int | None = None,
+    ) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._masters = [_master(p) for p in self._parameters]
+        self._config = config
+        self._total_steps = total_steps
+        self._adamw = torch.optim.AdamW(
+            self._masters,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.num_steps = 0
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients; returns the gradient norm before clipping.
+
+        A gradient that is not finite changes nothing: its norm is returned, the step is skipped.
+        """
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+        norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
+        if norm == norm and norm != float("inf"):
+            for group in self._adamw.param_groups:
+                group["lr"] = self.lr
+            self._adamw.step()
+            self._write_back()
+            self.num_steps += 1
+        self.zero_grad()
+        return norm
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step."""
+        rate = self._config.lr * min(1.0, (self.num_steps + 1) / max(1, self._config.warmup_steps))
+        if self._total_steps is None:
+            return rate
+        left = 1.0 - self.num_steps / self._total_steps
+        return rate * max(0.1, left)
+
+    def zero_grad(self) -> None:
+        for parameter in (*self._parameters, *self._masters):
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the master copies and the step count beside the moments."""
+        state = self._adamw.state_dict()
+        for i, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
+            if master is not parameter:
+                state["state"].setdefault(i, {})["master"] = master.detach()
+        for group in state["param_groups"]:
+            group["num_steps"] = self.num_steps
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        groups = [dict(group) for group in state["param_groups"]]
+        self.num_steps = int(groups[0].pop("num_steps"))
+        for group in groups[1:]:
+            group.pop("num_steps")
+        moments: dict[int, dict[str, Any]] = {}
+        with torch.no_grad():
+            for i, values in state["state"].items():
+                kept = dict(values)
+                master: Tensor | None = kept.pop("master", None)
+                if master is not None:
+                    self._masters[int(i)].copy_(master)
+                if kept:
+                    moments[int(i)] = kept
+        self._adamw.load_state_dict({"state": moments, "param_groups": groups})
+        self._write_back()
+
+    def _write_back(self) -> None:
+        with torch.no_grad():
+            for parameter, master in zip(self._parameters, self._masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().to(torch.float32, copy=True))

@@ -1,0 +1,98 @@
+"""Warm start: supervised tuning on the environment's own demonstrations.
+
+A demonstration becomes the same rows as a rollout, with the scripted replies in the place of the
+sampled ones, an advantage of 1 on every turn and no old policy: the gradient of the policy loss is
+then that of the mean negative log-likelihood, so packing and loss head are the trainer's own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from .chat import Chat
+from .config import ConfigError, LossConfig, OptimConfig, SftConfig
+from .envs import Demonstration, Demonstrator, Env
+from .loss import Update, update
+from .model import Policy
+from .optim import Optimizer
+from .packing import Row, batch_of, rows_of
+from .types import Batch, Turn
+
+
+def sft(
+    policy: Policy,
+    env: Env,
+    chat: Chat,
+    config: SftConfig,
+    *,
+    seed: int,
+    report: Callable[[int, Update], None] = lambda step, done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Tune the policy in place.
+
+    Args:
+        report: called after every step with its number and figures.
+    Raises:
+        ConfigError: the environment has no demonstrations.
+    """
+    if not isinstance(env, Demonstrator):
+        raise ConfigError(
+            f"env.name: {type(env).__name__} has no demonstrations(seed) to tune on; add one, or "
+            "start from a model that already follows instructions"
+        )
+    rows = [row for shown in env.demonstrations(seed) for row in demonstration_rows(chat, shown)]
+    optim = OptimConfig(lr=config.lr, betas=(0.9, 0.95), warmup_steps=20, grad_clip=1.0)
+    optimizer = Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
+    batches = _batches(rows, config.batch_tokens, seed, policy.device)
+    for step in range(1, config.steps + 1):
+        if should_stop():
+            break
+        report(step, update(policy, optimizer, [next(batches)], LossConfig()))
+
+
+def demonstration_rows(chat: Chat, shown: Demonstration) -> list[Row]:
+    """The rows of one demonstration; targets are the assistant's messages and their ends."""
+    messages = shown.messages
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not said or said[0] == 0:
+        raise ConfigError("a demonstration needs a prompt and at least one assistant message")
+    talk = chat.open(messages[: said[0]])
+    turns: list[Turn] = []
+    for here, after in pairwise((*said, len(messages))):
+        text = str(messages[here]["content"])
+        ids = chat.encode_reply(text)
+        turns.append(
+            Turn(
+                prompt_ids=talk.prompt_ids,
+                sampled_ids=ids,
+                logprobs=(0.0,) * len(ids),
+                text=text,
+                finish="stop",
+                restart=talk.restart,
+            )
+        )
+        if after < len(messages):
+            talk = chat.extend(talk, text, True, messages[here + 1 : after])
+    return rows_of(turns, [1.0] * len(turns), 0)
+
+
+def _batches(
+    rows: Sequence[Row], budget: int, seed: int, device: torch.device
+) -> Iterator[Batch]:
+    """Endless shuffled passes over the rows, cut whenever the budget is full."""
+    order = random.Random(seed)
+    taken: list[Row] = []
+    size = 0
+    while True:
+        for row in order.sample(rows, len(rows)):
+            if taken and size + len(row.tokens) > budget:
+                yield batch_of(taken, [1.0 / sum(len(r.targets) for r in taken)], device)
+                taken, size = [], 0
+            taken.append(row)
+            size += len(row.tokens)
