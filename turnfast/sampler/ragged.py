@@ -1,0 +1,276 @@
+"""Attention of the local sampler: one flat row of tokens, each with its own slot of the cache.
+
+A step feeds T tokens of many requests as one row [1, T] without padding, so the linear layers see
+only real tokens. `StepPlan` says where each of them belongs; `ragged_attention` is what Hugging
+Face models call in place of their own attention (registered under `ATTENTION_NAME`).
+
+The flat order is: first the requests that feed a single token (R of them), then the others, one
+after the other. For two decoding requests and a prompt of three tokens::
+
+    tokens   [41, 17,   5, 6, 7]
+    slots    [ 0,  2,   1, 1, 1]       position in the slot  [9, 4,  0, 1, 2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+ATTENTION_NAME = "turnfast_ragged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The tokens that one request feeds in this step: positions `start` to `stop` of its slot."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The first `length` tokens of slot `source`, to be copied into the slots `targets`."""
+
+    source: int
+    length: int
+    targets: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Keys and values of every layer, [slots, capacity, heads, head size], made when first used.
+
+    Zeroed, not empty: a masked position still enters the arithmetic, and 0 · NaN is NaN. On CPU the
+    zero pages cost no memory until they are written.
+    """
+
+    num_slots: int
+    capacity: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def layer(
+        self, index: int, key_TD: torch.Tensor, value_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if index not in self.layers:
+            shape = (self.num_slots, self.capacity)
+            self.layers[index] = (
+                key_TD.new_zeros(*shape, *key_TD.shape[1:]),
+                value_TD.new_zeros(*shape, *value_TD.shape[1:]),
+            )
+        return self.layers[index]
+
+
+class StepPlan:
+    """Index tensors of one forward, shared by all layers.
+
+    Args:
+        singles: segments of one token, sorted by slot; blocks: the longer ones.
+        copies: in order; each runs after this step's tokens are written and before attention.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        singles: Sequence[Segment],
+        blocks: Sequence[Segment],
+        copies: Sequence[Copy],
+        device: torch.device,
+    ) -> None:
+        self.cache = cache
+        self.copies = [(c, torch.tensor(c.targets, device=device)) for c in copies]
+        segments = [*singles, *blocks]
+        self.positions_T = torch.tensor(
+            [p for s in segments for p in range(s.start, s.stop)], device=device
+        )
+        slots_T = torch.tensor(
+            [s.slot for s in segments for _ in range(s.start, s.stop)], device=device
+        )
+        self.write_T = slots_T * cache.capacity + self.positions_T
+        sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
+        self.last_tokens = sizes.cumsum(0) - 1
+        self.num_singles = len(singles)
+        self.singles = _Singles(singles, device) if singles else None
+        self.blocks = _Blocks(blocks, device) if blocks else None
+
+    def attend(
+        self,
+        layer: int,
+        query_THD: torch.Tensor,
+        key_THD: torch.Tensor,
+        value_THD: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Write this step's keys and values into the cache and attend; returns [T, heads, D]."""
+        keys, values = self.cache.layer(layer, key_THD, value_THD)
+        keys.flatten(0, 1).index_copy_(0, self.write_T, key_THD)
+        values.flatten(0, 1).index_copy_(0, self.write_T, value_THD)
+        for copy, targets in self.copies:
+            keys[targets, : copy.length] = keys[copy.source, : copy.length]
+            values[targets, : copy.length] = values[copy.source, : copy.length]
+        parts = []
+        if self.singles:
+            part = query_THD[: self.num_singles]
+            parts.append(self.singles.attend(part, keys, values, scale, window))
+        if self.blocks:
+            part = query_THD[self.num_singles :]
+            parts.append(self.blocks.attend(part, keys, values, scale, window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Singles:
+    """Rows with one query each, attending to their whole slot.
+
+    The query heads that share a key-value head become one block of queries against it, so no key is
+    ever repeated. While most slots are in use the cache is read in place, holes included.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        slots = [s.slot for s in segments]
+        self.span = slots[-1] + 1
+        self.longest = max(s.stop for s in segments)
+        self.slots = torch.tensor(slots, device=device)
+        self.in_place = 2 * len(slots) >= self.span
+        self.full = self.span == len(slots)
+        lengths = torch.tensor([s.stop for s in segments], device=device)
+        if self.in_place and not self.full:
+            lengths = lengths.new_ones(self.span).index_copy_(0, self.slots, lengths)
+        self.lengths = lengths
+        self.masks: dict[int | None, torch.Tensor] = {}
+
+    def attend(
+        self,
+        query_RHD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        num_rows, num_heads, _ = query_RHD.shape
+        if self.in_place:
+            keys, values = keys[: self.span, : self.longest], values[: self.span, : self.longest]
+            if not self.full:
+                spread = query_RHD.new_zeros(self.span, *query_RHD.shape[1:])
+                query_RHD = spread.index_copy_(0, self.slots, query_RHD)
+        else:
+            keys = keys[:, : self.longest].index_select(0, self.slots)
+            values = values[:, : self.longest].index_select(0, self.slots)
+        shared = num_heads // keys.shape[2]
+        out = scaled_dot_product_attention(
+            query_RHD.unflatten(1, (-1, shared)),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self._mask(window, query_RHD.dtype).expand(-1, -1, shared, -1),
+            scale=scale,
+        ).flatten(1, 2)
+        if self.in_place and not self.full:
+            out = out.index_select(0, self.slots)
+        return out[:num_rows]
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        if window not in self.masks:
+            columns = torch.arange(self.longest, device=self.lengths.device)
+            ends = self.lengths[:, None]
+            seen = columns < ends
+            if window is not None:
+                seen &= columns >= ends - window
+            self.masks[window] = _additive(seen, dtype)[:, None, None]
+        return self.masks[window]
+
+
+class _Blocks:
+    """Rows with several queries each (prompts), padded to the longest for attention only."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
+        self.width = max(s.stop - s.start for s in segments)
+        self.longest = max(s.stop for s in segments)
+        self.slots = torch.tensor([s.slot for s in segments], device=device)
+        offsets = torch.arange(self.width, device=device)
+        real = offsets < sizes[:, None]
+        self.flat = real.flatten().nonzero().squeeze(1)
+        starts = torch.tensor([s.start for s in segments], device=device)
+        # a padded query sees what the last real one sees, so that no row of the softmax is empty
+        self.positions = starts[:, None] + torch.minimum(offsets, sizes[:, None] - 1)
+        self.masks: dict[int | None, torch.Tensor] = {}
+
+    def attend(
+        self,
+        query_THD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        num_rows, num_heads = len(self.slots), query_THD.shape[1]
+        padded = query_THD.new_zeros(num_rows * self.width, *query_THD.shape[1:])
+        padded.index_copy_(0, self.flat, query_THD)
+        shared = num_heads // keys.shape[2]
+        query = padded.view(num_rows, self.width, -1, shared, padded.shape[-1])
+        out = scaled_dot_product_attention(
+            query.permute(0, 2, 3, 1, 4).flatten(2, 3),
+            keys[:, : self.longest].index_select(0, self.slots).transpose(1, 2),
+            values[:, : self.longest].index_select(0, self.slots).transpose(1, 2),
+            attn_mask=self._mask(window, query_THD.dtype).repeat(1, 1, shared, 1),
+            scale=scale,
+        )
+        out = out.unflatten(2, (shared, self.width)).permute(0, 3, 1, 2, 4)
+        return out.reshape(num_rows * self.width, num_heads, -1).index_select(0, self.flat)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        if window not in self.masks:
+            columns = torch.arange(self.longest, device=self.positions.device)
+            here = self.positions[:, :, None]
+            seen = columns <= here
+            if window is not None:
+                seen &= columns > here - window
+            self.masks[window] = _additive(seen, dtype)[:, None]
+        return self.masks[window]
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, float("-inf"))
+
+
+def ragged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    step_plan: StepPlan | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that Hugging Face models call, [1, heads, T, D] in, [1, T, heads, D]
+    out.
+
+    Raises:
+        NotImplementedError: the model needs something of its attention that is not done here.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"the local sampler's attention has no {name!r}; use vLLM")
+    if step_plan is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} was not handed the step plan: this model does not pass "
+            "keyword arguments on to its attention; use vLLM"
+        )
+    layer: Any = module.layer_idx
+    out = step_plan.attend(
+        layer,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        sliding_window,
+    )
+    return out.unsqueeze(0), None
