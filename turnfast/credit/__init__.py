@@ -1,0 +1,88 @@
+"""Credit: one advantage for every turn, from nothing but a group's rewards.
+
+    credit = assign_credit(group, "mt_grpo", outcome_weight=0.5)
+    credit.advantages[i][k]                                        turn k of rollout i
+
+A rule is one file with one pure function `advantages(group, *, options) -> rows`, and one line in
+`RULES` below. It sees only rollouts that count: those that failed are taken out beforehand, are in
+no baseline, and get zeros; so does a group with fewer than two rollouts left. Every rule takes
+
+    clip      advantages are cut to [-clip, clip]; last of all
+    whiten    mean 0 and standard deviation 1 over all turns of the batch's groups that have a
+              signal; groups without one keep their exact zeros
+    missing   "skip": a turn whose reward is None is in no baseline of turn rewards and adds 0;
+              "zero": None means that the turn earned 0, and counts as such
+
+and those that normalise also take `epsilon`, `std` and `baseline` (see `baseline.Norm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from turnfast.config import ConfigError
+from turnfast.credit import grpo_mr, grpo_or, mt_grpo
+from turnfast.credit.baseline import Rows
+from turnfast.credit.frame import with_failed
+from turnfast.credit.options import split_options, suggest
+from turnfast.types import Credit, Group
+
+BatchRule = Callable[..., list[Rows]]
+
+
+def per_group(rule: Callable[..., Rows]) -> BatchRule:
+    """A rule that looks at one group at a time, as one over the groups of a batch."""
+
+    @wraps(rule)
+    def batch_rule(groups: Sequence[Group], **options: Any) -> list[Rows]:
+        return [rule(group, **options) for group in groups]
+
+    return batch_rule
+
+
+RULES: dict[str, BatchRule] = {
+    "grpo_mr": per_group(grpo_mr.advantages),
+    "grpo_or": per_group(grpo_or.advantages),
+    "mt_grpo": per_group(mt_grpo.advantages),
+}
+
+
+def assign_credit(group: Group, rule: str = "mt_grpo", **options: Any) -> Credit:
+    """The advantage of every turn of one group: `assign_credits` for a batch of one."""
+    return assign_credits([group], rule, **options)[0]
+
+
+def assign_credits(groups: Sequence[Group], rule: str = "mt_grpo", **options: Any) -> list[Credit]:
+    """The advantage of every turn of a batch, one `Credit` per group, in order.
+
+    Args:
+        groups: ragged, empty, failed and equal-reward groups are ordinary input.
+        rule: a name in `RULES`. options: those of the rule, and those of every rule.
+    Raises:
+        ConfigError: unknown rule or option, or a value out of range.
+        ValueError: a reward that is NaN or infinite, with its task, trajectory and turn.
+
+    Example, two rollouts of two turns and `std="biased", epsilon=0.0, outcome_weight=0.5`:
+    rewards (0.7, None) and outcome 0, rewards (0.0, None) and outcome 1.9, under mt_grpo
+    -> advantages ((0.5, -1.0), (-0.5, 1.0)).
+    """
+    function = _find(rule)
+    frame, arguments = split_options(rule, function, options)
+    rows_by_group = function([frame.before(group) for group in groups], **arguments)
+    return [
+        Credit(rule=rule, advantages=with_failed(group, rows))
+        for group, rows in zip(groups, frame.after(rows_by_group), strict=True)
+    ]
+
+
+def check_rule(rule: str, options: Mapping[str, Any]) -> None:
+    """Refuse, before anything runs, what `assign_credits` would refuse: raises ConfigError."""
+    split_options(rule, _find(rule), options)
+
+
+def _find(rule: str) -> BatchRule:
+    if rule not in RULES:
+        raise ConfigError(f"credit.rule: no rule is called {rule!r}{suggest(rule, RULES)}")
+    return RULES[rule]

@@ -1,0 +1,121 @@
+"""The mathematics that rules share: what a turn earned, and how it compares with its peers.
+
+Shapes: G rollouts of a group; rows are ragged, row i has one entry for each of rollout i's turns.
+Sums over rollouts are exactly rounded (`math.fsum`), so the order of a group never shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from turnfast.types import Group
+
+Rows = list[list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """norm(x)_i = (x_i - mean) / (std + epsilon); zeros for fewer than two or all-equal values.
+
+    Attributes:
+        epsilon: added to the standard deviation.
+        std: "unbiased" divides the squares by n - 1, as torch.std and thus the public code of
+            arXiv 2505.11821 do; "biased" by n; "none" leaves the scale alone (arXiv 2503.20783).
+        baseline: "mean" of all values, or "leave_one_out": of the others (arXiv 2402.14740).
+
+    Example: [1, 0, 2] with std "none" gives [0, -1, 1], and left one out [0, -1.5, 1.5].
+    """
+
+    epsilon: Annotated[float, Field(ge=0)] = 1e-4
+    std: Literal["unbiased", "biased", "none"] = "unbiased"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+
+    def __call__(self, values: Sequence[float]) -> list[float]:
+        n = len(values)
+        if n < 2 or _equal(values):
+            return [0.0] * n
+        mean = math.fsum(values) / n
+        centred = [value - mean for value in values]
+        spread = 1.0
+        if self.std != "none":
+            squares = math.fsum(c * c for c in centred)
+            spread = math.sqrt(squares / (n - (self.std == "unbiased"))) + self.epsilon
+        if self.baseline == "leave_one_out":
+            spread *= (n - 1) / n
+        return [c / spread for c in centred]
+
+
+NORM = Norm()
+
+
+def norm_within(
+    values: Sequence[Sequence[float | None]],
+    cells: Sequence[Sequence[Hashable]],
+    norm: Norm,
+) -> Rows:
+    """Normalise every value among the values that carry the same label in `cells`.
+
+    None is a reward that was not given: it stays out of its cell's baseline and becomes 0.
+    """
+    members: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+    for i, (row, labels) in enumerate(zip(values, cells, strict=True)):
+        for k, (value, label) in enumerate(zip(row, labels, strict=True)):
+            if value is not None:
+                members[label].append((i, k))
+    result = [[0.0] * len(row) for row in values]
+    for places in members.values():
+        present = [value for i, k in places if (value := values[i][k]) is not None]
+        for (i, k), advantage in zip(places, norm(present), strict=True):
+            result[i][k] = advantage
+    return result
+
+
+def turn_rewards(group: Group) -> list[list[float | None]]:
+    return [[turn.reward for turn in t.turns] for t in group.trajectories]
+
+
+def outcomes(group: Group) -> list[float]:
+    return [t.outcome for t in group.trajectories]
+
+
+def episode_returns(group: Group) -> list[float]:
+    """Everything a rollout earned: R_i = sum_k r_{i,k} + o_i; a missing reward adds nothing."""
+    return [
+        math.fsum([turn.reward or 0.0 for turn in t.turns] + [t.outcome])
+        for t in group.trajectories
+    ]
+
+
+def returns_to_go(group: Group, gamma: float) -> Rows:
+    """R_{i,k} = sum_{m >= k} gamma^(m-k) r_{i,m}, the outcome being paid with the last turn.
+
+    Example: rewards (1, None, 2), outcome 4, gamma 0.5 give (2.5, 3, 6).
+    """
+    rows: Rows = []
+    for t in group.trajectories:
+        ahead, row = t.outcome, []
+        for k in reversed(range(len(t.turns))):
+            ahead = (t.turns[k].reward or 0.0) + (gamma if k + 1 < len(t.turns) else 1.0) * ahead
+            row.append(ahead)
+        rows.append(row[::-1])
+    return rows
+
+
+def turn_indices(group: Group) -> list[list[int]]:
+    """Cells for `norm_within`: turn k is compared with the others' turn k."""
+    return [list(range(len(t.turns))) for t in group.trajectories]
+
+
+def on_every_turn(values_G: Sequence[float], group: Group) -> Rows:
+    return [[v] * len(t.turns) for v, t in zip(values_G, group.trajectories, strict=True)]
+
+
+def _equal(values: Sequence[float]) -> bool:
+    # equal up to rounding: 0.1 + 0.2 and 0.3 are one reward, and must not become a signal
+    return max(values) - min(values) <= 1e-12 * max(1.0, abs(max(values)), abs(min(values)))

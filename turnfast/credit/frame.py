@@ -1,0 +1,76 @@
+"""What happens around every rule: which rollouts count before it, whitening and clipping after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Literal
+
+from turnfast.config import PositiveFloat
+from turnfast.credit.baseline import NORM, Rows
+from turnfast.types import Group, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """Options that every rule takes; `turnfast.credit` says what they mean."""
+
+    clip: PositiveFloat | None = None
+    whiten: bool = False
+    missing: Literal["skip", "zero"] = "skip"
+
+    def before(self, group: Group) -> Group:
+        """The rollouts that count, none if fewer than two: one alone has no peer to be compared to.
+
+        Raises:
+            ValueError: a reward that is no finite number, with its task, trajectory and turn.
+        """
+        healthy = [t for t in group.trajectories if not t.failed]
+        for trajectory in healthy:
+            _check_finite(trajectory)
+        if self.missing == "zero":
+            healthy = [_zero_for_none(trajectory) for trajectory in healthy]
+        return replace(group, trajectories=tuple(healthy) if len(healthy) > 1 else ())
+
+    def after(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
+        result = _whitened(rows_by_group) if self.whiten else list(rows_by_group)
+        if (c := self.clip) is None:
+            return result
+        return [[[min(max(a, -c), c) for a in row] for row in rows] for rows in result]
+
+
+def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
+    """The rows of the rollouts that counted, in the group's order, and zeros for the others."""
+    counted = iter(rows)
+    return tuple(
+        tuple(next(counted)) if rows and not t.failed else (0.0,) * len(t.turns)
+        for t in group.trajectories
+    )
+
+
+def _check_finite(trajectory: Trajectory) -> None:
+    named = [(f"turn {k}", turn.reward) for k, turn in enumerate(trajectory.turns)]
+    for place, reward in [*named, ("outcome", trajectory.outcome)]:
+        missing = reward is None and place != "outcome"
+        if not missing and not (isinstance(reward, Real) and math.isfinite(reward)):
+            raise ValueError(
+                f"task {trajectory.task_id!r}, trajectory {trajectory.index}, {place}: "
+                f"reward is {reward!r}; it must be a finite number"
+            )
+
+
+def _zero_for_none(trajectory: Trajectory) -> Trajectory:
+    turns = (t if t.reward is not None else replace(t, reward=0.0) for t in trajectory.turns)
+    return replace(trajectory, turns=tuple(turns))
+
+
+def _whitened(rows_by_group: Sequence[Rows]) -> list[Rows]:
+    signal = [any(a != 0.0 for row in rows for a in row) for rows in rows_by_group]
+    pooled = [rows for rows, has in zip(rows_by_group, signal, strict=True) if has]
+    white = iter(NORM([a for rows in pooled for row in rows for a in row]))
+    return [
+        [[next(white) for _ in row] for row in rows] if has else rows
+        for rows, has in zip(rows_by_group, signal, strict=True)
+    ]
