@@ -1,1 +1,25 @@
 """Tools: typed Python functions that an agent may call."""
+
+from .parse import MalformedCall, ToolCall, parse_call, parse_calls, without_thoughts
+from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
+from .search_index import Hit, Passage, SearchIndex
+from .tool import BadArguments, Tool, tool
+
+__all__ = [
+    "MAX_RESULT_CHARS",
+    "BadArguments",
+    "Hit",
+    "MalformedCall",
+    "Passage",
+    "SearchIndex",
+    "Tool",
+    "ToolCall",
+    "ToolError",
+    "ToolResult",
+    "check_call",
+    "parse_call",
+    "parse_calls",
+    "run_tool",
+    "tool",
+    "without_thoughts",
+]

@@ -1,0 +1,157 @@
+"""BM25 search over passages, in SQLite's own full-text index: no server, no extra package.
+
+Any text is a valid query: it is cut into words here, each word is quoted, and so nothing in it can
+reach the query language of the index. Words that say nothing are dropped, because each of them
+would make the index score nearly every passage.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_QUERY_WORDS = 64
+
+_STOP_TEXT = """
+a about after all also an and any are as at be because been before being between both but by can
+could did do does for from had has have he her his how i if in into is it its me more most my no nor
+not of on or other our out over own same she should so some such than that the their them then there
+these they this those through to too under until up was we were what when where which while who whom
+whose why will with would you your
+"""
+STOP_WORDS = frozenset(_STOP_TEXT.split())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """`row` is the passage's place in the corpus, from 0; a higher score is a better match."""
+
+    row: int
+    title: str
+    text: str
+    score: float
+
+
+class SearchIndex:
+    """A BM25 index; safe to search from many threads.
+
+    Args:
+        passages: what to index. None opens the index in `path`.
+        path: file of the index; None keeps it in memory.
+        title_weight: how much a match in the title counts against one in the text.
+        stem: index English words by their stem ("written" and "writing" meet in "write").
+    Raises:
+        FileExistsError: both `passages` and the path of a file that is already there.
+        FileNotFoundError: no `passages` and no such file.
+        ValueError: neither is given, the file is no index, or a passage is not valid UTF-8 text.
+
+    Example:
+        >>> index = SearchIndex([Passage(title="Ulm", text="Ulm was written by Ida.")])
+        >>> index.search("who wrote 'Ulm'?")[0].text
+        'Ulm was written by Ida.'
+    """
+
+    def __init__(
+        self,
+        passages: Iterable[Passage] | None = None,
+        *,
+        path: Path | None = None,
+        title_weight: float = 1.0,
+        stem: bool = False,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._title_weight = float(title_weight)
+        if passages is None:
+            if path is None:
+                raise ValueError("SearchIndex needs passages, or the path of an index")
+            self._connection = _open(path)
+        else:
+            if path is not None and path.exists():
+                raise FileExistsError(f"{path} exists; open it without passages, or remove it")
+            self._connection = _build(passages, path, stem)
+        (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
+
+    def search(self, query: str, k: int = 1) -> list[Hit]:
+        """The `k` best passages, best first, equal scores in corpus order; empty without a match."""
+        match = match_expression(query)
+        if not match or k < 1:
+            return []
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
+                " WHERE passages MATCH ? ORDER BY score, rowid LIMIT ?",
+                (self._title_weight, match, k),
+            ).fetchall()
+        return [
+            Hit(row=row - 1, title=title, text=text, score=-score)
+            for row, title, text, score in rows
+        ]
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+
+def match_expression(query: str) -> str:
+    """The query in the index's own language: quoted words, any of which may match.
+
+    Example:
+        >>> match_expression('who wrote "Ulm" OR NEAR(x)?')
+        '"wrote" OR "ulm" OR "near" OR "x"'
+    """
+    # composed, as a letter followed by a loose accent would be cut in two here
+    text = unicodedata.normalize("NFC", query).lower()
+    words = dict.fromkeys(word for word in re.findall(r"[^\W_]+", text))
+    telling = [word for word in words if word not in STOP_WORDS] or list(words)
+    return " OR ".join(f'"{word}"' for word in telling[:MAX_QUERY_WORDS])
+
+
+def _build(passages: Iterable[Passage], path: Path | None, stem: bool) -> sqlite3.Connection:
+    # built beside its place and then moved, so that a half-written index is never opened
+    partial = path.with_name(path.name + ".partial") if path else None
+    if partial:
+        partial.unlink(missing_ok=True)
+    connection = sqlite3.connect(str(partial or ":memory:"), check_same_thread=False)
+    tokenizer = "porter unicode61 remove_diacritics 2" if stem else "unicode61 remove_diacritics 2"
+    connection.execute(
+        f"CREATE VIRTUAL TABLE passages USING fts5(title, text, tokenize = '{tokenizer}')"
+    )
+    try:
+        with connection:
+            connection.executemany(
+                "INSERT INTO passages (title, text) VALUES (?, ?)",
+                ((passage.title, passage.text) for passage in passages),
+            )
+    except UnicodeEncodeError as error:
+        connection.close()
+        raise ValueError(f"a passage is not valid UTF-8 text: {error}") from None
+    if partial and path:
+        connection.close()
+        partial.replace(path)
+        return _open(path)
+    return connection
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such search index")
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False
+    )
+    try:
+        connection.execute("SELECT rowid FROM passages LIMIT 1").fetchall()
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise ValueError(f"{path}: not a search index: {error}") from None
+    return connection
