@@ -1,0 +1,322 @@
+"""The run directory: what a training run leaves behind, and the figures in it.
+
+    runs/search/
+      config.toml      the whole recipe the run was started with
+      metrics.jsonl    one JSON object per step; the truth, every other sink is a copy
+      rollouts.jsonl   one group per line: every turn's text, reply, reward and advantage
+      checkpoints/     turnfast.checkpoint
+      report.html      turnfast.report
+
+Both logs are strict JSON in ASCII, appended a line at a time and closed after each: a kill loses at
+most the line being written, and the next append or read passes over the torn rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+from .config import Config, ConfigError, to_toml
+from .jsonl import append_line, keep_until, read_lines, to_strict
+from .sinks import Sink, open_sinks
+from .types import Credit, Group, Status, Trajectory
+
+Metrics = Mapping[str, Any]
+PHASES = ("rollout", "score", "pack", "train", "sync")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDir:
+    """One run's folder. Make it with `create`; use it as a context manager or `close` it.
+
+    >>> with RunDir.create(Path("runs/search"), config) as run:         # doctest: +SKIP
+    ...     run.log(0, {"eval/exact_match": 0.04})
+    """
+
+    path: Path
+    sinks: tuple[Sink, ...] = ()
+
+    @classmethod
+    def create(cls, path: Path, config: Config, *, resume: bool = False) -> RunDir:
+        """Make the folder and write config.toml.
+
+        With `resume` an earlier run in it is gone on with (call `rewind` with the step of the
+        checkpoint it continues from), and a recipe that has changed since is kept beside the new
+        one as config.1.toml, config.2.toml, …
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is off, or it cannot be written.
+        """
+        recipe = path / "config.toml"
+        text = to_toml(config) + "\n"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            traces = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints")
+            if not resume and any((path / name).exists() for name in traces):
+                raise FileExistsError
+            if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
+                recipe.rename(_free_name(path))
+            # "x": of two runs started at the same moment only one gets the folder
+            if not recipe.exists():
+                with recipe.open("x", encoding="utf-8") as file:
+                    file.write(text)
+        except FileExistsError:
+            if path.is_dir():
+                raise ConfigError(
+                    f"{path}: this run directory already holds a run; continue it with --resume, "
+                    "or give a new one with --run-dir"
+                ) from None
+            raise ConfigError(
+                f"{path}: is a file; give a folder for the run with --run-dir"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: the run directory cannot be written ({error.strerror}); "
+                "give another one with --run-dir"
+            ) from error
+        sinks = open_sinks(config.train.sinks, path, config.model_dump(mode="json"))
+        return cls(path=path, sinks=sinks)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line. A figure that is not finite is written as null and counted in
+        `nonfinite`, so that every reader of JSON can read the file."""
+        line, nonfinite = to_strict({"step": step, **metrics})
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        append_line(self.metrics, line)
+        for sink in self.sinks:
+            sink.log(step, {name: value for name, value in line.items() if name != "step"})
+
+    def log_rollouts(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        credits: Sequence[Credit] | None = None,
+        *,
+        split: Literal["train", "eval"] = "train",
+    ) -> None:
+        """Append one line per group; without credits the advantages are null."""
+        for index, group in enumerate(groups):
+            credit = credits[index] if credits else None
+            line, _ = to_strict(
+                {"step": step, "split": split, "group": index, **_plain(group, credit)}
+            )
+            append_line(self.rollouts, line)
+
+    def rewind(self, step: int) -> int:
+        """Drop the lines of later steps, which a resumed run is about to write again.
+
+        Args:
+            step: the last step that counts; -1 when the run starts over.
+        Returns:
+            The number of lines dropped from metrics.jsonl.
+        """
+        keep_until(self.rollouts, step)
+        return keep_until(self.metrics, step)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Stopwatch:
+    """Splits the time of a step into phases that cannot overlap.
+
+    A phase inside another one is taken out of the outer one's time, and what no phase covered is
+    `time/other`, so the parts always add up to `time/step`.
+
+    Args:
+        synchronize: called at every border, so that queued GPU work counts where it was asked for
+            (`torch.cuda.synchronize`); nothing on CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        synchronize: Callable[[], object] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock = clock
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._open = ["other"]
+        self._since = clock()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time of the block goes to `time/<name>`."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def lap(self) -> dict[str, float]:
+        """Seconds since the last lap: `time/rollout` … `time/sync`, any other phase, `time/other`
+        and `time/step`; then start over."""
+        self._charge()
+        names = dict.fromkeys((*PHASES, *self._spent, "other"))
+        times = {f"time/{name}": self._spent[name] for name in names}
+        self._spent.clear()
+        return times | {"time/step": sum(times.values())}
+
+    def _charge(self) -> None:
+        if self._synchronize:
+            self._synchronize()
+        now = self._clock()
+        self._spent[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def summarise(
+    groups: Sequence[Group], credits: Sequence[Credit] | None = None, *, prefix: str = ""
+) -> dict[str, float]:
+    """The figures of one step's rollouts, under the names of metrics.jsonl.
+
+    Means are over the rollouts that did not fail: a fault of the world must not read as a worse
+    policy. How many failed stands in `failed` and `status/…`, which are shares of all rollouts.
+
+    Args:
+        credits: one per group; without them there is no `zero_signal_groups`.
+        prefix: put before every name (`"eval/"`).
+    Returns:
+        reward/outcome, reward/turn (sum over the turns of a rollout), reward/turn_1 … per turn
+        index over the rollouts that got that far, reward_part/…, tool_success, tool_calls, turns,
+        truncated (share of turns cut at the token limit), every metric of the environment
+        (exact_match, …), failed, status/…, rollouts, tokens_sampled, zero_signal_groups (share).
+        A mean over nothing is nan.
+    """
+    everyone = [trajectory for group in groups for trajectory in group.trajectories]
+    whole = [trajectory for trajectory in everyone if not trajectory.failed]
+    turns = [turn for trajectory in whole for turn in trajectory.turns]
+    statuses = Counter(trajectory.status for trajectory in everyone)
+    figures = {
+        "reward/outcome": _mean(t.outcome for t in whole),
+        "reward/turn": _mean(sum(turn.reward or 0.0 for turn in t.turns) for t in whole),
+        **_mean_by_key(_turn_rewards(t) for t in whole),
+        **_mean_by_key(_reward_parts(t) for t in whole),
+        "tool_success": _mean(t.tool_success for t in whole),
+        "tool_calls": _mean(sum(turn.tool_calls for turn in t.turns) for t in whole),
+        "turns": _mean(len(t.turns) for t in whole),
+        "truncated": _mean(turn.finish == "length" for turn in turns),
+        **_mean_by_key(t.metrics for t in whole),
+        "failed": _mean(t.failed for t in everyone),
+        **{f"status/{name}": statuses[name] / max(len(everyone), 1) for name in get_args(Status)},
+        "rollouts": len(everyone),
+        "tokens_sampled": sum(t.num_sampled for t in everyone),
+    }
+    if credits is not None:
+        figures["zero_signal_groups"] = _mean(not credit.has_signal for credit in credits)
+    return {prefix + name: value for name, value in figures.items()}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl (or the one of a run directory), null for what was not finite.
+
+    A last line without its newline is one that a kill cut off; it is left out.
+
+    Raises:
+        ConfigError: no such file, or a line that is not a JSON object with a `step`.
+    """
+    return list(read_lines(path / "metrics.jsonl" if path.is_dir() else path))
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (folder / f"config.{number}.toml").exists():
+        number += 1
+    return folder / f"config.{number}.toml"
+
+
+def _plain(group: Group, credit: Credit | None) -> dict[str, Any]:
+    return {
+        "task_id": group.task.id,
+        "question": group.task.question,
+        "answers": group.task.answers,
+        "rule": credit.rule if credit else None,
+        "rollouts": [
+            _plain_rollout(trajectory, credit.advantages[index] if credit else None)
+            for index, trajectory in enumerate(group.trajectories)
+        ],
+    }
+
+
+def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -> dict[str, Any]:
+    return {
+        "index": trajectory.index,
+        "status": trajectory.status,
+        "error": trajectory.error,
+        "outcome": trajectory.outcome,
+        "outcome_parts": trajectory.outcome_parts,
+        "metrics": trajectory.metrics,
+        "tool_success": trajectory.tool_success,
+        "time_s": trajectory.time_s,
+        "turns": [
+            {
+                "text": turn.text,
+                "reply": turn.reply,
+                "reward": turn.reward,
+                "reward_parts": turn.reward_parts,
+                # a failed rollout may have turns that no rule gave credit
+                "advantage": advantages[k] if advantages and k < len(advantages) else None,
+                "finish": turn.finish,
+                "tokens": len(turn.sampled_ids),
+                "tool_calls": turn.tool_calls,
+                "tool_successes": turn.tool_successes,
+            }
+            for k, turn in enumerate(trajectory.turns)
+        ],
+    }
+
+
+def _turn_rewards(trajectory: Trajectory) -> dict[str, float]:
+    rewards = {f"reward/turn_{k + 1}": turn.reward for k, turn in enumerate(trajectory.turns)}
+    return {name: reward for name, reward in rewards.items() if reward is not None}
+
+
+def _reward_parts(trajectory: Trajectory) -> dict[str, float]:
+    parts: defaultdict[str, float] = defaultdict(float)
+    for part in (*(turn.reward_parts for turn in trajectory.turns), trajectory.outcome_parts):
+        for name, value in part.items():
+            parts[f"reward_part/{name}"] += value
+    return parts
+
+
+def _mean(values: Iterable[float]) -> float:
+    collected = list(values)
+    return fmean(collected) if collected else math.nan
+
+
+def _mean_by_key(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    columns: defaultdict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            columns[name].append(value)
+    return {name: _mean(values) for name, values in columns.items()}
