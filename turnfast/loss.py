@@ -93,6 +93,7 @@ def _backward(policy: Policy, batch: Batch, config: LossConfig, temperature: flo
         batch.old_logprobs_N,
         weights=batch.weights_N,
         sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
+        sequences=batch.sequences_K if config.ratio == "sequence" else None,
         rule=policy_rule(config),
         temperature=temperature,
         softcap=policy.softcap,

@@ -150,6 +150,7 @@ def batch_of(rows: Sequence[Row], weights: Sequence[float], device: torch.device
             dtype=torch.int32,
         ),
         "advantages_K": torch.tensor([a for row in rows for a in row.advantages]),
+        "sequences_K": torch.tensor([row.trajectory for row in rows for _ in row.advantages]),
         "weights_N": torch.tensor([weights[row.trajectory] for row in rows for _ in row.targets]),
         "sampler_logprobs_N": torch.tensor([x for row in rows for x in row.logprobs]),
     }

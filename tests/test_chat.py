@@ -1,0 +1,118 @@
+"""Token identity: what is trained is what was sampled, whatever the text spells."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from turnfast.chat import Chat, ChatError
+from turnfast.packing import rows_of
+from turnfast.types import Turn
+
+SPELLED = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "", "\n", " ", "é𝄞\u202e", "\x00"]
+TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(SPELLED)), max_size=4).map("".join)
+
+# keeps an assistant's reasoning only while its turn is the last one, as several models do
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_folder):
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    question=TEXT,
+    replies=st.lists(TEXT, min_size=1, max_size=4),
+    closed=st.lists(st.booleans(), min_size=4, max_size=4),
+    seed=st.integers(0, 2**32),
+)
+def test_training_ids_are_the_sampled_ids(chat, question, replies, closed, seed):
+    draw = random.Random(seed)
+    talk = chat.open([{"role": "user", "content": question}])
+    seen: list[int] = []
+    turns = []
+    for k, reply in enumerate(replies):
+        # any id but a stop id: real samples are full of ids no tokenizer would produce
+        body = [draw.randrange(3, 300) for _ in range(draw.randrange(0, 8))]
+        ids = tuple(body + [chat.end_id] * (closed[k] or not body))
+        turn = Turn(
+            prompt_ids=talk.prompt_ids,
+            sampled_ids=ids,
+            logprobs=(-1.0,) * len(ids),
+            text=chat.text(ids),
+            finish="stop" if ids[-1] == chat.end_id else "length",
+            restart=talk.restart,
+        )
+        turns.append(turn)
+        seen += [*turn.prompt_ids, *ids]
+        talk = chat.extend(
+            talk, turn.text, turn.finish == "stop", [{"role": "user", "content": reply}]
+        )
+        assert not talk.restart
+        # exactly one end of turn between the sample and the next header, whoever produced it
+        assert ([*ids, *talk.prompt_ids].count(chat.end_id)) == 2
+    (row,) = rows_of(turns, [1.0] * len(turns), 0)
+    assert len(row.targets) == sum(len(turn.sampled_ids) for turn in turns)
+    assert row.targets == [token for turn in turns for token in turn.sampled_ids]
+    assert row.tokens == seen[: len(row.tokens)] and len(row.tokens) == len(seen) - 1
+    assert [seen[r + 1] for r in row.rows] == row.targets
+
+
+def test_a_prompt_equals_the_template(chat):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    expected = chat.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert list(chat.open(messages).prompt_ids) == expected
+
+
+def test_a_content_never_becomes_a_special_token(chat):
+    ids = chat.open([{"role": "user", "content": "<|im_end|><|im_start|>"}]).prompt_ids
+    clean = chat.open([{"role": "user", "content": "hi"}]).prompt_ids
+    for special in chat.tokenizer.all_special_ids:
+        assert ids.count(special) == clean.count(special)
+    assert chat.end_id not in chat.encode_reply("<|im_end|>")[:-1]
+
+
+def test_a_template_that_forgets_splits_the_trajectory(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = FORGETFUL
+    chat = Chat(tokenizer)
+    talk = chat.open([{"role": "user", "content": "Who?"}])
+    plain = chat.extend(talk, "Ida", True, [{"role": "user", "content": "Sure?"}])
+    assert not plain.restart
+    split = chat.extend(talk, "<think>hm</think>Ida", True, [{"role": "user", "content": "Sure?"}])
+    assert split.restart
+    assert "hm" not in tokenizer.decode(split.prompt_ids)
+    assert tokenizer.decode(split.prompt_ids).startswith("<|im_start|>user\nWho?")
+
+
+def test_a_template_that_trims_stays_append_only(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content | trim")
+    chat = Chat(tokenizer)
+    talk = chat.open([{"role": "user", "content": "Who?"}])
+    after = chat.extend(talk, " Ida \n", True, [{"role": "user", "content": "Sure?"}])
+    assert not after.restart
+    assert tokenizer.decode(after.prompt_ids).startswith("\n<|im_start|>user\nSure?")
+
+
+def test_no_template_is_refused(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = None
+    with pytest.raises(ChatError, match="chat template"):
+        Chat(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(ChatError, match="special token"):
+        Chat(tokenizer)

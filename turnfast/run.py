@@ -1,0 +1,143 @@
+"""Everything a run holds open, put together from a recipe: model, environment, engine, optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .chat import Chat, ChatError
+from .checkpoint import load_checkpoint, newest_whole
+from .config import Config, ConfigError
+from .credit import check_rule
+from .envs import Demonstrator, Env, load_env
+from .metrics import RunDir
+from .model import Policy, load_policy, pick_device
+from .optim import Optimizer
+from .sampler import Sampler, make_sampler
+from .tiny import write_tiny_model
+from .types import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A training run in progress; `step` is the last one that is already done."""
+
+    directory: RunDir
+    policy: Policy
+    env: Env
+    chat: Chat
+    sampler: Sampler
+    optimizer: Optimizer
+    step: int
+
+
+@contextmanager
+def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator[Run]:
+    """Start a run, or go on from the newest whole checkpoint of an earlier one.
+
+    Everything that can be wrong with the recipe is found before the run directory is made.
+
+    Raises:
+        ConfigError: the text names the field and the way out.
+    """
+    check_rule(config.credit.rule, config.credit.options)
+    env = open_env(config)
+    device = pick_device(config.train.device)
+    with RunDir.create(run_dir, config, resume=resume) as directory:
+        policy = load_policy(config.model, model_folder(config, env, run_dir), device)
+        chat = open_chat(policy, env)
+        optimizer = Optimizer(policy.model.parameters(), config.optim)
+        step = _restore(directory, policy, optimizer) if resume else 0
+        sampler = open_sampler(config, policy, chat)
+        try:
+            yield Run(
+                directory=directory,
+                policy=policy,
+                env=env,
+                chat=chat,
+                sampler=sampler,
+                optimizer=optimizer,
+                step=step,
+            )
+        finally:
+            sampler.close()
+
+
+def open_env(config: Config) -> Env:
+    return load_env(
+        config.env.name,
+        config.env.options,
+        max_turns=config.env.max_turns,
+        tool_timeout_s=config.env.tool_timeout_s,
+    )
+
+
+def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
+    """Where the weights are; the built-in model is made in the run directory first."""
+    if config.model.path != "tiny":
+        return Path(config.model.path)
+    if not isinstance(env, Demonstrator):
+        raise ConfigError(
+            "model.path: 'tiny' learns its tokenizer from the environment's corpus(), which "
+            f"{type(env).__name__} does not have; name a model"
+        )
+    folder = run_dir / "tiny"
+    if not (folder / "config.json").exists():
+        context = config.rollout.max_context
+        write_tiny_model(folder, env.corpus(), seed=config.train.seed, max_context=context)
+    return folder
+
+
+def open_chat(policy: Policy, env: Env) -> Chat:
+    schemas = [tool.schema for tool in env.tools] if env.native_calls else []
+    try:
+        return Chat(policy.tokenizer, schemas)
+    except ChatError as error:
+        raise ConfigError(f"model.path: {policy.folder}: {error}") from None
+
+
+def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
+    return make_sampler(
+        config.sampler,
+        model_folder=policy.folder,
+        model=policy.model,
+        stop_ids=chat.stop_ids,
+        max_context=config.rollout.max_context,
+        device=policy.device.type,
+        dtype=policy.model.dtype,
+        seed=config.train.seed,
+    )
+
+
+def tasks_of_step(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
+    """The `count` tasks of a step: shuffled passes over all of them, a function of seed and step
+    alone, so that a resumed run sees what an uninterrupted one would have seen."""
+    chosen: list[Task] = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, len(tasks))
+        chosen.append(tasks[_order(len(tasks), epoch, seed)[place]])
+    return chosen
+
+
+_orders: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(size: int, epoch: int, seed: int) -> list[int]:
+    key = (size, epoch, seed)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = random.Random(f"{seed}:{epoch}").sample(range(size), size)
+    return _orders[key]
+
+
+def _restore(directory: RunDir, policy: Policy, optimizer: Optimizer) -> int:
+    newest = newest_whole(directory.checkpoints)
+    if newest is None:
+        directory.rewind(-1)
+        return 0
+    step = int(load_checkpoint(newest, model=policy.model, optimizer=optimizer)["step"])
+    directory.rewind(step)
+    return step
