@@ -7,15 +7,19 @@ gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..segments import segment_sum
-from .plan import Plan, make_plan
+from ..segments.reference import segment_sum
+from .plan import Chunk, Plan, make_plan
 from .policy import Terms, Tokens, add_sums, no_sums, policy_terms, stats_vector
 from .problem import Outcome, Problem, Vocab, compute_dtype
+from .records import PolicyRule
+
+Policy = Callable[[PolicyRule, Tokens, Tensor, Tensor], Terms]
 
 
 class Head(Protocol):
@@ -48,13 +52,18 @@ class Head(Protocol):
         ...
 
 
-def run_policy_loss(problem: Problem, head: Head) -> Outcome:
+def run_policy_loss(
+    problem: Problem,
+    head: Head,
+    policy: Policy = policy_terms,
+    turn_sums: Callable[[Tensor, Tensor, int], Tensor] = segment_sum,
+) -> Outcome:
     """Loss, statistics and gradients of a checked problem, chunk by chunk."""
     p = problem
     dtype = compute_dtype(p.hidden_TD.dtype)
     device = p.hidden_TD.device
-    N, M_chunk = p.rows_N.shape[0], p.chunk_tokens or head.chunk_tokens()
-    plan = make_plan(p, M_chunk)
+    N, size = p.rows_N.shape[0], p.chunk_tokens or head.chunk_tokens()
+    plan = make_plan(p, size)
     logprobs_N = torch.full((N,), torch.nan, dtype=dtype, device=device)
     entropies_N = logprobs_N.clone()
     d_hidden_TD = torch.zeros(
@@ -63,23 +72,22 @@ def run_policy_loss(problem: Problem, head: Head) -> Outcome:
     loss = torch.zeros((), dtype=dtype, device=device)
     sums = no_sums(device)
     gradients = p.need_hidden or p.need_head
-    for start, stop in plan.chunks:
-        index_C = plan.order_M[start:stop]
-        long = stop - start > M_chunk
-        pieces = index_C.split(M_chunk)
+    for chunk in plan.chunks:
+        index_C = plan.order_M[chunk.start : chunk.stop]
+        long = index_C.shape[0] > size
+        pieces = index_C.split(size)
         results = [_forward(p, head, piece_C, keep=gradients and not long) for piece_C in pieces]
         logprobs_C = torch.cat([logprobs for logprobs, _ in results])
         entropies_C = torch.cat([entropies for _, entropies in results])
-        terms = policy_terms(p.rule, _tokens(p, plan, start, stop), logprobs_C, entropies_C)
+        terms = policy(p.rule, _tokens(p, plan, chunk), logprobs_C, entropies_C)
         loss = loss + terms.loss
         sums = add_sums(sums, terms.sums)
         logprobs_N[index_C] = logprobs_C
         entropies_N[index_C] = entropies_C
         if gradients:
             _backward(p, head, terms, pieces, again=long, d_hidden_TD=d_hidden_TD)
-    turn_logprobs_K = segment_sum(
-        logprobs_N.nan_to_num(0.0), p.turns_N, num_segments=p.advantages_K.shape[0]
-    )
+    known_N = logprobs_N.nan_to_num(0.0)
+    turn_logprobs_K = turn_sums(known_N, p.turns_N, p.advantages_K.shape[0])
     return Outcome(
         loss=loss,
         logprobs_N=logprobs_N,
@@ -135,15 +143,18 @@ def _backward(
         start = stop
 
 
-def _tokens(p: Problem, plan: Plan, start: int, stop: int) -> Tokens:
-    index_C = plan.order_M[start:stop]
+def _tokens(p: Problem, plan: Plan, chunk: Chunk) -> Tokens:
+    index_C = plan.order_M[chunk.start : chunk.stop]
+    segment_C = None if plan.segment_M is None else plan.segment_M[chunk.start : chunk.stop]
+    lengths_S = None if plan.lengths_S is None else plan.lengths_S[chunk.first : chunk.last]
     return Tokens(
         advantages_C=p.advantages_K[p.turns_N[index_C]],
         weights_C=p.weights_N[index_C],
         old_C=None if p.old_N is None else p.old_N[index_C],
         ref_C=None if p.ref_N is None else p.ref_N[index_C],
         sampler_C=None if p.sampler_N is None else p.sampler_N[index_C],
-        segment_C=None if plan.segment_M is None else plan.segment_M[start:stop],
+        segment_C=None if segment_C is None else segment_C - chunk.first,
+        lengths_S=lengths_S,
     )
 
 

@@ -11,19 +11,30 @@ from .problem import Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Whole segments: tokens [start, stop) of the order, segments [first, last)."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The M active tokens of a call, ordered so that each ratio segment is contiguous.
 
-    order_M: indices into the N tokens. segment_M: segment number per ordered token, counting up
-    from 0 (None at token level). num_segments: their number. chunks: (start, stop) into the order,
-    each holding whole segments and at most `chunk` tokens unless it is one longer segment. masked,
-    skipped: counts of what was left out.
+    order_M: indices into the N tokens.
+    segment_M, lengths_S: segment of each ordered token, counting up from 0, and tokens per segment;
+        None at token level, where every token is its own segment.
+    chunks: what is computed together; at most `chunk` tokens unless it is one longer segment.
+    masked, skipped: counts of what was left out.
     """
 
     order_M: Tensor
     segment_M: Tensor | None
-    chunks: tuple[tuple[int, int], ...]
-    chunk: int
+    lengths_S: Tensor | None
+    chunks: tuple[Chunk, ...]
     masked: Tensor
     skipped: Tensor
 
@@ -31,8 +42,8 @@ class Plan:
 def make_plan(problem: Problem, chunk: int) -> Plan:
     """Leave out tokens that cannot change the loss, and cut the rest at segment boundaries.
 
-    Worked example: chunk 4, ratio "turn", turns of 3, 2 and 9 tokens, all with an advantage: chunks
-    (0, 3), (3, 5), (5, 14); the last one is a segment longer than a chunk.
+    Worked example: chunk 5, ratio "turn", turns of 3, 2 and 9 tokens, all with an advantage: tokens
+    (0, 5) and (5, 14), segments (0, 2) and (2, 3); the last one is longer than a chunk.
     """
     p = problem
     weighted_N = p.weights_N != 0
@@ -57,8 +68,8 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
         return Plan(
             order_M=order_M,
             segment_M=None,
+            lengths_S=None,
             chunks=chunks,
-            chunk=chunk,
             masked=masked,
             skipped=skipped,
         )
@@ -67,25 +78,28 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
     return Plan(
         order_M=order_M[by_segment_M],
         segment_M=number_M,
+        lengths_S=lengths,
         chunks=_whole_segment_chunks(lengths.tolist(), chunk),
-        chunk=chunk,
         masked=masked,
         skipped=skipped,
     )
 
 
-def _even_chunks(total: int, chunk: int) -> tuple[tuple[int, int], ...]:
-    return tuple((start, min(start + chunk, total)) for start in range(0, total, chunk))
+def _even_chunks(total: int, chunk: int) -> tuple[Chunk, ...]:
+    # Equal parts: a short last chunk would cost as much weight traffic as a full one.
+    size = -(-total // max(1, -(-total // chunk)))
+    spans = ((start, min(start + size, total)) for start in range(0, total, max(size, 1)))
+    return tuple(Chunk(start=a, stop=b, first=a, last=b) for a, b in spans)
 
 
-def _whole_segment_chunks(lengths: list[int], chunk: int) -> tuple[tuple[int, int], ...]:
-    chunks: list[tuple[int, int]] = []
-    start = stop = 0
-    for length in lengths:
+def _whole_segment_chunks(lengths: list[int], chunk: int) -> tuple[Chunk, ...]:
+    chunks: list[Chunk] = []
+    start = stop = first = 0
+    for number, length in enumerate(lengths):
         if stop > start and stop + length - start > chunk:
-            chunks.append((start, stop))
-            start = stop
+            chunks.append(Chunk(start=start, stop=stop, first=first, last=number))
+            start, first = stop, number
         stop += length
     if stop > start:
-        chunks.append((start, stop))
+        chunks.append(Chunk(start=start, stop=stop, first=first, last=len(lengths)))
     return tuple(chunks)

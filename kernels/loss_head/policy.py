@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..segments.reference import segment_sum
 from .records import PolicyRule
 
 # Sums over tokens, in this order; then the extremes of the ratio.
@@ -23,8 +24,10 @@ NUM_SUMS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The per-token inputs of the policy loss for C tokens; segment numbers count up by at most
-    one."""
+    """The per-token inputs of the policy loss for C tokens in S whole segments, in order.
+
+    segment_C counts up from 0 and lengths_S are the tokens per segment; both None at token level.
+    """
 
     advantages_C: Tensor
     weights_C: Tensor
@@ -32,6 +35,7 @@ class Tokens:
     ref_C: Tensor | None
     sampler_C: Tensor | None
     segment_C: Tensor | None
+    lengths_S: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +55,7 @@ def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: T
     """Loss and derivatives in torch, without autograd, any device."""
     old_C = logprobs_C if t.old_C is None else t.old_C
     log_ratio_C = logprobs_C - old_C
-    level_C, lengths = log_ratio_C, None
-    if t.segment_C is not None:
-        local_C = t.segment_C - t.segment_C[0]
-        lengths = torch.bincount(local_C).to(logprobs_C.dtype)
-        mean_S = _segment_sum(log_ratio_C, local_C, lengths) / lengths
-        level_C = mean_S[local_C]
-    ratio_C = level_C.exp()
+    ratio_C = _segment_mean(log_ratio_C, t).exp()
     A_C = t.advantages_C
     scale_C = t.weights_C
     if rule.is_cap is not None:
@@ -76,12 +74,7 @@ def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: T
         bounded_C = torch.where(dual_C, rule.dual_clip or 0.0, bounded_C)
         policy_C = -bounded_C * A_C
         clipped_C = high_C | low_C | dual_C
-        d_level_C = torch.where(clipped_C, 0.0, policy_C) * scale_C
-        d_logprob_C = d_level_C
-        if t.segment_C is not None:
-            assert lengths is not None
-            d_mean_S = _segment_sum(d_level_C, local_C, lengths) / lengths
-            d_logprob_C = d_mean_S[local_C]
+        d_logprob_C = _segment_mean(torch.where(clipped_C, 0.0, policy_C) * scale_C, t)
     else:
         low_C = dual_C = none_C
         coef_C = -ratio_C.clamp(max=1 + rule.clip_high) * A_C
@@ -111,8 +104,13 @@ def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: T
     )
 
 
-def _segment_sum(values_C: Tensor, segment_C: Tensor, like_S: Tensor) -> Tensor:
-    return torch.zeros_like(like_S).index_add_(0, segment_C, values_C)
+def _segment_mean(values_C: Tensor, t: Tokens) -> Tensor:
+    """The mean over each token's segment; the values themselves at token level."""
+    if t.segment_C is None:
+        return values_C
+    assert t.lengths_S is not None
+    sums_S = segment_sum(values_C, t.segment_C, t.lengths_S.shape[0])
+    return (sums_S / t.lengths_S)[t.segment_C]
 
 
 def no_sums(device: torch.device) -> Tensor:
