@@ -81,7 +81,7 @@ class RunDir:
                 f"{path}: the run directory cannot be written ({error.strerror}); "
                 "give another one with --run-dir"
             ) from error
-        sinks = open_sinks(config.train.sinks, path, config.model_dump(mode="json"))
+        sinks = open_sinks(config.train.sinks, path, config.model_dump(mode="json"), resume=resume)
         return cls(path=path, sinks=sinks)
 
     @property

@@ -28,26 +28,29 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(names: Sequence[str], run: Path, recipe: Mapping[str, Any]) -> tuple[Sink, ...]:
-    """One sink per name of `train.sinks`.
+def open_sinks(
+    names: Sequence[str], run: Path, recipe: Mapping[str, Any], *, resume: bool = False
+) -> tuple[Sink, ...]:
+    """One sink per name of `train.sinks`; with `resume` trackers go on with the run they know.
 
     Raises:
         ConfigError: the package is not installed or refuses to start.
     """
-    return tuple(_Guarded(name, _open(name, run, recipe)) for name in names)
+    return tuple(_Guarded(name, _open(name, run, recipe, resume)) for name in names)
 
 
-def _open(name: str, run: Path, recipe: Mapping[str, Any]) -> Sink:
+def _open(name: str, run: Path, recipe: Mapping[str, Any], resume: bool) -> Sink:
     module = _import(name, "torch.utils.tensorboard" if name == "tensorboard" else name)
     try:
         if name == "tensorboard":
             return _TensorBoard(module.SummaryWriter(str(run / "tensorboard")))
         options: dict[str, Any] = {"project": PROJECT, "name": run.name, "config": dict(recipe)}
         if name == "wandb":
-            options |= {"dir": str(run), "resume": "auto"}
+            options |= {"dir": str(run), "resume": "auto" if resume else "never"}
         else:
-            options |= {"resume": "allow"}
-        return _Tracker(module, module.init(**options))
+            options |= {"resume": "allow" if resume else "never"}
+        module.init(**options)
+        return _Tracker(module)
     except Exception as error:  # a tracker may raise anything: no account, no network, no disk
         raise ConfigError(
             f"train.sinks: {name} could not be started ({error}); leave it out of train.sinks, "
@@ -81,7 +84,7 @@ class _TensorBoard:
 class _Tracker:
     """wandb and trackio share one interface."""
 
-    def __init__(self, module: ModuleType, _run: Any) -> None:
+    def __init__(self, module: ModuleType) -> None:
         self._module = module
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
