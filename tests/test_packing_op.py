@@ -1,0 +1,64 @@
+"""pack_rows: every row once, no micro-batch above the budget, C++ and Python alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnfast.kernels import packing
+from turnfast.kernels.extension import load_error
+from turnfast.kernels.packing import first_fit_decreasing, pack_rows
+
+needs_extension = pytest.mark.skipif(load_error() is not None, reason=f"no _C: {load_error()}")
+rows_and_budget = st.integers(1, 200).flatmap(
+    lambda budget: st.tuples(st.lists(st.integers(0, budget), max_size=200), st.just(budget))
+)
+
+
+@given(rows_and_budget)
+def test_every_row_once_and_within_the_budget(case):
+    lengths, budget = case
+    batches = pack_rows(lengths, budget)
+    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+    assert all(rows == sorted(rows) and rows for rows in batches)
+    assert all(sum(lengths[row] for row in rows) <= budget for rows in batches)
+
+
+@given(rows_and_budget)
+def test_first_fit_leaves_no_two_half_empty_micro_batches(case):
+    lengths, budget = case
+    loads = [sum(lengths[row] for row in rows) for rows in pack_rows(lengths, budget)]
+    assert sum(2 * load <= budget for load in loads) <= 1
+
+
+@needs_extension
+@given(rows_and_budget)
+def test_cpp_equals_python(case):
+    lengths, budget = case
+    assert torch.ops.turnfast.pack_rows(lengths, budget) == first_fit_decreasing(lengths, budget)
+
+
+def test_worked_example_without_the_extension(monkeypatch):
+    monkeypatch.setattr(packing, "load_error", lambda: "not built")
+    assert pack_rows([5, 9, 3, 4], 10) == [[1], [0, 3], [2]]
+
+
+def test_worked_example():
+    assert pack_rows([5, 9, 3, 4], 10) == [[1], [0, 3], [2]]
+    assert pack_rows([4, 4, 4], 8) == [[0, 1], [2]]
+    assert pack_rows([], 8) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "words"),
+    [
+        ([3, 11, 2], 10, r"lengths\[1\] is 11 tokens, more than the budget of 10"),
+        ([3, -1], 10, r"lengths\[1\] is -1"),
+        ([3], 0, "budget is 0"),
+    ],
+)
+def test_refusals_name_the_numbers(lengths, budget, words):
+    with pytest.raises(ValueError, match=words):
+        pack_rows(lengths, budget)
