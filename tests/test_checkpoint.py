@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.checkpoint import CheckpointError, load_checkpoint, newest_whole, save_checkpoint
+from turnfast.config import OptimConfig
+from turnfast.optim import Optimizer as OurOptimizer
 
 
 def make(dtype: torch.dtype = torch.float32, tied: bool = True, seed: int = 0, width: int = 16):
@@ -116,6 +118,23 @@ def test_float32_moments_of_bfloat16_weights_are_not_rounded(tmp_path):
     again, optimizer_again = make(torch.bfloat16, seed=1)
     load_checkpoint(path, model=again, optimizer=optimizer_again)
     assert digest(again, optimizer_again) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_optimizer_with_master_weights(tmp_path, dtype):
+    config = OptimConfig(lr=1e-3, warmup_steps=8)
+    model, _ = make(dtype)
+    optimizer = OurOptimizer(model.parameters(), config)
+    seed_all(3)
+    train(model, optimizer, 5)
+    path = save(tmp_path, 5, model, optimizer)
+    train(model, optimizer, 5)
+    again, _ = make(dtype, seed=9)
+    optimizer_again = OurOptimizer(again.parameters(), config)
+    load_checkpoint(path, model=again, optimizer=optimizer_again)
+    train(again, optimizer_again, 5)
+    assert digest(again, optimizer_again) == digest(model, optimizer)
+    assert optimizer_again.num_steps == 10
 
 
 def test_optimizer_without_a_step_and_with_two_groups(tmp_path):

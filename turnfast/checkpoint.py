@@ -51,12 +51,20 @@ class Saves(Protocol):
     def save_pretrained(self, save_directory: str, /) -> Any: ...
 
 
+class Stateful(Protocol):
+    """What is asked of an optimizer: torch's two methods, `state` and `param_groups` in them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
     *,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Stateful,
     tokenizer: Saves | None,
     state: Mapping[str, Any],
     keep: int,
@@ -98,7 +106,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Stateful) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer state and random states in place.
 
     Returns:
@@ -159,7 +167,7 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
 # --- optimizer ------------------------------------------------------------------------------------
 
 
-def _save_optimizer(optimizer: Optimizer, folder: Path) -> None:
+def _save_optimizer(optimizer: Stateful, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     saved = optimizer.state_dict()
@@ -175,7 +183,7 @@ def _save_optimizer(optimizer: Optimizer, folder: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, _optimizer_file(folder))
 
 
-def _load_optimizer(optimizer: Optimizer, folder: Path) -> None:
+def _load_optimizer(optimizer: Stateful, folder: Path) -> None:
     document = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {
         int(index): dict(entries) for index, entries in document["plain"].items()
@@ -189,12 +197,13 @@ def _load_optimizer(optimizer: Optimizer, folder: Path) -> None:
     ]
     try:
         optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: the optimizer state belongs to other parameters ({error}); resume with "
             "the model and optim sections of the run that wrote it"
         ) from error
-    _restore_dtypes(optimizer, state)
+    if isinstance(optimizer, Optimizer):
+        _restore_dtypes(optimizer, state)
 
 
 def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
