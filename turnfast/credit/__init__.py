@@ -10,10 +10,9 @@ no baseline, and get zeros; so does a group with fewer than two rollouts left. E
     clip      advantages are cut to [-clip, clip]; last of all
     whiten    mean 0 and standard deviation 1 over all turns of the batch's groups that have a
               signal; groups without one keep their exact zeros
-    missing   "skip": a turn whose reward is None is in no baseline of turn rewards and adds 0;
-              "zero": None means that the turn earned 0, and counts as such
 
-and those that normalise also take `epsilon`, `std` and `baseline` (see `baseline.Norm`).
+and those that normalise also take `epsilon`, `std` and `baseline` (see `baseline.Norm`). A turn
+reward of None adds nothing to a return; `mt_grpo`, which compares single rewards, has a choice.
 """
 
 from __future__ import annotations
@@ -23,9 +22,20 @@ from functools import wraps
 from typing import Any
 
 from turnfast.config import ConfigError
-from turnfast.credit import grpo_mr, grpo_or, mt_grpo
+from turnfast.credit import (
+    dr,
+    gigpo,
+    grpo_mr,
+    grpo_or,
+    hybrid,
+    mt_grpo,
+    mt_grpo_unbiased,
+    return_to_go,
+    rloo,
+    tree,
+)
 from turnfast.credit.baseline import Rows
-from turnfast.credit.frame import with_failed
+from turnfast.credit.frame import counted, with_failed
 from turnfast.credit.options import split_options, suggest
 from turnfast.types import Credit, Group
 
@@ -43,9 +53,16 @@ def per_group(rule: Callable[..., Rows]) -> BatchRule:
 
 
 RULES: dict[str, BatchRule] = {
+    "dr": per_group(dr.advantages),
+    "gigpo": per_group(gigpo.advantages),
     "grpo_mr": per_group(grpo_mr.advantages),
     "grpo_or": per_group(grpo_or.advantages),
+    "hybrid": per_group(hybrid.advantages),
     "mt_grpo": per_group(mt_grpo.advantages),
+    "mt_grpo_unbiased": per_group(mt_grpo_unbiased.advantages),
+    "return_to_go": return_to_go.advantages,
+    "rloo": per_group(rloo.advantages),
+    "tree": per_group(tree.advantages),
 }
 
 
@@ -70,10 +87,10 @@ def assign_credits(groups: Sequence[Group], rule: str = "mt_grpo", **options: An
     """
     function = _find(rule)
     frame, arguments = split_options(rule, function, options)
-    rows_by_group = function([frame.before(group) for group in groups], **arguments)
+    rows_by_group = function([counted(group) for group in groups], **arguments)
     return [
         Credit(rule=rule, advantages=with_failed(group, rows))
-        for group, rows in zip(groups, frame.after(rows_by_group), strict=True)
+        for group, rows in zip(groups, frame.apply(rows_by_group), strict=True)
     ]
 
 

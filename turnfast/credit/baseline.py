@@ -76,8 +76,13 @@ def norm_within(
     return result
 
 
-def turn_rewards(group: Group) -> list[list[float | None]]:
-    return [[turn.reward for turn in t.turns] for t in group.trajectories]
+def turn_rewards(group: Group, missing: Literal["skip", "zero"]) -> list[list[float | None]]:
+    """The rewards as given, None included ("skip"), or with 0 in the place of None ("zero")."""
+    filler = 0.0 if missing == "zero" else None
+    return [
+        [filler if turn.reward is None else turn.reward for turn in t.turns]
+        for t in group.trajectories
+    ]
 
 
 def outcomes(group: Group) -> list[float]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal
 
 from turnfast.config import PositiveFloat
 from turnfast.credit.baseline import NORM, Rows
@@ -19,33 +18,31 @@ class Frame:
 
     clip: PositiveFloat | None = None
     whiten: bool = False
-    missing: Literal["skip", "zero"] = "skip"
 
-    def before(self, group: Group) -> Group:
-        """The rollouts that count, none if fewer than two: one alone has no peer to be compared to.
-
-        Raises:
-            ValueError: a reward that is no finite number, with its task, trajectory and turn.
-        """
-        healthy = [t for t in group.trajectories if not t.failed]
-        for trajectory in healthy:
-            _check_finite(trajectory)
-        if self.missing == "zero":
-            healthy = [_zero_for_none(trajectory) for trajectory in healthy]
-        return replace(group, trajectories=tuple(healthy) if len(healthy) > 1 else ())
-
-    def after(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
+    def apply(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
         result = _whitened(rows_by_group) if self.whiten else list(rows_by_group)
         if (c := self.clip) is None:
             return result
         return [[[min(max(a, -c), c) for a in row] for row in rows] for rows in result]
 
 
+def counted(group: Group) -> Group:
+    """The rollouts that count; none if fewer than two: one alone has no peer to compare with.
+
+    Raises:
+        ValueError: a reward that is no finite number, with its task, trajectory and turn.
+    """
+    healthy = tuple(t for t in group.trajectories if not t.failed)
+    for trajectory in healthy:
+        _check_finite(trajectory)
+    return replace(group, trajectories=healthy if len(healthy) > 1 else ())
+
+
 def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
     """The rows of the rollouts that counted, in the group's order, and zeros for the others."""
-    counted = iter(rows)
+    remaining = iter(rows)
     return tuple(
-        tuple(next(counted)) if rows and not t.failed else (0.0,) * len(t.turns)
+        tuple(next(remaining)) if rows and not t.failed else (0.0,) * len(t.turns)
         for t in group.trajectories
     )
 
@@ -59,11 +56,6 @@ def _check_finite(trajectory: Trajectory) -> None:
                 f"task {trajectory.task_id!r}, trajectory {trajectory.index}, {place}: "
                 f"reward is {reward!r}; it must be a finite number"
             )
-
-
-def _zero_for_none(trajectory: Trajectory) -> Trajectory:
-    turns = (t if t.reward is not None else replace(t, reward=0.0) for t in trajectory.turns)
-    return replace(trajectory, turns=tuple(turns))
 
 
 def _whitened(rows_by_group: Sequence[Rows]) -> list[Rows]:
