@@ -13,10 +13,12 @@ after the other. For two decoding requests and a prompt of three tokens::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,10 +45,9 @@ class Copy:
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys and values of every layer, [slots, capacity, heads, head size], made when first used.
+    """Keys and values of every layer, [slots, heads, capacity, head size], made when first used.
 
-    Zeroed, not empty: a masked position still enters the arithmetic, and 0 · NaN is NaN. On CPU the
-    zero pages cost no memory until they are written.
+    Zeroed, not empty: a masked position still enters the arithmetic, and 0 · NaN is NaN.
     """
 
     num_slots: int
@@ -54,15 +55,21 @@ class KVCache:
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def layer(
-        self, index: int, key_TD: torch.Tensor, value_TD: torch.Tensor
+        self, index: int, key_THD: torch.Tensor, value_THD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if index not in self.layers:
-            shape = (self.num_slots, self.capacity)
-            self.layers[index] = (
-                key_TD.new_zeros(*shape, *key_TD.shape[1:]),
-                value_TD.new_zeros(*shape, *value_TD.shape[1:]),
-            )
+            self.layers[index] = (self._zeros_like(key_THD), self._zeros_like(value_THD))
         return self.layers[index]
+
+    def _zeros_like(self, sample_THD: torch.Tensor) -> torch.Tensor:
+        _, num_heads, size = sample_THD.shape
+        shape = (self.num_slots, num_heads, self.capacity, size)
+        if sample_THD.device.type != "cpu":
+            return sample_THD.new_zeros(shape)
+        # NumPy's zero pages take no memory until they are written, torch writes them at once
+        size_bytes = math.prod(shape) * sample_THD.element_size()
+        raw = torch.from_numpy(np.zeros(size_bytes, dtype=np.uint8))
+        return raw.view(sample_THD.dtype).view(shape)
 
 
 class StepPlan:
@@ -90,7 +97,8 @@ class StepPlan:
         slots_T = torch.tensor(
             [s.slot for s in segments for _ in range(s.start, s.stop)], device=device
         )
-        self.write_T = slots_T * cache.capacity + self.positions_T
+        self.slots_T = slots_T
+        self.writes: dict[int, torch.Tensor] = {}
         sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
         self.last_tokens = sizes.cumsum(0) - 1
         self.num_singles = len(singles)
@@ -108,11 +116,12 @@ class StepPlan:
     ) -> torch.Tensor:
         """Write this step's keys and values into the cache and attend; returns [T, heads, D]."""
         keys, values = self.cache.layer(layer, key_THD, value_THD)
-        keys.flatten(0, 1).index_copy_(0, self.write_T, key_THD)
-        values.flatten(0, 1).index_copy_(0, self.write_T, value_THD)
+        where = self._where(keys.shape[1])
+        keys.flatten(0, 2).index_copy_(0, where, key_THD.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, where, value_THD.flatten(0, 1))
         for copy, targets in self.copies:
-            keys[targets, : copy.length] = keys[copy.source, : copy.length]
-            values[targets, : copy.length] = values[copy.source, : copy.length]
+            keys[targets, :, : copy.length] = keys[copy.source, :, : copy.length]
+            values[targets, :, : copy.length] = values[copy.source, :, : copy.length]
         parts = []
         if self.singles:
             part = query_THD[: self.num_singles]
@@ -122,12 +131,20 @@ class StepPlan:
             parts.append(self.blocks.attend(part, keys, values, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _where(self, num_heads: int) -> torch.Tensor:
+        if num_heads not in self.writes:
+            heads = torch.arange(num_heads, device=self.slots_T.device)
+            rows = self.slots_T[:, None] * num_heads + heads
+            where = rows * self.cache.capacity + self.positions_T[:, None]
+            self.writes[num_heads] = where.flatten()
+        return self.writes[num_heads]
+
 
 class _Singles:
     """Rows with one query each, attending to their whole slot.
 
-    The query heads that share a key-value head become one block of queries against it, so no key is
-    ever repeated. While most slots are in use the cache is read in place, holes included.
+    No key is repeated for the query heads that share it, and while most slots are in use the cache
+    is read in place, holes included.
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
@@ -152,22 +169,29 @@ class _Singles:
         window: int | None,
     ) -> torch.Tensor:
         num_rows, num_heads, _ = query_RHD.shape
+        keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
         if self.in_place:
-            keys, values = keys[: self.span, : self.longest], values[: self.span, : self.longest]
+            keys, values = keys[: self.span], values[: self.span]
             if not self.full:
                 spread = query_RHD.new_zeros(self.span, *query_RHD.shape[1:])
                 query_RHD = spread.index_copy_(0, self.slots, query_RHD)
         else:
-            keys = keys[:, : self.longest].index_select(0, self.slots)
-            values = values[:, : self.longest].index_select(0, self.slots)
-        shared = num_heads // keys.shape[2]
-        out = scaled_dot_product_attention(
-            query_RHD.unflatten(1, (-1, shared)),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self._mask(window, query_RHD.dtype).expand(-1, -1, shared, -1),
-            scale=scale,
-        ).flatten(1, 2)
+            keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)
+        mask = self._mask(window, query_RHD.dtype)
+        if query_RHD.device.type == "cpu":
+            out = scaled_dot_product_attention(
+                query_RHD[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+            ).squeeze(2)
+        else:
+            # with a mask, CUDA's fast kernels take no shared heads: make them queries of one head
+            shared = num_heads // keys.shape[1]
+            out = scaled_dot_product_attention(
+                query_RHD.unflatten(1, (-1, shared)),
+                keys,
+                values,
+                attn_mask=mask.expand(-1, -1, shared, -1),
+                scale=scale,
+            ).flatten(1, 2)
         if self.in_place and not self.full:
             out = out.index_select(0, self.slots)
         return out[:num_rows]
@@ -210,12 +234,12 @@ class _Blocks:
         num_rows, num_heads = len(self.slots), query_THD.shape[1]
         padded = query_THD.new_zeros(num_rows * self.width, *query_THD.shape[1:])
         padded.index_copy_(0, self.flat, query_THD)
-        shared = num_heads // keys.shape[2]
+        shared = num_heads // keys.shape[1]
         query = padded.view(num_rows, self.width, -1, shared, padded.shape[-1])
         out = scaled_dot_product_attention(
             query.permute(0, 2, 3, 1, 4).flatten(2, 3),
-            keys[:, : self.longest].index_select(0, self.slots).transpose(1, 2),
-            values[:, : self.longest].index_select(0, self.slots).transpose(1, 2),
+            keys[:, :, : self.longest].index_select(0, self.slots),
+            values[:, :, : self.longest].index_select(0, self.slots),
             attn_mask=self._mask(window, query_THD.dtype).repeat(1, 1, shared, 1),
             scale=scale,
         )
