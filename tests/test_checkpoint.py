@@ -212,6 +212,14 @@ def test_retention_keeps_the_newest_and_latest_points_at_it(tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step_000030"
 
 
+def test_a_whole_checkpoint_of_the_same_step_is_left_as_it_is(tmp_path):
+    model, optimizer = make()
+    path = save(tmp_path, 10, model, optimizer)
+    before = (path / "manifest.json").stat().st_mtime_ns
+    assert save(tmp_path, 10, model, optimizer) == path
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
 def test_broken_later_checkpoints_do_not_push_good_ones_out(tmp_path):
     model, optimizer = make()
     first = save(tmp_path, 10, model, optimizer)

@@ -71,6 +71,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step_000050`, point `latest` at it and drop all but the newest `keep`.
 
+    A whole checkpoint of that step is left as it is: a step has one state, so saving it again
+    when a run ends costs nothing.
+
     Args:
         folder: `run_dir/checkpoints`; made when missing.
         model: a Hugging Face model (`save_pretrained`).
@@ -80,6 +83,8 @@ def save_checkpoint(
         CheckpointError: it could not be written; earlier checkpoints are as they were.
     """
     target = folder / f"step_{step:06d}"
+    if target.exists() and fault(target) is None:
+        return target
     partial = folder / f".{target.name}.partial"
     document = _to_json({"step": step, "state": dict(state), "rng": _rng_states()}, "state")
     try:

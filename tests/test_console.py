@@ -1,0 +1,154 @@
+"""What a run shows while it is under way and when it ends."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnfast.config import Config
+from turnfast.console import (
+    Progress,
+    closing_table,
+    evaluation_figures,
+    open_view,
+    step_figures,
+)
+    closing_table,
+    evaluation_figures,
+    open_view,
+    step_figures,
+)
+from turnfast.metrics import RunDir
+
+STEP = {
+    "reward/outcome": 1.234,
+    "reward/turn": 0.5,
+    "tool_success": 0.75,
+    "exact_match": 0.5,
+    "logprob_gap": 1.2e-6,
+    "failed": 0.0,
+    "loss": 0.01,
+    "time/step": 1.64,
+}
+EVALS = [
+    {"step": 0, "eval/exact_match": 0.04, "eval/tool_success": 0.31},
+    {"step": 1, **STEP},
+    {"step": 2, "eval/exact_match": 0.91, "eval/tool_success": 1.0},
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_step_on_one_line():
+    assert step_figures(STEP) == (
+        "outcome 1.234  turn reward 0.500  tool 0.75  exact match 0.50  gap 1.2e-06  1.6 s"
+    )
+    assert step_figures({"loss": 0.5}) == "loss 0.5000"
+    assert "failed 10%" in step_figures({**STEP, "failed": 0.1})
+
+
+def test_figures_that_are_null_or_missing_are_left_out():
+    assert step_figures({"reward/outcome": None, "tool_success": 0.5}) == "tool 0.50"
+    assert step_figures({}) == ""
+    assert evaluation_figures(STEP) == ""
+
+
+@given(width=st.integers(0, 100))
+def test_a_narrow_terminal_gets_fewer_figures(width):
+    text = step_figures(STEP, width=width)
+    assert text.endswith("1.6 s")
+    assert len(text) <= max(width, len("1.6 s"))
+
+
+def test_the_closing_table():
+    assert closing_table(EVALS, Path("runs/a/report.html")) == (
+        "eval at step         0         2\n"
+        "exact match      0.040     0.910    +0.870\n"
+        "tool success     0.310     1.000    +0.690\n"
+        "\n"
+        "report  runs/a/report.html\n"
+    )
+
+
+def test_without_evaluation_the_training_figures_stand_in():
+    text = closing_table([{"step": 1, "tool_success": 0.5}, {"step": 9, "tool_success": 0.25}])
+    assert "train at step" in text and "\u22120.250" in text
+    assert closing_table([{"step": 1, "tool_success": 0.5}]) == ""
+    assert closing_table([]) == ""
+
+
+def run_through(tmp_path, stream) -> str:
+    run = RunDir.create(tmp_path / "run", Config())
+    with Progress(run.path, 2, stream=stream) as progress:
+        for line in EVALS:
+            figures = {name: value for name, value in line.items() if name != "step"}
+            run.log(line["step"], figures)
+            progress.step(line["step"], figures)
+        progress.note("[bold]text of others is not markup[/bold]")
+        (run.path / "report.html").write_text("")
+    return stream.getvalue()
+
+
+def test_plain_lines_without_a_terminal(tmp_path):
+    lines = run_through(tmp_path, io.StringIO()).splitlines()
+    assert lines[0] == "eval at step 0: exact match 0.040  tool success 0.310"
+    assert lines[1].startswith("train 1/2  outcome 1.234")
+    assert lines[3] == "[bold]text of others is not markup[/bold]"
+    assert lines[-1] == f"report  {tmp_path / 'run' / 'report.html'}"
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    text = run_through(tmp_path, Terminal())
+    assert "\x1b[" in text and "1/2" in text
+    assert "[bold]text of others" in text
+    assert text.rstrip().endswith("report.html")
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in run_through(tmp_path, Terminal())
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_warm_start(tmp_path, stream):
+    with Progress(tmp_path, 20, done=3, label="warm start", stream=stream) as progress:
+        progress.step(20, {"loss": 0.5, "time/step": 0.1})
+    assert "20/20" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_bar_stays_on_one_line(monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    view = open_view("train", 300, stream=stream)
+    view.advance(150, step_figures(STEP, width=view.room))
+    view.close()
+    frames = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", stream.getvalue()).splitlines()
+    assert all(len(frame) <= width for text in frames for frame in text.split("\r"))
+    assert not any(frame.strip() and "/300" not in frame for frame in frames)
+
+
+def test_an_error_is_not_followed_by_a_table(tmp_path):
+    stream = io.StringIO()
+    with pytest.raises(KeyError), Progress(tmp_path, 2, stream=stream):
+        raise KeyError
+    assert stream.getvalue() == ""
+
+
+def test_the_console_loads_no_torch():
+    script = "import sys, turnfast.console; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
