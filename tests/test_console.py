@@ -20,11 +20,6 @@ from turnfast.console import (
     open_view,
     step_figures,
 )
-    closing_table,
-    evaluation_figures,
-    open_view,
-    step_figures,
-)
 from turnfast.metrics import RunDir
 
 STEP = {
