@@ -14,8 +14,8 @@ def advantages(group: Group, *, outcome_weight: float = 1.0, norm: Norm = NORM) 
     a reward there nor pays for the baseline: lingering for nothing is free, quitting early hides a
     loss (verl RFC 7244). Here one more turn is worth exactly its reward. With std="none" the
     advantages are an unbiased policy gradient but for the usual factor (G-1)/G of a mean that
-    contains the sample (gone with baseline="leave_one_out"); a std weighs each turn index by its
-    own spread. Differences to `mt_grpo`: the last turn's own reward counts, lambda holds on every
+    contains the sample (gone with baseline="leave_one_out"). A std weighs each turn index by its
+    own spread, so that even a small price of a turn is heard at full strength. Differences to `mt_grpo`: the last turn's own reward counts, lambda holds on every
     turn, and a missing reward is 0, since all of these would make stopping special again. They
     agree where lambda is 1, all rollouts have K turns and the last ones have no reward.
 

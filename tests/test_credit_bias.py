@@ -1,0 +1,144 @@
+"""When rollouts choose how long they are: which rules follow the true gradient, exactly.
+
+G rollouts decide after every turn whether to stop. All outcomes of these choices are enumerated,
+so the expected gradient of a rule is a sum, not an estimate; it is compared with the derivative of
+the expected reward. `stop[k]` is the probability of stopping after turn k, the last turn always
+stops, and the logit of stopping at turn k has the score (1 - p) for stopping and -p for going on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+
+from turnfast.credit import assign_credit
+from turnfast.types import Group, Task, Trajectory, Turn
+
+G = 3
+STOP = (0.3, 0.6, 1.0)
+LONGEST = len(STOP)
+Scheme = Callable[[int], tuple[float, ...]]
+
+SCHEMES: dict[str, Scheme] = {
+    "one reward, paid when it stops": lambda length: (0.0,) * (length - 1) + (1.0,),
+    "one reward, paid at once": lambda length: (1.0,) + (0.0,) * (length - 1),
+    "every turn costs": lambda length: (-0.1,) * length,
+    "every turn pays": lambda length: (1.0,) * length,
+    "the second turn pays": lambda length: (0.0, 1.0, 0.0)[:length],
+}
+UNBIASED: dict[str, Any] = {"std": "none", "baseline": "leave_one_out"}
+
+
+def chance(length: int) -> float:
+    p = STOP[length - 1]
+    for k in range(length - 1):
+        p *= 1 - STOP[k]
+    return p
+
+
+def group_of(lengths: tuple[int, ...], scheme: Scheme) -> Group:
+    def turn(reward: float) -> Turn:
+        return Turn(
+            prompt_ids=(1,),
+            sampled_ids=(2,),
+            logprobs=(0.0,),
+            text="",
+            finish="stop",
+            reward=reward,
+        )
+
+    trajectories = (
+        Trajectory(
+            task_id="q", index=i, status="finished", turns=tuple(turn(r) for r in scheme(length))
+        )
+        for i, length in enumerate(lengths)
+    )
+    return Group(task=Task(id="q", question=""), trajectories=tuple(trajectories))
+
+
+def every_group(
+    rule: str, scheme: Scheme, *, size: int = G, **options: Any
+) -> list[tuple[float, tuple[int, ...], tuple[float, ...]]]:
+    """(probability, lengths, advantages of the first rollout), over all choices of all rollouts."""
+    result = []
+    for lengths in product(range(1, LONGEST + 1), repeat=size):
+        probability = 1.0
+        for length in lengths:
+            probability *= chance(length)
+        credit = assign_credit(group_of(lengths, scheme), rule, **options)
+        result.append((probability, lengths, credit.advantages[0]))
+    return result
+
+
+def expected_gradient(rule: str, scheme: Scheme, **options: Any) -> list[float]:
+    gradient = [0.0] * LONGEST
+    for probability, (length, *_), advantages in every_group(rule, scheme, **options):
+        for k, advantage in enumerate(advantages):
+            score = (1 - STOP[k]) if k == length - 1 else -STOP[k]
+            gradient[k] += probability * score * advantage
+    return gradient[:-1]  # the last turn has no choice
+
+
+def true_gradient(scheme: Scheme) -> list[float]:
+    """d E[sum of rewards] / d logit_k = P(reach k) p_k (1 - p_k) (E[R | stop] - E[R | go on])."""
+    gradient = []
+    for k in range(LONGEST - 1):
+        later = range(k + 2, LONGEST + 1)
+        reach = sum(chance(n) for n in range(k + 1, LONGEST + 1))
+        going_on = sum(chance(n) for n in later)
+        on = sum(chance(n) * sum(scheme(n)) for n in later) / going_on
+        gradient.append(reach * STOP[k] * (1 - STOP[k]) * (sum(scheme(k + 1)) - on))
+    return gradient
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_unbiased_rule_is_the_policy_gradient(name: str) -> None:
+    scheme = SCHEMES[name]
+    truth = true_gradient(scheme)
+    assert expected_gradient("mt_grpo_unbiased", scheme, **UNBIASED) == pytest.approx(truth)
+    shrunk = [(G - 1) / G * g for g in truth]
+    assert expected_gradient("mt_grpo_unbiased", scheme, std="none") == pytest.approx(shrunk)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_return_to_go_has_the_right_direction_at_every_turn(name: str) -> None:
+    # a lone survivor has no peer at its turn and learns nothing there: a factor, not a direction
+    scheme = SCHEMES[name]
+    got = expected_gradient("return_to_go", scheme, **UNBIASED)
+    for mine, true in zip(got, true_gradient(scheme), strict=True):
+        assert mine == pytest.approx(0.0, abs=1e-12) if true == 0 else 0 < mine / true <= 1 + 1e-9
+
+
+def test_naive_rule_invents_and_hides_rewards_of_stopping() -> None:
+    # nothing is gained by going on or by stopping, yet it prefers to stop
+    free = SCHEMES["one reward, paid when it stops"]
+    assert true_gradient(free) == pytest.approx([0.0, 0.0])
+    assert expected_gradient("mt_grpo", free, **UNBIASED)[0] > 0.05
+    # lingering costs, yet it is indifferent
+    costly = SCHEMES["every turn costs"]
+    assert min(true_gradient(costly)) > 0.01
+    assert expected_gradient("mt_grpo", costly, **UNBIASED) == [0.0, 0.0]
+    # a second turn pays, yet it is indifferent
+    paying = SCHEMES["the second turn pays"]
+    assert true_gradient(paying)[0] < -0.1
+    assert expected_gradient("mt_grpo", paying, **UNBIASED) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("std", ["none", "unbiased"])
+def test_advantage_of_stopping_does_not_depend_on_when(std: str) -> None:
+    scheme = SCHEMES["one reward, paid when it stops"]
+
+    def first_turn(rule: str) -> list[float]:
+        """The expected first advantage of a rollout of 1, 2, … turns, among five."""
+        means = [0.0] * LONGEST
+        for probability, (length, *_), advantages in every_group(rule, scheme, size=5, std=std):
+            means[length - 1] += probability / chance(length) * advantages[0]
+        return means
+
+    naive, unbiased = first_turn("mt_grpo"), first_turn("mt_grpo_unbiased")
+    assert naive[0] > naive[1] + 0.2 > naive[2] + 0.4
+    # dividing by a std that the rollout itself is part of leaves a trace of a few hundredths
+    assert unbiased == pytest.approx([0.0] * LONGEST, abs=1e-12 if std == "none" else 0.025)
