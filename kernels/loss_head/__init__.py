@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import resolve
 from .op import logprobs_op, policy_loss_op
 from .records import LinearLogprobs, PolicyLoss, PolicyRule, PolicyStats
 
@@ -136,7 +135,7 @@ def turn_policy_loss(
         vocab_start,
         grads and hidden.requires_grad,
         grads and head_weight.requires_grad,
-        resolve(impl, hidden.device, hidden.dtype),
+        impl,
     )
     return PolicyLoss(
         loss=loss,
@@ -181,7 +180,7 @@ def linear_logprobs(
         chunk_tokens,
         _group_name(group),
         vocab_start,
-        resolve(impl, hidden.device, hidden.dtype),
+        impl,
     )
     return LinearLogprobs(logprobs=logprobs, entropies=entropies)
 

@@ -62,7 +62,8 @@ def run_policy_loss(
     p = problem
     dtype = compute_dtype(p.hidden_TD.dtype)
     device = p.hidden_TD.device
-    N, size = p.rows_N.shape[0], p.chunk_tokens or head.chunk_tokens()
+    N = p.rows_N.shape[0]
+    size = p.vocab.least(p.chunk_tokens or head.chunk_tokens(), device)
     plan = make_plan(p, size)
     logprobs_N = torch.full((N,), torch.nan, dtype=dtype, device=device)
     entropies_N = logprobs_N.clone()
@@ -100,13 +101,18 @@ def run_policy_loss(
 
 
 def run_logprobs(
-    hidden_TD: Tensor, head: Head, rows_N: Tensor, targets_N: Tensor, chunk: int | None
+    hidden_TD: Tensor,
+    head: Head,
+    vocab: Vocab,
+    rows_N: Tensor,
+    targets_N: Tensor,
+    chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
     """log-probs and entropies of all N tokens, nothing kept."""
     dtype = compute_dtype(hidden_TD.dtype)
     logprobs_N = torch.empty(rows_N.shape[0], dtype=dtype, device=hidden_TD.device)
     entropies_N = torch.empty_like(logprobs_N)
-    size = chunk or head.chunk_tokens()
+    size = vocab.least(chunk or head.chunk_tokens(), hidden_TD.device)
     for start in range(0, rows_N.shape[0], size):
         piece = slice(start, start + size)
         x_CD = hidden_TD[rows_N[piece]]

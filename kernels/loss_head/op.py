@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import backend
+from .backends import backend, resolve
 from .problem import Problem, Vocab, check_indices, check_values, compute_dtype
 from .records import PolicyRule
 
@@ -87,7 +87,7 @@ def policy_loss_op(
         need_head=need_head,
     )
     check_values(problem)
-    out = backend(impl).policy_loss(problem)
+    out = backend(resolve(impl, hidden.device, hidden.dtype)).policy_loss(problem)
     return (
         out.loss,
         out.logprobs_N,
@@ -184,7 +184,7 @@ def logprobs_op(
     vocab = Vocab.of(head_weight, vocab_start, group)
     rows, targets = rows.long(), targets.long()
     check_indices(hidden, vocab, rows, targets)
-    return backend(impl).logprobs(
+    return backend(resolve(impl, hidden.device, hidden.dtype)).logprobs(
         hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
     )
 

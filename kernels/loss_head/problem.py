@@ -52,6 +52,14 @@ class Vocab:
         owned_C = (column_C >= 0) & (column_C < self.size)
         return column_C.where(owned_C, 0), owned_C
 
+    def least(self, value: int, device: torch.device) -> int:
+        """The smallest value of all ranks, so that they cut the same chunks."""
+        if self.group is None:
+            return value
+        x = torch.tensor(value, device=device)
+        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.group)
+        return int(x)
+
     def sum(self, x: Tensor) -> Tensor:
         if self.group is not None:
             dist.all_reduce(x, group=self.group)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .driver import empty_head_gradient, run_logprobs, run_policy_loss, whole_vocab
+from .driver import empty_head_gradient, run_logprobs, run_policy_loss
 from .problem import Outcome, Problem, Vocab, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
@@ -123,7 +123,7 @@ def policy_loss(problem: Problem) -> Outcome:
 def logprobs(
     hidden_TD: Tensor,
     head_VD: Tensor,
-    vocab: Vocab | None,
+    vocab: Vocab,
     rows_N: Tensor,
     targets_N: Tensor,
     temperature: float,
@@ -131,6 +131,5 @@ def logprobs(
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] in the compute dtype."""
-    vocab = vocab or whole_vocab(head_VD)
     head = ReferenceHead(head_VD, vocab, temperature, softcap, False, False)
-    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
+    return run_logprobs(hidden_TD, head, vocab, rows_N, targets_N, chunk_tokens)

@@ -1,0 +1,56 @@
+"""Which Triton design is fastest for a shape on this GPU: measured once, remembered per machine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .problem import Vocab
+
+# Below this many tokens a product does not fill the device and the difference is noise.
+MEASURED_TOKENS = 4096
+TRIALS = 5
+
+
+def choose_design(head_VD: Tensor, vocab: Vocab, tokens: int) -> str:
+    """ "safe" or "anchored"; every rank of the vocabulary's group gets the same answer.
+
+    Only bf16 can be anchored: float16 has no range for its exponentials, and float32 products belong to
+    the library.
+    """
+    if head_VD.dtype != torch.bfloat16 or not head_VD.is_cuda:
+        return "safe"
+    V, D = head_VD.shape
+    bucket = min(MEASURED_TOKENS, 1 << max(7, (tokens - 1).bit_length()))
+    key = f"design/{memory.device_key(head_VD.device)}/V{V}/D{D}/C{bucket}"
+    known = memory.recall(key)
+    if known not in ("safe", "anchored"):
+        known = _measure(head_VD, bucket)
+        memory.remember(key, known)
+    # Ranks cut chunks by their design, so they have to agree before the first collective.
+    return ("safe", "anchored")[vocab.least(int(known == "anchored"), head_VD.device)]
+
+
+def _measure(head_VD: Tensor, tokens: int) -> str:
+    from .driver import whole_vocab
+    from .triton_head import DESIGNS, TritonHead
+
+    V, D = head_VD.shape
+    x_CD = torch.randn(tokens, D, device=head_VD.device).to(head_VD.dtype)
+    targets_C = torch.randint(V, (tokens,), device=head_VD.device)
+    times_ms: dict[str, list[float]] = {design: [] for design in DESIGNS}
+    heads = {
+        design: TritonHead(head_VD, whole_vocab(head_VD), 1.0, None, False, False, design, tokens)
+        for design in DESIGNS
+    }
+    for trial in range(TRIALS + 1):
+        for design, head in heads.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            head.forward(x_CD, targets_C, keep=True)
+            end.record()
+            end.synchronize()
+            if trial:
+                times_ms[design].append(begin.elapsed_time(end))
+    return min(DESIGNS, key=lambda design: sorted(times_ms[design])[TRIALS // 2])

@@ -1,0 +1,229 @@
+"""The row-wise kernels of the loss head: everything between the matrix products.
+
+    exp_rows      z [C, V] float32 -> E [C, V] bf16, row sums            reads 4CV, writes 2CV bytes
+    settle_rows   per-tile maxima -> shift of the rows that would overflow        C * tiles * 4 bytes
+    finish_rows   per-tile sums -> log-prob, entropy; E at the target becomes -S   C * tiles * 8 bytes
+    dlogits_rows  E -> dloss/dlogits in place, where a row is no multiple of E      reads and writes 2CV
+    row_dots      target logits from hidden and head rows                          reads 4CD
+
+    u_j = z_j - shift, E_j = exp(u_j), S = sum of E_j, U = sum of E_j u_j, M = max of u_j, all over j != y
+The shift of a row is its target's logit, so that S is the odds against the target and keeps its digits;
+where M exceeds LIMIT the row is redone with its maximum as shift, by the same kernel, without the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scaled_logits(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh(raw / softcap) * scale, or raw * scale; scale = 1 / temperature."""
+    if HAS_SOFTCAP:
+        # tanh(t) = 2 sigmoid(2t) - 1, exact to float32 where |t| is not tiny; tiny t pass through.
+        t = raw / softcap
+        tanh = 2.0 * tl.sigmoid(2.0 * t) - 1.0
+        tanh = tl.where(tl.abs(t) < 0.01, t - t * t * t / 3.0, tanh)
+        return softcap * tanh * scale
+    return raw * scale
+
+
+@triton.jit
+def exp_rows_kernel(
+    z_ptr,
+    stride_zc,
+    E_ptr,
+    stride_ec,
+    shift_ptr,
+    target_ptr,
+    flag_ptr,
+    S_ptr,
+    U_ptr,
+    M_ptr,
+    V,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    CEILING: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    c = tl.program_id(0).to(tl.int64)
+    if ONLY_FLAGGED:
+        wanted = tl.load(flag_ptr + c) != 0
+    else:
+        wanted = True
+    if wanted:
+        shift = tl.load(shift_ptr + c)
+        target = tl.load(target_ptr + c)
+        S = tl.zeros([BLOCK_V], tl.float32)
+        U = tl.zeros([BLOCK_V], tl.float32)
+        M = tl.full([BLOCK_V], float("-inf"), tl.float32)
+        for first in range(0, V, BLOCK_V):
+            j = first + tl.arange(0, BLOCK_V)
+            inside = j < V
+            raw = tl.load(z_ptr + c * stride_zc + j, mask=inside, other=0.0)
+            other = inside & (j != target)
+            u = scaled_logits(raw, scale, softcap, HAS_SOFTCAP) - shift
+            u = tl.where(other, u, float("-inf"))
+            # NaN has to come through: a maximum that drops it would hide a broken weight.
+            M = tl.maximum(M, u, propagate_nan=tl.PropagateNan.ALL)
+            # A row above the ceiling is redone; until then its sums only have to stay finite.
+            u = tl.minimum(u, CEILING, propagate_nan=tl.PropagateNan.ALL)
+            E = tl.exp(u)
+            S += E
+            U += tl.where(other, E * u, 0.0)
+            if KEEP:
+                tl.store(E_ptr + c * stride_ec + j, E.to(E_ptr.dtype.element_ty), mask=inside)
+        tl.store(S_ptr + c, tl.sum(S, 0))
+        tl.store(U_ptr + c, tl.sum(U, 0))
+        tl.store(M_ptr + c, tl.max(M, 0))
+
+
+@triton.jit
+def max_rows_kernel(
+    M_ptr, stride_mt, max_ptr, C, TILES, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    best = tl.full([BLOCK_C], float("-inf"), tl.float32)
+    for first in range(0, TILES, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < TILES)[:, None] & (c < C)[None, :]
+        at = t.to(tl.int64)[:, None] * stride_mt + c[None, :]
+        best = tl.maximum(best, tl.max(tl.load(M_ptr + at, mask=mask, other=float("-inf")), 0))
+    tl.store(max_ptr + c, best, mask=c < C)
+
+
+@triton.jit
+def settle_rows_kernel(
+    max_ptr, z_y_ptr, shift_ptr, flag_ptr, C, LIMIT, HEADROOM, BLOCK_C: tl.constexpr
+):
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    best = tl.load(max_ptr + c, mask=inside, other=0.0)
+    z_y = tl.load(z_y_ptr + c, mask=inside, other=0.0)
+    redo = best > LIMIT
+    tl.store(
+        shift_ptr + c, tl.where(redo, z_y + tl.maximum(best, 0.0) + HEADROOM, z_y), mask=inside
+    )
+    tl.store(flag_ptr + c, redo.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def sum_rows_kernel(
+    S_ptr, U_ptr, stride_st, S_out_ptr, U_out_ptr, C, TILES,
+    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    S = tl.zeros([BLOCK_C], tl.float32)
+    U = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, TILES, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < TILES)[:, None] & (c < C)[None, :]
+        at = t.to(tl.int64)[:, None] * stride_st + c[None, :]
+        S += tl.sum(tl.load(S_ptr + at, mask=mask, other=0.0), 0)
+        U += tl.sum(tl.load(U_ptr + at, mask=mask, other=0.0), 0)
+    tl.store(S_out_ptr + c, S, mask=c < C)
+    tl.store(U_out_ptr + c, U, mask=c < C)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, without the rounding of 1 + x (Kahan)."""
+    w = 1.0 + x
+    # For w == 1 the answer is x; elsewhere log(w) * x / (w - 1) cancels the rounding of w.
+    d = w - 1.0
+    return tl.where(d == 0.0, x, tl.log(w) * (x / tl.where(d == 0.0, 1.0, d)))
+
+
+@triton.jit
+def finish_rows_kernel(
+    S_ptr, U_ptr, z_y_ptr, shift_ptr, target_ptr, E_ptr, stride_ec,
+    logprob_ptr, entropy_ptr, Z_ptr, log_Z_ptr, C,
+    KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    S = tl.load(S_ptr + c, mask=inside, other=0.0)
+    U = tl.load(U_ptr + c, mask=inside, other=0.0)
+    u_y = tl.load(z_y_ptr + c, mask=inside, other=0.0)
+    u_y -= tl.load(shift_ptr + c, mask=inside, other=0.0)
+    E_y = tl.exp(u_y)
+    Z = S + E_y
+    anchored = u_y + log1p(S * tl.exp(-tl.maximum(u_y, -60.0)))
+    log_Z = tl.where(u_y > -60.0, anchored, tl.log(Z))
+    tl.store(logprob_ptr + c, u_y - log_Z, mask=inside)
+    tl.store(entropy_ptr + c, log_Z - (U + E_y * u_y) / Z, mask=inside)
+    tl.store(Z_ptr + c, Z, mask=inside)
+    tl.store(log_Z_ptr + c, log_Z, mask=inside)
+    if KEEP:
+        target = tl.load(target_ptr + c, mask=inside, other=-1)
+        at = E_ptr + c * stride_ec + target
+        tl.store(at, (-S).to(E_ptr.dtype.element_ty), mask=inside & (target >= 0))
+
+
+@triton.jit
+def dlogits_rows_kernel(
+    E_ptr, stride_ec, z_y_ptr, shift_ptr, target_ptr, S_ptr, Z_ptr, log_Z_ptr, entropy_ptr,
+    d_logprob_ptr, d_entropy_ptr, unit_ptr, V, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0).to(tl.int64)
+    shift = tl.load(shift_ptr + c)
+    target = tl.load(target_ptr + c)
+    Z = tl.load(Z_ptr + c)
+    u_y = tl.load(z_y_ptr + c) - shift
+    by_Z = scale / (Z * tl.load(unit_ptr))
+    g = tl.load(d_logprob_ptr + c) * by_Z
+    bonus = tl.load(entropy_ptr + c) - tl.load(log_Z_ptr + c)
+    h = 0.0
+    if HAS_ENTROPY:
+        h = tl.load(d_entropy_ptr + c) * by_Z
+    E_y = tl.exp(u_y)
+    d_y = g * tl.load(S_ptr + c) - h * (u_y + bonus) * E_y
+    for first in range(0, V, BLOCK_V):
+        j = first + tl.arange(0, BLOCK_V)
+        inside = j < V
+        at = E_ptr + c * stride_ec + j
+        E = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        # The target's column holds -S here, so its own terms come from the row.
+        u = tl.where(j == target, u_y, tl.log(tl.maximum(E, 1e-37)))
+        d = -(g + h * (u + bonus)) * E
+        d = tl.where(j == target, d_y, d)
+        if HAS_SOFTCAP:
+            t = (u + shift) / (scale * softcap)
+            d *= 1.0 - tl.minimum(t * t, 1.0)
+        tl.store(at, d.to(E_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_dots_kernel(
+    x_ptr, stride_xc, w_ptr, stride_wv, column_ptr, target_ptr, z_y_ptr, D, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0).to(tl.int64)
+    v = tl.load(column_ptr + c).to(tl.int64)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + c * stride_xc + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + v * stride_wv + d, mask=d < D, other=0.0).to(tl.float32)
+        total += x * w
+    z_y = scaled_logits(tl.sum(total, 0), scale, softcap, HAS_SOFTCAP)
+    # A target that another rank owns contributes nothing to the sum over the group.
+    owned = tl.load(target_ptr + c) >= 0
+    tl.store(z_y_ptr + c, tl.where(owned, z_y, 0.0))
+
+
+@triton.jit
+def scale_rows_kernel(
+    x_ptr, stride_xc, d_logprob_ptr, Z_ptr, unit_ptr, out_ptr, D, scale, BLOCK_D: tl.constexpr
+):
+    """out = x * (-dlogprob * scale / (Z * unit)), the D-wide side of the two gradient products."""
+    c = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor = -tl.load(d_logprob_ptr + c) * scale / (tl.load(Z_ptr + c) * tl.load(unit_ptr))
+    x = tl.load(x_ptr + c * stride_xc + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + c * D + d, (x * factor).to(out_ptr.dtype.element_ty), mask=d < D)
