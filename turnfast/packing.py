@@ -100,6 +100,9 @@ def pack(
         constant: tokens a trajectory may sample at most.
     Groups in which no turn has an advantage carry no gradient: they are left out, of the
     denominator too. Failed trajectories are left out of everything.
+
+    Raises:
+        ValueError: a row does not fit the budget, or the normaliser is unknown.
     """
     rows: list[Row] = []
     lengths: list[int] = []
@@ -114,6 +117,7 @@ def pack(
             rows += rows_of(trajectory.turns, advantages, len(lengths))
             lengths.append(trajectory.num_sampled)
     weights = _weights(lengths, normalizer, constant)
+    _refuse_long_rows(rows, budget)
     bins = pack_rows([len(row.tokens) for row in rows], budget) if rows else []
     batches = tuple(batch_of([rows[i] for i in chosen], weights, device) for chosen in bins)
     return Packed(
@@ -122,6 +126,16 @@ def pack(
         num_targets=sum(len(row.targets) for row in rows),
         zero_signal_groups=silent,
     )
+
+
+def _refuse_long_rows(rows: Sequence[Row], budget: int) -> None:
+    longest = max(rows, key=lambda row: len(row.tokens), default=None)
+    if longest is not None and len(longest.tokens) > budget:
+        raise ValueError(
+            f"trajectory {longest.trajectory} of the step has a row of {len(longest.tokens)} tokens, "
+            f"more than train.tokens_per_microbatch = {budget}: raise it, or lower "
+            "rollout.max_context"
+        )
 
 
 def _weights(lengths: Sequence[int], normalizer: str, constant: float) -> list[float]:
@@ -143,7 +157,9 @@ def batch_of(rows: Sequence[Row], weights: Sequence[float], device: torch.device
         "tokens_T": torch.tensor([t for row in rows for t in row.tokens]),
         "positions_T": torch.cat([torch.arange(len(row.tokens)) for row in rows]),
         "cu_seqlens": torch.tensor(edges, dtype=torch.int32),
-        "rows_N": torch.tensor([e + r for e, row in zip(edges, rows, strict=False) for r in row.rows]),
+        "rows_N": torch.tensor(
+            [e + r for e, row in zip(edges, rows, strict=False) for r in row.rows]
+        ),
         "targets_N": torch.tensor([t for row in rows for t in row.targets]),
         "turns_N": torch.tensor(
             [k + t for k, row in zip(first_turn, rows, strict=False) for t in row.turns],
