@@ -2,11 +2,12 @@
 
 from .parse import MalformedCall, ToolCall, parse_call, parse_calls, without_thoughts
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
-from .search_index import Hit, Passage, SearchIndex
+from .search_index import STOP_WORDS, Hit, Passage, SearchIndex
 from .tool import BadArguments, Tool, tool
 
 __all__ = [
     "MAX_RESULT_CHARS",
+    "STOP_WORDS",
     "BadArguments",
     "Hit",
     "MalformedCall",

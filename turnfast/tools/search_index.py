@@ -83,7 +83,7 @@ class SearchIndex:
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
-        """The `k` best passages, best first, equal scores in corpus order; empty without a match."""
+        """The `k` best passages, best first, ties in corpus order; empty without a match."""
         match = match_expression(query)
         if not match or k < 1:
             return []

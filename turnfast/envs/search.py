@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from .tool_env import ToolEnv
+
+
+class SearchEnv(ToolEnv):
+    pass
