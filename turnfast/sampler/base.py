@@ -54,6 +54,11 @@ class Sampler(Protocol):
     @property
     def num_pending(self) -> int: ...
 
+    @property
+    def asleep(self) -> bool:
+        """True between `sleep` and the next `load_weights`, where sleeping does anything."""
+        ...
+
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place, by Hugging Face parameter name, and drop every cache that
         was computed with the old ones."""

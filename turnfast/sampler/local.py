@@ -75,6 +75,10 @@ class LocalSampler:
     def num_pending(self) -> int:
         return len(self._waiting) + len(self._running)
 
+    @property
+    def asleep(self) -> bool:
+        return False
+
     def submit(self, request: Request) -> None:
         if not 0 < len(request.prompt_ids) < self._max_context:
             raise ValueError(
@@ -127,12 +131,17 @@ class LocalSampler:
         if self.num_pending:
             raise RuntimeError(f"{self.num_pending} requests are in flight while weights change")
         own = dict(self._model.named_parameters(remove_duplicate=False))
+        handed: set[int] = set()
         with torch.no_grad():
             for name, tensor in named_weights:
                 if name not in own:
                     raise KeyError(f"the sampler's model has no parameter {name!r}")
+                handed.add(own[name].data_ptr())
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
+        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in handed]
+        if missing:
+            raise RuntimeError(f"no values for {len(missing)} parameters: {', '.join(missing[:4])}")
         self._slots.forget()
 
     def sleep(self) -> None:

@@ -98,6 +98,10 @@ class VllmSampler:
     def num_pending(self) -> int:
         return self._engine.get_num_unfinished_requests()
 
+    @property
+    def asleep(self) -> bool:
+        return self._sleeps and self._engine.is_sleeping()
+
     def submit(self, request: Request) -> None:
         if not 0 < len(request.prompt_ids) < self._max_context:
             raise ValueError(
@@ -135,7 +139,7 @@ class VllmSampler:
         """
         if self.num_pending:
             raise RuntimeError(f"{self.num_pending} requests are in flight while weights change")
-        if self._sleeps and self._engine.is_sleeping():
+        if self.asleep:
             self._engine.wake_up(["weights"])
         stale = self._engine.apply_model(lambda model: _replace(model, named_weights))[0]
         if stale:
@@ -143,7 +147,7 @@ class VllmSampler:
                 f"the engine was handed no (or NaN) values for {len(stale)} of its parameters: "
                 f"{', '.join(stale[:4])}{', …' if len(stale) > 4 else ''}"
             )
-        if self._sleeps and self._engine.is_sleeping():
+        if self.asleep:
             self._engine.wake_up(["kv_cache"])
         # vLLM itself keeps cached blocks across a change of weights
         if self._engine.reset_prefix_cache() is False:
