@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -176,6 +177,14 @@ def test_tree_turn_without_a_branch_carries_the_branch_before_it() -> None:
         rollout(1, (None,) * 3, 2.0, ids=[1, 3, 5]),
     )
     assert close(assign_credit(group, "tree", **PLAIN), (0, 1, 1), (0, -1, -1))
+
+
+def test_numbers_of_other_kinds_come_out_as_floats() -> None:
+    single: Any = np.float32(0.5)
+    group = group_of(rollout(0, (single, 1), True), rollout(1, (0.0, None), 0))
+    for rule in RULES:
+        rows = assign_credit(group, rule).advantages
+        assert {type(a) for row in rows for a in row} == {float}
 
 
 def test_clip_and_whiten() -> None:
@@ -381,7 +390,7 @@ def test_good_rules_pass_the_check() -> None:
         check_rule(rule, {"epsilon": 0, "std": "none", "baseline": "leave_one_out"})
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("rule", RULES)
 def test_rewards_that_are_no_numbers_are_named(rule: str, bad: float) -> None:
     good = rollout(0, (0.1, 0.2), 1.0)

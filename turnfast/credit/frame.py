@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -10,6 +9,8 @@ from numbers import Real
 from turnfast.config import PositiveFloat
 from turnfast.credit.baseline import NORM, Rows
 from turnfast.types import Group, Trajectory
+
+LARGEST = 1e100  # its square, summed over a group, is still a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
     """The rows of the rollouts that counted, in the group's order, and zeros for the others."""
     remaining = iter(rows)
     return tuple(
-        tuple(next(remaining)) if rows and not t.failed else (0.0,) * len(t.turns)
+        tuple(map(float, next(remaining))) if rows and not t.failed else (0.0,) * len(t.turns)
         for t in group.trajectories
     )
 
@@ -51,10 +52,10 @@ def _check_finite(trajectory: Trajectory) -> None:
     named = [(f"turn {k}", turn.reward) for k, turn in enumerate(trajectory.turns)]
     for place, reward in [*named, ("outcome", trajectory.outcome)]:
         missing = reward is None and place != "outcome"
-        if not missing and not (isinstance(reward, Real) and math.isfinite(reward)):
+        if not missing and not (isinstance(reward, Real) and abs(float(reward)) < LARGEST):
             raise ValueError(
                 f"task {trajectory.task_id!r}, trajectory {trajectory.index}, {place}: "
-                f"reward is {reward!r}; it must be a finite number"
+                f"reward is {reward!r}; it must be a finite number, below {LARGEST:g} in size"
             )
 
 

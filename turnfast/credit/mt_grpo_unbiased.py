@@ -10,14 +10,17 @@ def advantages(group: Group, *, outcome_weight: float = 1.0, norm: Norm = NORM) 
         A_{i,k} = sum_{l=k}^{L-1} norm_l(r_l)_i + lambda * norm(o)_i
 
     norm_l is over all rollouts of the group, and the sum runs past the end of a short one. In
-    `mt_grpo` an extra turn costs the mean reward of its index, because whoever stopped neither has
-    a reward there nor pays for the baseline: lingering for nothing is free, quitting early hides a
-    loss (verl RFC 7244). Here one more turn is worth exactly its reward. With std="none" the
-    advantages are an unbiased policy gradient but for the usual factor (G-1)/G of a mean that
-    contains the sample (gone with baseline="leave_one_out"). A std weighs each turn index by its
-    own spread, so that even a small price of a turn is heard at full strength. Differences to `mt_grpo`: the last turn's own reward counts, lambda holds on every
-    turn, and a missing reward is 0, since all of these would make stopping special again. They
-    agree where lambda is 1, all rollouts have K turns and the last ones have no reward.
+    `mt_grpo` whoever goes on pays the mean reward of the extra turn, and whoever stopped does not:
+    a turn that costs everybody costs nothing, one that pays everybody is worth nothing, and one
+    reward paid late counts as a loss (verl RFC 7244). Here a turn is worth exactly its reward.
+
+    With std="none" and lambda 1 this is an unbiased policy gradient, but for the factor (G-1)/G of
+    a mean that contains the sample (gone with baseline="leave_one_out"). A std weighs each turn
+    index by its own spread: even a small price of a turn is then heard at full strength.
+
+    Unlike in `mt_grpo` the last turn's own reward counts, lambda holds on every turn, and a missing
+    reward is 0: all three would make stopping special again. The two agree where lambda is 1, all
+    rollouts have K turns, the last one has no reward, and no other lacks one.
 
     Example (std "none", lambda 1, outcomes equal): a stops after r = (1,), b goes on for
     r = (0, 1). Both earned 1. mt_grpo gives a (0,) and b (-0.5, 0): going on was bad. Here a has
