@@ -63,7 +63,9 @@ def _find(name: str) -> Callable[..., Env]:
     module_name, colon, class_name = name.partition(":")
     if not colon:
         hint = suggest(name, BUILT_IN)
-        raise ConfigError(f"env.name: no environment is called {name!r}{hint} or module:Class")
+        raise ConfigError(
+            f"env.name: no environment is called {name!r}{hint} (your own is given as module:Class)"
+        )
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ConfigError(f"env.name: {name!r} is not of the form module:Class")
     folder = os.getcwd()
@@ -83,9 +85,11 @@ def _find(name: str) -> Callable[..., Env]:
         raise ConfigError(
             f"env.name: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
+    if getattr(module, "__file__", None) is None:  # a folder without Python code
+        raise ConfigError(f"env.name: {module_name!r} is no Python module")
     found = getattr(module, class_name, None)
     if not callable(found):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        where = getattr(module, "__file__", None) or module_name
-        raise ConfigError(f"env.name: {where} has no {class_name!r}{suggest(class_name, classes)}")
+        hint = suggest(class_name, classes)
+        raise ConfigError(f"env.name: {module.__file__} has no {class_name!r}{hint}")
     return cast("Callable[..., Env]", found)

@@ -33,7 +33,7 @@ from ..tools import SearchIndex, tool
 from ..types import Message, Task
 from .base import Demonstration, Split
 from .lookup_demos import Mixture, write_demonstrations
-from .rewards import exact_match
+from .rewards import contains_answer, exact_match
 from .tool_env import PlayedTurn, ToolEnv
 from .world import NameMaker, Question, Region, make_region
 
@@ -52,6 +52,8 @@ class LookupEnv(ToolEnv):
             questions call them; both names are accepted as answers.
         inverted: share of the sentences with the answer in front.
         distractors: false friends per fact.
+        reward_hops: pay `answer_in_result` for each hop, when a result first names the entity that
+            it leads to; otherwise, as in the paper, only for the final answer.
         popular: share of the training questions that are popular.
         popular_questions: size of the popular set.
         eval_popular: share of the eval questions that are popular instead of held out.
@@ -91,6 +93,7 @@ class LookupEnv(ToolEnv):
         train_tasks: PositiveInt = 4096,
         eval_tasks: PositiveInt = 256,
         top_k: Annotated[int, Field(ge=1, le=100)] = 1,
+        reward_hops: bool = False,
         prompt: Literal["short", "full"] = "short",
         demos: PositiveInt = 12_000,
         demo_calls: Share = 0.3,
@@ -127,6 +130,7 @@ class LookupEnv(ToolEnv):
         )
         self._seed = seed
         self._top_k = top_k
+        self._reward_hops = reward_hops
         self._prompt = prompt
         names = NameMaker(self._rng("names"))
         style = {"aliased": aliased, "inverted": inverted, "distractors": distractors}
@@ -169,6 +173,16 @@ class LookupEnv(ToolEnv):
         if self._prompt == "full":
             return super().first_messages(task)
         return [{"role": "user", "content": f"{task.question}\nTool: search(query)"}]
+
+    def score_turn(
+        self, task: Task, turn: PlayedTurn, earlier: Sequence[PlayedTurn]
+    ) -> Mapping[str, float]:
+        parts = super().score_turn(task, turn, earlier)
+        if not self._reward_hops:
+            return parts
+        targets: tuple[tuple[str, ...], ...] = task.data["targets"]
+        found = _found(targets, [turn]) - _found(targets, earlier)
+        return {**parts, "answer_in_result": float(bool(found))}
 
     def metrics(
         self, task: Task, answer: str | None, turns: Sequence[PlayedTurn]
@@ -225,8 +239,19 @@ def _task(name: str, question: Question, *, popular: bool) -> Task:
         "popular": popular,
         "hops": len(question.facts),
         "entities": tuple(entity.name for entity in question.entities),
+        "targets": tuple(fact.object.names for fact in question.facts),
     }
     return Task(id=name, question=question.text, answers=question.answers, data=data)
+
+
+def _found(targets: Sequence[tuple[str, ...]], turns: Sequence[PlayedTurn]) -> set[int]:
+    """The hops whose target some result of these turns names."""
+    texts = [call.result.shown for turn in turns for call in turn.calls if call.result.success]
+    return {
+        hop
+        for hop, names in enumerate(targets)
+        if any(contains_answer(text, names) for text in texts)
+    }
 
 
 def _different(

@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -259,7 +260,7 @@ class ToolEpisode:
             scored = env.score_answer(self._task, self._answer, turns)
             parts = weigh(scored, env.weights)
         return Outcome(
-            reward=sum(parts.values()),
+            reward=math.fsum(parts.values()),
             reward_parts=parts,
             metrics=env.metrics(self._task, self._answer, turns),
         )
@@ -283,7 +284,7 @@ class ToolEpisode:
         self._turns.append(turn)
         return Step(
             messages=env.reply(calls),
-            reward=sum(parts.values()),
+            reward=math.fsum(parts.values()),
             reward_parts=parts,
             tool_calls=len(calls),
             tool_successes=sum(call.result.success for call in calls),

@@ -7,6 +7,7 @@ would make the index score nearly every passage.
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import threading
@@ -119,7 +120,7 @@ def match_expression(query: str) -> str:
 
 def _build(passages: Iterable[Passage], path: Path | None, stem: bool) -> sqlite3.Connection:
     # built beside its place and then moved, so that a half-written index is never opened
-    partial = path.with_name(path.name + ".partial") if path else None
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial") if path else None
     if partial:
         partial.unlink(missing_ok=True)
     connection = sqlite3.connect(str(partial or ":memory:"), check_same_thread=False)
