@@ -9,12 +9,15 @@ from types import ModuleType
 
 import torch
 
-NAMES = ("auto", "reference", "cpp", "triton")
+# The Triton designs have names of their own, for benchmarks and for runs that must repeat bitwise
+# on another machine; "triton" picks the design by measurement.
+NAMES = ("auto", "reference", "cpp", "triton", "triton_safe", "triton_anchored")
 
 
 def backend(name: str) -> ModuleType:
     """The module of a resolved implementation; it has policy_loss and logprobs like `reference`."""
-    return importlib.import_module({"triton": ".triton_head"}.get(name, f".{name}"), __package__)
+    module = "triton_head" if name.startswith("triton") else name
+    return importlib.import_module(f".{module}", __package__)
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -38,6 +41,8 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if importlib.util.find_spec(".cpp", __package__) is None:
             return "the C++ extension was not built"
         return backend("cpp").unavailable(device, dtype)
+    if name == "triton_anchored" and dtype == torch.float16:
+        return "float16 has no range for exponentials anchored at the target"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

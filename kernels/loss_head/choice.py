@@ -16,8 +16,8 @@ TRIALS = 5
 def choose_design(head_VD: Tensor, vocab: Vocab, tokens: int) -> str:
     """ "safe" or "anchored"; every rank of the vocabulary's group gets the same answer.
 
-    Only bf16 can be anchored: float16 has no range for its exponentials, and float32 products belong to
-    the library.
+    Only bf16 can be anchored: float16 has no range for its exponentials, and float32 products
+    belong to the library.
     """
     if head_VD.dtype != torch.bfloat16 or not head_VD.is_cuda:
         return "safe"

@@ -1,7 +1,7 @@
 """What was measured on this machine before: a small JSON file, read once, never required.
 
-The file is $XDG_CACHE_HOME/turnfast/kernels.json (~/.cache by default). Keys name the GPU, the versions of
-torch and triton and a hash of the kernels' sources, so nothing stale is ever recalled.
+The file is $XDG_CACHE_HOME/turnfast/kernels.json (~/.cache by default). Keys name the GPU, the
+versions of torch and triton and a hash of the kernels' sources, so nothing stale is ever recalled.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def policy_loss_op(
         need_head=need_head,
     )
     check_values(problem)
-    out = backend(resolve(impl, hidden.device, hidden.dtype)).policy_loss(problem)
+    impl = resolve(impl, hidden.device, hidden.dtype)
+    out = backend(impl).policy_loss(problem, impl)
     return (
         out.loss,
         out.logprobs_N,
@@ -184,8 +185,9 @@ def logprobs_op(
     vocab = Vocab.of(head_weight, vocab_start, group)
     rows, targets = rows.long(), targets.long()
     check_indices(hidden, vocab, rows, targets)
-    return backend(resolve(impl, hidden.device, hidden.dtype)).logprobs(
-        hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
+    impl = resolve(impl, hidden.device, hidden.dtype)
+    return backend(impl).logprobs(
+        hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens, impl
     )
 
 

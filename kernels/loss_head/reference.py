@@ -113,7 +113,7 @@ def _patch(E_CV: Tensor, column_C1: Tensor, owned_C1: Tensor, value_C: Tensor) -
     return torch.where(owned_C1, value_C.unsqueeze(1), E_CV.gather(1, column_C1))
 
 
-def policy_loss(problem: Problem) -> Outcome:
+def policy_loss(problem: Problem, impl: str = "reference") -> Outcome:
     """Loss and gradients of a checked problem."""
     p = problem
     head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
@@ -129,6 +129,7 @@ def logprobs(
     temperature: float,
     softcap: float | None,
     chunk_tokens: int | None,
+    impl: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] in the compute dtype."""
     head = ReferenceHead(head_VD, vocab, temperature, softcap, False, False)

@@ -1,7 +1,7 @@
 """Does each Triton design agree with the reference on this GPU? Asked once per GPU and version.
 
-A wrong kernel trains a wrong model without a word, and compilers and drivers do break kernels; the answer
-costs less than a second once the kernels are compiled.
+A wrong kernel trains a wrong model without a word, and compilers and drivers do break kernels; the
+answer costs less than a second once the kernels are compiled.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def failure(device: torch.device) -> str:
         memory.remember(key, known)
     if known:
         warnings.warn(
-            f"turnfast: the Triton loss head is OFF on {torch.cuda.get_device_name(device)}: {known}. "
-            "The slower reference takes its place; please report this.",
+            f"turnfast: the Triton loss head is OFF on {torch.cuda.get_device_name(device)}:
+            {known}. " "The slower reference takes its place; please report this.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -37,8 +37,8 @@ def failure(device: torch.device) -> str:
 
 
 def run(device: torch.device) -> str:
-    """Compare every design with the reference on a small problem; a sentence about the first mismatch."""
-    from . import reference
+    """Compare every design with the reference on a small problem; a sentence about the first
+    mismatch.""" from . import reference
     from .triton_head import DESIGNS, TritonHead
     from .triton_policy import policy_terms
 

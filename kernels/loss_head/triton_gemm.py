@@ -1,10 +1,11 @@
 """The anchored product: logits, exponentials and row sums in one persistent kernel.
 
-    z = x @ W^T, E = exp(z - shift) at once in the epilogue; 2CVD flops, reads x and W, writes 2CV bytes
-    of E (nothing when only log-probs are wanted) and 12 bytes per row and tile of sums.
+    z = x @ W^T, E = exp(z - shift) at once in the epilogue; 2CVD flops, reads x and W, writes 2CV
+    bytes of E (nothing when only log-probs are wanted) and 12 bytes per row and tile of sums.
 
-The shift of a row is known before the product (its target's logit, an indexed dot product), so no row
-maximum and no second pass over [C, V] is needed. The epilogue works on two halves of the accumulator
+The shift of a row is known before the product (its target's logit, an indexed dot product), so no
+row maximum and no second pass over [C, V] is needed. The epilogue works on two halves of the
+accumulator
 in turn: a whole 128 x 256 tile of float32 and its exponentials do not fit the registers.
 """
 
@@ -18,21 +19,28 @@ from .triton_rows import scaled_logits
 
 @triton.jit
 def _half_epilogue(
-    acc, first, E_ptr, stride_ec, c, inside_c, shift, target, V, scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, CEILING: tl.constexpr, HALF: tl.constexpr,
+    acc, first, E_ptr, E_desc, stride_ec, row, C, shift, target, V, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, CEILING: tl.constexpr, USE_TMA: tl.constexpr,
+    BLOCK_C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     j = first + tl.arange(0, HALF)
     u = scaled_logits(acc, scale, softcap, HAS_SOFTCAP) - shift[:, None]
     other = (j < V)[None, :] & (j[None, :] != target[:, None])
-    u = tl.where(other, u, float("-inf"))
+    # Not -inf: 0 times it has to stay 0 in U.
+    u = tl.where(other, u, -1e30)
     M = tl.max(u, 1)
     u = tl.minimum(u, CEILING, propagate_nan=tl.PropagateNan.ALL)
     E = tl.exp(u)
     S = tl.sum(E, 1)
-    U = tl.sum(tl.where(other, E * u, 0.0), 1)
+    U = tl.sum(E * u, 1)
     if KEEP:
-        at = E_ptr + c.to(tl.int64)[:, None] * stride_ec + j[None, :]
-        tl.store(at, E.to(E_ptr.dtype.element_ty), mask=inside_c[:, None] & (j < V)[None, :])
+        E_16 = E.to(E_ptr.dtype.element_ty)
+        if USE_TMA:
+            E_desc.store([row, first], E_16)
+        else:
+            c = row + tl.arange(0, BLOCK_C)
+            at = E_ptr + c.to(tl.int64)[:, None] * stride_ec + j[None, :]
+            tl.store(at, E_16, mask=(c < C)[:, None] & (j < V)[None, :])
     return S, U, M
 
 
@@ -56,6 +64,9 @@ def anchored_kernel(
     if USE_TMA:
         x_desc = tl.make_tensor_descriptor(x_ptr, [C, D], [stride_xc, 1], [BLOCK_C, BLOCK_D])
         w_desc = tl.make_tensor_descriptor(w_ptr, [V, D], [stride_wv, 1], [BLOCK_V, BLOCK_D])
+    E_desc = None
+    if USE_TMA and KEEP:
+        E_desc = tl.make_tensor_descriptor(E_ptr, [C, V], [stride_ec, 1], [BLOCK_C, HALF])
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
         # GROUP_C row tiles share a slice of the head while it is in the L2 cache.
         group = tile // (GROUP_C * tiles_v)
@@ -89,12 +100,13 @@ def anchored_kernel(
             halves = tl.permute(tl.reshape(acc, (BLOCK_C, 2, HALF)), (0, 2, 1))
             left, right = tl.split(halves)
             S0, U0, M0 = _half_epilogue(
-                left, tile_v * BLOCK_V, E_ptr, stride_ec, c, inside_c, shift, target, V,
-                scale, softcap, HAS_SOFTCAP, KEEP, CEILING, HALF,
+                left, tile_v * BLOCK_V, E_ptr, E_desc, stride_ec, tile_c * BLOCK_C, C, shift,
+                target, V, scale, softcap, HAS_SOFTCAP, KEEP, CEILING, USE_TMA, BLOCK_C, HALF,
             )  # fmt: skip
             S1, U1, M1 = _half_epilogue(
-                right, tile_v * BLOCK_V + HALF, E_ptr, stride_ec, c, inside_c, shift, target, V,
-                scale, softcap, HAS_SOFTCAP, KEEP, CEILING, HALF,
+                right, tile_v * BLOCK_V + HALF, E_ptr, E_desc, stride_ec, tile_c * BLOCK_C, C,
+                shift, target, V, scale, softcap, HAS_SOFTCAP, KEEP, CEILING, USE_TMA, BLOCK_C,
+                HALF,
             )  # fmt: skip
             at = tile_v.to(tl.int64) * stride_st + c
             tl.store(S_ptr + at, S0 + S1, mask=inside_c)

@@ -1,12 +1,14 @@
 """The Triton implementation of the loss head, in two designs behind one Head.
 
-safe:     z = x @ W^T by the library with float32 output, in slices; one pass writes E and the row sums
+safe:     z = x @ W^T by the library with float32 output, in slices; one pass writes E and the row
+sums
 anchored: one kernel does the product and the exponentials (triton_gemm.py), z never exists
 Then for both
-    dx_n = -(g_n / Z_n) (E @ W)_n        dW = E^T @ (-(g / Z) x)        with -S in the column of the target
+    dx_n = -(g_n / Z_n) (E @ W)_n        dW = E^T @ (-(g / Z) x)        with -S in the column of the
+    target
 as plain library products; E is bf16 (the model's dtype), sums, coefficients, dx and dW are float32.
-With an entropy bonus or a soft cap a row of the gradient is no multiple of E, and one more pass over E
-turns it into dloss/dlogits first.
+With an entropy bonus or a soft cap a row of the gradient is no multiple of E, and one more pass
+over E turns it into dloss/dlogits first.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from .triton_rows import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WORKSPACE_BYTES = 2_300_000_000
 SAFE_SLICE = 1024
-# exp(40) * V stays far from overflow in bf16 and float32, and so does its inverse times a coefficient.
+# exp(40) * V stays far from overflow in bf16 and float32, and so does its inverse times a
+# coefficient.
 LIMIT, CEILING = 40.0, 80.0
 # float16 has no range for exp(40): every row is shifted by its maximum, and by log 16 more so that
 # the -S in the target's column, at most V / 16, is finite.
@@ -256,7 +259,8 @@ class TritonHead:
         return self.E_flat[: C * pitch].view(C, pitch)[:, :V]
 
     def _unit(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
-        """A power of two near the largest coefficient, for float16, whose range 1 / N would leave."""
+        """A power of two near the largest coefficient, for float16, whose range 1 / N would
+        leave."""
         if not self.half:
             return self.one
         most = d_logprob_C.abs().max()
@@ -309,20 +313,23 @@ def make_head(
     need_hidden: bool,
     need_head: bool,
     tokens: int,
+    impl: str,
 ) -> TritonHead:
-    """The Head in the design that is fastest for this shape on this device."""
-    from .choice import choose_design  # measures heads of this module
+    """The Head in the design that impl names, for "triton" the fastest for this shape and
+    device.""" from .choice import choose_design  # measures heads of this module
 
-    design = choose_design(head_VD, vocab, tokens)
+    design = impl.removeprefix("triton_")
+    if design not in DESIGNS:
+        design = choose_design(head_VD, vocab, tokens)
     return TritonHead(head_VD, vocab, temperature, softcap, need_hidden, need_head, design, tokens)
 
 
-def policy_loss(problem: Problem) -> Outcome:
+def policy_loss(problem: Problem, impl: str) -> Outcome:
     """Loss and gradients of a checked problem."""
     p = problem
     head = make_head(
         p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head,
-        p.chunk_tokens or p.rows_N.shape[0],
+        p.chunk_tokens or p.rows_N.shape[0], impl,
     )  # fmt: skip
     return run_policy_loss(p, head, policy_terms, segment_sum)
 
@@ -336,8 +343,9 @@ def logprobs(
     temperature: float,
     softcap: float | None,
     chunk_tokens: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] float32."""
     tokens = chunk_tokens or rows_N.shape[0]
-    head = make_head(head_VD, vocab, temperature, softcap, False, False, tokens)
+    head = make_head(head_VD, vocab, temperature, softcap, False, False, tokens, impl)
     return run_logprobs(hidden_TD, head, vocab, rows_N, targets_N, chunk_tokens)

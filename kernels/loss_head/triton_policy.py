@@ -1,7 +1,7 @@
 """The policy loss of whole segments in one kernel; the mathematics is that of policy.py.
 
-token level: a program per BLOCK tokens; turn and sequence level: a program per segment, which walks it
-up to three times (mean log-ratio; losses and the sum of their slopes; coefficients)
+token level: a program per BLOCK tokens; turn and sequence level: a program per segment, which walks
+it up to three times (mean log-ratio; losses and the sum of their slopes; coefficients)
 reads at most 24C bytes, writes 8C and 9 numbers per program, summed afterwards in a fixed order
 """
 

@@ -1,14 +1,17 @@
 """The row-wise kernels of the loss head: everything between the matrix products.
 
     exp_rows      z [C, V] float32 -> E [C, V] bf16, row sums            reads 4CV, writes 2CV bytes
-    settle_rows   per-tile maxima -> shift of the rows that would overflow        C * tiles * 4 bytes
-    finish_rows   per-tile sums -> log-prob, entropy; E at the target becomes -S   C * tiles * 8 bytes
-    dlogits_rows  E -> dloss/dlogits in place, where a row is no multiple of E      reads and writes 2CV
-    row_dots      target logits from hidden and head rows                          reads 4CD
+    settle_rows   per-tile maxima -> shift of the rows that would overflow        C * tiles * 4
+    bytes finish_rows   per-tile sums -> log-prob, entropy; E at the target becomes -S   C * tiles *
+    8 bytes dlogits_rows  E -> dloss/dlogits in place, where a row is no multiple of E      reads
+    and writes 2CV row_dots      target logits from hidden and head rows
+    reads 4CD
 
-    u_j = z_j - shift, E_j = exp(u_j), S = sum of E_j, U = sum of E_j u_j, M = max of u_j, all over j != y
-The shift of a row is its target's logit, so that S is the odds against the target and keeps its digits;
-where M exceeds LIMIT the row is redone with its maximum as shift, by the same kernel, without the host.
+    u_j = z_j - shift, E_j = exp(u_j), S = sum of E_j, U = sum of E_j u_j, M = max of u_j, all over
+    j != y
+The shift of a row is its target's logit, so that S is the odds against the target and keeps its
+digits; where M exceeds LIMIT the row is redone with its maximum as shift, by the same kernel,
+without the host.
 """
 
 from __future__ import annotations
@@ -67,14 +70,15 @@ def exp_rows_kernel(
             raw = tl.load(z_ptr + c * stride_zc + j, mask=inside, other=0.0)
             other = inside & (j != target)
             u = scaled_logits(raw, scale, softcap, HAS_SOFTCAP) - shift
-            u = tl.where(other, u, float("-inf"))
+            # Not -inf: 0 times it has to stay 0 in U.
+            u = tl.where(other, u, -1e30)
             # NaN has to come through: a maximum that drops it would hide a broken weight.
             M = tl.maximum(M, u, propagate_nan=tl.PropagateNan.ALL)
             # A row above the ceiling is redone; until then its sums only have to stay finite.
             u = tl.minimum(u, CEILING, propagate_nan=tl.PropagateNan.ALL)
             E = tl.exp(u)
             S += E
-            U += tl.where(other, E * u, 0.0)
+            U += E * u
             if KEEP:
                 tl.store(E_ptr + c * stride_ec + j, E.to(E_ptr.dtype.element_ty), mask=inside)
         tl.store(S_ptr + c, tl.sum(S, 0))

@@ -1,0 +1,190 @@
+"""The loss head on the CPU: the driver's Head over the C++ operators of turnfast._C.
+
+With the logit z_y of a token's target known first (one dot product), every exponential is anchored
+there and no pass over the logits looks for a maximum:
+
+    E_j = exp(z_j - z_y) for j != y, E_y = 0        S = sum_j E_j, logprob = -log1p(S)
+    dx  = c (E @ W) + p W_y                         c = -g / (1 + S), p = g S / (1 + S)
+    dW  = E^T @ (c x), row y plus p x               g = dloss/dlogprob
+
+An entropy bonus or a soft cap makes dz more than a factor times E; it is then computed from E block
+by block, with z_j - z_y = log E_j. Tokens whose largest logit is far above the target's are
+anchored at the maximum in a second pass. Memory: E [V, C] (float32; bf16 for bf16 heads where the
+CPU has bf16 products), about one block of W per thread, and dx [C, D] per thread.
+Source of the anchoring: a softmax is invariant to any shift, the maximum is only one choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..extension import load_error
+from .driver import run_logprobs, run_policy_loss, whole_vocab
+from .problem import Outcome, Problem, Vocab
+
+# E of one chunk. Larger chunks read and write W and dW fewer times, 6 C flops for each of their
+# elements; past a few hundred tokens nothing is left to gain.
+CHUNK_BYTES = 128 << 20
+MIN_CHUNK, MAX_CHUNK = 96, 1152
+# Above this, sums of exponentials anchored at the target come near the end of float32.
+ANCHOR_LIMIT = 60.0
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Why this implementation cannot take the device and dtype; empty if it can."""
+    error = load_error()
+    if error is not None:
+        return f"the C++ extension is not built or does not load ({error})"
+    if device.type != "cpu":
+        return f"it runs on the cpu, the tensors are on {device.type}"
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+class CppHead:
+    """The driver's Head; `kernel` names an instruction set, empty for the best one here."""
+
+    def __init__(
+        self,
+        head_VD: Tensor,
+        vocab: Vocab,
+        temperature: float,
+        softcap: float | None,
+        need_hidden: bool,
+        need_head: bool,
+        kernel: str = "",
+    ) -> None:
+        self.head_VD = head_VD.contiguous()
+        self.vocab = vocab
+        self.temperature, self.softcap = temperature, softcap
+        self.scaling = (1.0 / temperature, softcap or 0.0)
+        self.need_hidden, self.need_head = need_hidden, need_head
+        self.kernel = kernel
+        self.ops = torch.ops.turnfast
+        self.exps = torch.empty(0, dtype=torch.uint8)
+        self.d_head_VD: Tensor | None = None
+        self.kept: tuple[Tensor, ...] = ()
+
+    def chunk_tokens(self) -> int:
+        per_token = self._exps_bytes(MIN_CHUNK) // MIN_CHUNK
+        tokens = CHUNK_BYTES // per_token
+        return max(MIN_CHUNK, min(MAX_CHUNK, tokens // MIN_CHUNK * MIN_CHUNK))
+
+    def forward(self, x_CD: Tensor, targets_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+        self.kept = ()
+        x_CD = x_CD.contiguous()
+        column_C, owned_C = self.vocab.local(targets_C)
+        column_C = column_C.where(owned_C, -1).int()
+        given = (x_CD, self.head_VD, column_C)
+        if keep:
+            need = self._exps_bytes(x_CD.shape[0])
+            if self.exps.numel() < need:
+                self.exps = torch.empty(need, dtype=torch.uint8)
+        exps = self.exps if keep else None
+        z_y_C = self.vocab.sum(self.ops.head_pick(*given, *self.scaling, self.kernel))
+        anchor_C = z_y_C
+        sums = self.ops.head_forward(*given, anchor_C, *self.scaling, exps, self.kernel)
+        over_C = self.vocab.max(sums[2])
+        if bool((over_C > ANCHOR_LIMIT).any()):
+            anchor_C = torch.where(over_C > ANCHOR_LIMIT, z_y_C + over_C, z_y_C)
+            sums = self.ops.head_forward(*given, anchor_C, *self.scaling, exps, self.kernel)
+        S_C, Eu_C = self.vocab.sum(sums[0]), self.vocab.sum(sums[1])
+        u_y_C = z_y_C - anchor_C
+        E_y_C = u_y_C.exp()
+        Z_C = S_C + E_y_C
+        logprobs_C = torch.where(anchor_C == z_y_C, -S_C.log1p(), u_y_C - Z_C.log())
+        log_Z_C = u_y_C - logprobs_C
+        entropies_C = log_Z_C - (Eu_C + E_y_C * u_y_C) / Z_C
+        if keep:
+            self.kept = (x_CD, column_C, z_y_C, anchor_C, S_C, E_y_C, Z_C, log_Z_C, entropies_C)
+        return logprobs_C, entropies_C
+
+    def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
+        x_CD, column_C, z_y_C, anchor_C, S_C, E_y_C, Z_C, log_Z_C, entropies_C = self.kept
+        if not (self.need_hidden or self.need_head):
+            return None
+        scale_C = -d_logprob_C / (Z_C * self.temperature)
+        patch_C = -scale_C * S_C
+        slope_C = bonus_C = None
+        if d_entropy_C is not None:
+            bonus_C = entropies_C - log_Z_C
+            slope_C = -d_entropy_C / (Z_C * self.temperature)
+            patch_C = patch_C + slope_C * (z_y_C - anchor_C + bonus_C) * E_y_C
+        if self.softcap is not None:
+            patch_C = patch_C * (1.0 - (z_y_C * (self.temperature / self.softcap)).square())
+        first = self.d_head_VD is None
+        if self.need_head and self.d_head_VD is None:
+            self.d_head_VD = torch.empty(self.head_VD.shape, dtype=torch.float32)
+        d_x_CD = self.ops.head_backward(
+            x_CD,
+            self.head_VD,
+            column_C,
+            anchor_C,
+            *self.scaling,
+            self.exps,
+            scale_C,
+            patch_C,
+            slope_C,
+            bonus_C,
+            self.d_head_VD,
+            first,
+            self.need_hidden,
+            self.kernel,
+        )
+        return self.vocab.sum(d_x_CD) if self.need_hidden else None
+
+    def head_gradient(self) -> Tensor:
+        if not self.need_head:
+            return torch.zeros(0)
+        if self.d_head_VD is None:
+            return torch.zeros(self.head_VD.shape)
+        return self.d_head_VD
+
+    def _exps_bytes(self, tokens: int) -> int:
+        return self.ops.head_exps_bytes(self.head_VD, tokens, self.kernel)
+
+
+def policy_loss(problem: Problem) -> Outcome:
+    """Loss and gradients of a checked problem."""
+    p = problem
+    head = CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
+    return run_policy_loss(p, head)
+
+
+def logprobs(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    vocab: Vocab | None,
+    rows_N: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor]:
+    """log-probs and entropies, [N] float32."""
+    head = CppHead(head_VD, vocab or whole_vocab(head_VD), temperature, softcap, False, False)
+    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
+
+
+def _fake_like_tokens(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_like_tokens(x), _fake_like_tokens(x), _fake_like_tokens(x)
+
+
+def _fake_backward(x: Tensor, *given: object) -> Tensor:
+    need_hidden = given[12]
+    return x.new_empty(x.shape if need_hidden else (0,), dtype=torch.float32)
+
+
+if load_error() is None:
+    torch.library.register_fake("turnfast::head_pick")(_fake_like_tokens)
+    torch.library.register_fake("turnfast::head_forward")(_fake_forward)
+    torch.library.register_fake("turnfast::head_backward")(_fake_backward)
+    torch.library.register_fake("turnfast::exp_clamped")(lambda x, kernel="": torch.empty_like(x))
