@@ -1,0 +1,45 @@
+"""The report of a run: one HTML file that says what happened, readable without network or script.
+
+`learning_plot`, the comparison of several runs, is in `turnfast.report.learning`: it draws with
+matplotlib, which is slow to import, and the report does not need it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from ..metrics import read_metrics
+from .page import build_page
+from .trajectories import read_rollouts
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from config.toml, metrics.jsonl and rollouts.jsonl alone.
+
+    Works on a run under way or cut off: a torn last line is left out, and what is missing is said.
+
+    Raises:
+        ConfigError: no metrics.jsonl, or a damaged line in a log; names file and line.
+    """
+    lines = read_metrics(run_dir)
+    recipe = run_dir / "config.toml"
+    recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
+    try:
+        tree = tomllib.loads(recipe_text)
+    except tomllib.TOMLDecodeError:
+        tree = {}
+    page = build_page(
+        name=run_dir.resolve().name,
+        recipe_text=recipe_text,
+        recipe=tree,
+        lines=lines,
+        logged=read_rollouts(run_dir / "rollouts.jsonl"),
+    )
+    report = run_dir / "report.html"
+    partial = run_dir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(report)
+    return report

@@ -1,0 +1,203 @@
+"""Charts as HTML and inline SVG that need no script, no font and no network.
+
+The drawing is stretched to its place and lines keep their width; labels are text of the page, so
+they have the same size on a phone and on a wide screen. Colours are classes of style.css.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .numbers import short
+from .scales import Axis, Points, linear_axis, log_axis, smooth, thin
+
+SMOOTH_FROM = 50
+"""Below as many points a noisy line is still easy to read as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One line. `colour` is 1 to 6; `noisy` lines get a smoothed one on top when they are long;
+    `dotted` marks every measurement."""
+
+    name: str
+    points: Points
+    colour: int
+    noisy: bool = False
+    dotted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A set of series over the step.
+
+    Attributes:
+        note: one sentence: what to look for.
+        share: the values are shares, the axis is 0 to 1.
+        log: decades, used only when every value is positive and they span more than one.
+        stacked: areas on top of each other; all series then have the same steps.
+    """
+
+    title: str
+    note: str
+    series: tuple[Series, ...]
+    share: bool = False
+    log: bool = False
+    stacked: bool = False
+
+
+def draw(chart: Chart, x: Axis, index: int) -> str:
+    """The chart as a `<figure>`; `index` links it to its entry in `hover_data`."""
+    y = _y_axis(chart)
+    layers = _stack(chart) if chart.stacked else [s.points for s in chart.series]
+    shapes = "".join(_grid(x, y))
+    if chart.stacked:
+        floor = [(step, 0.0) for step, _ in layers[0]]
+        for series, top in zip(chart.series, layers, strict=True):
+            shapes += _area(floor, top, series.colour, x, y)
+            floor = top
+    else:
+        # the first series is the headline: it is drawn last, on top
+        for series in reversed(chart.series):
+            shapes += _line(series, x, y, chart.log)
+    ticks_y = "".join(
+        f'<span style="bottom:{_percent(y.share(tick))}">{html.escape(y.label(tick))}</span>'
+        for tick in y.ticks
+    )
+    ticks_x = "".join(
+        f'<span style="left:{_percent(x.share(tick))}">{short_step(tick)}</span>'
+        for tick in x.ticks
+    )
+    return (
+        f'<figure class="chart" data-chart="{index}"><figcaption><h3>{html.escape(chart.title)}'
+        f"</h3>{_key(chart.series)}</figcaption>"
+        f'<div class="plot"><div class="y" aria-hidden="true">{ticks_y}</div><div class="area">'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
+        f'aria-label="{html.escape(_label(chart))}">{shapes}</svg></div>'
+        f'<div class="x" aria-hidden="true">{ticks_x}</div></div>'
+        f'<p class="note">{html.escape(chart.note)}</p></figure>'
+    )
+
+
+def sparkline(points: Points) -> str:
+    """A line without axes, for a table cell."""
+    if len(points) < 2:
+        return ""
+    points = thin(points, 80)
+    x = Axis(low=points[0][0], high=points[-1][0], ticks=())
+    y = Axis(low=min(v for _, v in points), high=max(v for _, v in points), ticks=())
+    return (
+        '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
+        f'aria-hidden="true"><path class="line c1" d="{_path(points, x, y)}"/></svg>'
+    )
+
+
+def hover_data(chart: Chart, x: Axis) -> dict[str, Any]:
+    """What the script needs to name the values under the pointer."""
+    return {
+        "low": x.low,
+        "high": x.high,
+        "series": [
+            {
+                "name": series.name,
+                "colour": series.colour,
+                "steps": [step for step, _ in points],
+                "values": [float(f"{value:.4g}") for _, value in points],
+            }
+            for series in chart.series
+            for points in [thin(series.points)]
+        ],
+    }
+
+
+def short_step(step: float) -> str:
+    return f"{step:.0f}" if step < 10_000 else short(step)
+
+
+def _y_axis(chart: Chart) -> Axis:
+    if chart.share:
+        return linear_axis(0.0, 1.0)
+    layers = _stack(chart)[-1:] if chart.stacked else [s.points for s in chart.series]
+    values = [value for points in layers for _, value in points]
+    low, high = min(values), max(values)
+    if chart.log and low > 0 and high > 10 * low:
+        return log_axis(low, high)
+    if chart.stacked or 0 <= low < 0.5 * high:
+        low = 0.0
+    if low == high == 0.0:
+        high = 1.0
+    return linear_axis(low, high)
+
+
+def _stack(chart: Chart) -> list[Points]:
+    # a handful of slow steps must not hide the split of all others, so areas show means
+    count = len(chart.series[0].points)
+    layers: list[Points] = []
+    below = [0.0] * count
+    for series in chart.series:
+        points = smooth(series.points, max(1, count // 40))
+        below = [low + value for low, (_, value) in zip(below, points, strict=True)]
+        layers.append([(step, top) for (step, _), top in zip(points, below, strict=True)])
+    return layers
+
+
+def _grid(x: Axis, y: Axis) -> list[str]:
+    return [f'<path class="grid" d="M0 {_y(tick, y)}H1000"/>' for tick in y.ticks] + [
+        f'<path class="grid faint" d="M{_x(tick, x)} 0V1000"/>' for tick in x.ticks
+    ]
+
+
+def _line(series: Series, x: Axis, y: Axis, log: bool) -> str:
+    points = series.points
+    long = series.noisy and len(points) >= SMOOTH_FROM and not log
+    paint = f"c{series.colour}"
+    text = ""
+    if long:
+        text += f'<path class="line raw {paint}" d="{_path(thin(points), x, y)}"/>'
+        points = smooth(points, max(5, len(points) // 20))
+    text += f'<path class="line {paint}" d="{_path(thin(points), x, y)}"/>'
+    if series.dotted or len(points) == 1:
+        # lines of no length keep round ends when the drawing is stretched, circles do not
+        dots = "".join(f"M{_x(step, x)} {_y(value, y)}h0" for step, value in thin(points, 60))
+        text += f'<path class="dots {paint}" d="{dots}"/>'
+    return text
+
+
+def _area(floor: Points, top: Points, colour: int, x: Axis, y: Axis) -> str:
+    there, back = thin(top, 10_000), list(reversed(floor))
+    corners = "L".join(f"{_x(step, x)} {_y(value, y)}" for step, value in [*there, *back])
+    return f'<path class="fill c{colour}" d="M{corners}Z"/>'
+
+
+def _path(points: Points, x: Axis, y: Axis) -> str:
+    return "M" + "L".join(f"{_x(step, x)} {_y(value, y)}" for step, value in points)
+
+
+def _x(step: float, axis: Axis) -> str:
+    return f"{1000 * axis.share(step):.1f}".removesuffix(".0")
+
+
+def _y(value: float, axis: Axis) -> str:
+    return f"{1000 * (1 - axis.share(value)):.1f}".removesuffix(".0")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _key(series: Sequence[Series]) -> str:
+    items = "".join(
+        f'<li><i class="c{s.colour}"></i>{html.escape(s.name)} <b>{short(s.points[-1][1])}</b></li>'
+        for s in series
+    )
+    return f'<ul class="key">{items}</ul>'
+
+
+def _label(chart: Chart) -> str:
+    ends = "; ".join(
+        f"{s.name}: from {short(s.points[0][1])} to {short(s.points[-1][1])}" for s in chart.series
+    )
+    return f"{chart.title}. {ends}"

@@ -1,0 +1,136 @@
+"""The logged rollouts, made small and harmless enough to be shown.
+
+Model text is hostile by assumption. Every string that reaches the page goes through `visible` and
+`clip`; that it stays text and never becomes markup is the business of page.py and browser.js.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..jsonl import read_lines
+
+TEXT_LIMIT = 20_000
+"""Characters shown of one text; rollouts.jsonl has all of it."""
+PAGE_LIMIT = 4_000_000
+"""Characters of rollouts in one page; a browser opens it at once."""
+
+# controls but for tab and newline, marks that reorder text, halves of surrogate pairs
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """The groups a page shows, and of how many logged steps they are."""
+
+    groups: tuple[Mapping[str, Any], ...]
+    steps_shown: int
+    steps_logged: int
+
+
+def read_rollouts(path: Path) -> Logged:
+    """All groups of a rollouts.jsonl, or those of evenly spread steps, first and last included,
+    when all would be too many for one page. A missing file holds none."""
+    if not path.exists():
+        return Logged(groups=(), steps_shown=0, steps_logged=0)
+    sizes: defaultdict[int, int] = defaultdict(int)
+    for line in read_lines(path):
+        sizes[line["step"]] += len(json.dumps(_group(line)))
+    chosen = _spread(sorted(sizes), sum(sizes.values()))
+    groups = tuple(_group(line) for line in read_lines(path) if line["step"] in chosen)
+    return Logged(groups=groups, steps_shown=len(chosen), steps_logged=len(sizes))
+
+
+def visible(text: str) -> str:
+    """Characters that cannot be seen, or that reorder the text around them, by their code.
+
+    >>> visible("a\\x00b\\u202ec")
+    'a⟨U+0000⟩b⟨U+202E⟩c'
+    """
+    return _INVISIBLE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
+
+
+def clip(text: str, limit: int = TEXT_LIMIT) -> str:
+    """The head and the tail of a long text, and how much is between them."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    left_out = len(text) - limit
+    return f"{text[: limit - tail]}\n… {left_out:,} characters left out …\n{text[-tail:]}"
+
+
+def _spread(steps: Sequence[int], size: int) -> set[int]:
+    if size <= PAGE_LIMIT:
+        return set(steps)
+    count = max(2, len(steps) * PAGE_LIMIT // size)
+    last = len(steps) - 1
+    return {steps[round(index * last / (count - 1))] for index in range(count)}
+
+
+def _group(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "step": line["step"],
+        "split": _text(line.get("split", "")),
+        "question": _text(line.get("question", "")),
+        "answers": [_text(answer) for answer in _items(line.get("answers"))[:20]],
+        "rule": _text(line.get("rule") or ""),
+        "rollouts": [_rollout(item) for item in _records(line.get("rollouts"))],
+    }
+
+
+def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "index": _number(record.get("index")),
+        "status": _text(record.get("status", "")),
+        "error": _text(record.get("error") or ""),
+        "outcome": _number(record.get("outcome")),
+        "parts": _numbers(record.get("outcome_parts")),
+        "metrics": _numbers(record.get("metrics")),
+        "tool": _number(record.get("tool_success")),
+        "turns": [_turn(item) for item in _records(record.get("turns"))],
+    }
+
+
+def _turn(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "text": _text(record.get("text", "")),
+        "reply": _text(record.get("reply") or ""),
+        "reward": _number(record.get("reward")),
+        "parts": _numbers(record.get("reward_parts")),
+        "advantage": _number(record.get("advantage")),
+        "finish": _text(record.get("finish", "")),
+        "tokens": _number(record.get("tokens")),
+        "calls": _number(record.get("tool_calls")),
+        "successes": _number(record.get("tool_successes")),
+    }
+
+
+def _text(value: Any) -> str:
+    return visible(clip(str(value)))
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return value if isinstance(value, int) else None
+
+
+def _numbers(value: Any) -> dict[str, float | int | None]:
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return {_text(name): _number(number) for name, number in pairs}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _records(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in _items(value) if isinstance(item, Mapping)]
