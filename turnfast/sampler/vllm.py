@@ -13,18 +13,19 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from ..types import Finish
 from .base import Completion, Request
 
 CPU_CACHE_BYTES = 1 << 30
-"""Key-value cache on a CPU; VLLM_CPU_KVCACHE_SPACE (in GiB) overrides it."""
+"""Largest key-value cache on a CPU; VLLM_CPU_KVCACHE_SPACE (in GiB) overrides it."""
 
 CPU_BLOCK_SIZE = 32
 """Tokens of one prefix-cache block on a CPU: vLLM's own 128 would hardly ever be a hit."""
@@ -87,12 +88,19 @@ class VllmSampler:
                 "enable_chunked_prefill": False,
             }
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+                tokens = max_sequences * (max_context + CPU_BLOCK_SIZE)
+                needed = tokens * _cache_bytes_per_token(model_folder, dtype)
+                options["kv_cache_memory_bytes"] = min(needed, CPU_CACHE_BYTES)
         else:
             options |= {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self._sleeps}
         _set_environment()
         with _trainer_untouched(), _quiet_stderr():
             self._vllm, self._engine = _start(options, on_cpu=self._on_cpu)
+
+    def _stance(self) -> AbstractContextManager[Any]:
+        # eager on a CPU means everything: one small compiled function of vLLM's sampler would ask
+        # for a C++ compiler and cost seconds in the first step
+        return torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext()
 
     @property
     def num_pending(self) -> int:
@@ -129,7 +137,9 @@ class VllmSampler:
     def step(self) -> list[Completion]:
         if not self.num_pending:
             return []
-        return [_completion(output) for output in self._engine.step() if output.finished]
+        with self._stance():
+            outputs = self._engine.step()
+        return [_completion(output) for output in outputs if output.finished]
 
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place, and prove that every one was replaced.
@@ -184,6 +194,13 @@ def _start(options: dict[str, Any], *, on_cpu: bool) -> tuple[Any, Any]:
         custom_ops: Any = importlib.import_module("vllm._custom_ops")
         custom_ops._supports_onednn = False
     return vllm, vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**options))
+
+
+def _cache_bytes_per_token(model_folder: str | Path, dtype: torch.dtype) -> int:
+    text = AutoConfig.from_pretrained(model_folder).get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * num_heads * size * dtype.itemsize
 
 
 @contextmanager
