@@ -1,6 +1,6 @@
 """The compile gate: every Triton kernel of the loss head and of segments, for sm_80 and sm_90a.
 
-No GPU takes part: Triton compiles for a named target and the bundled ptxas reports what it allocated.
+No GPU takes part: Triton compiles for a named target, and the machine code is read back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
 from turnfast.kernels.loss_head import triton_gemm, triton_head, triton_policy  # noqa: E402
 from turnfast.kernels.loss_head import triton_rows as rows  # noqa: E402
 from turnfast.kernels.segments import triton_segments as segments  # noqa: E402

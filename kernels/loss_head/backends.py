@@ -16,7 +16,7 @@ NAMES = ("auto", "reference", "cpp", "triton", "triton_safe", "triton_anchored")
 
 def backend(name: str) -> ModuleType:
     """The module of a resolved implementation; it has policy_loss and logprobs like `reference`."""
-    module = "triton_head" if name.startswith("triton") else name
+    module = "triton_loss" if name.startswith("triton") else name
     return importlib.import_module(f".{module}", __package__)
 
 

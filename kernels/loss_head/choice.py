@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from . import memory
+from .driver import whole_vocab
 from .problem import Vocab
+from .triton_head import DESIGNS, TritonHead
 
 # Below this many tokens a product does not fill the device and the difference is noise.
 MEASURED_TOKENS = 4096
@@ -33,9 +35,6 @@ def choose_design(head_VD: Tensor, vocab: Vocab, tokens: int) -> str:
 
 
 def _measure(head_VD: Tensor, tokens: int) -> str:
-    from .driver import whole_vocab
-    from .triton_head import DESIGNS, TritonHead
-
     V, D = head_VD.shape
     x_CD = torch.randn(tokens, D, device=head_VD.device).to(head_VD.dtype)
     targets_C = torch.randint(V, (tokens,), device=head_VD.device)

@@ -11,10 +11,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import memory
+from . import memory, reference
 from .driver import run_policy_loss, whole_vocab
 from .problem import Outcome, Problem
 from .records import PolicyRule
+from .triton_head import DESIGNS, TritonHead
+from .triton_policy import policy_terms
 
 LOGPROB_BOUND, GRADIENT_BOUND = 1e-3, 1e-2
 
@@ -28,8 +30,8 @@ def failure(device: torch.device) -> str:
         memory.remember(key, known)
     if known:
         warnings.warn(
-            f"turnfast: the Triton loss head is OFF on {torch.cuda.get_device_name(device)}:
-            {known}. " "The slower reference takes its place; please report this.",
+            f"turnfast: the Triton loss head is OFF on {torch.cuda.get_device_name(device)}: "
+            f"{known}. The slower reference takes its place; please report this.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -37,11 +39,7 @@ def failure(device: torch.device) -> str:
 
 
 def run(device: torch.device) -> str:
-    """Compare every design with the reference on a small problem; a sentence about the first
-    mismatch.""" from . import reference
-    from .triton_head import DESIGNS, TritonHead
-    from .triton_policy import policy_terms
-
+    """Compare every design with the reference on a small problem; the first mismatch in words."""
     for rule in (PolicyRule(), PolicyRule(ratio="turn", entropy_coef=0.01)):
         problem = _problem(device, rule)
         expected = reference.policy_loss(problem)

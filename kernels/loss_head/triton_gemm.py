@@ -5,8 +5,7 @@
 
 The shift of a row is known before the product (its target's logit, an indexed dot product), so no
 row maximum and no second pass over [C, V] is needed. The epilogue works on two halves of the
-accumulator
-in turn: a whole 128 x 256 tile of float32 and its exponentials do not fit the registers.
+accumulator in turn: a whole 128 x 256 tile and its exponentials do not fit the registers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """The Triton implementation of the loss head, in two designs behind one Head.
 
-safe:     z = x @ W^T by the library with float32 output, in slices; one pass writes E and the row
-sums
-anchored: one kernel does the product and the exponentials (triton_gemm.py), z never exists
-Then for both
-    dx_n = -(g_n / Z_n) (E @ W)_n        dW = E^T @ (-(g / Z) x)        with -S in the column of the
-    target
-as plain library products; E is bf16 (the model's dtype), sums, coefficients, dx and dW are float32.
+    safe:      z = x @ W^T by the library in float32, in slices; one pass writes E and row sums
+    anchored:  one kernel does the product and the exponentials (triton_gemm.py), z never exists
+then for both, with -S in the column of the target,
+    dx_n = -(g_n / Z_n) (E @ W)_n              dW = E^T @ (-(g / Z) x)
+as plain library products. E has the model's dtype; sums, coefficients, dx and dW are float32.
 With an entropy bonus or a soft cap a row of the gradient is no multiple of E, and one more pass
 over E turns it into dloss/dlogits first.
 """
@@ -20,11 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..segments.triton_segments import segment_sum
-from .driver import empty_head_gradient, run_logprobs, run_policy_loss
-from .problem import Outcome, Problem, Vocab
+from .driver import empty_head_gradient
+from .problem import Vocab
 from .triton_gemm import anchored_kernel
-from .triton_policy import policy_terms
 from .triton_rows import (
     dlogits_rows_kernel,
     exp_rows_kernel,
@@ -68,19 +64,6 @@ INTERPRETER_TILES = Tiles(
     block_c=32, block_v=64, block_d=32, group_c=2, warps=4, stages=1, tma=False
 )
 DESIGNS = ("safe", "anchored")
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Why this implementation cannot take a device and dtype; empty if it can."""
-    if dtype == torch.float64:
-        return "float64 is taken by the reference only"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs compute capability 8.0 or higher"
-        from .selftest import failure  # imports this module
-
-        return failure(device)
-    return ""
 
 
 class TritonHead:
@@ -303,49 +286,3 @@ def _programs(device: torch.device) -> int:
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
-
-
-def make_head(
-    head_VD: Tensor,
-    vocab: Vocab,
-    temperature: float,
-    softcap: float | None,
-    need_hidden: bool,
-    need_head: bool,
-    tokens: int,
-    impl: str,
-) -> TritonHead:
-    """The Head in the design that impl names, for "triton" the fastest for this shape and
-    device.""" from .choice import choose_design  # measures heads of this module
-
-    design = impl.removeprefix("triton_")
-    if design not in DESIGNS:
-        design = choose_design(head_VD, vocab, tokens)
-    return TritonHead(head_VD, vocab, temperature, softcap, need_hidden, need_head, design, tokens)
-
-
-def policy_loss(problem: Problem, impl: str) -> Outcome:
-    """Loss and gradients of a checked problem."""
-    p = problem
-    head = make_head(
-        p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head,
-        p.chunk_tokens or p.rows_N.shape[0], impl,
-    )  # fmt: skip
-    return run_policy_loss(p, head, policy_terms, segment_sum)
-
-
-def logprobs(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    vocab: Vocab,
-    rows_N: Tensor,
-    targets_N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """log-probs and entropies, [N] float32."""
-    tokens = chunk_tokens or rows_N.shape[0]
-    head = make_head(head_VD, vocab, temperature, softcap, False, False, tokens, impl)
-    return run_logprobs(hidden_TD, head, vocab, rows_N, targets_N, chunk_tokens)

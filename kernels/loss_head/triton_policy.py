@@ -1,8 +1,8 @@
 """The policy loss of whole segments in one kernel; the mathematics is that of policy.py.
 
-token level: a program per BLOCK tokens; turn and sequence level: a program per segment, which walks
-it up to three times (mean log-ratio; losses and the sum of their slopes; coefficients)
-reads at most 24C bytes, writes 8C and 9 numbers per program, summed afterwards in a fixed order
+Token level: a program per BLOCK tokens. Turn and sequence level: a program per segment, which walks
+it up to three times (mean log-ratio; losses and the sum of their slopes; coefficients).
+Reads at most 28C bytes, writes 8C and 9 numbers per program, summed afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def policy_kernel(
         if HAS_CAP:
             sampler = tl.load(sampler_ptr + n, mask=inside, other=0.0)
             scale = weight * tl.minimum(tl.exp(old - sampler), is_cap)
+        level = log_ratio
         if SEGMENTS:
-            ratio = tl.exp(tl.zeros([BLOCK], tl.float32) + mean)
-        else:
-            ratio = tl.exp(log_ratio)
+            level = tl.zeros([BLOCK], tl.float32) + mean
+        ratio = tl.exp(level)
         high = ratio > 1 + clip_high
         low = ratio < 1 - clip_low
         if CISPO:

@@ -1,16 +1,17 @@
 """The row-wise kernels of the loss head: everything between the matrix products.
 
-    exp_rows      z [C, V] float32 -> E [C, V] bf16, row sums            reads 4CV, writes 2CV bytes
-    settle_rows   per-tile maxima -> shift of the rows that would overflow        C * tiles * 4
-    bytes finish_rows   per-tile sums -> log-prob, entropy; E at the target becomes -S   C * tiles *
-    8 bytes dlogits_rows  E -> dloss/dlogits in place, where a row is no multiple of E      reads
-    and writes 2CV row_dots      target logits from hidden and head rows
-    reads 4CD
+    exp_rows      z [C, V] float32 -> E [C, V], row sums           reads 4CV, writes 2CV bytes
+    max_rows, sum_rows   per-tile values of the anchored product   12 bytes per row and tile
+    settle_rows   shift of the rows that would overflow
+    finish_rows   sums -> log-prob, entropy; E at the target becomes -S
+    dlogits_rows  E -> dloss/dlogits in place                      reads and writes 2CV
+    row_dots      target logits from hidden and head rows          reads 4CD
+    scale_rows    the D-wide side of the head's gradient           reads and writes 2CD
 
-    u_j = z_j - shift, E_j = exp(u_j), S = sum of E_j, U = sum of E_j u_j, M = max of u_j, all over
-    j != y
+    u_j = z_j - shift, E_j = exp(u_j), S = sum E_j, U = sum E_j u_j, M = max u_j, all over j != y
+
 The shift of a row is its target's logit, so that S is the odds against the target and keeps its
-digits; where M exceeds LIMIT the row is redone with its maximum as shift, by the same kernel,
+digits; where M exceeds a limit the row is redone with its maximum as shift, by the same kernel,
 without the host.
 """
 
@@ -54,10 +55,9 @@ def exp_rows_kernel(
     BLOCK_V: tl.constexpr,
 ):
     c = tl.program_id(0).to(tl.int64)
+    wanted = True
     if ONLY_FLAGGED:
         wanted = tl.load(flag_ptr + c) != 0
-    else:
-        wanted = True
     if wanted:
         shift = tl.load(shift_ptr + c)
         target = tl.load(target_ptr + c)
