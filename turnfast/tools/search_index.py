@@ -11,7 +11,6 @@ import os
 import re
 import sqlite3
 import threading
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,9 @@ these they this those through to too under until up was we were what when where 
 whose why will with would you your
 """
 STOP_WORDS = frozenset(_STOP_TEXT.split())
+
+# letters and digits, each perhaps followed by loose accents
+_WORD = re.compile(r"(?:[^\W_][\u0300-\u036f]*)+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +111,11 @@ def match_expression(query: str) -> str:
 
     Example:
         >>> match_expression('who wrote "Ulm" OR NEAR(x)?')
-        '"wrote" OR "ulm" OR "near" OR "x"'
+        '"wrote" OR "Ulm" OR "NEAR" OR "x"'
     """
-    # composed, as a letter followed by a loose accent would be cut in two here
-    text = unicodedata.normalize("NFC", query).lower()
-    words = dict.fromkeys(word for word in re.findall(r"[^\W_]+", text))
-    telling = [word for word in words if word not in STOP_WORDS] or list(words)
+    # case and accents are left to the index, so that it folds query and passage alike
+    words = {word.lower(): word for word in _WORD.findall(query)}
+    telling = [word for low, word in words.items() if low not in STOP_WORDS] or [*words.values()]
     return " OR ".join(f'"{word}"' for word in telling[:MAX_QUERY_WORDS])
 
 

@@ -1,0 +1,400 @@
+"""Tools: schemas, parsing of calls, and calls that go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import subprocess
+import sys
+import threading
+import time
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from turnfast.tools import (
+    BadArguments,
+    MalformedCall,
+    Tool,
+    ToolCall,
+    ToolError,
+    ToolResult,
+    parse_call,
+    parse_calls,
+    run_tool,
+    tool,
+)
+from turnfast.tools import run as run_room
+
+
+@tool
+def add(a: int, b: int = 1) -> str:
+    """Add two
+    numbers.
+
+    Args:
+        a: the first,
+            which comes first.
+        b (int): the second.
+    Returns:
+        the sum.
+    """
+    return str(a + b)
+
+
+def play(one: Tool, /, timeout_s: float = 5.0, **arguments: object) -> ToolResult | ToolError:
+    call = ToolCall(name=one.name, arguments=arguments)
+    return asyncio.run(run_tool([one], call, timeout_s=timeout_s))
+
+
+# --- schema and arguments
+
+
+def test_schema_of_a_function():
+    assert add.schema == {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Add two numbers.",
+            "parameters": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["a"],
+                "properties": {
+                    "a": {"type": "integer", "description": "the first, which comes first."},
+                    "b": {"type": "integer", "default": 1, "description": "the second."},
+                },
+            },
+        },
+    }
+    json.dumps(add.schema)
+    assert add(2, 3) == "5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, "a: missing"),
+        ({"a": "1"}, "a: .*valid integer"),
+        ({"a": 1.5}, "a: .*valid integer"),
+        ({"a": True}, "a: .*valid integer"),
+        ({"a": None}, "a: .*valid integer"),
+        ({"a": 1, "c": 2}, "c: no such argument"),
+        ({"p0": 1}, "missing"),
+        ({"a": {1, 2}}, "not JSON"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, reason):
+    with pytest.raises(BadArguments, match=reason):
+        add.bind(arguments)
+
+
+def test_types_beyond_the_basic_ones():
+    @tool(name="plan.trip", description="Plan.")
+    def plan(
+        day: datetime.date,
+        kind: Literal["rail", "air"],
+        stops: tuple[str, ...] = (),
+        count: Annotated[int, Field(ge=1)] = 1,
+        note: str | None = None,
+        json: str = "",
+        _x: int = 0,
+    ) -> str:
+        return f"{day:%d.%m.} {kind} {stops} {count} {note} {json} {_x}"
+
+    assert (plan.name, plan.description) == ("plan.trip", "Plan.")
+    bound = plan.bind({"day": "2026-01-02", "kind": "air", "stops": ["a"], "json": "j", "_x": 3})
+    assert plan(**bound) == "02.01. air ('a',) 1 None j 3"
+    for bad in ({"kind": "sea"}, {"count": 0}, {"stops": "abc"}, {"day": "x"}):
+        with pytest.raises(BadArguments):
+            plan.bind({"day": "2026-01-02", "kind": "air", **bad})
+
+
+def test_functions_without_a_schema_are_refused():
+    with pytest.raises(TypeError, match="needs a name"):
+        tool(lambda: "")
+
+    def untyped(x) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match="'x' has no type"):
+        tool(untyped)
+
+    def star(*names: str) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match="names has no schema"):
+        tool(star)
+
+    def positional(x: int, /) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match="positional-only"):
+        tool(positional)
+
+
+def test_a_method_is_bound_to_its_instance():
+    class Shelf:
+        def __init__(self, book: str) -> None:
+            self.book = book
+
+        @tool
+        def read(self, page: int) -> str:
+            return f"{self.book} {page}"
+
+    ulm, rom = Shelf("Ulm"), Shelf("Rom")
+    assert (play(ulm.read, page=1), play(rom.read, page=2)) == (
+        ToolResult(text="Ulm 1"),
+        ToolResult(text="Rom 2"),
+    )
+    assert "self" not in Shelf.read.parameters["properties"]
+
+
+# --- parsing
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+TAGS = st.sampled_from(
+    ["<tool>", "</tool>", "<tool_call>", "</tool_call>", "<reasoning>", "{", "}"]
+)
+
+
+@given(st.text(min_size=1), st.dictionaries(st.text(), JSON, max_size=4), st.booleans(), st.text())
+def test_both_forms_are_read_back_exactly(name, arguments, native, around):
+    key, tag = ("arguments", "tool_call") if native else ("args", "tool")
+    around = around.replace("<", "")
+    for ascii_only in (True, False):
+        body = json.dumps({"name": name, key: arguments}, ensure_ascii=ascii_only)
+        text = f"{around}<{tag}>\n{body} </{tag}>{around}"
+        assert parse_calls(text) == (ToolCall(name=name, arguments=arguments),)
+
+
+@given(st.lists(TAGS | st.text(max_size=5) | JSON.map(json.dumps), max_size=12).map("".join))
+@settings(max_examples=300)
+def test_no_text_raises_and_every_opening_tag_is_an_attempt(text):
+    calls = parse_calls(text)
+    assert all(isinstance(call, ToolCall | MalformedCall) for call in calls)
+    if "<tool>" in text and "<reasoning>" not in text:
+        assert calls
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('<tool>{"name": "add", "args": {"a": 1}</tool>', "not valid JSON"),
+        ("<tool>{'name': 'add'}</tool>", "not valid JSON"),
+        ("<tool></tool>", "not valid JSON"),
+        ("<tool>", "no closing </tool>"),
+        ('<tool>{"name": "add"}', "no closing </tool>"),
+        ('<tool_call>{"name": "add"}</tool>', "no closing </tool_call>"),
+        ('<tool>{"name": "add"} {"name": "add"}</tool>', "more than one JSON object"),
+        ("<tool>[1]</tool>", "not a JSON object"),
+        ('<tool>{"args": {}}</tool>', '"name" is missing'),
+        ('<tool>{"name": 3, "args": {}}</tool>', '"name" is missing'),
+        ('<tool>{"name": "add", "args": "{}"}</tool>', '"args" is not an object'),
+        ('<tool>{"name": "add", "args": {}, "id": 1}</tool>', "unknown key 'id'"),
+        ('<tool>{"name": "add", "args": {"a": NaN}}</tool>', "not valid JSON"),
+        ('<tool {"name": "add"}>', "no <tool> or <tool_call> tag is well formed"),
+        ('{"name": "add"}</tool>', "no <tool> or <tool_call> tag is well formed"),
+        ("<tool>" + "[" * 100_000 + "</tool>", "not valid JSON"),
+        ("<tool>" + "1" * 10_000 + "</tool>", "not valid JSON"),
+    ],
+)
+def test_malformed_calls_say_why(text, reason):
+    assert parse_call(text) == MalformedCall(reason=reason)
+
+
+def test_several_calls_keep_their_order_and_thoughts_are_no_calls():
+    text = (
+        '<reasoning>perhaps <tool>{"name": "no"}</tool></reasoning>'
+        '<tool>{"name": "one"}</tool> and <tool>{"nam</tool>'
+        '<tool_call>{"name": "two", "arguments": {"x": "</tool_call>"}}</tool_call>'
+    )
+    assert parse_calls(text) == (
+        ToolCall(name="one", arguments={}),
+        MalformedCall(reason="not valid JSON"),
+        ToolCall(name="two", arguments={"x": "</tool_call>"}),
+    )
+    assert parse_calls("I would use a tool, perhaps.") == ()
+    assert parse_call("nothing") is None
+
+
+# --- running
+
+
+def test_a_result_an_empty_result_and_the_errors_before_the_call():
+    assert play(add, a=1) == ToolResult(text="2")
+    empty = ToolResult(text=" \n")
+    assert not empty.success and empty.shown == "No result."
+
+    def kind(text: str) -> tuple[str, str]:
+        call = parse_call(text)
+        assert call is not None
+        error = asyncio.run(run_tool([add], call, timeout_s=1))
+        assert isinstance(error, ToolError) and not error.success
+        return error.kind, error.shown
+
+    assert kind("<tool>{</tool>") == ("malformed", "Error: not valid JSON")
+    assert kind('<tool>{"name": "sub"}</tool>') == (
+        "unknown_tool",
+        "Error: no such tool; known: add",
+    )
+    assert kind('<tool>{"name": "add", "args": {}}</tool>') == (
+        "bad_arguments",
+        "Error: a: missing",
+    )
+
+
+class Rude(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def raises(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "text"),
+    [
+        (lambda: raises(ValueError("no such page")), "raised", "ValueError: no such page"),
+        (lambda: raises(Rude()), "raised", "Rude"),
+        (lambda: raises(StopIteration()), "raised", "StopIteration"),
+        (lambda: raises(SystemExit(3)), "raised", "SystemExit: 3"),
+        (lambda: raises(KeyboardInterrupt()), "raised", "KeyboardInterrupt"),
+        (lambda: raises(ValueError("\udcff" + "x" * 999)), "raised", "ValueError: ?" + "x" * 287),
+        (lambda: "x" * 20_000, "flood", "the result has 20000 characters, the limit is 16384"),
+        (lambda: b"\xff\xfe", "bad_output", "act returned bytes, not text"),
+        (lambda: None, "bad_output", "act returned NoneType, not text"),
+        (lambda: 3, "bad_output", "act returned int, not text"),
+        (lambda: b"\xff".decode("utf-8", "surrogateescape"), "bad_output", "invalid UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("in_coroutine", [False, True])
+def test_a_faulty_tool_ends_only_its_own_call(act, kind, text, in_coroutine):
+    if in_coroutine and "KeyboardInterrupt" in text:
+        pytest.skip("an interrupt in the event loop is the user's, and stops the run")
+
+    def plain() -> str:
+        return act()
+
+    async def coroutine() -> str:
+        await asyncio.sleep(0)
+        return act()
+
+    error = play(tool(name="act")(coroutine if in_coroutine else plain))
+    assert isinstance(error, ToolError)
+    assert error.kind == kind
+    assert text in error.text
+    assert len(error.shown) <= 320
+    error.shown.encode("utf-8")
+
+
+def test_a_hanging_tool_is_cut_at_its_deadline_and_others_are_not_delayed():
+    release = threading.Event()
+
+    @tool
+    def hang() -> str:
+        release.wait(30)
+        return "late"
+
+    @tool
+    async def hang_async() -> str:
+        await asyncio.sleep(30)
+        return "late"
+
+    async def run() -> list[ToolResult | ToolError]:
+        calls = [ToolCall(name=name, arguments={}) for name in ["hang", "hang_async"] * 20]
+        calls.append(ToolCall(name="add", arguments={"a": 1}))
+        tools = [hang, hang_async, add]
+        return await asyncio.gather(*(run_tool(tools, call, timeout_s=0.3) for call in calls))
+
+    begin = time.perf_counter()
+    *errors, result = asyncio.run(run())
+    elapsed_s = time.perf_counter() - begin
+    release.set()
+    assert all(isinstance(error, ToolError) and error.kind == "timeout" for error in errors)
+    assert result == ToolResult(text="2")
+    assert 0.3 <= elapsed_s < 3.0
+
+
+def test_a_result_in_time_counts_although_the_loop_was_busy():
+    async def run() -> ToolResult | ToolError:
+        call = asyncio.ensure_future(
+            run_tool([add], ToolCall(name="add", arguments={"a": 1}), timeout_s=0.1)
+        )
+        await asyncio.sleep(0)
+        time.sleep(0.4)  # as sampling on the CPU does
+        return await call
+
+    assert asyncio.run(run()) == ToolResult(text="2")
+
+
+def test_cancelling_the_caller_reaches_an_async_tool():
+    seen: list[str] = []
+
+    @tool
+    async def wait() -> str:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            seen.append("cancelled")
+        return ""
+
+    async def run() -> None:
+        async with asyncio.timeout(0.1):
+            await run_tool([wait], ToolCall(name="wait", arguments={}), timeout_s=20)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+    assert seen == ["cancelled"]
+
+
+def test_hanging_threads_are_limited(monkeypatch):
+    monkeypatch.setattr(run_room, "MAX_ABANDONED_THREADS", 3)
+    monkeypatch.setattr(run_room, "_ABANDONED", [])
+    release = threading.Event()
+
+    @tool
+    def hang() -> str:
+        release.wait(30)
+        return ""
+
+    errors = [play(hang, timeout_s=0.02) for _ in range(4)]
+    assert [error.text for error in errors] == ["hang gave no result in 0.02 s"] * 3 + [
+        "3 earlier calls are still hanging"
+    ]
+    release.set()
+    time.sleep(0.1)
+    assert play(add, a=1) == ToolResult(text="2")
+
+
+def test_a_hanging_tool_does_not_hold_up_the_end_of_the_program():
+    program = """
+import asyncio, time
+from turnfast.tools import ToolCall, run_tool, tool
+
+@tool
+def hang() -> str:
+    time.sleep(60)
+    return ""
+
+print(asyncio.run(run_tool([hang], ToolCall(name="hang", arguments={}), timeout_s=0.1)).kind)
+"""
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "timeout", "")
+    assert time.perf_counter() - begin < 20

@@ -1,0 +1,147 @@
+"""The BM25 index: right hits, and no text that can harm it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turnfast.tools import Passage, SearchIndex
+
+PASSAGES = [
+    Passage(title="Ulm", text="Ulm was written by Ida."),
+    Passage(title="Rom", text="Rom was painted by Ole, who never saw Ulm."),
+    Passage(title="Zoë", text="Zoë Ångström lives in 北京 and wrote «Naïve Ræv» in 1999."),
+    Passage(title="", text="the and of"),
+]
+INDEX = SearchIndex(PASSAGES)
+
+
+def titles(query: str, k: int = 5) -> list[str]:
+    return [hit.title for hit in INDEX.search(query, k)]
+
+
+def test_the_best_match_comes_first():
+    (hit,) = INDEX.search("who wrote Ulm? written")
+    assert (hit.row, hit.title, hit.text) == (0, "Ulm", "Ulm was written by Ida.")
+    assert titles("Ulm") == ["Ulm", "Rom"]
+    scores = [hit.score for hit in INDEX.search("Ulm", 5)]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    assert titles("Ulm", 0) == [] and titles("Ulm", 1) == ["Ulm"]
+
+
+def test_unicode_is_folded_alike_in_query_and_text():
+    for query in ("zoe", "ZOË", "Zoe\u0308", "angstrom", "北京", "«naive»", "1999", "ræv"):
+        assert titles(query) == ["Zoë"], query
+
+
+def test_queries_without_a_word_find_nothing():
+    for query in ("", " ", "?!", '"', "*", "\x00", "\ud800", "🙂", "nosuchword"):
+        assert titles(query) == [], query
+    assert [hit.row for hit in INDEX.search("the", 5)] == [
+        3
+    ]  # stop words, when all else is missing
+
+
+INJECTIONS = [
+    '" OR 1=1 --',
+    "Ulm'; DROP TABLE passages; --",
+    "title:Ulm",
+    "Ulm NEAR/2 Ida",
+    "NOT Ulm",
+    "Ulm AND (",
+    "^Ulm",
+    "Ulm*",
+    "{title text}: Ulm",
+    "-Ulm",
+    "Ulm \x00 Ida",
+    'Ulm" "Ida',
+    "Ulm) UNION SELECT sql FROM sqlite_master",
+]
+
+
+@pytest.mark.parametrize("query", INJECTIONS)
+def test_query_language_is_mere_words(query):
+    assert "Ulm" in titles(query) or query == INJECTIONS[0]
+    assert INDEX.num_passages == 4 and titles("Ida") == ["Ulm"]
+
+
+@given(st.text(max_size=80) | st.text(alphabet='"*^():{}+-ANDORNT \x00\ud800', max_size=40))
+@settings(max_examples=400)
+def test_any_text_is_a_query(text):
+    assert len(INDEX.search(text, 3)) <= 3
+
+
+@given(st.characters(categories=["L", "N"]))
+@settings(max_examples=300)
+def test_every_word_is_found_again(letter):
+    word = f"a{letter}z"
+    index = SearchIndex([Passage(title="", text="other"), Passage(title="", text=f"x {word} y")])
+    assert [hit.row for hit in index.search(word, 2)] == [1]
+
+
+def test_equal_scores_keep_the_order_of_the_corpus():
+    index = SearchIndex([Passage(title="", text="same words")] * 50)
+    assert [hit.row for hit in index.search("same", 20)] == list(range(20))
+
+
+def test_title_weight_and_stemming():
+    passages = [Passage(title="x", text="river river"), Passage(title="river", text="y y")]
+    assert SearchIndex(passages, title_weight=0.01).search("river")[0].row == 0
+    assert SearchIndex(passages, title_weight=10.0).search("river")[0].row == 1
+    assert SearchIndex(passages).search("rivers") == []
+    assert len(SearchIndex(passages, stem=True).search("rivers", 5)) == 2
+
+
+def test_ten_thousand_passages_long_queries_and_eight_threads():
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=4)) for _ in range(3000)]
+    passages = [
+        Passage(title=f"t{i}", text=" ".join([f"key{i}", *rng.choices(words, k=30)]))
+        for i in range(10_000)
+    ]
+    begin = time.perf_counter()
+    index = SearchIndex(passages)
+    assert index.num_passages == 10_000
+    wrong: list[int] = []
+
+    def look_up(start: int) -> None:
+        for i in range(start, 10_000, 400):
+            if index.search(f"the of and key{i}", 3)[0].row != i:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=look_up, args=(start,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(index.search(" ".join(words), 5)) == 5  # 3,000 words, of which 64 are looked up
+    assert time.perf_counter() - begin < 20
+
+
+def test_an_index_in_a_file(tmp_path):
+    path = tmp_path / "it's #1.sqlite"
+    SearchIndex(PASSAGES, path=path).close()
+    assert list(tmp_path.iterdir()) == [path]
+    again = SearchIndex(path=path)
+    assert (again.num_passages, again.search("Ida")[0].title) == (4, "Ulm")
+    with pytest.raises(FileExistsError, match="exists"):
+        SearchIndex(PASSAGES, path=path)
+    with pytest.raises(FileNotFoundError, match="no such search index"):
+        SearchIndex(path=tmp_path / "none")
+    (tmp_path / "text").write_text("not a data base, but long enough to be looked at" * 50)
+    with pytest.raises(ValueError, match="not a search index"):
+        SearchIndex(path=tmp_path / "text")
+    with pytest.raises(ValueError, match="needs passages"):
+        SearchIndex()
+
+
+def test_a_failed_build_leaves_no_index(tmp_path):
+    with pytest.raises(ValueError, match="not valid UTF-8"):
+        SearchIndex([Passage(title="x", text="half a pair \ud800")], path=tmp_path / "index")
+    assert not (tmp_path / "index").exists()
