@@ -365,7 +365,7 @@ def test_a_run_with_more_rollouts_than_a_page_holds_shows_evenly_spread_steps(tm
     logged = read_rollouts(run.rollouts)
     steps = [group["step"] for group in logged.groups]
     assert steps[0] == 0 and steps[-1] == 99 and 2 < len(steps) < 100
-    assert max(b - a for a, b in itertools.pairwise(steps)) <= 4
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 5
     assert write_report(run.path).stat().st_size < 1.1 * PAGE_LIMIT + 200_000
     assert f"{len(steps)} of 100 logged steps" in (run.path / "report.html").read_text()
 

@@ -16,7 +16,7 @@
   const short = (value) => {
     const size = Math.abs(value);
     if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(1).replace("-", MINUS);
-    return (size >= 1000 ? value.toFixed(0) : String(Number(value.toPrecision(3)))).replace("-", MINUS);
+    return (size >= 1000 ? value.toFixed(0) : String(Number(value.toPrecision(4)))).replace("-", MINUS);
   };
 
   // ---- values under the pointer -------------------------------------------------------------

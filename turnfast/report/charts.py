@@ -73,7 +73,7 @@ def draw(chart: Chart, x: Axis, index: int) -> str:
     )
     return (
         f'<figure class="chart" data-chart="{index}"><figcaption><h3>{html.escape(chart.title)}'
-        f"</h3>{_key(chart.series)}</figcaption>"
+        f"</h3>{_key(chart.series, y)}</figcaption>"
         f'<div class="plot"><div class="y" aria-hidden="true">{ticks_y}</div><div class="area">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{html.escape(_label(chart))}">{shapes}</svg></div>'
@@ -88,7 +88,9 @@ def sparkline(points: Points) -> str:
         return ""
     points = thin(points, 80)
     x = Axis(low=points[0][0], high=points[-1][0], ticks=())
-    y = Axis(low=min(v for _, v in points), high=max(v for _, v in points), ticks=())
+    low, high = min(v for _, v in points), max(v for _, v in points)
+    # what differs in the last digits of a float only is flat
+    y = Axis(low=low, high=high if high - low > 1e-9 * abs(high) else low, ticks=())
     return (
         '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'aria-hidden="true"><path class="line c1" d="{_path(points, x, y)}"/></svg>'
@@ -105,7 +107,7 @@ def hover_data(chart: Chart, x: Axis) -> dict[str, Any]:
                 "name": series.name,
                 "colour": series.colour,
                 "steps": [step for step, _ in points],
-                "values": [float(f"{value:.4g}") for _, value in points],
+                "values": [float(f"{value:.5g}") for _, value in points],
             }
             for series in chart.series
             for points in [thin(series.points)]
@@ -188,9 +190,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def _key(series: Sequence[Series]) -> str:
+def _key(series: Sequence[Series], y: Axis) -> str:
     items = "".join(
-        f'<li><i class="c{s.colour}"></i>{html.escape(s.name)} <b>{short(s.points[-1][1])}</b></li>'
+        f'<li><i class="c{s.colour}"></i>{html.escape(s.name)} '
+        f"<b>{y.label(s.points[-1][1])}</b></li>"
         for s in series
     )
     return f'<ul class="key">{items}</ul>'

@@ -83,8 +83,8 @@ def curves(lines: Lines) -> list[Chart]:
             "Groups whose rewards are all equal teach nothing; failed rollouts are never trained.",
             [
                 _series(lines, "zero_signal_groups", "groups without signal", 1, noisy=True),
-                _series(lines, "failed", "failed", 2),
-                _series(lines, "truncated", "turns cut short", 3),
+                _series(lines, "failed", "failed", 2, noisy=True),
+                _series(lines, "truncated", "turns cut short", 3, noisy=True),
             ],
         ),
     ]
