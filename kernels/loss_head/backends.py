@@ -4,49 +4,76 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-# The Triton designs have names of their own, for benchmarks and for runs that must repeat bitwise
-# on another machine; "triton" picks the design by measurement.
-NAMES = ("auto", "reference", "cpp", "triton", "triton_safe", "triton_anchored")
+from .problem import Outcome, Problem, Vocab
+
+# Name -> module, attribute; an empty attribute is the module itself. The Triton designs have names
+# of their own, for benchmarks and for runs that must repeat bitwise on another machine.
+PLACES = {
+    "reference": ("reference", ""),
+    "cpp": ("cpp", ""),
+    "triton": ("triton_loss", "measured"),
+    "triton_safe": ("triton_loss", "safe"),
+    "triton_anchored": ("triton_loss", "anchored"),
+}
+NEEDS = {"triton_loss": "triton", "cpp": f"{__package__}.cpp"}
 
 
-def backend(name: str) -> ModuleType:
-    """The module of a resolved implementation; it has policy_loss and logprobs like `reference`."""
-    module = "triton_loss" if name.startswith("triton") else name
-    return importlib.import_module(f".{module}", __package__)
+class Implementation(Protocol):
+    """What stands behind a name."""
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Why a device and dtype cannot be taken; empty if they can."""
+        ...
+
+    def policy_loss(self, problem: Problem) -> Outcome:
+        """Loss and gradients of a checked problem."""
+        ...
+
+    def logprobs(
+        self,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        vocab: Vocab,
+        rows_N: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        softcap: float | None,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """log-probs and entropies, [N] in the compute dtype."""
+        ...
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto` to a concrete name; ValueError naming impl where the request cannot be met here."""
-    if impl not in NAMES:
-        raise ValueError(f"impl: expected one of {', '.join(NAMES)}, got {impl!r}")
+def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """The implementation that a request means; ValueError naming impl where it cannot be met here.
+
+    "auto" is triton on CUDA and cpp elsewhere, or the reference where that one cannot be used.
+    """
     if impl == "auto":
         first = "triton" if device.type == "cuda" else "cpp"
-        return "reference" if unavailable(first, device, dtype) else first
-    reason = unavailable(impl, device, dtype)
+        impl = "reference" if _reason(first, device, dtype) else first
+    if impl not in PLACES:
+        raise ValueError(f"impl: expected one of auto, {', '.join(PLACES)}, got {impl!r}")
+    reason = _reason(impl, device, dtype)
     if reason:
         raise ValueError(f"impl: {impl!r} is not available here: {reason}")
-    return impl
+    return _load(impl)
 
 
-def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why an implementation cannot take this device and dtype; empty if it can."""
-    if name == "reference":
-        return ""
-    if name == "cpp":
-        if importlib.util.find_spec(".cpp", __package__) is None:
-            return "the C++ extension was not built"
-        return backend("cpp").unavailable(device, dtype)
-    if name == "triton_anchored" and dtype == torch.float16:
-        return "float16 has no range for exponentials anchored at the target"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            f"triton needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {device.type}"
-        )
-    return backend("triton").unavailable(device, dtype)
+def _reason(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    needed = NEEDS.get(PLACES[impl][0])
+    if needed and importlib.util.find_spec(needed) is None:
+        return f"{needed} is not installed"
+    return _load(impl).unavailable(device, dtype)
+
+
+def _load(impl: str) -> Implementation:
+    # Imported here and nowhere else, so that importing the package needs neither triton nor C++.
+    module_name, attribute = PLACES[impl]
+    module = importlib.import_module(f".{module_name}", __package__)
+    return getattr(module, attribute) if attribute else module  # type: ignore[return-value]

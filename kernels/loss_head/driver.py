@@ -26,6 +26,8 @@ class Head(Protocol):
     """One linear head during one call. Owns the workspace of one chunk and the sum for the head's
     gradient."""
 
+    vocab: Vocab
+
     def chunk_tokens(self) -> int:
         """Tokens per chunk that the workspace allows."""
         ...
@@ -103,7 +105,6 @@ def run_policy_loss(
 def run_logprobs(
     hidden_TD: Tensor,
     head: Head,
-    vocab: Vocab,
     rows_N: Tensor,
     targets_N: Tensor,
     chunk: int | None,
@@ -112,7 +113,7 @@ def run_logprobs(
     dtype = compute_dtype(hidden_TD.dtype)
     logprobs_N = torch.empty(rows_N.shape[0], dtype=dtype, device=hidden_TD.device)
     entropies_N = torch.empty_like(logprobs_N)
-    size = vocab.least(chunk or head.chunk_tokens(), hidden_TD.device)
+    size = head.vocab.least(chunk or head.chunk_tokens(), hidden_TD.device)
     for start in range(0, rows_N.shape[0], size):
         piece = slice(start, start + size)
         x_CD = hidden_TD[rows_N[piece]]

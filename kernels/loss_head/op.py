@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import backend, resolve
+from .backends import implementation
 from .problem import Problem, Vocab, check_indices, check_values, compute_dtype
 from .records import PolicyRule
 
@@ -48,6 +48,7 @@ def policy_loss_op(
     need_head: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen = implementation(impl, hidden.device, hidden.dtype)
     dtype = compute_dtype(hidden.dtype)
     N = rows.shape[0]
     rule = PolicyRule(
@@ -87,8 +88,7 @@ def policy_loss_op(
         need_head=need_head,
     )
     check_values(problem)
-    impl = resolve(impl, hidden.device, hidden.dtype)
-    out = backend(impl).policy_loss(problem, impl)
+    out = chosen.policy_loss(problem)
     return (
         out.loss,
         out.logprobs_N,
@@ -182,12 +182,12 @@ def logprobs_op(
     vocab_start: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    chosen = implementation(impl, hidden.device, hidden.dtype)
     vocab = Vocab.of(head_weight, vocab_start, group)
     rows, targets = rows.long(), targets.long()
     check_indices(hidden, vocab, rows, targets)
-    impl = resolve(impl, hidden.device, hidden.dtype)
-    return backend(impl).logprobs(
-        hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens, impl
+    return chosen.logprobs(
+        hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
     )
 
 

@@ -113,7 +113,12 @@ def _patch(E_CV: Tensor, column_C1: Tensor, owned_C1: Tensor, value_C: Tensor) -
     return torch.where(owned_C1, value_C.unsqueeze(1), E_CV.gather(1, column_C1))
 
 
-def policy_loss(problem: Problem, impl: str = "reference") -> Outcome:
+def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+    """Never: any device, any floating dtype."""
+    return ""
+
+
+def policy_loss(problem: Problem) -> Outcome:
     """Loss and gradients of a checked problem."""
     p = problem
     head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
@@ -129,8 +134,7 @@ def logprobs(
     temperature: float,
     softcap: float | None,
     chunk_tokens: int | None,
-    impl: str = "reference",
 ) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] in the compute dtype."""
     head = ReferenceHead(head_VD, vocab, temperature, softcap, False, False)
-    return run_logprobs(hidden_TD, head, vocab, rows_N, targets_N, chunk_tokens)
+    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
