@@ -29,7 +29,13 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from .config import ConfigError, ModelConfig
-from .kernels.attention import PackedRows, packed_attention, pick_backend
+from .kernels.attention import (
+    PackedRows,
+    TreeRows,
+    packed_attention,
+    pick_backend,
+    tree_attention,
+)
 from .types import Batch
 
 ATTENTION = "turnfast"
@@ -56,6 +62,11 @@ class Policy:
     @property
     def head_VD(self) -> Tensor:
         return self.model.get_output_embeddings().weight
+
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that a clock read after it is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Policy:
@@ -95,14 +106,8 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
 
 
 def hidden_states(policy: Policy, batch: Batch) -> Tensor:
-    """Last hidden states [T, D] of a pack; rows do not see each other."""
-    lengths = tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist())
-    rows = PackedRows(
-        cu_seqlens=batch.cu_seqlens,
-        lengths=lengths,
-        backend=policy.attention,  # type: ignore[arg-type]
-        max_seqlen=batch.max_seqlen,
-    )
+    """Last hidden states [T, D] of a pack; a token sees its own row up to itself, nothing else."""
+    rows = _attention_rows(policy, batch)
     token = _in_packed_forward.set(True)
     try:
         out = policy.model.base_model(
@@ -114,6 +119,18 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
     finally:
         _in_packed_forward.reset(token)
     return out.last_hidden_state[0]
+
+
+def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:
+    ends_T = getattr(batch, "ends_T", None)
+    if ends_T is not None:
+        return TreeRows(ends_T=ends_T, positions_T=batch.positions_T)
+    return PackedRows(
+        cu_seqlens=batch.cu_seqlens,
+        lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
+        backend=policy.attention,  # type: ignore[arg-type]
+        max_seqlen=batch.max_seqlen,
+    )
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -139,11 +156,15 @@ def _checked_backend(device: torch.device, wanted: str) -> str:
 def _refuse_unsupported(architecture: Any) -> None:
     name = architecture.model_type
     if getattr(architecture, "attn_logit_softcapping", None):
-        raise ConfigError(f"model.path: {name} caps its attention logits, which no backend here does")
+        raise ConfigError(
+            f"model.path: {name} caps its attention logits, which no backend here does"
+        )
     if getattr(architecture, "logits_scaling", 1.0) not in (None, 1.0):
         raise ConfigError(f"model.path: {name} rescales its logits, which the loss head does not")
     if getattr(architecture, "attention_dropout", 0.0):
-        raise ConfigError(f"model.path: {name} has attention dropout; set it to 0 in its config.json")
+        raise ConfigError(
+            f"model.path: {name} has attention dropout; set it to 0 in its config.json"
+        )
 
 
 def _attend(
@@ -153,7 +174,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_rows: PackedRows | None = None,
+    packed_rows: PackedRows | TreeRows | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
@@ -166,8 +187,10 @@ def _attend(
         raise NotImplementedError("attention sinks and capped attention logits are not computed")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window or 0
-    out = packed_attention(query[0], key[0], value[0], packed_rows, scale=scale, window=window)
-    return out[None], None
+    qkv = query[0], key[0], value[0]
+    if isinstance(packed_rows, TreeRows):
+        return tree_attention(*qkv, packed_rows, scale=scale, window=window)[None], None
+    return packed_attention(*qkv, packed_rows, scale=scale, window=window)[None], None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Groups and their credit to packed rows: no padding, and a normaliser that no cut can change.
+"""Groups and their credit to packed rows: no padding, nothing twice, and no cut that changes a sum.
 
 Worked example, one trajectory of two turns, ids as in `turnfast.types`::
 
@@ -9,17 +9,28 @@ Worked example, one trajectory of two turns, ids as in `turnfast.types`::
 
 The weight of every target is set for the whole optimizer step here, before rows are dealt out to
 micro-batches, so the step's gradient is the same whatever the token budget.
+
+Rows that begin alike (rollouts of one prompt, turns that went the same way, the system prompt of a
+whole step) share those tokens: a micro-batch is a prefix tree, and a token that several rows go on
+from is computed once and predicts a target for each of them::
+
+    row 0   p p p p a a b b      layout   p p p p a a b b d c c      11 tokens for 20
+    row 1   p p p p a a d        rows_N   3 4 . .   3 4 . .   3 ...  row 3 predicts a, a and c
+    row 2   p p p p c c
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .kernels.packing import pack_rows
+from .kernels.tree import cut_tree, prefix_tree
 from .types import Batch, Credit, Group, Turn
 
 
@@ -38,12 +49,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """All micro-batches of one optimizer step, and how much is in them."""
+    """All micro-batches of one optimizer step, and how much is in them.
+
+    Attributes:
+        num_tokens: tokens that the model computes.
+        num_tokens_total: tokens of all rows, each row counted whole.
+        num_targets: sampled tokens among them, the N of all batches.
+        num_idle_tokens: tokens of rows, or ends of rows, left out for want of an advantage.
+        zero_signal_groups: groups left out whole.
+    """
 
     batches: tuple[Batch, ...]
     num_tokens: int
+    num_tokens_total: int
     num_targets: int
+    num_idle_tokens: int
     zero_signal_groups: int
+
+    @property
+    def shared_prefix(self) -> float:
+        """Share of the rows' tokens that need not be computed, because another row has them."""
+        total = self.num_tokens_total
+        return 1.0 - self.num_tokens / total if total else 0.0
 
 
 def rows_of(turns: Sequence[Turn], advantages: Sequence[float], trajectory: int) -> list[Row]:
@@ -89,6 +116,8 @@ def pack(
     normalizer: str = "token",
     constant: float = 1.0,
     device: torch.device | str = "cpu",
+    share_prefixes: bool = True,
+    drop_idle: bool = False,
 ) -> Packed:
     """Pack a step's trajectories.
 
@@ -98,6 +127,10 @@ def pack(
             mean over the S trajectories of their token means; `constant` 1/(S·constant), which does
             not favour short answers (arXiv 2503.20783).
         constant: tokens a trajectory may sample at most.
+        share_prefixes: lay out once what several rows begin with.
+        drop_idle: leave out the rows, and the ends of rows, behind the last turn that has an
+            advantage. The gradient is the same if the loss has neither an entropy nor a KL term and
+            its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
     Groups in which no turn has an advantage carry no gradient: they are left out, of the
     denominator too. Failed trajectories are left out of everything.
 
@@ -117,14 +150,46 @@ def pack(
             rows += rows_of(trajectory.turns, advantages, len(lengths))
             lengths.append(trajectory.num_sampled)
     weights = _weights(lengths, normalizer, constant)
+    num_whole = sum(len(row.tokens) for row in rows)
+    if drop_idle:
+        rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
+    num_total = sum(len(row.tokens) for row in rows)
     _refuse_long_rows(rows, budget)
-    bins = pack_rows([len(row.tokens) for row in rows], budget) if rows else []
-    batches = tuple(batch_of([rows[i] for i in chosen], weights, device) for chosen in bins)
+    batches = tuple(
+        batch_of([rows[i] for i in chosen], weights, device, share_prefixes=share_prefixes)
+        for chosen in _deal(rows, budget, share_prefixes)
+    )
     return Packed(
         batches=batches,
-        num_tokens=sum(len(row.tokens) for row in rows),
+        num_tokens=sum(len(batch.tokens_T) for batch in batches),
+        num_tokens_total=num_total,
         num_targets=sum(len(row.targets) for row in rows),
+        num_idle_tokens=num_whole - num_total,
         zero_signal_groups=silent,
+    )
+
+
+def _deal(rows: Sequence[Row], budget: int, share_prefixes: bool) -> list[list[int]]:
+    """The rows of each micro-batch."""
+    lengths = [len(row.tokens) for row in rows]
+    if not share_prefixes or not rows:
+        return pack_rows(lengths, budget)
+    tree = prefix_tree(_flat_tokens(rows), lengths)
+    return cut_tree(lengths, tree.order_S.tolist(), tree.shared_S.tolist(), budget)
+
+
+def _without_idle_end(row: Row) -> Row:
+    """The row up to its last target with an advantage; the turns behind it stay, without tokens."""
+    live = len(row.targets)
+    while live and row.advantages[row.turns[live - 1]] == 0.0:
+        live -= 1
+    return replace(
+        row,
+        tokens=row.tokens[: row.rows[live - 1] + 1 if live else 0],
+        rows=row.rows[:live],
+        targets=row.targets[:live],
+        turns=row.turns[:live],
+        logprobs=row.logprobs[:live],
     )
 
 
@@ -132,9 +197,8 @@ def _refuse_long_rows(rows: Sequence[Row], budget: int) -> None:
     longest = max(rows, key=lambda row: len(row.tokens), default=None)
     if longest is not None and len(longest.tokens) > budget:
         raise ValueError(
-            f"trajectory {longest.trajectory} of the step has a row of {len(longest.tokens)} tokens, "
-            f"more than train.tokens_per_microbatch = {budget}: raise it, or lower "
-            "rollout.max_context"
+            f"trajectory {longest.trajectory} has a row of {len(longest.tokens)} tokens, more than "
+            f"train.tokens_per_microbatch = {budget}: raise it, or lower rollout.max_context"
         )
 
 
@@ -149,27 +213,54 @@ def _weights(lengths: Sequence[int], normalizer: str, constant: float) -> list[f
     raise ValueError(f"normalizer: {normalizer!r} is none of 'token', 'sequence', 'constant'")
 
 
-def batch_of(rows: Sequence[Row], weights: Sequence[float], device: torch.device | str) -> Batch:
-    """Rows one after the other; `weights[row.trajectory]` is the weight of each of its targets."""
-    edges = [0, *accumulate(len(row.tokens) for row in rows)]
+def batch_of(
+    rows: Sequence[Row],
+    weights: Sequence[float],
+    device: torch.device | str,
+    *,
+    share_prefixes: bool = False,
+) -> Batch:
+    """One micro-batch; `weights[row.trajectory]` is the weight of each target of a row."""
+    tokens = _flat_tokens(rows)
+    lengths = [len(row.tokens) for row in rows]
+    first_token = [0, *accumulate(lengths)]
     first_turn = [0, *accumulate(len(row.advantages) for row in rows)]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    rows_N = _each(row.rows for row in rows) + _repeat(first_token, [len(row.rows) for row in rows])
+    ends_T = None
+    edges = torch.tensor(first_token, dtype=torch.int32)
+    if share_prefixes:
+        tree = prefix_tree(tokens, lengths)
+        tokens, positions, ends_T = tokens[tree.sources_T], tree.positions_T, tree.ends_T
+        rows_N = tree.places[rows_N]
+        edges = torch.cat([(positions == 0).nonzero().squeeze(1), torch.tensor([len(tokens)])])
+    num_targets = [len(row.targets) for row in rows]
     on_host = {
-        "tokens_T": torch.tensor([t for row in rows for t in row.tokens]),
-        "positions_T": torch.cat([torch.arange(len(row.tokens)) for row in rows]),
-        "cu_seqlens": torch.tensor(edges, dtype=torch.int32),
-        "rows_N": torch.tensor(
-            [e + r for e, row in zip(edges, rows, strict=False) for r in row.rows]
-        ),
-        "targets_N": torch.tensor([t for row in rows for t in row.targets]),
-        "turns_N": torch.tensor(
-            [k + t for k, row in zip(first_turn, rows, strict=False) for t in row.turns],
-            dtype=torch.int32,
-        ),
+        "tokens_T": tokens,
+        "positions_T": positions,
+        "ends_T": ends_T,
+        "cu_seqlens": edges.int(),
+        "rows_N": rows_N,
+        "targets_N": _each(row.targets for row in rows),
+        "turns_N": (_each(row.turns for row in rows) + _repeat(first_turn, num_targets)).int(),
         "advantages_K": torch.tensor([a for row in rows for a in row.advantages]),
         "sequences_K": torch.tensor([row.trajectory for row in rows for _ in row.advantages]),
-        "weights_N": torch.tensor([weights[row.trajectory] for row in rows for _ in row.targets]),
+        "weights_N": _repeat([weights[row.trajectory] for row in rows], num_targets),
         "sampler_logprobs_N": torch.tensor([x for row in rows for x in row.logprobs]),
     }
-    longest = max(len(row.tokens) for row in rows)
-    on_device = {name: tensor.to(device) for name, tensor in on_host.items()}
-    return Batch(max_seqlen=longest, **on_device)
+    on_device = {name: x if x is None else x.to(device) for name, x in on_host.items()}
+    return Batch(max_seqlen=max(lengths), **on_device)  # type: ignore[arg-type]
+
+
+def _flat_tokens(rows: Sequence[Row]) -> Tensor:
+    return _each(row.tokens for row in rows)
+
+
+def _each(lists: Iterable[Sequence[int]]) -> Tensor:
+    """All numbers of all lists, int64."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64))
+
+
+def _repeat(values: Sequence[float], counts: Sequence[int]) -> Tensor:
+    """`values[i]` repeated `counts[i]` times."""
+    return torch.tensor(values[: len(counts)]).repeat_interleave(torch.tensor(counts))

@@ -126,7 +126,9 @@ class Group:
     def __post_init__(self) -> None:
         strangers = {t.task_id for t in self.trajectories} - {self.task.id}
         if strangers:
-            raise ValueError(f"Group of task {self.task.id!r} holds rollouts of {sorted(strangers)}")
+            raise ValueError(
+                f"Group of task {self.task.id!r} holds rollouts of {sorted(strangers)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Packed rows of one micro-batch. T tokens, S rows, N loss-bearing tokens, K turns.
+    """Packed rows of one micro-batch. T tokens, S rows or trees, N loss-bearing tokens, K turns.
 
     Attributes:
         tokens_T, positions_T: int64; rows lie one after the other without padding.
@@ -158,6 +160,11 @@ class Batch:
         sampler_logprobs_N: float32, what the sampler reported when it drew the token.
         old_logprobs_N: float32 log-probs of the policy before the step's first update, or None
             while the policy is still the one that sampled (ratio 1).
+        ends_T: None for plain rows. int32 for prefix trees: tokens that several rows begin with
+            are there once, every token is followed by all its descendants, and `ends_T[t]` is the
+            place after the last of those of t. Then positions_T are depths, cu_seqlens are the
+            boundaries of whole trees, max_seqlen is the deepest path, and one row may predict
+            several targets.
     """
 
     tokens_T: torch.Tensor
@@ -173,3 +180,4 @@ class Batch:
     sampler_logprobs_N: torch.Tensor
     old_logprobs_N: torch.Tensor | None = None
     ref_logprobs_N: torch.Tensor | None = None
+    ends_T: torch.Tensor | None = None

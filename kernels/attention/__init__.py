@@ -1,5 +1,6 @@
-"""Attention over packed rows: rows lie one after the other in one flat axis and do not see each other."""
+"""Attention over packed rows, which do not see each other, and over trees of rows that share."""
 
 from .packed import PackedRows, packed_attention, pick_backend
+from .tree import TreeRows, tree_attention
 
-__all__ = ["PackedRows", "packed_attention", "pick_backend"]
+__all__ = ["PackedRows", "TreeRows", "packed_attention", "pick_backend", "tree_attention"]

@@ -1,0 +1,102 @@
+"""Attention over a prefix tree, q [H, T, d] and k, v [H_kv, T, d], tokens in depth-first order.
+
+    o_q = Σ_k softmax_k(scale · q_q·k_k) v_k     over k ≤ q < ends[k], depth_q − depth_k < window
+
+The keys of a token are its ancestors and itself. In depth-first order the ancestors of all tokens
+of a tile [a, b) are those of its first token and tokens of the tile: a token before `a` whose
+subtree reaches into the tile has `a` itself below it. So a tile attends to one path and to itself,
+and nothing of size T × T is ever made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TreeBackend = Literal["sdpa"]
+
+# Queries per tile: long enough to fill a matrix product, short beside the paths they look at.
+_TILE = 128
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """Who descends from whom in one pack of token trees, and what attends over it.
+
+    Args:
+        ends_T: int32 on the device of the pack, the place after the last descendant of each token.
+        positions_T: int64, depth of each token.
+    """
+
+    ends_T: Tensor
+    positions_T: Tensor
+    backend: TreeBackend = "sdpa"
+
+    @cached_property
+    def tiles(self) -> list[tuple[int, int, Tensor]]:
+        """(first, stop, places of the keys) of each tile; the tile's own tokens come last."""
+        made = []
+        for first in range(0, len(self.ends_T), _TILE):
+            stop = min(first + _TILE, len(self.ends_T))
+            path = (self.ends_T[:first] > first).nonzero().squeeze(1)
+            own = torch.arange(first, stop, device=path.device)
+            made.append((first, stop, torch.cat([path, own])))
+        return made
+
+
+def tree_attention(
+    q_HTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, rows: TreeRows, *, scale: float, window: int = 0
+) -> Tensor:
+    """Attention of every token to its ancestors and itself.
+
+    Args:
+        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv.
+        window: 0 for all ancestors, else a token sees itself and its `window - 1` nearest ones.
+    Returns:
+        [T, H, d].
+    """
+    return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
+
+
+def reference(
+    q_HTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, rows: TreeRows, *, scale: float, window: int = 0
+) -> Tensor:
+    """The specification: every score, float32 or better inside, any device. Memory H·T²."""
+    group = q_HTd.shape[0] // k_HTd.shape[0]
+    wide = torch.promote_types(q_HTd.dtype, torch.float32)
+    q, k, v = q_HTd.to(wide), *(x.to(wide).repeat_interleave(group, 0) for x in (k_HTd, v_HTd))
+    place = torch.arange(q.shape[1], device=q.device)
+    visible = _visible(rows, place, place, window)
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1).to(q_HTd.dtype)
+
+
+def _visible(rows: TreeRows, queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """[queries, keys] bool."""
+    queries = queries[:, None]
+    visible = (keys <= queries) & (queries < rows.ends_T[keys])
+    if window:
+        depth = rows.positions_T
+        visible &= depth[queries] - depth[keys] < window
+    return visible
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float, window: int) -> Tensor:
+    outputs = []
+    for first, stop, keys in rows.tiles:
+        mask = _visible(rows, keys[first - stop :], keys, window)
+        out = F.scaled_dot_product_attention(
+            q[None, :, first:stop],
+            k.index_select(1, keys)[None],
+            v.index_select(1, keys)[None],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)

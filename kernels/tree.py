@@ -1,0 +1,206 @@
+"""Prefix trees of token rows: what several rows begin with is laid out, and computed, once.
+
+The layout is depth first: a token is followed by all its descendants. So a subtree is a slice, and
+one number per token, the end of that slice, says who may look at whom::
+
+    row 0   p p p a a b b        layout   p p p a a b b d c c
+    row 1   p p p a a d          ends    10 . . 8 . 7 . 8 . .     (10 10 10 8 8 7 7 8 10 10)
+    row 2   p p p c c            token k is an ancestor of q, or q itself, iff k <= q < ends[k]
+
+Row 1 adds one token to the ten of the layout, row 2 two, where the three rows hold 18.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .extension import load_error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixTree:
+    """The layout of S rows with T distinct tokens. All tensors are on the host.
+
+    Attributes:
+        sources_T: int64, which of the given tokens stands at each place of the layout.
+        positions_T: int64, the depth of each token, which is its position in every row it is in.
+        ends_T: int32, the place after the last descendant of each token.
+        places: int64, for each of the given tokens its place in the layout.
+        order_S: int64, the rows as the layout comes to them.
+        shared_S: int64, `shared_S[i]` tokens of row `order_S[i]` are also those of `order_S[i-1]`;
+            all earlier rows of the order share at most that many with it.
+    """
+
+    sources_T: Tensor
+    positions_T: Tensor
+    ends_T: Tensor
+    places: Tensor
+    order_S: Tensor
+    shared_S: Tensor
+
+
+def prefix_tree(tokens: Tensor, lengths: Sequence[int], *, impl: str = "auto") -> PrefixTree:
+    """The prefix tree of rows, by exact token ids.
+
+    Args:
+        tokens: int64, the rows one after the other, on the host.
+        lengths: tokens of each row, each at least 1.
+        impl: "auto" (C++ where it is built), "cpp" or "python"; the results are the same.
+
+    Raises:
+        ValueError: an empty row, or lengths that are not those of `tokens`.
+
+    Example: rows [5, 6, 7], [5, 6, 8, 9] and [5, 6] give sources (0, 1, 2, 5, 6), that is the
+    layout 5 6 7 8 9 with positions (0, 1, 2, 2, 3) and ends (5, 5, 3, 5, 5).
+    """
+    if tokens.ndim != 1 or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+        raise ValueError(
+            f"tokens: expected an int64 vector on the host, got {list(tokens.shape)} "
+            f"{tokens.dtype} on {tokens.device}"
+        )
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"lengths: every row needs a token, got {min(lengths)}")
+    if sum(lengths) != tokens.numel():
+        raise ValueError(f"lengths: expected a sum of {tokens.numel()}, got {sum(lengths)}")
+    if impl not in ("auto", "cpp", "python"):
+        raise ValueError(f"impl: expected 'auto', 'cpp' or 'python', got {impl!r}")
+    if impl == "cpp" and load_error() is not None:
+        raise ValueError(f"impl: 'cpp' is not available here: {load_error()}")
+    if impl != "python" and load_error() is None:
+        made = torch.ops.turnfast.prefix_tree(tokens, list(lengths))
+    else:
+        made = _prefix_tree(tokens.numpy(), list(lengths))
+    names = ("sources_T", "positions_T", "ends_T", "places", "order_S", "shared_S")
+    return PrefixTree(**dict(zip(names, made, strict=True)))
+
+
+def cut_tree(
+    lengths: Sequence[int],
+    order: Sequence[int],
+    shared: Sequence[int],
+    budget: int,
+    *,
+    batch_cost: int = 256,
+    attention_span: int = 4096,
+) -> list[list[int]]:
+    """Deal the rows of a tree out to micro-batches; what two of them share is in both.
+
+    Micro-batches are runs of the tree's order. Among all ways to cut it into runs of at most
+    `budget` distinct tokens this is the cheapest: it costs the repeated prefixes, with their
+    attention, and a constant per micro-batch, so cuts fall between groups before they fall between
+    the rollouts of a group, and there before they fall inside a later turn.
+
+    Args:
+        lengths: tokens of each row. order, shared: as in `PrefixTree`.
+        budget: most distinct tokens in a micro-batch.
+        batch_cost: what a micro-batch costs besides its tokens, in tokens.
+        attention_span: the number of keys whose attention costs as much as all else on a token.
+
+    Returns:
+        For each micro-batch the indices of its rows, rising.
+
+    Raises:
+        ValueError: a row longer than the budget.
+
+    Example: rows of 10 tokens in two pairs that share 8, budget 12: ``[[0, 1], [2, 3]]``.
+    """
+    if any(length > budget for length in lengths):
+        raise ValueError(
+            f"lengths: a row of {max(lengths)} tokens is longer than the budget of {budget}"
+        )
+
+    def cost(depth: int) -> int:
+        return depth * (2 * attention_span + depth)
+
+    # cheapest[i]: cost of the first i rows of the order; a run that starts at i pays for the whole
+    # of its first row, and for what each later one adds
+    cheapest, first_of_last = [0], [0]
+    tokens = costs = 0
+    before: list[tuple[int, int]] = []
+    window: deque[int] = deque()
+    for i, (row, common) in enumerate(zip(order, shared, strict=True)):
+        length = lengths[row]
+        tokens += length - common
+        costs += cost(length) - cost(common)
+        before.append((tokens - length, cheapest[i] - costs + cost(length)))
+        while window and before[window[-1]][1] >= before[i][1]:
+            window.pop()
+        window.append(i)
+        # a run never shrinks when a row is put before it: what is too large stays too large
+        while tokens - before[window[0]][0] > budget:
+            window.popleft()
+        first_of_last.append(window[0])
+        cheapest.append(before[window[0]][1] + costs + batch_cost * 2 * attention_span)
+    batches: list[list[int]] = []
+    stop = len(lengths)
+    while stop:
+        batches.append(sorted(order[first_of_last[stop] : stop]))
+        stop = first_of_last[stop]
+    return batches[::-1]
+
+
+def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:
+    """The specification that the C++ operator must equal."""
+    num_rows = len(lengths)
+    begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    rows = [ids[begin[r] : begin[r + 1]] for r in range(num_rows)]
+    # each row keeps only the tokens that no earlier row has: those from depth shared[r] on
+    parent, shared = [-1] * num_rows, [0] * num_rows
+    branches: dict[tuple[int, int, int], int] = {}
+    children: list[list[int]] = [[] for _ in range(num_rows)]
+    roots: list[int] = []
+    for r, mine in enumerate(rows):
+        at = (-1, 0, int(mine[0]))
+        while (other := branches.get(at)) is not None:
+            limit = min(len(mine), len(rows[other]))
+            differ = np.flatnonzero(mine[at[1] : limit] != rows[other][at[1] : limit])
+            parent[r], shared[r] = other, at[1] + int(differ[0]) if len(differ) else limit
+            if shared[r] == len(mine):
+                break
+            at = (other, shared[r], int(mine[shared[r]]))
+        if shared[r] < len(mine):
+            branches[at] = r
+        (roots if parent[r] < 0 else children[parent[r]]).append(r)
+
+    num_tokens = sum(lengths) - sum(shared)
+    sources, positions = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
+    ends, start, order = np.empty(num_tokens, np.int32), [0] * num_rows, []
+    cursor = 0
+    # depth first: a row's tokens, then what branches off it, deepest first; `unended` is the depth
+    # from which on the row's tokens have their end
+    stack: list[tuple[int, int, int]] = []
+    waiting = roots[::-1]
+    while stack or waiting:
+        if not stack:
+            stack.append((waiting.pop(), -1, 0))
+        row, step, unended = stack.pop()
+        if step < 0:
+            start[row], added = cursor, lengths[row] - shared[row]
+            order.append(row)
+            sources[cursor : cursor + added] = np.arange(begin[row] + shared[row], begin[row + 1])
+            positions[cursor : cursor + added] = np.arange(shared[row], lengths[row])
+            cursor += added
+            children[row].sort(key=lambda child: -shared[child])
+            step, unended = 0, lengths[row]
+        below = children[row]
+        depth = shared[below[step]] if step < len(below) else shared[row]
+        offset = start[row] - shared[row]
+        ends[offset + depth : offset + unended] = cursor
+        if step < len(below):
+            stack += [(row, step + 1, depth), (below[step], -1, 0)]
+
+    places = np.empty(len(ids), np.int64)
+    for r in range(num_rows):
+        mine = places[begin[r] : begin[r + 1]]
+        if parent[r] >= 0:
+            mine[: shared[r]] = places[begin[parent[r]] : begin[parent[r]] + shared[r]]
+        mine[shared[r] :] = np.arange(start[r], start[r] + lengths[r] - shared[r])
+    found = (sources, positions, ends, places, np.array(order, np.int64))
+    overlap = np.array([shared[r] for r in order], np.int64)
+    return tuple(torch.from_numpy(x) for x in (*found, overlap))
