@@ -19,20 +19,20 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging as hf_logging
+
+from .randomness import random_states, set_random_states
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ def save_checkpoint(
     if target.exists() and fault(target) is None:
         return target
     partial = folder / f".{target.name}.partial"
-    document = _to_json({"step": step, "state": dict(state), "rng": _rng_states()}, "state")
+    document = _to_json({"step": step, "state": dict(state), "rng": random_states()}, "state")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -125,7 +125,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Stateful) -> dic
     _load_model(model, path)
     _load_optimizer(optimizer, path / TRAINER)
     document = json.loads((path / TRAINER / "state.json").read_text(encoding="utf-8"))
-    _set_rng_states(document["rng"])
+    set_random_states(document["rng"])
     return {"step": document["step"], **document["state"]}
 
 
@@ -265,48 +265,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
-
-
-# --- random states --------------------------------------------------------------------------------
-
-
-def _rng_states() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": {"version": version, "words": list(words), "gauss": gauss},
-        "numpy": {
-            "keys": [int(key) for key in keys],
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-        "torch": _to_hex(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = _to_hex(torch.cuda.get_rng_state())
-    return states
-
-
-def _set_rng_states(states: Mapping[str, Any]) -> None:
-    ours = states["python"]
-    random.setstate((ours["version"], tuple(ours["words"]), ours["gauss"]))
-    theirs = states["numpy"]
-    keys = np.array(theirs["keys"], dtype=np.uint32)
-    np.random.set_state(
-        ("MT19937", keys, theirs["position"], theirs["has_gauss"], theirs["cached"])
-    )
-    torch.set_rng_state(_from_hex(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_hex(states["cuda"]))
-
-
-def _to_hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 # --- files ----------------------------------------------------------------------------------------
