@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen3Config
-
 from turnfast.kernels import turn_policy_loss
+
 from turnfast.model import ATTENTION, Policy, hidden_states
 from turnfast.packing import pack, rows_of
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
@@ -264,3 +266,54 @@ def test_a_restart_starts_a_row():
 def test_a_turn_without_context_is_refused():
     with pytest.raises(ValueError, match="no prompt"):
         rows_of([turn([], [1])], [1.0], 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    budget=st.sampled_from([70, 110, 10_000]),
+    normalizer=st.sampled_from(["token", "sequence", "constant"]),
+)
+def test_sharing_prefixes_and_dropping_idle_ends_change_nothing(policy, seed, budget, normalizer):
+    groups, credits = random_step(seed)
+    options = {"normalizer": normalizer, "constant": 20.0}
+    plain = pack(groups, credits, budget=10_000, share_prefixes=False, **options)
+    shared = pack(groups, credits, budget=budget, **options)
+    lean = pack(groups, credits, budget=budget, drop_idle=True, **options)
+    assert plain.shared_prefix == 0.0 and plain.num_tokens == plain.num_tokens_total
+    assert shared.num_tokens_total == plain.num_tokens and shared.num_targets == plain.num_targets
+    assert lean.num_tokens_total + lean.num_idle_tokens == plain.num_tokens
+    if not plain.batches:
+        return
+    expected = step_gradient(policy, plain.batches)
+    assert_same(step_gradient(policy, shared.batches), expected, 1e-5)
+    assert_same(step_gradient(policy, lean.batches), expected, 1e-5)
+
+
+def test_computed_tokens_are_the_distinct_ones():
+    groups, credits = random_step(11)
+    contexts = set()
+    for group, credit in zip(groups, credits, strict=True):
+        for i, (played, advantages) in enumerate(
+            zip(group.trajectories, credit.advantages, strict=True)
+        ):
+            for row in rows_of(played.turns, advantages, i) if credit.has_signal else []:
+                contexts |= {tuple(row.tokens[: n + 1]) for n in range(len(row.tokens))}
+    packed = pack(groups, credits, budget=10_000)
+    assert packed.num_tokens == len(contexts) < packed.num_tokens_total
+    assert packed.shared_prefix == 1 - packed.num_tokens / packed.num_tokens_total
+    cut = pack(groups, credits, budget=90)
+    assert len(contexts) < cut.num_tokens < packed.num_tokens_total
+    assert max(len(batch.tokens_T) for batch in cut.batches) <= 90
+
+
+def test_an_idle_rollout_costs_nothing_but_its_place_in_the_denominator():
+    turns = [turn([1, 2, 3], [4, 5]), turn([6], [7, 8, 9])]
+    other = [turn([1, 2, 3], [4, 9]), turn([6], [7, 8, 9])]
+    group = group_of("t", [turns, other])
+    credit = Credit(rule="t", advantages=((1.0, 0.0), (0.0, 0.0)))
+    packed = pack([group], [credit], budget=100, drop_idle=True)
+    (batch,) = packed.batches
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4] and batch.targets_N.tolist() == [4, 5]
+    assert batch.weights_N.tolist() == pytest.approx([0.1, 0.1])
+    assert packed.num_idle_tokens == 4 + 8 and packed.num_tokens_total == 4

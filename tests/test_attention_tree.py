@@ -1,0 +1,170 @@
+"""Tree attention against every score computed, and models over trees against transformers alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from turnfast.kernels.attention import TreeRows, tree_attention
+from turnfast.kernels.attention.tree import reference
+from turnfast.kernels.tree import prefix_tree
+
+from turnfast.model import ATTENTION, Policy, hidden_states
+from turnfast.packing import Row, batch_of
+
+
+def random_rows(seed: int, *, rows: int = 9, vocab: int = 97, longest: int = 60) -> list[list[int]]:
+    """Rows that branch off earlier ones anywhere, some from nothing, some inside others."""
+    draw = random.Random(seed)
+    made: list[list[int]] = []
+    for _ in range(rows):
+        before = draw.choice(made) if made and draw.random() < 0.85 else []
+        keep = before[: draw.randrange(len(before) + 1)]
+        fresh = [draw.randrange(vocab) for _ in range(draw.randrange(1, 1 + longest // 2))]
+        made.append((keep + fresh)[:longest] or [0])
+    return made
+
+
+def tree_rows(rows: list[list[int]], **options) -> TreeRows:
+    tree = prefix_tree(torch.tensor([t for row in rows for t in row]), [len(row) for row in rows])
+    return TreeRows(ends_T=tree.ends_T, positions_T=tree.positions_T, **options)
+
+
+def attend(function, qkv, rows, **options):
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    out = function(*leaves, rows, **options)
+    generator = torch.Generator().manual_seed(5)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    size=st.sampled_from([(1, 5), (9, 60), (20, 60), (6, 300)]),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1), (1, 1)]),
+    width=st.sampled_from([8, 20, 32]),
+    window=st.sampled_from([0, 1, 7, 64]),
+)
+def test_equals_every_score_computed(seed, size, heads, width, window):
+    rows = tree_rows(random_rows(seed, rows=size[0], longest=size[1]))
+    length = len(rows.ends_T)
+    torch.manual_seed(seed)
+    q = torch.randn(heads[0], length, width)
+    k, v = torch.randn(2, heads[1], length, width)
+    options = {"scale": width**-0.5, "window": window}
+    got = attend(tree_attention, (q, k, v), rows, **options)
+    truth = attend(reference, (q.double(), k.double(), v.double()), rows, **options)
+    plain = attend(reference, (q, k, v), rows, **options)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, truth, plain, strict=True):
+        error, budget = (a - b).abs().max(), 2 * (c - b).abs().max() + 1e-5
+        assert error <= budget, f"{name}: {error} > {budget}"
+
+
+def test_strangers_do_not_see_each_other():
+    rows = tree_rows([[1, 2, 3, 4], [1, 2, 9, 9, 9], [7, 7]])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 9, 8)
+    before = tree_attention(q, k, v, rows, scale=1.0)
+    k[:, 4] += 1.0  # the first 9 of the second row
+    after = tree_attention(q, k, v, rows, scale=1.0)
+    assert (before != after).any(dim=2).any(dim=1).tolist() == [False] * 4 + [True] * 3 + [
+        False
+    ] * 2
+
+
+def test_long_rows_never_make_a_square_mask():
+    length, rows = 6000, tree_rows([[1] * 5000, [1] * 4000 + [2] * 1000])
+    q, k, v = torch.randn(3, 1, length, 8)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    with Watch():
+        tree_attention(q, k, v, rows, scale=1.0)
+    assert largest < length * length / 20
+
+
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2-sliding": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SMALL),
+    "mistral-sliding": MistralConfig(**SMALL, sliding_window=5),
+    "gemma": GemmaConfig(**SMALL),
+}
+
+
+def whole_row(tokens: list[int]) -> Row:
+    """Every token of the row predicts the next one, so every hidden state is looked at."""
+    num = len(tokens)
+    return Row(
+        tokens=tokens,
+        rows=list(range(num)),
+        targets=[1] * num,
+        turns=[0] * num,
+        logprobs=[0.0] * num,
+        advantages=[1.0],
+        trajectory=0,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_over_a_tree_equals_the_model_over_each_row(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=ATTENTION)
+    policy = Policy(
+        model=model,
+        tokenizer=None,  # type: ignore[arg-type]
+        folder=Path(),
+        device=torch.device("cpu"),
+        attention="sdpa",
+    )
+    rows = random_rows(3, rows=12)
+    batch = batch_of([whole_row(row) for row in rows], [1.0], "cpu", share_prefixes=True)
+    assert len(batch.tokens_T) < sum(len(row) for row in rows)
+
+    def gradients(logits) -> list[torch.Tensor]:
+        model.zero_grad()
+        logits.log_softmax(-1).square().mean(1).sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    shared = model.lm_head(hidden_states(policy, batch)[batch.rows_N])
+    model.config._attn_implementation = "eager"
+    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+    assert (shared - alone).abs().max() < 1e-5
+    scale = sum(len(row) for row in rows)
+    for a, b in zip(gradients(shared), gradients(alone), strict=True):
+        assert ((a - b) / scale).abs().max() < 1e-5
