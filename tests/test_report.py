@@ -24,8 +24,8 @@ from turnfast.metrics import RunDir, summarise
 from turnfast.report import write_report
 from turnfast.report.charts import Chart, Series, draw
 from turnfast.report.curves import curves, step_axis
-from turnfast.report.learning import learning_plot, spread_over_seeds
 from turnfast.report.page import embed
+from turnfast.report.plots import learning_plot, spread_over_seeds
 from turnfast.report.scales import linear_axis, log_axis, smooth, thin
 from turnfast.report.trajectories import PAGE_LIMIT, TEXT_LIMIT, clip, read_rollouts, visible
 from turnfast.types import Credit, Group, Task, Trajectory, Turn

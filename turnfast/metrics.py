@@ -118,7 +118,7 @@ class RunDir:
         for index, group in enumerate(groups):
             credit = credits[index] if credits else None
             line, _ = to_strict(
-                {"step": step, "split": split, "group": index, **_plain(group, credit)}
+                {"step": step, "split": split, "group": index, **plain_group(group, credit)}
             )
             append_line(self.rollouts, line)
 
@@ -237,6 +237,20 @@ def summarise(
     return {prefix + name: value for name, value in figures.items()}
 
 
+def plain_group(group: Group, credit: Credit | None = None) -> dict[str, Any]:
+    """One line of rollouts.jsonl; advantages are null without a credit."""
+    return {
+        "task_id": group.task.id,
+        "question": group.task.question,
+        "answers": group.task.answers,
+        "rule": credit.rule if credit else None,
+        "rollouts": [
+            _plain_rollout(trajectory, credit.advantages[index] if credit else None)
+            for index, trajectory in enumerate(group.trajectories)
+        ],
+    }
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of a metrics.jsonl (or the one of a run directory), null for what was not finite.
 
@@ -253,19 +267,6 @@ def _free_name(folder: Path) -> Path:
     while (folder / f"config.{number}.toml").exists():
         number += 1
     return folder / f"config.{number}.toml"
-
-
-def _plain(group: Group, credit: Credit | None) -> dict[str, Any]:
-    return {
-        "task_id": group.task.id,
-        "question": group.task.question,
-        "answers": group.task.answers,
-        "rule": credit.rule if credit else None,
-        "rollouts": [
-            _plain_rollout(trajectory, credit.advantages[index] if credit else None)
-            for index, trajectory in enumerate(group.trajectories)
-        ],
-    }
 
 
 def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file that says what happened, readable without network or script.
 
-`learning_plot`, the comparison of several runs, is in `turnfast.report.learning`: it draws with
+`learning_plot`, the comparison of several runs, is in `turnfast.report.plots`: it draws with
 matplotlib, which is slow to import, and the report does not need it.
 """
 
