@@ -97,14 +97,14 @@ class SlotTable:
         return None
 
     def _elsewhere(self, shared: np.ndarray) -> Placement | None:
-        source = int(shared.argmax())
-        cached = int(shared[source])
         unpinned = [slot for slot in self._free if slot not in self._pinned]
         if not unpinned:
             return None
-        slot = next((s for s in unpinned if s != source), source)
-        if slot == source:
-            return Placement(slot=slot, cached=cached, source=None)
+        source = int(shared.argmax())
+        cached = int(shared[source])
         if cached < MIN_COPY:
-            return Placement(slot=slot, cached=0, source=None)
+            return Placement(slot=unpinned[0], cached=0, source=None)
+        if unpinned == [source]:
+            return Placement(slot=source, cached=cached, source=None)
+        slot = next(slot for slot in unpinned if slot != source)
         return Placement(slot=slot, cached=cached, source=source)

@@ -1,0 +1,165 @@
+"""The choice of a sampler, the scripted one, and the slot table of the local one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turnfast.config import ConfigError, SamplerConfig
+from turnfast.sampler import Request, choose_backend, make_sampler
+from turnfast.sampler.scripted import ScriptedSampler, newest, oldest, shuffled
+from turnfast.sampler.slots import MIN_COPY, SlotTable
+
+
+def request(id: int, prompt_ids: tuple[int, ...], max_new_tokens: int = 8) -> Request:
+    return Request(
+        id=id, prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, temperature=1.0, seed=id
+    )
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    code = (
+        "import sys, turnfast.sampler, turnfast.sampler.scripted\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_backend(SamplerConfig(backend="auto")) == "local"
+    with pytest.raises(ConfigError, match=r"sampler\.backend: 'vllm'.*turnfast\[vllm\]"):
+        choose_backend(SamplerConfig(backend="vllm"))
+
+
+def test_vllm_is_refused_beside_the_triton_interpreter(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(SamplerConfig(backend="auto")) == "local"
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
+        choose_backend(SamplerConfig(backend="vllm"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choose_backend(SamplerConfig(backend="auto")) == "vllm"
+
+
+def test_local_is_made_when_asked_for():
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=1, **shape))
+    sampler = make_sampler(
+        SamplerConfig(backend="local"),
+        model_folder=Path("unused"),
+        model=model,
+        stop_ids=(1,),
+        max_context=32,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    assert type(sampler).__name__ == "LocalSampler"
+    sampler.close()
+
+
+@pytest.mark.parametrize(
+    ("pick", "order"), [(oldest, [0, 1, 2]), (newest, [2, 1, 0]), (shuffled(3), None)]
+)
+def test_scripted_completes_in_the_order_asked_for(pick, order):
+    sampler = ScriptedSampler(lambda prompt_ids: [prompt_ids[-1] + 1, 2], pick=pick)
+    for i in range(3):
+        sampler.submit(request(i, (5, 10 + i)))
+    seen = []
+    while sampler.num_pending:
+        (completion,) = sampler.step()
+        assert completion.sampled_ids == (11 + completion.id, 2)
+        assert completion.finish == "stop" and len(completion.logprobs) == 2
+        seen.append(completion.id)
+    assert sorted(seen) == [0, 1, 2] and order in (None, seen)
+
+
+def test_scripted_cuts_and_aborts():
+    sampler = ScriptedSampler(lambda prompt_ids: range(100), max_context=20)
+    sampler.submit(request(0, (1,), max_new_tokens=3))
+    sampler.submit(request(1, tuple(range(15)), max_new_tokens=50))
+    sampler.submit(request(2, (1,)))
+    sampler.abort([2, 7])
+    done = {completion.id: completion for completion in sampler.step()}
+    assert done.keys() == {0, 1}
+    assert done[0].sampled_ids == (0, 1, 2) and done[0].finish == "length"
+    assert len(done[1].sampled_ids) == 5 and done[1].finish == "length"
+
+
+class TestSlotTable:
+    def test_next_turn_goes_on_in_its_slot(self):
+        table = SlotTable(4, 64)
+        first = table.place(range(30))
+        assert first is not None and (first.slot, first.cached) == (0, 0)
+        table.append(0, 99)
+        table.release(0)
+        table.unpin()
+        second = table.place([*range(30), 99, 7, 8])
+        assert second is not None and (second.slot, second.cached, second.source) == (0, 31, None)
+
+    def test_rollouts_of_one_prompt_copy_from_the_first(self):
+        table = SlotTable(4, 64)
+        prompt = list(range(MIN_COPY + 4))
+        placements = [table.place(prompt) for _ in range(4)]
+        assert [p.source for p in placements if p] == [None, 0, 0, 0]
+        assert [p.cached for p in placements if p] == [0, *[MIN_COPY + 3] * 3]
+        assert table.place(prompt) is None
+
+    def test_nothing_is_reused_after_forget(self):
+        table = SlotTable(2, 64)
+        table.place(range(40))
+        table.release(0)
+        table.forget()
+        again = table.place(range(40))
+        assert again is not None and again.cached == 0 and again.source is None
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.data())
+    def test_what_it_calls_cached_is_what_the_cache_holds(self, data: st.DataObject):
+        """A model of the cache itself: columns are written and copied as the forward does it."""
+        num_slots, capacity = data.draw(st.integers(1, 5)), 48
+        table, cache = SlotTable(num_slots, capacity), -np.ones((num_slots, capacity), dtype=int)
+        busy: set[int] = set()
+        history: list[list[int]] = [[0]]
+        for _ in range(data.draw(st.integers(1, 6))):
+            writes, copies = [], []
+            for slot in sorted(busy):
+                if table.length(slot) < capacity:
+                    token = data.draw(st.integers(0, 2))
+                    writes.append((slot, table.length(slot), [token]))
+                    table.append(slot, token)
+            for _ in range(data.draw(st.integers(0, 4))):
+                stem = data.draw(st.sampled_from(history))
+                tail = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=20))
+                prompt = (stem + tail)[: capacity - 1]
+                placement = table.place(prompt)
+                if placement is None:
+                    break
+                assert placement.slot not in busy and placement.cached < len(prompt)
+                busy.add(placement.slot)
+                history.append(prompt)
+                writes.append((placement.slot, placement.cached, prompt[placement.cached :]))
+                if placement.source is not None:
+                    copies.append((placement.source, placement.slot, placement.cached))
+                copies = [*copies]
+            for slot, start, tokens in writes:
+                cache[slot, start : start + len(tokens)] = tokens
+            for source, target, length in copies:
+                cache[target, :length] = cache[source, :length]
+            table.unpin()
+            for slot in busy:
+                length = table.length(slot)
+                np.testing.assert_array_equal(cache[slot, :length], table._ids[slot, :length])
+            for slot in data.draw(st.sets(st.sampled_from(sorted(busy)))) if busy else ():
+                busy.remove(slot)
+                table.release(slot)

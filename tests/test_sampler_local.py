@@ -1,0 +1,292 @@
+"""The local sampler against plain Hugging Face forwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from turnfast.sampler import Completion, Request
+from turnfast.sampler.local import LocalSampler, draw
+from turnfast.sync import teacher_forced_logprobs
+
+SHAPE = dict(
+    vocab_size=600,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    initializer_range=0.1,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=1,
+)
+
+
+def qwen(seed: int = 0, **changes) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    options = dict(SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **changes)
+    return Qwen3ForCausalLM(Qwen3Config(**options))
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    return qwen()
+
+
+def sampler_of(model: torch.nn.Module, num_slots: int = 64, stop_ids=(1,), **options):
+    options = {"max_context": 256, **options}
+    return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, **options)
+
+
+def request(id: int, prompt_ids: Sequence[int], **changes) -> Request:
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1000 + id, **changes}
+    return Request(id=id, prompt_ids=tuple(prompt_ids), **options)
+
+
+def finish_all(sampler: LocalSampler) -> dict[int, Completion]:
+    done: dict[int, Completion] = {}
+    while sampler.num_pending:
+        done |= {completion.id: completion for completion in sampler.step()}
+    return done
+
+
+def two_turns(sampler, order: Sequence[int]) -> dict[tuple[int, int], tuple[Request, Completion]]:
+    """24 trajectories, 4 to a prompt; a second turn starts as soon as its first one has ended."""
+    rng = random.Random(7)
+    system = [rng.randrange(2, 600) for _ in range(20)]
+    prompts = [
+        system + [rng.randrange(2, 600) for _ in range(rng.randrange(5, 60))] for _ in "abcdef"
+    ]
+    replies = [[rng.randrange(2, 600) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
+    lengths = [rng.randrange(3, 25) for _ in range(24)]
+    requests = {(i, 0): request(2 * i, prompts[i // 4], max_new_tokens=lengths[i]) for i in order}
+    for first in requests.values():
+        sampler.submit(first)
+    played = {}
+    while sampler.num_pending:
+        for completion in sampler.step():
+            i, turn = divmod(completion.id, 2)
+            before = requests[i, turn]
+            played[i, turn] = (before, completion)
+            if turn == 0:
+                context = (*before.prompt_ids, *completion.sampled_ids, *replies[i])
+                requests[i, 1] = request(2 * i + 1, context, max_new_tokens=lengths[-1 - i])
+                sampler.submit(requests[i, 1])
+    assert len(played) == 48
+    return played
+
+
+def worst_gap(model, played) -> float:
+    gap = 0.0
+    for before, completion in played.values():
+        ids = before.prompt_ids + completion.sampled_ids
+        ours = teacher_forced_logprobs(
+            model, ids, len(before.prompt_ids), before.temperature or 1.0
+        )
+        gap = max(gap, (ours - torch.tensor(completion.logprobs)).abs().max().item())
+    return gap
+
+
+def test_two_turns_do_not_depend_on_order_or_on_the_number_of_slots(model):
+    forward = two_turns(sampler_of(model), range(24))
+    backward = two_turns(sampler_of(model), range(23, -1, -1))
+    crowded = two_turns(sampler_of(model, num_slots=5), range(23, -1, -1))
+    for key, (_, completion) in forward.items():
+        assert backward[key][1].sampled_ids == completion.sampled_ids
+        assert crowded[key][1].sampled_ids == completion.sampled_ids
+    assert {completion.finish for _, completion in forward.values()} >= {"length"}
+
+
+@pytest.mark.parametrize("num_slots", [64, 5])
+def test_logprobs_of_whole_trajectories_with_prefix_hits(model, num_slots):
+    played = two_turns(sampler_of(model, num_slots=num_slots), range(24))
+    cached = sum(completion.cached_tokens for _, completion in played.values())
+    assert cached > 24 * 20
+    if num_slots == 64:  # a second turn finds all of its first one but the last drawn token
+        assert all(
+            second.cached_tokens >= len(played[i, 0][0].prompt_ids) + len(first.sampled_ids) - 1
+            for i in range(24)
+            for first, second in [(played[i, 0][1], played[i, 1][1])]
+        )
+    assert worst_gap(model, played) <= 1e-5
+
+
+def test_the_same_sampler_repeats_itself_with_a_warm_cache(model):
+    sampler = sampler_of(model)
+    cold, warm = two_turns(sampler, range(24)), two_turns(sampler, range(24))
+    assert all(cold[key][1].sampled_ids == warm[key][1].sampled_ids for key in cold)
+    assert worst_gap(model, warm) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_logprobs_are_those_of_the_temperature(model, temperature):
+    sampler = sampler_of(model)
+    asked = request(0, range(2, 40), temperature=temperature)
+    sampler.submit(asked)
+    assert worst_gap(model, {0: (asked, finish_all(sampler)[0])}) <= 1e-5
+
+
+def test_greedy_takes_the_largest_and_reports_temperature_one(model):
+    sampler = sampler_of(model)
+    asked = request(0, range(2, 40), temperature=0.0)
+    sampler.submit(asked)
+    completion = finish_all(sampler)[0]
+    assert worst_gap(model, {0: (asked, completion)}) <= 1e-5
+    ids = torch.tensor([asked.prompt_ids + completion.sampled_ids])
+    with torch.no_grad():
+        best = model(input_ids=ids).logits[0].argmax(-1)
+    assert tuple(best[len(asked.prompt_ids) - 1 : -1].tolist()) == completion.sampled_ids
+
+
+def test_stop_id_is_kept_and_length_is_respected(model):
+    sampler = sampler_of(model, stop_ids=())
+    sampler.submit(request(0, range(2, 40), max_new_tokens=20))
+    free = finish_all(sampler)[0]
+    assert free.finish == "length" and len(free.sampled_ids) == 20
+    stop = free.sampled_ids[7]
+    where = free.sampled_ids.index(stop) + 1
+    stopping = sampler_of(model, stop_ids=(stop,))
+    stopping.submit(request(0, range(2, 40), max_new_tokens=20))
+    stopped = finish_all(stopping)[0]
+    assert stopped.finish == "stop" and stopped.sampled_ids == free.sampled_ids[:where]
+
+
+def test_context_is_never_left(model):
+    sampler = sampler_of(model, stop_ids=(), max_context=32, num_slots=2)
+    sampler.submit(request(0, range(2, 33), max_new_tokens=10))
+    sampler.submit(request(1, range(2, 12), max_new_tokens=100))
+    done = finish_all(sampler)
+    assert len(done[0].sampled_ids) == 1 and len(done[1].sampled_ids) == 22
+    assert done[0].finish == done[1].finish == "length"
+    for prompt_ids in ((), range(2, 34)):
+        with pytest.raises(ValueError, match="must have 1 to 31"):
+            sampler.submit(request(2, prompt_ids))
+
+
+def test_abort_frees_the_slot_and_leaves_the_others_alone(model):
+    alone = sampler_of(model)
+    alone.submit(request(1, range(10, 60)))
+    expected = finish_all(alone)[1]
+    sampler = sampler_of(model, num_slots=2)
+    for i in range(3):
+        sampler.submit(request(i, range(10 * i, 10 * i + 50)))
+    sampler.step()
+    sampler.abort([0, 2, 17])
+    assert sampler.num_pending == 1
+    done = finish_all(sampler)
+    assert done.keys() == {1} and done[1].sampled_ids == expected.sampled_ids
+
+
+def test_every_step_advances_every_running_request(model):
+    sampler = sampler_of(model, stop_ids=(), num_slots=8)
+    for i in range(8):
+        sampler.submit(request(i, range(2, 10 + 10 * i), max_new_tokens=5))
+    done = [sampler.step() for _ in range(5)]
+    assert [len(step) for step in done] == [0, 0, 0, 0, 8] and sampler.num_pending == 0
+
+
+def test_the_trainer_gets_its_module_back(model):
+    model.train()
+    before = model.config._attn_implementation
+    sampler = sampler_of(model)
+    sampler.submit(request(0, range(2, 40)))
+    finish_all(sampler)
+    assert model.training and all(module.training for module in model.modules())
+    assert model.config._attn_implementation == before
+    model(input_ids=torch.arange(2, 30)[None]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(
+            lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4)), id="llama"
+        ),
+        pytest.param(
+            lambda: qwen(
+                use_sliding_window=True,
+                sliding_window=24,
+                layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            ),
+            id="sliding-window",
+        ),
+        pytest.param(lambda: qwen(num_hidden_layers=1, seed=3), id="one-layer"),
+    ],
+)
+def test_other_architectures(other):
+    torch.manual_seed(1)
+    model = other()
+    played = two_turns(sampler_of(model), range(24))
+    assert worst_gap(model, played) <= 1e-5
+
+
+def test_bfloat16_runs_and_stays_near_the_forward():
+    model = qwen().to(torch.bfloat16)
+    assert worst_gap(model, two_turns(sampler_of(model), range(24))) < 0.2
+
+
+def test_capped_attention_logits_are_refused():
+    model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16))
+    sampler = sampler_of(model)
+    sampler.submit(request(0, range(2, 40)))
+    with pytest.raises(NotImplementedError, match="softcap"):
+        sampler.step()
+
+
+def test_weights_of_another_module_are_taken_and_the_cache_is_dropped():
+    trainer, own = qwen(seed=1), qwen(seed=2)
+    sampler = sampler_of(own)
+    two_turns(sampler, range(24))
+    sampler.load_weights(trainer.named_parameters())
+    played = two_turns(sampler, range(24))
+    assert worst_gap(trainer, played) <= 1e-5
+    sampler.submit(request(0, range(2, 40)))
+    with pytest.raises(RuntimeError, match="1 requests are in flight"):
+        sampler.load_weights(trainer.named_parameters())
+
+
+def test_an_incomplete_set_of_tensors_is_refused():
+    trainer, sampler = qwen(seed=1), sampler_of(qwen(seed=2))
+    missing = "model.layers.1.mlp.up_proj.weight"
+    named = [(name, tensor) for name, tensor in trainer.named_parameters() if name != missing]
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj"):
+        sampler.load_weights(named)
+    with pytest.raises(KeyError, match=r"no parameter 'model\.surplus'"):
+        sampler.load_weights([("model.surplus", torch.zeros(1))])
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")])
+    count = 20000
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    ids, logprobs = draw(logits.repeat(count, 1), [1.3] * count, generators)
+    p = torch.softmax(logits / 1.3, -1)
+    observed = torch.bincount(torch.tensor(ids), minlength=5) / count
+    # five standard deviations of a frequency
+    assert ((observed - p).abs() <= 5 * (p * (1 - p) / count).sqrt()).all()
+    torch.testing.assert_close(torch.tensor(logprobs), p.log()[ids])
+
+
+def test_rounding_noise_does_not_flip_draws():
+    """Noise a hundred times that of another batch composition changes no draw in 20,000."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20000, 600, generator=generator)
+    noisy = logits + 1e-5 * torch.randn(20000, 600, generator=generator)
+    seeds = range(20000)
+    first, _ = draw(logits, [1.0] * 20000, [torch.Generator().manual_seed(i) for i in seeds])
+    second, _ = draw(noisy, [1.0] * 20000, [torch.Generator().manual_seed(i) for i in seeds])
+    assert sum(a != b for a, b in zip(first, second, strict=True)) <= 2

@@ -1,0 +1,340 @@
+"""The vLLM engine in this process, and weight sync into it. Run in a pytest process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from turnfast.config import SamplerConfig
+from turnfast.sampler import Completion, Request, make_sampler
+from turnfast.sync import (
+    SyncError,
+    compare,
+    default_tolerance,
+    make_probe,
+    sync_weights,
+    teacher_forced_logprobs,
+)
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"),
+        reason="vLLM does not run beside the Triton interpreter",
+    ),
+]
+
+VOCAB, CONTEXT, STOP = 600, 256, 1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = default_tolerance(torch.float32, DEVICE)
+PROBE = make_probe(VOCAB, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=STOP,
+    )
+    path = tmp_path_factory.mktemp("tiny-qwen3")
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def trainer(folder: Path) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator:
+    rng, numbers = torch.random.get_rng_state(), random.getstate()
+    threads = torch.get_num_threads()
+    sampler = make_sampler(
+        SamplerConfig(backend="vllm", max_sequences=64),
+        model_folder=folder,
+        model=torch.nn.Identity(),
+        stop_ids=(STOP,),
+        max_context=CONTEXT,
+        device=DEVICE,
+        dtype=torch.float32,
+    )
+    # the engine seeds and pins what it can reach; none of that may show in the trainer
+    assert torch.equal(rng, torch.random.get_rng_state()) and numbers == random.getstate()
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture
+def sampler(engine, trainer):
+    """The engine with the trainer's first weights and an empty cache."""
+    engine.load_weights(trainer.named_parameters())
+    return engine
+
+
+def request(id: int, prompt_ids: Sequence[int], **changes) -> Request:
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1000 + id, **changes}
+    return Request(id=id, prompt_ids=tuple(prompt_ids), **options)
+
+
+def finish_all(sampler) -> dict[int, Completion]:
+    done: dict[int, Completion] = {}
+    while sampler.num_pending:
+        done |= {completion.id: completion for completion in sampler.step()}
+    return done
+
+
+def two_turns(sampler, order: Sequence[int]) -> dict[tuple[int, int], tuple[Request, Completion]]:
+    """24 trajectories, 4 to a prompt; a second turn starts as soon as its first one has ended."""
+    rng = random.Random(7)
+    system = [rng.randrange(2, VOCAB) for _ in range(40)]
+    prompts = [
+        system + [rng.randrange(2, VOCAB) for _ in range(rng.randrange(60))] for _ in "abcdef"
+    ]
+    replies = [[rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
+    lengths = [rng.randrange(3, 25) for _ in range(24)]
+    requests = {(i, 0): request(2 * i, prompts[i // 4], max_new_tokens=lengths[i]) for i in order}
+    for first in requests.values():
+        sampler.submit(first)
+    played = {}
+    while sampler.num_pending:
+        for completion in sampler.step():
+            i, turn = divmod(completion.id, 2)
+            before = requests[i, turn]
+            played[i, turn] = (before, completion)
+            if turn == 0:
+                context = (*before.prompt_ids, *completion.sampled_ids, *replies[i])
+                requests[i, 1] = request(2 * i + 1, context, max_new_tokens=lengths[-1 - i])
+                sampler.submit(requests[i, 1])
+    assert len(played) == 48
+    return played
+
+
+def worst_gap(model, played) -> float:
+    gap = 0.0
+    for before, completion in played.values():
+        ids = before.prompt_ids + completion.sampled_ids
+        ours = teacher_forced_logprobs(
+            model, ids, len(before.prompt_ids), before.temperature or 1.0
+        )
+        gap = max(gap, (ours.cpu() - torch.tensor(completion.logprobs)).abs().max().item())
+    return gap
+
+
+def train_one_step(model: Qwen3ForCausalLM, lr: float = 3e-4) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    ids = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def raw_load(sampler, named_weights) -> None:
+    """vLLM's own load, without the check that every tensor was replaced."""
+    named = list(named_weights)
+    sampler._engine.apply_model(lambda model: model.load_weights(iter(named)))
+
+
+def test_two_turns_do_not_depend_on_order(sampler, trainer):
+    forward = two_turns(sampler, range(24))
+    sampler.load_weights(trainer.named_parameters())
+    backward = two_turns(sampler, range(23, -1, -1))
+    warm = two_turns(sampler, range(24))
+    for key, (_, completion) in forward.items():
+        assert backward[key][1].sampled_ids == completion.sampled_ids
+        assert warm[key][1].sampled_ids == completion.sampled_ids
+
+
+def test_logprobs_of_whole_trajectories_with_prefix_hits(sampler, trainer):
+    played = two_turns(sampler, range(24))
+    assert sum(played[i, 1][1].cached_tokens > 0 for i in range(24)) == 24
+    assert worst_gap(trainer, played) <= TOLERANCE
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
+def test_logprobs_are_those_of_the_temperature(sampler, trainer, temperature):
+    asked = {0: request(0, range(2, 90), temperature=temperature)}
+    asked[1] = request(1, range(5, 50))  # another temperature in the same batch
+    for one in asked.values():
+        sampler.submit(one)
+    done = finish_all(sampler)
+    assert worst_gap(trainer, {i: (asked[i], done[i]) for i in asked}) <= TOLERANCE
+
+
+def test_stop_id_is_kept_and_nothing_else_stops(sampler, trainer):
+    with torch.no_grad():
+        trainer.model.norm.weight.zero_()  # even odds for every id: the stop id comes up
+    sampler.load_weights(trainer.named_parameters())
+    for i in range(60):
+        sampler.submit(request(i, range(2, 20), max_new_tokens=60))
+    done = finish_all(sampler)
+    stopped = [c for c in done.values() if c.finish == "stop"]
+    assert 0 < len(stopped) < 60
+    for completion in done.values():
+        ended = completion.sampled_ids[-1] == STOP
+        assert ended == (completion.finish == "stop") and STOP not in completion.sampled_ids[:-1]
+        assert ended or len(completion.sampled_ids) == 60
+
+
+def test_context_is_never_left(sampler):
+    sampler.submit(request(0, [5] * (CONTEXT - 1)))
+    sampler.submit(request(1, [5] * (CONTEXT - 10), max_new_tokens=100))
+    done = finish_all(sampler)
+    assert len(done[0].sampled_ids) == 1 and len(done[1].sampled_ids) <= 10
+    for prompt_ids in ((), [5] * CONTEXT):
+        with pytest.raises(ValueError, match=f"must have 1 to {CONTEXT - 1}"):
+            sampler.submit(request(2, prompt_ids))
+
+
+def test_more_prompt_tokens_than_one_step_takes(sampler):
+    """Seeded prompts that do not fit into one engine step wait for the next, whole."""
+    prompts = {i: [(7 * i + j) % VOCAB for j in range(240)] for i in range(64)}
+    for i, prompt_ids in prompts.items():
+        sampler.submit(request(i, prompt_ids, max_new_tokens=2))
+    assert finish_all(sampler).keys() == prompts.keys()
+
+
+def test_abort_leaves_the_others_alone(sampler):
+    sampler.submit(request(1, range(10, 60)))
+    expected = finish_all(sampler)[1]
+    for i in range(3):
+        sampler.submit(
+            request(i, range(10 * i + 1, 10 * i + 51)) if i != 1 else request(1, range(10, 60))
+        )
+    sampler.step()
+    sampler.abort([0, 2, 17])
+    assert sampler.num_pending == 1
+    done = finish_all(sampler)
+    assert done.keys() == {1} and done[1].sampled_ids == expected.sampled_ids
+    assert sampler.step() == []
+
+
+def test_weights_are_not_loaded_under_running_requests(sampler, trainer):
+    sampler.submit(request(0, range(10, 60)))
+    with pytest.raises(RuntimeError, match="1 requests are in flight"):
+        sampler.load_weights(trainer.named_parameters())
+    sampler.abort([0])
+
+
+def test_steps_and_syncs(sampler, trainer):
+    for _ in range(3):
+        report = sync_weights(trainer, sampler, PROBE, TOLERANCE)
+        assert report.gap <= TOLERANCE / 5 and report.num_tokens >= len(PROBE.prompts)
+        sampler.sleep()
+        train_one_step(trainer)
+    assert worst_gap(trainer, two_turns(sampler, range(24))) > TOLERANCE
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
+
+
+def test_a_skipped_sync_is_caught(sampler, trainer, monkeypatch):
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    train_one_step(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "load_weights", lambda named: sampler._engine.reset_prefix_cache())
+        with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
+            sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_a_tensor_that_never_arrives_is_refused_by_name(sampler, trainer, monkeypatch):
+    take = sampler.load_weights
+    for dropped, fused in [
+        ("model.layers.2.self_attn.k_proj.weight", "qkv_proj"),
+        ("model.layers.0.mlp.up_proj.weight", "gate_up_proj"),
+        ("model.layers.1.self_attn.q_norm.weight", "q_norm"),
+        ("model.embed_tokens.weight", "embed_tokens"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                sampler,
+                "load_weights",
+                lambda named, dropped=dropped: take((n, t) for n, t in named if n != dropped),
+            )
+            with pytest.raises(SyncError, match=f"1 of its parameters: .*{fused}"):
+                sync_weights(trainer, sampler, PROBE, TOLERANCE)
+        sampler.load_weights(trainer.named_parameters())
+
+
+def test_a_dropped_matrix_is_felt_by_the_probe_alone(sampler, trainer):
+    """Where the engine keeps an old tensor that passes for a new one."""
+    old = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
+    train_one_step(trainer)
+    new = dict(trainer.named_parameters())
+    for name in new:
+        mixed = {**new, name: old[name]}
+        sampler.load_weights(mixed.items())
+        # gains (norms) move the log-probs least; rounding is below 5e-6 on a CPU
+        least = TOLERANCE if "norm" not in name else TOLERANCE / 10
+        assert compare(trainer, sampler, PROBE)[0] > least, name
+    with pytest.raises(SyncError, match="differ"):
+        sync_weights(
+            trainer, _Stubborn(sampler, old, "model.layers.1.mlp.down_proj.weight"), PROBE, 1e-4
+        )
+
+
+class _Stubborn:
+    """The real engine, with one tensor that always comes back as it was."""
+
+    def __init__(self, sampler, old, name) -> None:
+        self._sampler, self._old, self._name = sampler, old, name
+
+    def __getattr__(self, attribute):
+        return getattr(self._sampler, attribute)
+
+    def load_weights(self, named_weights):
+        named = dict(named_weights)
+        self._sampler.load_weights({**named, self._name: self._old[self._name]}.items())
+
+
+def test_a_stale_prefix_cache_is_caught(sampler, trainer, monkeypatch):
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    # the probe's blocks are really hit, so a cache that outlives the weights would be used
+    assert min(c.cached_tokens for c in compare(trainer, sampler, PROBE)[1]) >= 64
+    train_one_step(trainer)
+    raw_load(sampler, trainer.named_parameters())
+    assert compare(trainer, sampler, PROBE)[0] > 10 * TOLERANCE
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler._engine, "reset_prefix_cache", lambda: True)
+        with pytest.raises(SyncError, match="prefix cache"):
+            sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert sync_weights(trainer, sampler, PROBE, TOLERANCE).gap <= TOLERANCE
+
+
+def test_a_cache_that_refuses_to_be_dropped_is_an_error(sampler, trainer, monkeypatch):
+    monkeypatch.setattr(sampler._engine, "reset_prefix_cache", lambda: False)
+    with pytest.raises(SyncError, match="prefix cache"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_sleep_frees_memory_and_weights_come_back(sampler, trainer):
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    before = torch.cuda.mem_get_info()[0]
+    sampler.sleep()
+    assert sampler.asleep and torch.cuda.mem_get_info()[0] > before
+    assert sync_weights(trainer, sampler, PROBE, TOLERANCE).gap <= TOLERANCE
+    assert not sampler.asleep

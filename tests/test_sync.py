@@ -1,0 +1,205 @@
+"""Weight sync into the local sampler, and the faults that the probe must find.
+
+The same faults against the real engine are in test_sampler_vllm.py.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from turnfast.sampler import Request
+from turnfast.sampler.local import LocalSampler
+from turnfast.sampler.scripted import ScriptedSampler
+from turnfast.sync import (
+    SyncError,
+    compare,
+    default_tolerance,
+    make_probe,
+    sync_weights,
+    teacher_forced_logprobs,
+)
+
+VOCAB, CONTEXT, TOLERANCE = 600, 256, 1e-4
+PROBE = make_probe(VOCAB, CONTEXT)
+
+
+@pytest.fixture
+def trainer() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def own_sampler(model: torch.nn.Module) -> LocalSampler:
+    return LocalSampler(model, stop_ids=(1,), num_slots=32, max_context=CONTEXT)
+
+
+def train_one_step(model: Qwen3ForCausalLM, seed: int = 0, lr: float = 3e-4) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    ids = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def warm_probe(sampler: LocalSampler) -> list[int]:
+    """Ask for the probe's prompts once more, and say how much of them was cached."""
+    for i, prompt_ids in enumerate(PROBE.prompts):
+        sampler.submit(
+            Request(id=i, prompt_ids=prompt_ids, max_new_tokens=1, temperature=0.0, seed=0)
+        )
+    done = []
+    while sampler.num_pending:
+        done += sampler.step()
+    return [completion.cached_tokens for completion in done]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_and_syncs(trainer, shared):
+    sampler = own_sampler(trainer if shared else copy.deepcopy(trainer))
+    for seed in range(3):
+        report = sync_weights(trainer, sampler, PROBE, TOLERANCE)
+        assert report.gap <= 1e-5 and report.num_tokens >= len(PROBE.prompts) and report.time_s > 0
+        assert all(cached > 60 for cached in warm_probe(sampler))
+        train_one_step(trainer, seed)
+
+
+def test_a_skipped_sync_is_caught(trainer, monkeypatch):
+    sampler = own_sampler(copy.deepcopy(trainer))
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    train_one_step(trainer)
+
+    def drop_caches_only(named_weights):
+        sampler._slots.forget()
+
+    monkeypatch.setattr(sampler, "load_weights", drop_caches_only)
+    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_every_dropped_matrix_is_felt_by_the_probe(trainer):
+    """The probe alone, without the sampler's own check of completeness."""
+    old = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
+    train_one_step(trainer)
+    served = copy.deepcopy(trainer)
+    sampler = own_sampler(served)
+    for name, tensor in served.named_parameters():
+        new = tensor.detach().clone()
+        tensor.data.copy_(old[name])
+        sampler.load_weights(served.named_parameters())
+        # rounding alone is below 2e-6; gains (norms) move the log-probs least
+        assert compare(trainer, sampler, PROBE)[0] > (1e-5 if "norm" in name else TOLERANCE), name
+        tensor.data.copy_(new)
+    assert sync_weights(trainer, sampler, PROBE, TOLERANCE).gap < 2e-6
+
+
+def test_a_dropped_tensor_is_refused_by_name(trainer, monkeypatch):
+    sampler = own_sampler(copy.deepcopy(trainer))
+    take = sampler.load_weights
+    dropped = "model.layers.2.self_attn.k_norm.weight"
+    monkeypatch.setattr(
+        sampler, "load_weights", lambda named: take((n, t) for n, t in named if n != dropped)
+    )
+    with pytest.raises(SyncError, match=r"layers\.2\.self_attn\.k_norm"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_a_stale_prefix_cache_is_caught(trainer, monkeypatch):
+    """The weights are shared, so all that can be stale are cached keys and values."""
+    sampler = own_sampler(trainer)
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert min(warm_probe(sampler)) > 60
+    train_one_step(trainer)
+    monkeypatch.setattr(sampler._slots, "forget", lambda: None)
+    gap, completions = compare(trainer, sampler, PROBE)
+    assert gap > 10 * TOLERANCE and min(c.cached_tokens for c in completions) > 60
+    with pytest.raises(SyncError, match="prefix cache"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_a_stale_cache_is_caught_even_where_the_probe_was_evicted(trainer, monkeypatch):
+    sampler = own_sampler(trainer)
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    for i in range(64):  # twice the slots: nothing of the probe is left
+        prompt_ids = tuple(range(2 + i, 40 + i))
+        sampler.submit(
+            Request(id=i, prompt_ids=prompt_ids, max_new_tokens=1, temperature=0.0, seed=0)
+        )
+    while sampler.num_pending:
+        sampler.step()
+    train_one_step(trainer)
+    monkeypatch.setattr(sampler._slots, "forget", lambda: None)
+    with pytest.raises(SyncError, match="prefix cache"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_values_that_are_not_numbers_are_caught(trainer):
+    sampler = own_sampler(trainer)
+    with torch.no_grad():
+        trainer.model.norm.weight[3] = float("nan")
+    with pytest.raises(SyncError, match="by nan"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_requests_in_flight_are_refused(trainer):
+    sampler = own_sampler(trainer)
+    sampler.submit(Request(id=0, prompt_ids=(5, 6), max_new_tokens=3, temperature=1.0, seed=0))
+    with pytest.raises(SyncError, match="1 requests are in flight"):
+        sync_weights(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_a_sampler_without_the_weights_fails(trainer):
+    with pytest.raises(SyncError, match="differ"):
+        sync_weights(trainer, ScriptedSampler(lambda prompt_ids: [1]), PROBE, TOLERANCE)
+
+
+def test_sync_leaves_the_trainer_as_it_was(trainer):
+    trainer.train()
+    before = {name: tensor.clone() for name, tensor in trainer.named_parameters()}
+    state = torch.random.get_rng_state()
+    sync_weights(trainer, own_sampler(trainer), PROBE, TOLERANCE)
+    assert trainer.training and torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.named_parameters())
+
+
+def test_teacher_forced_logprobs_are_the_plain_forward(trainer):
+    ids = list(range(5, 45))
+    ours = teacher_forced_logprobs(trainer, ids, start=30, temperature=0.7)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(trainer(input_ids=torch.tensor([ids])).logits[0] / 0.7, -1)
+    assert ours.shape == (10,)
+    for n, position in enumerate(range(30, 40)):
+        assert ours[n].item() == pytest.approx(
+            logprobs[position - 1, ids[position]].item(), abs=1e-6
+        )
+
+
+def test_the_probe_touches_every_id_of_a_small_vocabulary():
+    assert {i for prompt in PROBE.prompts for i in prompt} == set(range(VOCAB))
+    assert len({len(prompt) for prompt in PROBE.prompts}) == 1
+    assert make_probe(VOCAB, CONTEXT, seed=0) == PROBE != make_probe(VOCAB, CONTEXT, seed=1)
+    small = make_probe(10, 20)
+    assert {len(prompt) for prompt in small.prompts} == {12}
+    with pytest.raises(ValueError, match="no room"):
+        make_probe(VOCAB, 8)
+
+
+def test_tolerance_by_dtype():
+    assert default_tolerance(torch.float32) == 1e-4
+    assert default_tolerance(torch.float32) < default_tolerance(torch.float32, "cuda")
+    assert default_tolerance(torch.float16) < default_tolerance(torch.bfloat16)
