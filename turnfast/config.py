@@ -217,6 +217,20 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """One line per field: dotted flag, default, and what it is for."""
+    lines: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += describe_fields(kind, f"{prefix}{name}.")
+        else:
+            default = info.get_default(call_default_factory=True)
+            flag = f"--{prefix}{name}".replace("_", "-")
+            lines.append(f"{flag:<34} {default!s:<14} {info.description or ''}".rstrip())
+    return lines
+
+
 def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":

@@ -71,7 +71,7 @@ def update(
                 replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
                 for batch, result in zip(batches, results, strict=True)
             ]
-        loss = sum(float(result.loss) for result in results)
+        loss = sum(float(result.loss.detach()) for result in results)
         norm = optimizer.step()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from .chat import Chat, ChatError
@@ -17,13 +18,14 @@ from .metrics import RunDir
 from .model import Policy, load_policy, pick_device
 from .optim import Optimizer
 from .sampler import Sampler, make_sampler
+from .sync import Probe, default_tolerance, make_probe
 from .tiny import write_tiny_model
 from .types import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A training run in progress; `step` is the last one that is already done."""
+    """A training run in progress; the steps before `first_step` are done."""
 
     directory: RunDir
     policy: Policy
@@ -31,7 +33,10 @@ class Run:
     chat: Chat
     sampler: Sampler
     optimizer: Optimizer
-    step: int
+    probe: Probe
+    tolerance: float
+    train_tasks: Sequence[Task]
+    first_step: int
 
 
 @contextmanager
@@ -50,7 +55,7 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
-        step = _restore(directory, policy, optimizer) if resume else 0
+        done = _restore(directory, policy, optimizer) if resume else 0
         sampler = open_sampler(config, policy, chat)
         try:
             yield Run(
@@ -60,7 +65,11 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
                 chat=chat,
                 sampler=sampler,
                 optimizer=optimizer,
-                step=step,
+                probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
+                tolerance=config.sampler.probe_tolerance
+                or default_tolerance(policy.model.dtype, policy.device.type),
+                train_tasks=env.tasks("train"),
+                first_step=done + 1,
             )
         finally:
             sampler.close()
@@ -112,25 +121,20 @@ def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
     )
 
 
-def tasks_of_step(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
-    """The `count` tasks of a step: shuffled passes over all of them, a function of seed and step
-    alone, so that a resumed run sees what an uninterrupted one would have seen."""
+def tasks_of_step(tasks: Sequence[Task], step: int, config: Config) -> list[Task]:
+    """The tasks of a step: shuffled passes over all of them, a function of seed and step alone, so
+    that a resumed run sees what an uninterrupted one would have seen."""
+    count, size = config.rollout.prompts_per_step, len(tasks)
     chosen: list[Task] = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, place = divmod(position, len(tasks))
-        chosen.append(tasks[_order(len(tasks), epoch, seed)[place]])
+    for position in range((step - 1) * count, step * count):
+        epoch, place = divmod(position, size)
+        chosen.append(tasks[_order(size, epoch, config.train.seed)[place]])
     return chosen
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=2)
 def _order(size: int, epoch: int, seed: int) -> list[int]:
-    key = (size, epoch, seed)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = random.Random(f"{seed}:{epoch}").sample(range(size), size)
-    return _orders[key]
+    return random.Random(f"{seed}:{epoch}").sample(range(size), size)
 
 
 def _restore(directory: RunDir, policy: Policy, optimizer: Optimizer) -> int:

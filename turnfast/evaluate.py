@@ -1,0 +1,68 @@
+"""Greedy rollouts on held-out tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .chat import Chat
+from .config import Config
+from .envs import Env
+from .jsonl import append_line, to_strict
+from .metrics import plain_group, summarise
+from .model import load_policy, pick_device
+from .rollout import rollout
+from .run import model_folder, open_chat, open_env, open_sampler
+from .sampler import Sampler
+from .types import Group
+
+
+def evaluate(
+    config: Config,
+    env: Env,
+    chat: Chat,
+    sampler: Sampler,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], list[Group]]:
+    """One greedy rollout of each of the first `train.eval_tasks` held-out tasks.
+
+    Returns:
+        The figures of `metrics.summarise` under `eval/…`, and the rollouts.
+    """
+    groups = rollout(
+        env.tasks("eval")[: config.train.eval_tasks],
+        env,
+        chat,
+        sampler,
+        config.rollout,
+        max_turns=config.env.max_turns,
+        seed=config.train.seed,
+        group_size=1,
+        temperature=0.0,
+        should_stop=should_stop,
+    )
+    return summarise(groups, prefix="eval/"), groups
+
+
+def evaluate_model(config: Config, out: Path | None) -> str:
+    """Evaluate `model.path` without a run; the figures as one line of JSON."""
+    env = open_env(config)
+    folder = model_folder(config, env, Path("runs"))
+    policy = load_policy(config.model, folder, pick_device(config.train.device))
+    chat = open_chat(policy, env)
+    sampler = open_sampler(config, policy, chat)
+    try:
+        figures, groups = evaluate(config, env, chat, sampler)
+    finally:
+        sampler.close()
+    if out is not None:
+        _write(out, groups)
+    return json.dumps(to_strict(figures)[0])
+
+
+def _write(out: Path, groups: Sequence[Group]) -> None:
+    out.unlink(missing_ok=True)
+    for index, group in enumerate(groups):
+        append_line(out, to_strict({"step": 0, "group": index, **plain_group(group)})[0])

@@ -1,0 +1,156 @@
+"""The loop: roll out, give credit, pack, update, sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from .checkpoint import save_checkpoint
+from .config import Config
+from .console import Progress
+from .credit import assign_credits
+from .evaluate import evaluate
+from .loss import Update, update
+from .metrics import Stopwatch, summarise
+from .packing import Packed, pack
+from .report import write_report
+from .rollout import Interrupted, rollout
+from .run import Run, open_run, tasks_of_step
+from .sync import SyncReport, sync_weights
+from .types import Credit, Group
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until `train.steps`, or until `should_stop`; both leave a checkpoint and a report.
+
+    Raises:
+        ConfigError, RolloutError, SyncError, TrainingError, CheckpointError: see their rooms.
+    """
+    with (
+        open_run(config, run_dir, resume=resume) as run,
+        Progress(run_dir, config.train.steps, done=run.first_step - 1) as show,
+    ):
+        sync = partial(sync_weights, run.policy.model, run.sampler, run.probe, run.tolerance)
+        clock = Stopwatch(synchronize=run.policy.synchronize)
+        done = run.first_step - 1
+        try:
+            sync()
+            if done == 0:
+                _evaluate(config, run, 0, show, should_stop)
+            for step in range(run.first_step, config.train.steps + 1):
+                if should_stop():
+                    break
+                clock.lap()
+                with clock.phase("rollout"):
+                    groups = rollout(
+                        tasks_of_step(run.train_tasks, step, config),
+                        run.env,
+                        run.chat,
+                        run.sampler,
+                        config.rollout,
+                        max_turns=config.env.max_turns,
+                        seed=config.train.seed + step,
+                        should_stop=should_stop,
+                    )
+                with clock.phase("score"):
+                    credits = assign_credits(groups, config.credit.rule, **config.credit.options)
+                with clock.phase("pack"):
+                    packed = pack(
+                        groups,
+                        credits,
+                        budget=config.train.tokens_per_microbatch,
+                        normalizer=config.loss.normalizer,
+                        constant=config.rollout.max_new_tokens * config.env.max_turns,
+                        device=run.policy.device,
+                    )
+                with clock.phase("train"):
+                    run.sampler.sleep()
+                    updated = update(
+                        run.policy,
+                        run.optimizer,
+                        packed.batches,
+                        config.loss,
+                        temperature=config.rollout.temperature,
+                        num_updates=config.train.updates_per_step,
+                    )
+                with clock.phase("sync"):
+                    synced = sync()
+                done = step
+                _log(run, step, groups, credits, packed, updated, synced, clock.lap(), show, config)
+                if _due(step, config.train.eval_every, config.train.steps):
+                    _evaluate(config, run, step, show, should_stop)
+                if _due(step, config.train.save_every, config.train.steps):
+                    _save(config, run, step)
+        except Interrupted:
+            pass  # the step in hand is redone by --resume: its seeds are a function of its number
+        if done < config.train.steps:
+            _save(config, run, done)
+        write_report(run_dir)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _log(
+    run: Run,
+    step: int,
+    groups: Sequence[Group],
+    credits: Sequence[Credit],
+    packed: Packed,
+    updated: Update,
+    synced: SyncReport,
+    times: dict[str, float],
+    show: Progress,
+    config: Config,
+) -> None:
+    figures = {
+        **summarise(groups, credits),
+        "loss": updated.loss,
+        "logprob": updated.logprob,
+        "entropy": updated.entropy,
+        "grad_norm": updated.grad_norm,
+        "ratio/max": updated.ratio_max,
+        "clip_fraction": updated.clip_fraction,
+        "logprob_gap": updated.logprob_gap,
+        "logprob_gap/max": updated.logprob_gap_max,
+        "sync_gap": synced.gap,
+        "lr": run.optimizer.lr,
+        "tokens": packed.num_tokens,
+        "tokens_trained": packed.num_targets,
+        "padding": 1.0 - packed.num_tokens / max(1, sum(len(b.tokens_T) for b in packed.batches)),
+        "shared_prefix": packed.shared_prefix,
+        **times,
+    }
+    run.directory.log(step, figures)
+    run.directory.log_rollouts(step, groups[: config.train.log_rollouts], credits)
+    show.step(step, figures)
+
+
+def _evaluate(
+    config: Config, run: Run, step: int, show: Progress, should_stop: Callable[[], bool]
+) -> None:
+    figures, groups = evaluate(config, run.env, run.chat, run.sampler, should_stop=should_stop)
+    run.directory.log(step, figures)
+    run.directory.log_rollouts(step, groups[: config.train.log_rollouts], split="eval")
+    show.step(step, figures)
+
+
+def _save(config: Config, run: Run, step: int) -> None:
+    # where the data stands is a function of the step: see `tasks_of_step`
+    save_checkpoint(
+        run.directory.checkpoints,
+        step,
+        model=run.policy.model,
+        optimizer=run.optimizer,
+        tokenizer=run.policy.tokenizer,
+        state={},
+        keep=config.train.keep_checkpoints,
+    )
