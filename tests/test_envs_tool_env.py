@@ -1,0 +1,310 @@
+"""The tool loop: what each kind of turn is answered with, and what it earns."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnfast.config import ConfigError
+from turnfast.envs import Env, Outcome, Step, Task, ToolEnv, load_env, tool
+from turnfast.envs import tool_env as tool_env_room
+
+TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida Berg", "I. Berg"))
+CORPUS = {"Ulm": "Ulm was written by Ida Berg.", "Rom": "Rom was painted by Ole.", "void": ""}
+
+
+class Books(ToolEnv):
+    """Questions on books."""
+
+    def tasks(self, split):
+        return [TASK]
+
+    @tool
+    def search(self, query: str) -> str:
+        """Find one passage."""
+        if query == "crash":
+            raise OSError("the shelf fell over")
+        return CORPUS[query]
+
+    @tool
+    async def count(self, query: str) -> str:
+        """Count the letters of a passage."""
+        return str(len(CORPUS[query]))
+
+
+def play(env: ToolEnv, *texts: str) -> tuple[list[Step], Outcome]:
+    async def run() -> tuple[list[Step], Outcome]:
+        episode = env.episode(TASK)
+        await episode.start()
+        steps = [await episode.step(text) for text in texts]
+        return steps, await episode.finish()
+
+    return asyncio.run(run())
+
+
+def call(query: str, name: str = "search") -> str:
+    body = f'{{"name": "{name}", "args": {{"query": "{query}"}}}}'
+    return f"<reasoning>hm</reasoning><tool>{body}</tool>"
+
+
+ANSWER = "<reasoning>so</reasoning><answer>Ida Berg</answer>"
+
+
+def test_the_two_turns_of_the_paper_earn_0_7_and_1_9():
+    (first, second), outcome = play(Books(), call("Ulm"), ANSWER)
+    assert first.messages == (
+        {"role": "user", "content": "<result>Ulm was written by Ida Berg.</result>"},
+    )
+    assert first.reward == pytest.approx(0.7)
+    assert first.reward_parts == {"tool_executed": 0.2, "answer_in_result": 0.5}
+    assert (first.tool_calls, first.tool_successes, first.done) == (1, 1, False)
+    assert (second.reward, second.messages, second.done) == (None, (), True)
+    assert outcome.reward == pytest.approx(1.9)
+    assert outcome.reward_parts == {
+        "answer_contained": 0.5,
+        "exact_match": 1.0,
+        "format": 0.2,
+        "tags_once": 0.2,
+    }
+    assert outcome.metrics == {"exact_match": 1.0, "f1": 1.0, "answered": 1.0, "called": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "reward"),
+    [
+        (call("Rom"), "Rom was painted by Ole.", 0.2),
+        (call("void"), "No result.", 0.0),
+        (call("crash"), "Error: OSError: the shelf fell over", 0.0),
+        (call("Ulm", "find"), "Error: no such tool; known: search, count", 0.0),
+        (call("Ulm")[:-8] + "</tool>", "Error: not valid JSON", 0.0),
+        (call("Ulm").replace("query", "q"), "Error: query: missing; q: no such argument", 0.0),
+        (call("Ulm", "count"), "28", 0.2),
+    ],
+)
+def test_no_result_and_errors_are_shown_and_are_no_successes(text, shown, reward):
+    (step,), outcome = play(Books(), text)
+    assert step.messages[0]["content"] == f"<result>{shown}</result>"
+    assert step.reward == reward
+    assert (step.tool_calls, step.tool_successes) == (1, int(reward > 0))
+    assert not step.done
+    assert (outcome.reward, outcome.metrics["answered"]) == (0.0, 0.0)
+
+
+def test_several_calls_in_a_turn_and_too_many():
+    env = Books(max_calls=3)
+    text = call("Ulm") + call("crash") + call("Rom") + call("Ulm") * 5
+    (step,), _ = play(env, text)
+    shown = step.messages[0]["content"].split("\n")
+    assert [line[:28] for line in shown] == [
+        "<result>Ulm was written by I",
+        "<result>Error: OSError: the ",
+        "<result>Rom was painted by O",
+        "<result>Error: too many call",
+    ]
+    assert (step.tool_calls, step.tool_successes) == (4, 2)
+    assert step.reward == pytest.approx(0.2 * 2 / 4 + 0.5)
+
+
+def test_searching_twice_does_not_pay_twice():
+    steps, _ = play(Books(), call("Ulm"), call("Ulm"), ANSWER)
+    assert [step.reward for step in steps] == [pytest.approx(0.7), pytest.approx(0.2), None]
+
+
+def test_an_answer_beside_a_call_was_given_before_the_result_and_does_not_count():
+    (step,), outcome = play(Books(), call("Ulm") + "<answer>Ida Berg</answer>")
+    assert (step.done, step.tool_calls) == (False, 1)
+    assert outcome.reward == 0.0
+
+
+def test_answering_at_once_earned_nothing_in_its_turn():
+    (step,), outcome = play(Books(), ANSWER)
+    assert (step.reward, step.done, outcome.reward) == (0.0, True, pytest.approx(1.9))
+    assert outcome.metrics["called"] == 0.0
+
+
+def test_neither_call_nor_answer_ends_the_episode_or_is_reminded():
+    (step,), outcome = play(Books(), "Ida Berg, I believe.")
+    assert (step.done, step.reward, outcome.reward) == (True, 0.0, 0.0)
+    steps, outcome = play(Books(missing_answer="remind"), "Well.", "Hm.", ANSWER)
+    assert [step.done for step in steps] == [False, False, True]
+    assert [step.reward for step in steps] == [0.0, None, None]
+    assert steps[0].messages == (
+        {"role": "user", "content": "Write <tool>…</tool> or <answer>…</answer>."},
+    )
+    assert outcome.reward_parts["format"] == pytest.approx(0.2 / 3)
+
+
+def test_partly_right_answers():
+    _, outcome = play(Books(), "<reasoning>x</reasoning><answer>It was I. Berg.</answer>")
+    assert outcome.reward_parts["answer_contained"] == 0.5
+    assert outcome.reward_parts["exact_match"] == 0.0
+    assert outcome.metrics["f1"] == pytest.approx(2 * 2 / (4 + 2))
+
+
+def test_weights_replace_the_defaults_one_by_one():
+    env = Books(weights={"exact_match": 3.0, "tool_executed": 0.0})
+    (first, _), outcome = play(env, call("Ulm"), ANSWER)
+    assert first.reward_parts == {"tool_executed": 0.0, "answer_in_result": 0.5}
+    assert outcome.reward == pytest.approx(3.9)
+    with pytest.raises(ConfigError, match=r"env.options.weights.exakt: .*'exact_match'"):
+        Books(weights={"exakt": 1.0})
+
+
+def test_native_calls_are_answered_by_tool_messages():
+    env = Books(call_format="native")
+    text = '<tool_call>{"name": "search", "arguments": {"query": "Ulm"}}</tool_call>'
+    (step, _), outcome = play(env, text, "<answer>Ida Berg</answer>")
+    assert env.native_calls
+    assert step.messages == (
+        {"role": "tool", "name": "search", "content": "Ulm was written by Ida Berg."},
+    )
+    assert outcome.reward == pytest.approx(1.9)
+    assert "add" not in env.describe() and "search" not in env.describe()  # the template lists them
+
+
+def test_the_first_messages_describe_tools_and_form():
+    (system, user) = asyncio.run(Books().episode(TASK).start())
+    assert user == {"role": "user", "content": "Who wrote Ulm?"}
+    for part in ('"name": "search"', "Count the letters", "<tool>", "<answer>", "<reasoning>"):
+        assert part in system["content"]
+    assert "<reasoning>" not in Books(reasoning=False).describe()
+    assert len(Books(instructions="").first_messages(TASK)) == 1
+    assert Books(instructions="Be brief.").first_messages(TASK)[0]["content"] == "Be brief."
+
+
+@given(st.lists(st.text() | st.sampled_from([call("Ulm"), call("crash"), ANSWER]), max_size=4))
+def test_no_text_breaks_an_episode_and_rewards_stay_in_bounds(texts):
+    steps, outcome = play(Books(missing_answer="remind"), *texts)
+    assert all(step.reward is None or 0.0 <= step.reward <= 0.7 + 1e-9 for step in steps)
+    assert all(step.tool_successes <= step.tool_calls for step in steps)
+    assert 0.0 <= outcome.reward <= 1.9 + 1e-9
+
+
+# --- loading
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return tmp_path
+
+
+def example() -> str:
+    """The environment of one file that the module's docstring shows."""
+    documentation = tool_env_room.__doc__ or ""
+    begin = documentation.index("    from turnfast.envs import")
+    end = documentation.index("\nOne episode of it")
+    lines = documentation[begin:end].strip("\n").split("\n")
+    return "\n".join(line.removeprefix("    ") for line in lines)
+
+
+def test_the_environment_of_the_docstring_is_one_short_file_that_runs(folder):
+    source = example()
+    assert len(source.split("\n")) <= 40
+    (folder / "capitals.py").write_text(source)
+    env = load_env("capitals:Capitals", {"reasoning": False}, max_turns=3, tool_timeout_s=0.5)
+    assert isinstance(env, ToolEnv)
+    assert (env.max_turns, env.tool_timeout_s) == (3, 0.5)
+    assert [one.name for one in env.tools] == ["atlas"]
+    task = next(task for task in env.tasks("eval") if task.id == "Peru")
+    assert task.id not in {task.id for task in env.tasks("train")}
+
+    async def run() -> tuple[Step, Step, Outcome]:
+        episode = env.episode(task)
+        await episode.start()
+        text = '<tool>{"name": "atlas", "args": {"country": "Peru"}}</tool>'
+        return (
+            await episode.step(text),
+            await episode.step("<answer>Lima</answer>"),
+            await episode.finish(),
+        )
+
+    first, second, outcome = asyncio.run(run())
+    assert (first.reward, second.done) == (pytest.approx(0.7), True)
+    assert outcome.reward == pytest.approx(1.9)
+
+
+def test_an_environment_that_is_no_tool_env(folder):
+    (folder / "bare.py").write_text(
+        "class Bare:\n"
+        "    tools = ()\n"
+        "    native_calls = False\n"
+        "    def __init__(self, size: int, name: str = 'x', *, share: float = 0.5): pass\n"
+        "    def tasks(self, split): return []\n"
+        "    def episode(self, task): raise NotImplementedError\n"
+    )
+    env: Env = load_env("bare:Bare", {"size": 3})
+    assert env.tasks("train") == []
+    for options, text in (
+        ({}, "env.options.size: this option must be given"),
+        ({"size": "3"}, "env.options.size: .*integer"),
+        ({"size": 3, "sharee": 1.0}, "env.options.sharee: .*did you mean 'share'"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            load_env("bare:Bare", options)
+
+
+FORWARDING = """
+from turnfast.envs import ToolEnv
+
+class Mine(ToolEnv):
+    def __init__(self, depth: int = 1, **options):
+        super().__init__(**options)
+        if depth > 5:
+            raise ValueError("depth 6 is too deep")
+
+class Forgetful(ToolEnv):
+    def __init__(self):
+        pass
+
+    def tasks(self, split):
+        return []
+
+nothing = 3
+"""
+
+
+def test_options_that_are_handed_on_and_faults_of_a_class(folder):
+    (folder / "mine.py").write_text(FORWARDING)
+    env = load_env("mine:Mine", {"depth": 2, "reasoning": False, "weights": {"format": 0}})
+    assert isinstance(env, ToolEnv) and not env.reasoning
+    cases: Sequence[tuple[str, dict, str]] = (
+        ("mine:Mine", {"dept": 2}, "env.options.dept: .*did you mean 'depth'"),
+        ("mine:Mine", {"reasonin": 2}, "did you mean 'reasoning'"),
+        ("mine:Mine", {"call_format": "json"}, "env.options.call_format: .*'xml' or 'native'"),
+        ("mine:Mine", {"depth": 6}, "mine:Mine refuses them: depth 6 is too deep"),
+        ("mine:Forgetful", {}, r"call super\(\).__init__"),
+        ("mine:Min", {}, "has no 'Min'; did you mean 'Mine'"),
+        ("mine:nothing", {}, "has no 'nothing'"),
+    )
+    for name, options, text in cases:
+        with pytest.raises(ConfigError, match=text):
+            load_env(name, options)
+
+
+def test_names_that_lead_nowhere(folder):
+    (folder / "broken.py").write_text("import nosuchpackage\n")
+    (folder / "wrong.py").write_text("x = \n")
+    (folder / "empty").mkdir()
+    for name, text in (
+        ("lokup", "env.name: no environment is called 'lokup'; did you mean 'lookup'"),
+        ("absent:Env", f"no module 'absent' in {folder}"),
+        ("broken:Env", "broken needs 'nosuchpackage'"),
+        ("wrong:Env", "importing 'wrong' failed: SyntaxError"),
+        ("empty:Env", "'empty' is no Python module"),
+        ("a b:Env", "not of the form module:Class"),
+        (":", "not of the form module:Class"),
+        ("os:path.join", "not of the form module:Class"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            load_env(name, {})
+    with pytest.raises(NotImplementedError, match="must define tasks"):
+        ToolEnv().tasks("train")
