@@ -476,6 +476,13 @@ def test_smoothing_stays_within_the_values(values, width):
     assert smooth(points, 1) == points
 
 
+@given(first=st.integers(0, 10_000), count=st.integers(1, 100_000))
+def test_steps_are_whole_numbers(first, count):
+    ticks = step_axis([{"step": first}, {"step": first + count}]).ticks
+    assert all(tick == round(tick) for tick in ticks)
+    assert 2 <= len(ticks) <= 10 and len(set(ticks)) == len(ticks)
+
+
 def test_ticks_can_be_told_apart():
     for low, high in [(0, 1), (1, 1.003), (1, 1.00003), (0, 9000), (-5, 7), (0, 3e6), (99, 101)]:
         axis = linear_axis(low, high)

@@ -96,7 +96,7 @@ def step_axis(lines: Lines) -> Axis:
     steps = [line["step"] for line in lines] or [0]
     low, high = min(steps), max(steps)
     # a first training step at 1 is read more easily on an axis that starts at 0
-    return linear_axis(0 if low == 1 else low, max(high, low + 1), wanted=5, tight=True)
+    return linear_axis(0 if low == 1 else low, max(high, low + 1), wanted=5, tight=True, whole=True)
 
 
 def points_of(lines: Lines, name: str) -> Points:

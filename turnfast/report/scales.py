@@ -36,12 +36,15 @@ class Axis:
         return f"{value:.{max(0, -math.floor(math.log10(step)))}f}".replace("-", MINUS)
 
 
-def linear_axis(low: float, high: float, *, wanted: int = 4, tight: bool = False) -> Axis:
+def linear_axis(
+    low: float, high: float, *, wanted: int = 4, tight: bool = False, whole: bool = False
+) -> Axis:
     """Ticks at multiples of 1, 2 or 5 times a power of ten.
 
     Args:
         wanted: about as many intervals.
-        tight: keep the interval as it is instead of widening it to whole ticks.
+        tight: keep the interval as it is instead of widening it to the next ticks.
+        whole: ticks at whole numbers only.
 
     >>> linear_axis(0.0, 0.93).ticks
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -52,6 +55,7 @@ def linear_axis(low: float, high: float, *, wanted: int = 4, tight: bool = False
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     unit = next(unit for unit in (1, 2, 5, 10) if unit * power >= rough * 0.75) * power
+    unit = max(unit, 1) if whole else unit
     slack = 1e-9
     first, last = low / unit, high / unit
     first, last = (
