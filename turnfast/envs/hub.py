@@ -1,8 +1,8 @@
 """Questions and passages from Hugging Face datasets: HotpotQA (arXiv 1809.09600) and TriviaQA
 (arXiv 1705.03551), in the form in which the hub has them.
 
-The rows come from the hub, or from a local folder: one written by `Dataset.save_to_disk`, or one of
-parquet files called train*.parquet and validation*.parquet. Nothing in a data set is executed.
+The rows come from the hub, or from a local folder: one written by `DatasetDict.save_to_disk`, or
+one of parquet files called train*.parquet and validation*.parquet. Nothing in a data set is run.
 """
 
 from __future__ import annotations
@@ -89,11 +89,18 @@ def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
             )
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             saved = datasets.load_from_disk(str(folder))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                # one set for both splits would be trained on and then called an evaluation
+                raise ValueError(
+                    "one set without splits; save a DatasetDict(train=…, validation=…)"
+                )
+            return saved[split]
         files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
         if not files:
             raise FileNotFoundError(f"no {split}*.parquet and no saved data set in {folder}")
-        return datasets.Dataset.from_parquet(files)
+        return datasets.load_dataset(
+            "parquet", data_files={split: files}, split=split, streaming=True
+        )
     except Exception as error:  # the hub client has no common base class for its errors
         raise ConfigError(
             f"env.options.dataset: cannot read {path or source.hub} ({split}): "
