@@ -82,6 +82,7 @@ def run_policy_loss(
         results = [_forward(p, head, piece_C, keep=gradients and not long) for piece_C in pieces]
         logprobs_C = torch.cat([logprobs for logprobs, _ in results])
         entropies_C = torch.cat([entropies for _, entropies in results])
+        _check_finite(logprobs_C, index_C)
         terms = policy(p.rule, _tokens(p, plan, chunk), logprobs_C, entropies_C)
         loss = loss + terms.loss
         sums = add_sums(sums, terms.sums)
@@ -119,6 +120,15 @@ def run_logprobs(
         x_CD = hidden_TD[rows_N[piece]]
         logprobs_N[piece], entropies_N[piece] = head.forward(x_CD, targets_N[piece], keep=False)
     return logprobs_N, entropies_N
+
+
+def _check_finite(logprobs_C: Tensor, index_C: Tensor) -> None:
+    # A broken head weight shows here at no cost. On an accelerator the look would stall it: there
+    # the loss becomes NaN.
+    if logprobs_C.device.type != "cpu" or bool(logprobs_C.isfinite().all()):
+        return
+    token = int(index_C[(~logprobs_C.isfinite()).nonzero()[0, 0]])
+    raise ValueError(f"head_weight: expected finite logits, got none at index {token} of rows")
 
 
 def _forward(p: Problem, head: Head, index_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:

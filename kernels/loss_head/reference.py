@@ -21,6 +21,7 @@ from .problem import Outcome, Problem, Vocab, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK, MAX_CHUNK = 64, 2048
+COLUMNS = 4096
 
 
 class ReferenceHead:
@@ -105,8 +106,9 @@ class ReferenceHead:
 
 
 def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    # bmm of [1, V] by [V, 1] per row: no third [C, V] buffer.
-    return torch.bmm(a_CV.unsqueeze(1), b_CV.unsqueeze(2)).flatten()
+    # Block by block: no third [C, V] buffer, and torch's pairwise sums inside a block.
+    pairs = zip(a_CV.split(COLUMNS, dim=1), b_CV.split(COLUMNS, dim=1), strict=True)
+    return torch.stack([(a * b).sum(dim=1) for a, b in pairs]).sum(dim=0)
 
 
 def _patch(E_CV: Tensor, column_C1: Tensor, owned_C1: Tensor, value_C: Tensor) -> Tensor:

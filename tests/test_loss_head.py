@@ -1,0 +1,543 @@
+"""The loss head on the CPU: the reference, and the C++ implementation where it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
+from turnfast.kernels.loss_head import backends, driver, op, problem, reference
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_loss_head_truth import (
+    Case,
+    assert_within_budget,
+    make_case,
+    relative,
+    run,
+    truth,
+)
+
+CPU = torch.device("cpu")
+
+
+def have(impl: str) -> bool:
+    try:
+        backends.implementation(impl, CPU, torch.float32)
+    except ValueError:
+        return False
+    return True
+
+
+IMPLS = [
+    "reference",
+    pytest.param("cpp", marks=pytest.mark.skipif(not have("cpp"), reason="C++ is not built")),
+]
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+
+rules = st.builds(
+    PolicyRule,
+    clip_low=st.sampled_from([0.1, 0.2]),
+    clip_high=st.sampled_from([0.2, 0.28, 4.0]),
+    ratio=st.sampled_from(["token", "turn", "sequence"]),
+    kind=st.just("ppo"),
+    dual_clip=st.sampled_from([None, 1.5, 3.0]),
+    kl_coef=st.sampled_from([0.0, 0.04]),
+    entropy_coef=st.sampled_from([0.0, 0.01, -0.02]),
+    is_cap=st.sampled_from([None, 1.0, 2.0]),
+) | st.builds(
+    PolicyRule,
+    clip_high=st.sampled_from([0.2, 4.0]),
+    ratio=st.sampled_from(["token", "turn", "sequence"]),
+    kind=st.just("cispo"),
+    kl_coef=st.sampled_from([0.0, 0.04]),
+    entropy_coef=st.sampled_from([0.0, 0.01]),
+    is_cap=st.sampled_from([None, 2.0]),
+)
+cases = st.builds(
+    make_case,
+    st.integers(0, 10_000),
+    N=st.sampled_from([1, 2, 31, 63]),
+    V=st.sampled_from([2, 37, 97, 128]),
+    D=st.sampled_from([3, 16, 24]),
+    K=st.sampled_from([1, 9, 30]),
+    rule=rules,
+    normaliser=st.sampled_from(["token", "sequence", "constant", "masked"]),
+    on_policy=st.booleans(),
+    temperature=st.sampled_from([0.7, 1.0, 1.3]),
+    softcap=st.sampled_from([None, None, 5.0]),
+)
+
+
+@every_impl
+@given(case=cases, chunk=st.sampled_from([None, 1, 7, 64]))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_every_option_is_within_the_error_budget(impl: str, case: Case, chunk: int | None) -> None:
+    assert_within_budget(case, impl, chunk_tokens=chunk)
+
+
+@every_impl
+@pytest.mark.parametrize(
+    ("N", "V", "D"),
+    [(1, 1, 4), (1, 1500, 8), (63, 1, 8), (507, 1500, 32), (63, 50257, 8), (5, 151_936, 16)],
+)
+def test_shapes_that_break_kernels(impl: str, N: int, V: int, D: int) -> None:
+    assert_within_budget(make_case(1, N=N, V=V, D=D, rule=PolicyRule(ratio="turn")), impl)
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "rule",
+    [PolicyRule(), PolicyRule(ratio="sequence", entropy_coef=0.01), PolicyRule(kind="cispo")],
+    ids=["token", "sequence-entropy", "cispo"],
+)
+def test_low_precision_is_within_the_error_budget(
+    impl: str, dtype: torch.dtype, rule: PolicyRule
+) -> None:
+    case = make_case(2, N=257, V=1500, D=64, rule=rule, dtype=dtype)
+    assert_within_budget(case, impl, chunk_tokens=100)
+
+
+@every_impl
+@pytest.mark.parametrize("shift", [-120.0, 120.0])
+def test_logits_far_from_zero(impl: str, shift: float) -> None:
+    assert_within_budget(make_case(4, shift=shift), impl)
+
+
+@every_impl
+@pytest.mark.parametrize("above", [45.0, 100.0, 1000.0])
+@pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(entropy_coef=0.01)])
+def test_a_logit_far_above_the_target(impl: str, above: float, rule: PolicyRule) -> None:
+    case = make_case(5, rule=rule, on_policy=True)
+    row = case.rows[0]
+    other = (case.targets[case.rows == row].max() + 1) % 97
+    while bool((case.targets[case.rows == row] == other).any()):
+        other = (other + 1) % 97
+    direction = case.head[other] / case.head[other].norm()
+    case.hidden[row] = direction * above / case.head[other].norm()
+    assert_within_budget(case, impl, slack=1e-5 * above / 45)
+    assert float(truth(case).logprobs[0]) < -above / 3
+
+
+@every_impl
+def test_the_odds_against_a_confident_token_keep_their_digits(impl: str) -> None:
+    gaps = torch.tensor([5.0, 10.0, 20.0, 40.0])
+    hidden, rows = gaps[:, None], torch.arange(4)
+    head = torch.tensor([[1.0], [0.0], [0.0]])
+    targets = torch.zeros(4, dtype=torch.long)
+    out = linear_logprobs(hidden, head, rows, targets, impl=impl)
+    z = hidden.double() @ head.double().T
+    true = -torch.log1p((z[:, 1:] - z[:, :1]).exp().sum(1))
+    torch.testing.assert_close(out.logprobs.double(), true, rtol=3e-6, atol=0.0)
+
+
+@every_impl
+@pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
+def test_any_cut_into_chunks_gives_the_same_gradient(impl: str, ratio: str) -> None:
+    rule = PolicyRule(ratio=ratio, kl_coef=0.04, entropy_coef=0.01)  # type: ignore[arg-type]
+    case = make_case(6, N=200, rule=rule, normaliser="masked")
+    whole, whole_answer = run(case, impl, chunk_tokens=200)
+    for chunk in (1, 13, 64):
+        out, answer = run(case, impl, chunk_tokens=chunk)
+        assert relative(answer.d_hidden, whole_answer.d_hidden) < 1e-6
+        assert relative(answer.d_head, whole_answer.d_head) < 1e-6
+        torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-6)
+        for field in dataclasses.fields(out.stats):
+            found, expected = getattr(out.stats, field.name), getattr(whole.stats, field.name)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def split(case: Case, cut: int) -> tuple[Case, Case]:
+    """The case in two micro-batches of whole turns, with its weights as they are."""
+    first = case.turns < case.turns[cut]
+
+    def part(keep: Tensor) -> Case:
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[keep]
+
+        names = ("rows", "targets", "turns", "old", "weights", "ref", "sampler")
+        return dataclasses.replace(case, **{name: take(getattr(case, name)) for name in names})
+
+    return part(first), part(~first)
+
+
+@every_impl
+@pytest.mark.parametrize("ratio", ["token", "turn"])
+def test_any_cut_into_micro_batches_gives_the_same_gradient(impl: str, ratio: str) -> None:
+    rule = PolicyRule(ratio=ratio)  # type: ignore[arg-type]
+    case = make_case(7, N=120, rule=rule)
+    _, whole = run(case, impl)
+    for cut in (15, 60, 110):
+        (_, a), (_, b) = (run(part, impl) for part in split(case, cut))
+        assert relative(a.d_hidden + b.d_hidden, whole.d_hidden) < 1e-6
+        assert relative(a.d_head + b.d_head, whole.d_head) < 1e-6
+        torch.testing.assert_close(a.loss + b.loss, whole.loss, rtol=1e-5, atol=1e-7)
+
+
+@every_impl
+def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
+    case = make_case(8, N=300, V=500, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
+    (out_a, a), (out_b, b) = run(case, impl), run(case, impl)
+    assert torch.equal(a.d_hidden, b.d_hidden) and torch.equal(a.d_head, b.d_head)
+    assert torch.equal(out_a.turn_logprobs, out_b.turn_logprobs)
+    assert torch.equal(out_a.loss, out_b.loss)
+
+
+@every_impl
+def test_poison_outside_the_loss_bearing_tokens_is_never_read(impl: str) -> None:
+    case = make_case(9, normaliser="masked", rule=PolicyRule(kl_coef=0.1))
+    clean, clean_answer = run(case, impl)
+    masked = case.weights == 0
+    assert case.old is not None and case.ref is not None
+    unused = torch.ones(case.hidden.shape[0], dtype=torch.bool)
+    unused[case.rows] = False
+    poisoned = dataclasses.replace(
+        case,
+        hidden=case.hidden.masked_fill(unused[:, None], torch.nan),
+        old=case.old.masked_fill(masked, -torch.inf),
+        ref=case.ref.masked_fill(masked, torch.nan),
+    )
+    out, answer = run(poisoned, impl)
+    assert bool(unused.any()) and bool(masked.any())
+    assert torch.equal(out.loss, clean.loss)
+    assert torch.equal(answer.d_hidden, clean_answer.d_hidden)
+    assert not answer.d_hidden[unused].any()
+    assert torch.equal(out.logprobs.isnan(), masked)
+
+
+@every_impl
+def test_several_targets_per_row_equal_copied_rows(impl: str) -> None:
+    case = make_case(10, N=40)
+    _, found = run(case, impl)
+    copied = dataclasses.replace(case, hidden=case.hidden[case.rows], rows=torch.arange(40))
+    _, expected = run(copied, impl)
+    d_hidden = torch.zeros_like(found.d_hidden).index_add_(0, case.rows, expected.d_hidden)
+    assert len(case.rows.unique()) < 40
+    assert relative(found.d_hidden, d_hidden) < 1e-6
+    assert relative(found.d_head, expected.d_head) < 1e-6
+
+
+@every_impl
+@pytest.mark.parametrize("why", ["no tokens", "no turns", "masked", "no advantage"])
+def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str, why: str) -> None:
+    case = make_case(11, N=12, K=4)
+    none = slice(0, 0)
+    if why in ("no tokens", "no turns"):
+        names = ("rows", "targets", "turns", "old", "weights")
+        case = dataclasses.replace(case, **{n: getattr(case, n)[none] for n in names})
+        if why == "no turns":
+            empty = {"advantages": case.advantages[none], "sequences": case.sequences[none]}
+            case = dataclasses.replace(case, **empty)
+    elif why == "masked":
+        case = dataclasses.replace(case, weights=torch.zeros(12))
+    else:
+        case = dataclasses.replace(case, advantages=torch.zeros(4))
+    for ratio in ("token", "turn", "sequence"):
+        case = dataclasses.replace(case, rule=PolicyRule(ratio=ratio))  # type: ignore[arg-type]
+        out, answer = run(case, impl)
+        assert float(out.loss.detach()) == 0.0
+        assert not answer.d_hidden.any() and not answer.d_head.any()
+        assert not out.turn_logprobs.any()
+        assert int(out.stats.tokens) == 0
+        assert int(out.stats.masked) == (12 if why == "masked" else 0)
+        assert int(out.stats.skipped) == (12 if why == "no advantage" else 0)
+        assert float(out.stats.ratio_max) == 1.0 and float(out.stats.kl) == 0.0
+
+
+@every_impl
+def test_statistics_of_a_known_example(impl: str) -> None:
+    # Uniform over two tokens: every log-prob is -log 2, so old log-probs set the ratios by hand.
+    ratios = torch.tensor([1.5, 0.5, 1.5, 0.5, 4.0, 1.0, 1.0])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 2.0])
+    N = len(ratios)
+    out = turn_policy_loss(
+        torch.zeros(N, 3, requires_grad=True),
+        torch.zeros(2, 3),
+        torch.arange(N),
+        torch.zeros(N, dtype=torch.long),
+        torch.arange(N),
+        advantages,
+        -math.log(2) - ratios.log(),
+        weights=torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]),
+        rule=PolicyRule(dual_clip=3.0),
+        impl=impl,
+    )
+    s = out.stats
+    assert (int(s.tokens), int(s.skipped), int(s.masked)) == (5, 1, 1)
+    # clipped: 1.5 with A > 0, 0.5 with A < 0, and 4 > 3 with A < 0.
+    assert float(s.clip_high) == pytest.approx(0.2)
+    assert float(s.clip_low) == pytest.approx(0.2)
+    assert float(s.clip_dual) == pytest.approx(0.2)
+    assert float(s.ratio_min) == pytest.approx(0.5) and float(s.ratio_max) == pytest.approx(4.0)
+    assert float(s.entropy) == pytest.approx(math.log(2))
+    k3 = (1 / ratios - 1 + ratios.log())[:5].mean()
+    assert float(s.kl) == pytest.approx(float(k3), rel=1e-5)
+    assert float(out.loss.detach()) == pytest.approx(-1.2 - 0.5 + 1.5 + 0.8 + 3.0)
+    expected = torch.full((N,), -math.log(2))
+    expected[5:] = 0.0
+    torch.testing.assert_close(out.turn_logprobs, expected)
+
+
+@every_impl
+def test_the_worked_example_of_the_docstring(impl: str) -> None:
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    head = torch.randn(11, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rows, targets = torch.tensor([0, 1, 4]), torch.tensor([5, 9, 7])
+    turns, advantages = torch.tensor([0, 0, 1]), torch.tensor([1.0, -1.0])
+    out = turn_policy_loss(hidden, head, rows, targets, turns, advantages, impl=impl)
+    out.loss.backward()
+    assert float(out.loss.detach()) == pytest.approx(-1 / 3)
+    assert hidden.grad is not None and head.grad is not None
+    with torch.no_grad():
+        moved = (hidden - 0.1 * hidden.grad, head - 0.1 * head.grad)
+    after = linear_logprobs(*moved, rows, targets, impl=impl).logprobs - out.logprobs
+    assert after[0] > 0 and after[1] > 0 and after[2] < 0
+
+
+@every_impl
+def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
+    case = make_case(12, N=100, V=300, temperature=0.8, softcap=6.0)
+    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
+    out, _ = run(case, impl)
+    for chunk in (None, 9):
+        alone = linear_logprobs(
+            case.hidden,
+            case.head,
+            case.rows,
+            case.targets,
+            temperature=0.8,
+            softcap=6.0,
+            chunk_tokens=chunk,
+            impl=impl,
+        )
+        torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
+
+
+@every_impl
+def test_only_what_needs_a_gradient_gets_one(impl: str) -> None:
+    case = make_case(13)
+    _, both = run(case, impl)
+    for needs_hidden, needs_head in ((True, False), (False, True)):
+        hidden = case.hidden.clone().requires_grad_(needs_hidden)
+        head = case.head.clone().requires_grad_(needs_head)
+        tensors = (hidden, head, case.rows, case.targets, case.turns, case.advantages, case.old)
+        out = turn_policy_loss(*tensors, weights=case.weights, impl=impl)
+        (2.5 * out.loss).backward(retain_graph=True)
+        out.loss.backward()
+        for leaf, expected, needed in (
+            (hidden, both.d_hidden, needs_hidden),
+            (head, both.d_head, needs_head),
+        ):
+            assert (leaf.grad is not None) == needed
+            if leaf.grad is not None:
+                assert relative(leaf.grad.double(), 3.5 * expected) < 1e-5
+    with torch.no_grad():
+        out = turn_policy_loss(*tensors, weights=case.weights, impl=impl)
+    assert not out.loss.requires_grad
+
+
+def test_a_frozen_head_gets_no_gradient_buffer() -> None:
+    case = make_case(13)
+    given = _problem(case, need_head=False)
+    assert reference.policy_loss(given).d_head_VD.numel() == 0
+    assert reference.policy_loss(_problem(case)).d_head_VD.shape == case.head.shape
+
+
+def _problem(case: Case, need_head: bool = True) -> problem.Problem:
+    return problem.Problem(
+        hidden_TD=case.hidden,
+        head_VD=case.head,
+        vocab=driver.whole_vocab(case.head),
+        rows_N=case.rows,
+        targets_N=case.targets,
+        turns_N=case.turns,
+        sequences_K=case.sequences,
+        advantages_K=case.advantages,
+        weights_N=case.weights,
+        old_N=case.old,
+        ref_N=case.ref,
+        sampler_N=case.sampler,
+        rule=case.rule,
+        temperature=case.temperature,
+        softcap=case.softcap,
+        chunk_tokens=32,
+        need_hidden=True,
+        need_head=need_head,
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_ever_exists() -> None:
+    case = make_case(14, N=512, V=400, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
+    with Largest() as seen:
+        reference.policy_loss(_problem(case))
+    assert 32 * 400 <= seen.elements <= 64 * 400 < 512 * 400
+
+
+@pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(ratio="turn", entropy_coef=0.1)])
+def test_gradients_pass_gradcheck_in_float64(rule: PolicyRule) -> None:
+    case = make_case(15, N=12, V=7, D=3, K=3, rule=rule, dtype=torch.float64, softcap=4.0)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        tensors = (case.rows, case.targets, case.turns, case.advantages, case.old)
+        return turn_policy_loss(
+            hidden, head, *tensors, weights=case.weights, rule=rule, softcap=4.0, impl="reference"
+        ).loss
+
+    leaves = (case.hidden.requires_grad_(), case.head.requires_grad_())
+    assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-6)
+
+
+@every_impl
+def test_the_operators_pass_opcheck(impl: str) -> None:
+    case = make_case(16, N=20)
+    # No NaN of a skipped token: opcheck compares with ==.
+    case = dataclasses.replace(case, advantages=case.advantages + 0.5)
+    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
+    policy = (hidden, head, case.rows, case.targets, case.turns, None, case.advantages, case.old)
+    policy += (case.weights, None, None, 0.2, 0.2, "token", "ppo", None, 0.0, 0.0, None)
+    policy += (1.0, None, None, "", 0, True, True, impl)
+    torch.library.opcheck(op.policy_loss_op, policy)
+    plain = (case.hidden.detach(), case.head.detach(), case.rows, case.targets)
+    torch.library.opcheck(op.logprobs_op, (*plain, 1.0, None, None, "", 0, impl))
+
+
+@every_impl
+def test_a_compiled_caller_sees_one_graph(impl: str) -> None:
+    case = make_case(17, N=30, rule=PolicyRule(ratio="turn", clip_high=0.28))
+
+    def step(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (case.rows, case.targets, case.turns, case.advantages, case.old)
+        out = turn_policy_loss(
+            hidden * 1.5, head, *tensors, weights=case.weights, rule=case.rule, impl=impl
+        )
+        return out.loss * 2, out.turn_logprobs, out.stats.ratio_max
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = (case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_())
+        loss, turn_logprobs, ratio_max = call(*leaves)
+        loss.backward()
+        results.append((loss.detach(), turn_logprobs, ratio_max, leaves[0].grad, leaves[1].grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_auto_takes_the_best_that_is_here() -> None:
+    chosen = backends.implementation("auto", CPU, torch.float32)
+    assert chosen is backends.implementation(
+        "cpp" if have("cpp") else "reference", CPU, torch.float32
+    )
+    # float64 is the reference's alone, whatever is built.
+    assert backends.implementation("auto", CPU, torch.float64) is reference
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("hidden", {"hidden": torch.zeros(4)}, r"hidden: expected \[T, D\]"),
+    ("hidden", {"hidden": torch.zeros(4, 3, dtype=torch.long)}, r"hidden: .* floating"),
+    ("head", {"head_weight": torch.zeros(5, 4)}, r"head_weight: expected shape \[5, 3\]"),
+    ("head", {"head_weight": torch.zeros(0, 3)}, r"head_weight: expected \[V, D\]"),
+    ("head", {"head_weight": torch.zeros(5, 3).half()}, r"head_weight: expected the dtype"),
+    ("head", {"head_weight": torch.zeros(5, 3, device="meta")}, r"head_weight: expected device"),
+    ("rows", {"rows": torch.tensor([0, 1, 4])}, r"rows: expected 0 <= row < 4, got 4 at index 2"),
+    ("rows", {"rows": torch.tensor([-1, 1, 2])}, r"rows: .* got -1 at index 0"),
+    ("rows", {"rows": torch.zeros(3)}, r"rows: expected a dtype of int32, int64"),
+    ("rows", {"rows": torch.zeros(3, 1, dtype=torch.long)}, r"rows: expected shape \[N\]"),
+    ("targets", {"targets": torch.tensor([0, 5, 1])}, r"targets: .* got 5 at index 1"),
+    ("targets", {"targets": torch.tensor([0, 1])}, r"targets: expected shape \[3\]"),
+    ("turns", {"turns": torch.tensor([0, 1, 0])}, r"turns: .*contiguous.* got 0 at index 2"),
+    ("turns", {"turns": torch.tensor([0, 1, 2])}, r"turns: expected 0 <= turn < 2, got 2"),
+    ("advantages", {"advantages": torch.tensor([[1.0]])}, r"advantages: expected shape \[K\]"),
+    (
+        "advantages",
+        {"advantages": torch.tensor([1.0, torch.nan])},
+        r"advantages: .* nan at index 1",
+    ),
+    ("old", {"old_logprobs": torch.tensor([0.0, -torch.inf, 0.0])}, r"old_logprobs: .* -inf at in"),
+    ("old", {"old_logprobs": torch.zeros(2)}, r"old_logprobs: expected shape \[3\]"),
+    ("ref", {"ref_logprobs": torch.tensor([0.0, 0.0, torch.nan])}, r"ref_logprobs: .* index 2"),
+    ("weights", {"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights: .* -1.0 at index 1"),
+    ("weights", {"weights": torch.ones(3, dtype=torch.long)}, r"weights: expected a dtype"),
+    ("hidden", {"hidden": torch.full((4, 3), torch.nan)}, r"hidden: expected finite .* index 0"),
+    ("head", {"head_weight": torch.full((5, 3), torch.nan)}, r"head_weight: expected finite"),
+    ("temperature", {"temperature": 0.0}, r"temperature: expected a finite number > 0"),
+    ("temperature", {"temperature": math.nan}, r"temperature: expected"),
+    ("softcap", {"softcap": -1.0}, r"softcap: expected"),
+    ("chunk", {"chunk_tokens": 0}, r"chunk_tokens: expected"),
+    ("vocab_start", {"vocab_start": 3}, r"vocab_start: expected 0 without a process group"),
+    ("sequences", {"rule": PolicyRule(ratio="sequence")}, r"sequences: expected the sequence"),
+    ("sequences", {"sequences": torch.zeros(3, dtype=torch.long)}, r"sequences: expected shape"),
+    ("kl", {"rule": PolicyRule(kl_coef=0.1)}, r"ref_logprobs: expected with kl_coef"),
+    ("is_cap", {"rule": PolicyRule(is_cap=2.0)}, r"sampler_logprobs: expected with is_cap"),
+    ("is_cap", {"sampler_logprobs": torch.zeros(3)}, r"sampler_logprobs: given, but"),
+    ("impl", {"impl": "fast"}, r"impl: expected one of auto, reference"),
+    ("impl", {"impl": "triton"}, r"impl: 'triton' is not available here"),
+    ("impl", {"impl": "triton_anchored"}, r"impl: 'triton_anchored' is not available here"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)]
+)
+def test_bad_input_is_refused_by_name(name: str, bad: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {
+        "hidden": torch.ones(4, 3),
+        "head_weight": torch.ones(5, 3),
+        "rows": torch.tensor([0, 1, 2]),
+        "targets": torch.tensor([0, 1, 4]),
+        "turns": torch.tensor([0, 0, 1]),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "impl": "reference",
+    }
+    turn_policy_loss(**good)
+    with pytest.raises(ValueError, match=message):
+        turn_policy_loss(**{**good, **bad})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"clip_low": -0.1},
+        {"clip_low": 1.5},
+        {"clip_high": math.inf},
+        {"ratio": "episode"},
+        {"kind": "reinforce"},
+        {"dual_clip": 1.0},
+        {"dual_clip": 2.0, "kind": "cispo"},
+        {"kl_coef": -1.0},
+        {"entropy_coef": math.nan},
+        {"is_cap": 0.0},
+    ],
+    ids=str,
+)
+def test_a_rule_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        PolicyRule(**bad)
