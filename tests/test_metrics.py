@@ -62,6 +62,16 @@ def test_any_trace_of_a_run_counts(tmp_path, trace):
         RunDir.create(tmp_path, Config())
 
 
+def test_a_run_that_failed_before_its_first_line_does_not_block_the_next(tmp_path):
+    with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()):
+        raise KeyError("no such model")
+    with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()) as run:
+        run.log(0, {})
+        raise KeyError
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDir.create(tmp_path / "a", Config())
+
+
 def test_resume_with_another_recipe_keeps_both(tmp_path):
     RunDir.create(tmp_path, build_config({"train": {"steps": 5}}))
     RunDir.create(tmp_path, build_config({"train": {"steps": 9}}), resume=True)

@@ -134,6 +134,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
             figures = {
                 **summarise(groups, credits),
                 "loss": draw_.gauss(0, 0.02),
+                "entropy": 1.1 - 0.8 * skill + draw_.gauss(0, 0.04),
                 "grad_norm": math.exp(draw_.gauss(-1 - skill, 0.4)),
                 "ratio/max": 1 + abs(draw_.gauss(0, 1e-3)),
                 "logprob_gap": 3e-7 * math.exp(draw_.gauss(0, 0.3)),
@@ -223,6 +224,7 @@ def test_every_curve_is_drawn_without_a_script(run):
         "Exact match",
         "Tool success",
         "Reward",
+        "Entropy",
         "Log-prob gap",
         "Largest ratio",
         "Gradient norm",
@@ -393,6 +395,13 @@ def test_odd_figures_give_a_page(tmp_path, figures, steps):
     for step in range(1, steps + 1):
         run.log(step, figures)
     Page(write_report(run.path).read_text(encoding="utf-8"))
+
+
+def test_a_warm_start_has_its_loss(tmp_path):
+    run = RunDir.create(tmp_path / "run", Config())
+    for step in (1, 2):
+        run.log(step, {"loss": 5.0 / step, "grad_norm": 1.0})
+    assert "<h3>Loss</h3>" in write_report(run.path).read_text()
 
 
 def test_a_run_cut_off_in_the_middle_of_a_line(tmp_path):

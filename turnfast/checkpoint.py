@@ -107,7 +107,10 @@ def save_checkpoint(
             f"checkpoints are untouched; room is needed for {keep + 1} at a time "
             "(train.keep_checkpoints)"
         ) from error
-    _retire(folder, step, keep)
+    try:
+        _retire(folder, step, keep)
+    except OSError as error:
+        log.warning("old checkpoints in %s could not be removed: %s", folder, error)
     return target
 
 

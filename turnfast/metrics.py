@@ -58,8 +58,7 @@ class RunDir:
         text = to_toml(config) + "\n"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            traces = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints")
-            if not resume and any((path / name).exists() for name in traces):
+            if not resume and (recipe.exists() or _traces(path)):
                 raise FileExistsError
             if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
                 recipe.rename(_free_name(path))
@@ -140,8 +139,11 @@ class RunDir:
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.close()
+        # a run that failed before its first line (no such model, …) must not block the next try
+        if kind is not None and not _traces(self.path):
+            (self.path / "config.toml").unlink(missing_ok=True)
 
 
 class Stopwatch:
@@ -260,6 +262,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ConfigError: no such file, or a line that is not a JSON object with a `step`.
     """
     return list(read_lines(path / "metrics.jsonl" if path.is_dir() else path))
+
+
+def _traces(folder: Path) -> bool:
+    return any(
+        (folder / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl", "checkpoints")
+    )
 
 
 def _free_name(folder: Path) -> Path:

@@ -48,6 +48,19 @@ def curves(lines: Lines) -> list[Chart]:
             _turn_series(lines),
         ),
         _chart(
+            "Loss",
+            "Mean negative log-probability of the demonstrations' tokens.",
+            # of the policy loss only the gradient means something, its value does not
+            []
+            if _has(lines, "reward/outcome")
+            else [_series(lines, "loss", "loss", 1, noisy=True)],
+        ),
+        _chart(
+            "Entropy",
+            "Mean per trained token, in nats. A fall towards 0 is the end of exploration.",
+            [_series(lines, "entropy", "entropy", 1, noisy=True)],
+        ),
+        _chart(
             "Log-prob gap",
             "Sampler against trainer, per token. A rise means that they no longer agree.",
             [
@@ -106,6 +119,10 @@ def points_of(lines: Lines, name: str) -> Points:
         for line in lines
         if isinstance(line.get(name), int | float)
     ]
+
+
+def _has(lines: Lines, name: str) -> bool:
+    return any(name in line for line in lines)
 
 
 def _chart(title: str, note: str, series: Iterable[Series | None], **options: bool) -> Chart:
