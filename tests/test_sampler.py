@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.config import ConfigError, SamplerConfig
 from turnfast.sampler import Request, choose_backend, make_sampler
@@ -49,23 +51,30 @@ def test_vllm_is_refused_beside_the_triton_interpreter(monkeypatch: pytest.Monke
     assert choose_backend(SamplerConfig(backend="auto")) == "vllm"
 
 
-def test_local_is_made_when_asked_for():
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+def make_local(max_context: int):
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=1, **shape))
-    sampler = make_sampler(
+    return make_sampler(
         SamplerConfig(backend="local"),
         model_folder=Path("unused"),
         model=model,
         stop_ids=(1,),
-        max_context=32,
+        max_context=max_context,
         device="cpu",
         dtype=torch.float32,
     )
-    assert type(sampler).__name__ == "LocalSampler"
+
+
+def test_local_is_made_when_asked_for():
+    sampler = make_local(32)
+    sampler.submit(request(0, (5, 6), max_new_tokens=2))
+    sampler.step()
     sampler.close()
+
+
+def test_a_context_that_no_memory_holds_is_refused():
+    with pytest.raises(ConfigError, match=r"rollout\.max_context: .* 1000000000000 tokens"):
+        make_local(10**12)
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,12 @@ def make_sampler(
             sleep=config.sleep,
             seed=seed,
         )
-    from .local import LocalSampler
+    from .local import LocalSampler, slots_that_fit
 
-    return LocalSampler(
-        model, stop_ids=stop_ids, num_slots=config.max_sequences, max_context=max_context
-    )
+    num_slots = min(config.max_sequences, slots_that_fit(model, max_context, config.gpu_memory))
+    if num_slots < 1:
+        raise ConfigError(
+            f"rollout.max_context: the keys and values of {max_context} tokens do not fit into the "
+            "sampler's share of memory; lower it or raise sampler.gpu_memory"
+        )
+    return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, max_context=max_context)

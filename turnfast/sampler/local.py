@@ -6,6 +6,7 @@ one forward: the prompts of newly admitted requests and one token of every runni
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..types import Finish
 from .base import Completion, Request
-from .ragged import ATTENTION_NAME, Copy, KVCache, Segment, StepPlan, ragged_attention
+from .ragged import (
+    ATTENTION_NAME,
+    Copy,
+    KVCache,
+    Segment,
+    StepPlan,
+    cache_bytes_per_token,
+    ragged_attention,
+)
 from .slots import SlotTable
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, ragged_attention)
@@ -210,6 +219,18 @@ class LocalSampler:
         num_sampled = len(row.sampled_ids)
         context_full = len(row.request.prompt_ids) + num_sampled >= self._max_context
         return "length" if context_full or num_sampled >= row.request.max_new_tokens else None
+
+
+def slots_that_fit(model: Any, max_context: int, gpu_memory: float) -> int:
+    """How many requests of `max_context` tokens the cache may hold: on a GPU in a share of its
+    memory, on a CPU in half of the machine's (where only pages in use count)."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "cuda":
+        total = torch.cuda.get_device_properties(parameter.device).total_memory
+        memory_bytes = int(total * gpu_memory)
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return memory_bytes // (max_context * cache_bytes_per_token(model.config, parameter.dtype))
 
 
 def draw(

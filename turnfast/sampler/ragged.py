@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PretrainedConfig
 
 ATTENTION_NAME = "turnfast_ragged"
 
@@ -41,6 +42,14 @@ class Copy:
     source: int
     length: int
     targets: tuple[int, ...]
+
+
+def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of all layers for one token."""
+    text: Any = config.get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * num_heads * size * dtype.itemsize
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from ..types import Finish
 from .base import Completion, Request
+from .ragged import cache_bytes_per_token
 
 CPU_CACHE_BYTES = 1 << 30
 """Largest key-value cache on a CPU; VLLM_CPU_KVCACHE_SPACE (in GiB) overrides it."""
@@ -89,7 +90,8 @@ class VllmSampler:
             }
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
                 tokens = max_sequences * (max_context + CPU_BLOCK_SIZE)
-                needed = tokens * _cache_bytes_per_token(model_folder, dtype)
+                architecture = AutoConfig.from_pretrained(model_folder)
+                needed = tokens * cache_bytes_per_token(architecture, dtype)
                 options["kv_cache_memory_bytes"] = min(needed, CPU_CACHE_BYTES)
         else:
             options |= {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self._sleeps}
@@ -194,13 +196,6 @@ def _start(options: dict[str, Any], *, on_cpu: bool) -> tuple[Any, Any]:
         custom_ops: Any = importlib.import_module("vllm._custom_ops")
         custom_ops._supports_onednn = False
     return vllm, vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**options))
-
-
-def _cache_bytes_per_token(model_folder: str | Path, dtype: torch.dtype) -> int:
-    text = AutoConfig.from_pretrained(model_folder).get_text_config()
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * num_heads * size * dtype.itemsize
 
 
 @contextmanager
