@@ -104,7 +104,7 @@
   function turnView(turn, index, largest) {
     const calls = turn.calls ? `${turn.successes} of ${turn.calls} tool calls` : null;
     const finish = turn.finish === "length" ? el("span", "failed", "cut at the token limit") : null;
-    const head = el("header", "", el("b", "", `Turn ${index + 1}`), el("span", "", `${turn.tokens} tokens`),
+    const head = el("header", "", el("b", "", `Turn ${index + 1}`), el("span", "", turn.tokens === 1 ? "1 token" : `${turn.tokens ?? "?"} tokens`),
       calls && el("span", "", calls), finish);
     const chip = advantage(turn.advantage, largest);
     chip.title = "advantage of this turn";
