@@ -5,7 +5,7 @@
     logprob = z_y - m - log Z = -log1p(S exp(m - z_y));   entropy = log Z - sum_j E_j (z_j - m) / Z
     dz_j = -(g + h (log p_j + entropy)) E_j / Z          g = dloss/dlogprob, h = dloss/dentropy
     dz_y = g S / Z - h (log p_y + entropy) E_y / Z
-    dx = dz @ W, dW = dz^T @ x
+    dx = dz @ W, dW = dz^T @ x, the terms of y added apart
 
 S leaves the target out, so that 1 - p_y = S / Z keeps its digits for confident tokens.
 Memory: two [C, V] buffers in float32, C chosen so that one is about 64 MiB or 64 tokens.
@@ -55,12 +55,13 @@ class ReferenceHead:
             z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.temperature != 1.0:
             z_CV.div_(self.temperature)
-        column_C1, owned_C = (t.unsqueeze(1) for t in self.vocab.local(targets_C))
+        column_C, owned_C = self.vocab.local(targets_C)
+        column_C1, owned_C1 = column_C.unsqueeze(1), owned_C.unsqueeze(1)
         m_C = self.vocab.max(z_CV.amax(dim=1))
         u_CV = z_CV.sub_(m_C.unsqueeze(1))
-        u_y_C = self.vocab.sum((u_CV.gather(1, column_C1) * owned_C).squeeze(1))
+        u_y_C = self.vocab.sum((u_CV.gather(1, column_C1) * owned_C1).squeeze(1))
         E_CV = u_CV.exp()
-        E_CV.scatter_(1, column_C1, E_CV.gather(1, column_C1).masked_fill(owned_C, 0.0))
+        E_CV.scatter_(1, column_C1, E_CV.gather(1, column_C1).masked_fill(owned_C1, 0.0))
         S_C = self.vocab.sum(E_CV.sum(dim=1))
         E_y_C = u_y_C.exp()
         Z_C = S_C + E_y_C
@@ -72,34 +73,35 @@ class ReferenceHead:
         Eu_C = self.vocab.sum(_dot_rows(E_CV, u_CV)) + E_y_C * u_y_C
         entropies_C = log_Z_C - Eu_C / Z_C
         if keep:
-            self.kept = (x_CD, column_C1, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C)
+            self.kept = (x_CD, column_C, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C)
             self.kept += (log_Z_C, entropies_C)
         return logprobs_C, entropies_C
 
     def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
-        x_CD, column_C1, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C, log_Z_C, entropies_C = self.kept
+        x_CD, column_C, owned_C, m_C, u_CV, u_y_C, E_CV, S_C, Z_C, log_Z_C, entropies_C = self.kept
         scale_C = -d_logprob_C / (Z_C * self.temperature)
-        if d_entropy_C is None:
-            # All of row n shares the factor -g / Z, which then acts on the D-wide side instead.
-            E_CV.scatter_(1, column_C1, _patch(E_CV, column_C1, owned_C, -S_C))
-        else:
+        y_C = -scale_C * S_C
+        if d_entropy_C is not None:
             bonus_C = entropies_C - log_Z_C
-            E_y_C = u_y_C.exp()
             slope_C = -d_entropy_C / (Z_C * self.temperature)
-            y_C = -scale_C * S_C + slope_C * (u_y_C + bonus_C) * E_y_C
+            y_C = y_C + slope_C * (u_y_C + bonus_C) * u_y_C.exp()
             factor_CV = u_CV.add(bonus_C.unsqueeze(1)).mul_(slope_C.unsqueeze(1))
             E_CV.mul_(factor_CV.add_(scale_C.unsqueeze(1)))
-            E_CV.scatter_(1, column_C1, _patch(E_CV, column_C1, owned_C, y_C))
             scale_C = torch.ones_like(scale_C)
         if self.softcap is not None:
             # d tanh: 1 - (z / softcap)^2 with z before the temperature.
-            t_CV = u_CV.add_(m_C.unsqueeze(1)).mul_(self.temperature / self.softcap)
-            E_CV.mul_(t_CV.square_().neg_().add_(1.0))
+            by_cap = self.temperature / self.softcap
+            E_CV.mul_(u_CV.add_(m_C.unsqueeze(1)).mul_(by_cap).square_().neg_().add_(1.0))
+            y_C = y_C * (1.0 - ((u_y_C + m_C) * by_cap).square())
+        # The target's own term, up to V times any other, stays out of the products' long sums.
+        y_C1 = (y_C * owned_C).unsqueeze(1)
         if self.need_head:
             self.d_head_VD.addmm_(E_CV.T, x_CD * scale_C.unsqueeze(1))
+            self.d_head_VD.index_put_((column_C,), x_CD * y_C1, accumulate=True)
         if not self.need_hidden:
             return None
-        return self.vocab.sum((E_CV @ self.head_VD).mul_(scale_C.unsqueeze(1)))
+        d_x_CD = (E_CV @ self.head_VD).mul_(scale_C.unsqueeze(1))
+        return self.vocab.sum(d_x_CD.addcmul_(self.head_VD[column_C], y_C1))
 
     def head_gradient(self) -> Tensor:
         return self.d_head_VD
@@ -109,10 +111,6 @@ def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     # Block by block: no third [C, V] buffer, and torch's pairwise sums inside a block.
     pairs = zip(a_CV.split(COLUMNS, dim=1), b_CV.split(COLUMNS, dim=1), strict=True)
     return torch.stack([(a * b).sum(dim=1) for a, b in pairs]).sum(dim=0)
-
-
-def _patch(E_CV: Tensor, column_C1: Tensor, owned_C1: Tensor, value_C: Tensor) -> Tensor:
-    return torch.where(owned_C1, value_C.unsqueeze(1), E_CV.gather(1, column_C1))
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:
