@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.envs.rewards import (
@@ -38,6 +38,7 @@ def test_normalisation():
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_normalisation_is_idempotent_and_text_matches_itself(text):
     once = normalize_answer(text)
     assert normalize_answer(once) == once

@@ -22,7 +22,7 @@ SMALL |= {"popular_questions": 20, "demos": 1500, "demo_popular_passes": 20}
 
 @pytest.fixture(scope="module")
 def env() -> LookupEnv:
-    return LookupEnv()
+    return LookupEnv(demos=3000, demo_popular_passes=10)
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +194,9 @@ def test_each_hop_can_be_paid():
 
 
 def test_the_mixture_is_what_its_options_say(env, talks):
-    assert len(talks) == 12_000
+    assert len(talks) == 3000
     reading = [t for t in talks if t[0].startswith("<result>")]
-    assert len(reading) == 1200
+    assert len(reading) == 300
     for prompt, answer in reading:
         assert contains_answer(prompt.split("</result>")[0], [answer[8:-9].strip()])
 
@@ -214,18 +214,18 @@ def test_the_mixture_is_what_its_options_say(env, talks):
 
     good = [kind(talk) for talk in calls if not talk[2].startswith("<result>Error")]
     rare = [in_result for popular, in_result in good if not popular]
-    assert len(rare) / len(good) == pytest.approx(0.75, abs=0.04)
-    assert sum(rare) / len(rare) == pytest.approx(0.35, abs=0.04)
+    assert len(rare) / len(good) == pytest.approx(0.75, abs=0.06)
+    assert sum(rare) / len(rare) == pytest.approx(0.35, abs=0.06)
 
     at_once = [t for t in questions if len(t) == 2]
     known = [t for t in at_once if t[0].split("\n")[0] in answers]
-    assert len(known) == 64 * 40
+    assert len(known) == 64 * 10
     for prompt, answer in known:
         assert answer[8:-9].strip() in answers[prompt.split("\n")[0]]
-    right = 0
-    for prompt, answer in (t for t in at_once if t[0].split("\n")[0] not in answers):
-        right += contains_answer(env.search(prompt.split("\n")[0]), [answer[8:-9].strip()])
-    assert right / (len(at_once) - len(known)) < 0.01  # guesses are wrong
+    guesses = [t for t in at_once if t[0].split("\n")[0] not in answers][:200]
+    for prompt, answer in guesses:
+        noun, name = re.findall(r"the (\w+) of (.*)\?", prompt)[0]
+        assert not contains_answer(env.search(f"{noun} of {name}"), [answer[8:-9].strip()])
 
 
 def test_malformed_demonstrations_fail_for_several_reasons(env, talks):

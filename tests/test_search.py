@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.config import ConfigError
@@ -97,6 +97,7 @@ def test_the_split_is_seeded_and_does_not_depend_on_the_order(files, tmp_path):
 
 
 @given(st.sets(st.text(), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers())
+@settings(deadline=None)
 def test_any_split_is_a_partition(ids, share, seed):
     records = [Record(id=name, question="?", answers=("x",)) for name in sorted(ids)]
     parts = split_records(records, share=share, seed=seed)

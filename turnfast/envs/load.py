@@ -42,7 +42,7 @@ def load_env(
     check_options(make, options)
     try:
         env = make(**options)
-    except (ConfigError, NotImplementedError):
+    except ConfigError:
         raise
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"env.options: {name} refuses them: {error}") from error
@@ -55,6 +55,8 @@ def load_env(
         hint = "; does __init__ call super().__init__(**options)?" if "tools" in missing else ""
         raise ConfigError(f"env.name: {name} is no environment, it lacks {missing}{hint}")
     if isinstance(env, ToolEnv):
+        if type(env).tasks is ToolEnv.tasks:
+            raise ConfigError(f"env.name: {name} must define tasks(self, split)")
         env.set_limits(max_turns=max_turns, tool_timeout_s=tool_timeout_s)
     return env
 

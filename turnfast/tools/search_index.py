@@ -7,6 +7,7 @@ would make the index score nearly every passage.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sqlite3
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_QUERY_WORDS = 64
+MAX_CACHED_QUERIES = 2048
 
 _STOP_TEXT = """
 a about after all also an and any are as at be because been before being between both but by can
@@ -83,23 +85,26 @@ class SearchIndex:
             if path is not None and path.exists():
                 raise FileExistsError(f"{path} exists; open it without passages, or remove it")
             self._connection = _build(passages, path, stem)
+        # the rollouts of a group ask much the same, and scoring is most of a call's time
+        self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
         """The `k` best passages, best first, ties in corpus order; empty without a match."""
         match = match_expression(query)
-        if not match or k < 1:
-            return []
+        return list(self._cached(match, k)) if match and k >= 1 else []
+
+    def _look_up(self, match: str, k: int) -> tuple[Hit, ...]:
         with self._lock:
             rows = self._connection.execute(
                 "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
                 " WHERE passages MATCH ? ORDER BY score, rowid LIMIT ?",
                 (self._title_weight, match, k),
             ).fetchall()
-        return [
+        return tuple(
             Hit(row=row - 1, title=title, text=text, score=-score)
             for row, title, text, score in rows
-        ]
+        )
 
     def close(self) -> None:
         with self._lock:
