@@ -183,7 +183,6 @@ def test_both_forms_are_read_back_exactly(name, arguments, native, around):
 
 @given(st.lists(TAGS | st.text(max_size=5) | JSON.map(json.dumps), max_size=12).map("".join))
 @settings(max_examples=200, deadline=None)
-@settings(deadline=None)
 def test_no_text_raises_and_every_opening_tag_is_an_attempt(text):
     calls = parse_calls(text)
     assert all(isinstance(call, ToolCall | MalformedCall) for call in calls)

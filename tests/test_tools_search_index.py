@@ -71,14 +71,12 @@ def test_query_language_is_mere_words(query):
 
 @given(st.text(max_size=80) | st.text(alphabet='"*^():{}+-ANDORNT \x00\ud800', max_size=40))
 @settings(max_examples=300, deadline=None)
-@settings(deadline=None)
 def test_any_text_is_a_query(text):
     assert len(INDEX.search(text, 3)) <= 3
 
 
 @given(st.characters(categories=["L", "N"]))
 @settings(max_examples=200, deadline=None)
-@settings(deadline=None)
 def test_every_word_is_found_again(letter):
     word = f"a{letter}z"
     index = SearchIndex([Passage(title="", text="other"), Passage(title="", text=f"x {word} y")])
