@@ -2,8 +2,8 @@
 
     runs/search/
       config.toml      the whole recipe the run was started with
-      metrics.jsonl    a line per training step and one per evaluation, told apart by the eval/ in its
-                       names; the truth, every other sink is a copy
+      metrics.jsonl    a line per training step and one per evaluation, told apart by the eval/
+                       in its names; the truth, every other sink is a copy
       rollouts.jsonl   one group per line: every turn's text, reply, reward and advantage
       checkpoints/     turnfast.checkpoint
       report.html      turnfast.report
