@@ -1,0 +1,139 @@
+"""A head cut over the vocabulary on two gloo ranks equals the whole head.
+
+Run by pytest this file starts itself twice; run by path it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
+from turnfast.kernels.loss_head import backends
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_loss_head_truth import Case, make_case, relative, run, trained
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+V, CUT = 97, 60
+
+
+def cases() -> list[Case]:
+    """Token, turn and sequence level; entropy and soft cap; one row that has to be redone."""
+    far = make_case(3, V=V, on_policy=True)
+    row = far.rows[0]
+    used = far.targets[far.rows == row]
+    other = next(j for j in range(V) if not bool((used == j).any()))
+    far.hidden[row] = far.head[other] * 90 / far.head[other].square().sum()
+    return [
+        make_case(0, V=V, N=80, rule=PolicyRule(kl_coef=0.1)),
+        make_case(1, V=V, rule=PolicyRule(ratio="turn", entropy_coef=0.01), softcap=5.0),
+        make_case(2, V=V, rule=PolicyRule(ratio="sequence", kind="cispo"), temperature=0.8),
+        far,
+    ]
+
+
+def rank_main(rank: int, init: str, impl: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    assert group is not None
+    shard = slice(0, CUT) if rank == 0 else slice(CUT, V)
+    for case in cases():
+        whole, expected = run(case, impl, chunk_tokens=32)
+        hidden = case.hidden.clone().requires_grad_()
+        head = case.head[shard].clone().requires_grad_()
+        out = turn_policy_loss(
+            hidden,
+            head,
+            case.rows,
+            case.targets,
+            case.turns,
+            case.advantages,
+            case.old,
+            weights=case.weights,
+            ref_logprobs=case.ref,
+            sequences=case.sequences,
+            rule=case.rule,
+            temperature=case.temperature,
+            softcap=case.softcap,
+            group=group,
+            vocab_start=shard.start,
+            chunk_tokens=32,
+            impl=impl,
+        )
+        out.loss.backward()
+        assert hidden.grad is not None and head.grad is not None
+        live = trained(whole)
+        assert torch.equal(trained(out), live)
+        for name in ("logprobs", "entropies"):
+            torch.testing.assert_close(
+                getattr(out, name)[live], getattr(whole, name)[live], rtol=2e-6, atol=2e-6
+            )
+        torch.testing.assert_close(out.loss, whole.loss, rtol=2e-6, atol=2e-6)
+        error = relative(hidden.grad.double(), expected.d_hidden)
+        assert error < 2e-6, f"{case.rule}: {error:.1e}"
+        assert relative(head.grad.double(), expected.d_head[shard]) < 2e-6
+        alone = linear_logprobs(
+            case.hidden,
+            case.head[shard],
+            case.rows,
+            case.targets,
+            temperature=case.temperature,
+            softcap=case.softcap,
+            group=group,
+            vocab_start=shard.start,
+            impl=impl,
+        )
+        torch.testing.assert_close(alone.logprobs[live], whole.logprobs[live], rtol=2e-6, atol=2e-6)
+    with pytest.raises(ValueError, match="vocab_start: expected shards that tile"):
+        index = torch.tensor([0])
+        start = rank * (CUT + 1)
+        linear_logprobs(
+            case.hidden, case.head[shard], index, index, group=group, vocab_start=start, impl=impl
+        )
+    dist.destroy_process_group()
+    print(f"rank {rank} done")
+
+
+def have(impl: str) -> bool:
+    try:
+        backends.implementation(impl, torch.device("cpu"), torch.float32)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton_safe", "triton_anchored"])
+def test_two_ranks_equal_the_whole_head(impl: str, tmp_path: Path) -> None:
+    if impl.startswith("triton") != INTERPRETED or not have(impl):
+        pytest.skip("Triton needs TRITON_INTERPRET=1, cpp its extension")
+    command = [sys.executable, __file__]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "init"), impl],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for number, (rank, output) in enumerate(zip(ranks, outputs, strict=True)):
+        assert rank.returncode == 0, output[-3000:]
+        assert f"rank {number} done" in output
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,260 @@
+"""The Triton loss head in the interpreter: TRITON_INTERPRET=1, in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from turnfast.kernels import PolicyRule, linear_logprobs
+from turnfast.kernels.loss_head import (
+    backends,
+    op,
+    policy,
+    selftest,
+    triton_head,
+    triton_policy,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_loss_head_truth import (
+    Case,
+    assert_within_budget,
+    make_case,
+    relative,
+    run,
+    truth,
+)
+
+DESIGNS = ["triton_safe", "triton_anchored"]
+both_designs = pytest.mark.parametrize("impl", DESIGNS)
+CPU = torch.device("cpu")
+
+rules = st.builds(
+    PolicyRule,
+    clip_high=st.sampled_from([0.2, 0.28]),
+    ratio=st.sampled_from(["token", "turn", "sequence"]),
+    kind=st.just("ppo"),
+    dual_clip=st.sampled_from([None, 1.5]),
+    kl_coef=st.sampled_from([0.0, 0.04]),
+    entropy_coef=st.sampled_from([0.0, 0.01]),
+    is_cap=st.sampled_from([None, 2.0]),
+) | st.builds(
+    PolicyRule,
+    clip_high=st.sampled_from([0.2, 4.0]),
+    ratio=st.sampled_from(["token", "turn", "sequence"]),
+    kind=st.just("cispo"),
+    kl_coef=st.sampled_from([0.0, 0.04]),
+    entropy_coef=st.sampled_from([0.0, 0.01]),
+    is_cap=st.sampled_from([None, 2.0]),
+)
+cases = st.builds(
+    make_case,
+    st.integers(0, 10_000),
+    N=st.sampled_from([1, 20, 40]),
+    V=st.sampled_from([2, 37, 128]),
+    D=st.sampled_from([3, 16, 33]),
+    K=st.sampled_from([1, 9]),
+    rule=rules,
+    normaliser=st.sampled_from(["token", "sequence", "constant", "masked"]),
+    on_policy=st.booleans(),
+    temperature=st.sampled_from([0.7, 1.0]),
+    softcap=st.sampled_from([None, None, 5.0]),
+)
+
+
+@both_designs
+@given(case=cases, chunk=st.sampled_from([None, 16]))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_every_option_is_within_the_error_budget(impl: str, case: Case, chunk: int | None) -> None:
+    assert_within_budget(case, impl, chunk_tokens=chunk)
+
+
+@given(case=cases, data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_policy_kernel_equals_the_policy_in_torch(case: Case, data: st.DataObject) -> None:
+    level = case.rule.ratio
+    segment = None
+    if level != "token":
+        segment = case.turns if level == "turn" else case.sequences[case.turns].sort().values
+        _, segment, lengths = segment.unique_consecutive(return_inverse=True, return_counts=True)
+    tokens = policy.Tokens(
+        advantages_C=case.advantages[case.turns],
+        weights_C=case.weights,
+        old_C=case.old,
+        ref_C=case.ref,
+        sampler_C=case.sampler,
+        segment_C=segment,
+        lengths_S=None if segment is None else lengths,
+    )
+    N = len(case.rows)
+    logprobs = (case.old if case.old is not None else torch.zeros(N)) + 0.3 * torch.randn(
+        N, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    )
+    entropies = logprobs.abs() * 0.5
+    expected = policy.policy_terms(case.rule, tokens, logprobs, entropies)
+    found = triton_policy.policy_terms(case.rule, tokens, logprobs, entropies)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.d_logprob_C, expected.d_logprob_C, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-5, atol=1e-5)
+    assert (found.d_entropy_C is None) == (expected.d_entropy_C is None)
+    if found.d_entropy_C is not None:
+        torch.testing.assert_close(found.d_entropy_C, expected.d_entropy_C)
+
+
+def test_the_policy_kernel_walks_segments_longer_than_a_block() -> None:
+    N = 2 * triton_policy.BLOCK + 77
+    case = make_case(1, N=N, V=5, K=2, rule=PolicyRule(ratio="turn", kl_coef=0.1))
+    case = dataclasses.replace(case, advantages=torch.tensor([1.0, -0.5]))
+    assert_within_budget(case, "triton_safe", chunk_tokens=700)
+
+
+@both_designs
+@pytest.mark.parametrize(
+    ("N", "V", "D"), [(1, 1, 4), (1, 1500, 8), (63, 1, 8), (63, 131, 40), (130, 300, 16)]
+)
+def test_shapes_that_break_kernels(impl: str, N: int, V: int, D: int) -> None:
+    assert_within_budget(make_case(1, N=N, V=V, D=D, rule=PolicyRule(ratio="turn")), impl)
+
+
+@both_designs
+@pytest.mark.parametrize("shift", [-120.0, 120.0])
+def test_logits_far_from_zero(impl: str, shift: float) -> None:
+    assert_within_budget(make_case(4, shift=shift), impl)
+
+
+@both_designs
+@pytest.mark.parametrize("above", [45.0, 100.0, 1000.0])
+def test_a_row_that_would_overflow_is_redone(impl: str, above: float) -> None:
+    rule = PolicyRule(entropy_coef=0.01 if above == 45.0 else 0.0)
+    case = make_case(5, on_policy=True, rule=rule)
+    row = case.rows[0]
+    used = case.targets[case.rows == row]
+    other = next(j for j in range(97) if not bool((used == j).any()))
+    direction = case.head[other] / case.head[other].norm()
+    case.hidden[row] = direction * above / case.head[other].norm()
+    assert_within_budget(case, impl, slack=1e-5 * above / 45)
+    assert float(truth(case).logprobs[0]) < -above / 3
+
+
+@both_designs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+def test_low_precision_is_within_the_error_budget(
+    impl: str, dtype: torch.dtype, entropy_coef: float
+) -> None:
+    rule = PolicyRule(ratio="turn", entropy_coef=entropy_coef)
+    case = make_case(2, N=90, V=400, D=32, rule=rule, dtype=dtype)
+    if impl == "triton_anchored" and dtype == torch.float16:
+        with pytest.raises(ValueError, match="float16 has no range"):
+            run(case, impl)
+        return
+    assert_within_budget(case, impl, chunk_tokens=48)
+
+
+def test_errors_stay_where_they_were_measured() -> None:
+    """bf16 storage of E: log-probs keep float32 accuracy, gradients stay under 3e-3."""
+    case = make_case(3, N=64, V=1500, D=64, dtype=torch.bfloat16)
+    true = truth(case)
+    for impl in DESIGNS:
+        out, found = run(case, impl)
+        live = ~out.logprobs.isnan()
+        assert float((found.logprobs - true.logprobs)[live].abs().max()) < 1e-5
+        assert relative(found.d_hidden, true.d_hidden) < 3e-3
+        assert relative(found.d_head, true.d_head) < 3e-3
+
+
+@both_designs
+def test_any_cut_into_chunks_gives_the_same_gradient(impl: str) -> None:
+    case = make_case(6, N=100, rule=PolicyRule(ratio="turn", kl_coef=0.04))
+    whole, whole_answer = run(case, impl, chunk_tokens=100)
+    out, answer = run(case, impl, chunk_tokens=13)
+    assert relative(answer.d_hidden, whole_answer.d_hidden) < 1e-6
+    assert relative(answer.d_head, whole_answer.d_head) < 1e-6
+    torch.testing.assert_close(out.turn_logprobs, whole.turn_logprobs, rtol=1e-6, atol=1e-6)
+
+
+@both_designs
+def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
+    case = make_case(8, N=80, V=150, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
+    (_, a), (_, b) = run(case, impl), run(case, impl)
+    for name in ("loss", "d_hidden", "d_head"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+@both_designs
+def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
+    case = make_case(12, N=50, V=200, temperature=0.8, softcap=6.0)
+    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
+    out, _ = run(case, impl)
+    alone = linear_logprobs(
+        case.hidden,
+        case.head,
+        case.rows,
+        case.targets,
+        temperature=0.8,
+        softcap=6.0,
+        chunk_tokens=32,
+        impl=impl,
+    )
+    torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
+
+
+@both_designs
+def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str) -> None:
+    case = make_case(11, N=12, K=4)
+    case = dataclasses.replace(case, advantages=torch.zeros(4))
+    out, answer = run(case, impl)
+    assert float(out.loss.detach()) == 0.0 and int(out.stats.skipped) == 12
+    assert not answer.d_hidden.any() and not answer.d_head.any()
+
+
+@both_designs
+def test_a_broken_head_weight_is_not_hidden_by_the_guard(impl: str) -> None:
+    case = make_case(11)
+    case.head[40, 3] = torch.nan
+    with pytest.raises(ValueError, match="head_weight: expected finite"):
+        run(case, impl)
+
+
+@both_designs
+def test_the_operator_passes_opcheck(impl: str) -> None:
+    case = make_case(16, N=10, V=20)
+    case = dataclasses.replace(case, advantages=case.advantages + 0.5)
+    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
+    given = (hidden, head, case.rows, case.targets, case.turns, None, case.advantages, case.old)
+    given += (case.weights, None, None, 0.2, 0.2, "token", "ppo", None, 0.0, 0.0, None)
+    given += (1.0, None, None, "", 0, True, True, impl)
+    torch.library.opcheck(op.policy_loss_op, given)
+
+
+def test_triton_by_its_plain_name_is_one_of_the_designs() -> None:
+    case = make_case(18, N=20)
+    _, named = run(case, "triton_safe")
+    _, found = run(case, "triton")
+    assert torch.equal(found.d_head, named.d_head)
+    with pytest.raises(ValueError, match="float64 is taken by the reference only"):
+        backends.implementation("triton", CPU, torch.float64)
+
+
+def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert selftest.run(CPU) == ""
+    right = triton_head.TritonHead.head_gradient
+
+    def wrong(self: triton_head.TritonHead) -> Tensor:
+        return right(self) * 1.05
+
+    monkeypatch.setattr(triton_head.TritonHead, "head_gradient", wrong)
+    assert "safe kernels" in selftest.run(CPU) and "head gradient" in selftest.run(CPU)
