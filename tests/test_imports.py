@@ -15,10 +15,10 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 
 # Every room on a lower line may import those above it, never those below.
 LEVELS = [
-    ["types", "config", "signals", "jsonl"],
+    ["types", "config", "recipes", "signals", "jsonl", "randomness"],
     ["kernels"],
-    ["tools", "sinks", "tiny", "report"],
-    ["credit", "packing", "model", "optim", "envs", "chat", "metrics", "checkpoint", "console"],
+    ["tools", "sinks", "tiny"],
+    ["credit", "packing", "model", "optim", "envs", "chat", "checkpoint", "metrics", "report", "console"],
     ["loss", "sampler"],
     ["sft", "rollout", "sync"],
     ["run"],

@@ -70,6 +70,7 @@ class LookupEnv(ToolEnv):
         demo_popular_passes: demonstrations per popular question that answer it, rightly, at once.
         demo_reading: share of all demonstrations that are reading exercises, a made-up sentence
             with a question on it: they teach to copy, not to search.
+        demo_echo: share of all demonstrations in which a list of made-up names is repeated.
         demo_spaced: write "<answer> Ulm", as a byte-level tokenizer then spells the answer with the
             same tokens as the sentence it is copied from; scoring ignores the space.
         call_format, reasoning, missing_answer, weights, max_calls: as in `ToolEnv`.
@@ -101,6 +102,7 @@ class LookupEnv(ToolEnv):
         demo_copied: Share = 0.35,
         demo_popular_passes: Annotated[int, Field(ge=0)] = 40,
         demo_reading: Share = 0.1,
+        demo_echo: Share = 0.1,
         demo_spaced: bool = True,
         call_format: Literal["xml", "native"] = "xml",
         reasoning: bool = False,
@@ -126,6 +128,7 @@ class LookupEnv(ToolEnv):
             popular=popular,
             popular_passes=demo_popular_passes,
             reading=demo_reading,
+            echo=demo_echo,
             spaced=demo_spaced,
         )
         self._seed = seed

@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..config import ConfigError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Mixture:
     """What the demonstrations are made of.
 
-    count = reading exercises + question demonstrations; the latter are
+    count = reading exercises + echo exercises + question demonstrations; the latter are
 
         calls * questions               call the tool; of them a share `popular` is on popular ones
           malformed                     … cannot be read: error shown, answer from memory
@@ -49,21 +50,23 @@ class Mixture:
     popular: float
     popular_passes: int
     reading: float
+    echo: float
     spaced: bool
 
 
 def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[Demonstration]:
     rng = random.Random(f"turnfast demonstrations {seed}")
     num_reading = round(mixture.reading * mixture.count)
-    num_calls = round(mixture.calls * (mixture.count - num_reading))
+    num_echo = round(mixture.echo * mixture.count)
+    num_calls = round(mixture.calls * (mixture.count - num_reading - num_echo))
     num_known = mixture.popular_passes * len(env.popular)
-    num_guessed = mixture.count - num_reading - num_calls - num_known
+    num_guessed = mixture.count - num_reading - num_echo - num_calls - num_known
     if num_guessed < 0:
         needed = mixture.count - num_guessed
         raise ConfigError(
             f"env.options.demos: {mixture.count} are too few, {needed} are needed for "
-            f"{num_known} passes over popular questions, {num_calls} calls and {num_reading} "
-            "reading exercises; raise demos or lower demo_popular_passes"
+            f"{num_known} passes over popular questions, {num_calls} calls and "
+            f"{num_reading + num_echo} exercises; raise demos or lower demo_popular_passes"
         )
     writer = _Writer(env, rng, spaced=mixture.spaced)
     exercises = made_up_facts(rng, NameMaker(rng, env.names))
@@ -71,6 +74,7 @@ def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[De
         writer.reading(Question(text=_ask(fact), facts=(fact,)))
         for _, fact in zip(range(num_reading), exercises, strict=False)
     ]
+    written += [writer.echo(list(islice(exercises, 3))) for _ in range(num_echo)]
     # by count and not by chance, so that a mixture has exactly the shares it names
     num_malformed = round(mixture.malformed * num_calls)
     num_copied = round(mixture.copied * (num_calls - num_malformed))
@@ -134,6 +138,12 @@ class _Writer:
     def reading(self, question: Question) -> Demonstration:
         text = f"<result>{question.facts[0].sentence}</result>\n{question.text}"
         return self._finish([{"role": "user", "content": text}], question.facts[0].said)
+
+    def echo(self, facts: Sequence[Fact]) -> Demonstration:
+        """Names to be said again: copying at its plainest, nearly every token is a copy."""
+        names = ", ".join(name for fact in facts for name in (fact.subject.name, fact.object.name))
+        asked: Message = {"role": "user", "content": f"Repeat: {names}"}
+        return Demonstration(messages=(asked, {"role": "assistant", "content": f"Repeat: {names}"}))
 
     def _open(self, question: Question) -> list[Message]:
         return self._env.first_messages(Task(id="", question=question.text))
