@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
     parser.add_argument("--out", type=Path, default=RESULTS / "learning.json")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each if > 1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, one thread each if > 1"
+    )
     parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
     options, flags = parser.parse_known_args()
     rules = options.rules.split(",")
@@ -59,7 +61,9 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    paths = {rule: [_folder(options, rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules}
+    paths = {
+        rule: [_folder(options, rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules
+    }
     learning_plot(paths, options.out.with_suffix(".svg"))
     for rule, row in table.items():
         figures = "  ".join(f"{n} {row[n]['mean']:.3f} ± {row[n]['spread']:.3f}" for n in FIGURES)

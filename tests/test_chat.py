@@ -13,7 +13,16 @@ from turnfast.chat import Chat, ChatError
 from turnfast.packing import rows_of
 from turnfast.types import Turn
 
-SPELLED = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "", "\n", " ", "é𝄞\u202e", "\x00"]
+SPELLED = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<|endoftext|>",
+    "",
+    "\n",
+    " ",
+    "é𝄞\u202e",
+    "\x00",
+]
 TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(SPELLED)), max_size=4).map("".join)
 
 # keeps an assistant's reasoning only while its turn is the last one, as several models do

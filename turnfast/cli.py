@@ -17,7 +17,9 @@ from pathlib import Path
 from . import __version__
 from .config import Config, ConfigError, describe_fields, load_config, shipped_recipes
 
-FIELDS = "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
+FIELDS = (
+    "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

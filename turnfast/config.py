@@ -155,7 +155,9 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise ConfigError(f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}")
+            raise ConfigError(
+                f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}"
+            )
         return path
     shipped = shipped_recipes()
     if name not in shipped:
@@ -292,7 +294,9 @@ def _lists_to_tuples(node: Any, depth: int = 0) -> Any:
 
 
 def _toml_lines(section: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_literal(value)}" for key, value in section.items() if value is not None]
+    return [
+        f"{key} = {_toml_literal(value)}" for key, value in section.items() if value is not None
+    ]
 
 
 def _toml_literal(value: Any) -> str:

@@ -124,7 +124,8 @@ def _last(before: Update, results: Sequence[PolicyLoss], loss: float, norm: floa
         before,
         loss=loss,
         ratio_max=max(float(result.stats.ratio_max) for result in results),
-        clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True)) / max(1.0, sum(trained)),
+        clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True))
+        / max(1.0, sum(trained)),
         grad_norm=norm,
         num_updates=before.num_updates + 1,
     )

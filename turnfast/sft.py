@@ -81,9 +81,7 @@ def demonstration_rows(chat: Chat, shown: Demonstration) -> list[Row]:
     return rows_of(turns, [1.0] * len(turns), 0)
 
 
-def _batches(
-    rows: Sequence[Row], budget: int, seed: int, device: torch.device
-) -> Iterator[Batch]:
+def _batches(rows: Sequence[Row], budget: int, seed: int, device: torch.device) -> Iterator[Batch]:
     """Endless shuffled passes over the rows, cut whenever the budget is full."""
     order = random.Random(seed)
     taken: list[Row] = []
