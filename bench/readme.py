@@ -1,0 +1,81 @@
+"""Put the figures of bench/results/ into README.md, between its markers.
+
+    python bench/readme.py [--check]
+
+Each block `<!-- name:begin --> … <!-- name:end -->` is made from bench/results/<name>.json by the
+function of that name here; --check only says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def learning(record: dict[str, Any]) -> str:
+    rows = [
+        f"| `{rule}` | {_spread(row['eval/tool_success'])} | {_spread(row['eval/exact_match'])} "
+        f"| {_steps(row['steps_to_80'])} |"
+        for rule, row in record["rules"].items()
+    ]
+    start, first = record["start"], next(iter(record["rules"].values()))
+    return "\n".join(
+        [
+            "| rule | tool success | exact match | steps to 0.80, per seed |",
+            "|---|---|---|---|",
+            f"| the common start | {start['eval/tool_success']:.2f} "
+            f"| {start['eval/exact_match']:.2f} | |",
+            *rows,
+            "",
+            f"Mean ± standard deviation over {len(record['seeds'])} seeds after {first['steps']} "
+            f"steps, {record['machine']}. Before training the start calls the tool "
+            f"{start['sampled/tool_calls']:.2f} times per sampled rollout, with "
+            f"{start['sampled/tool_success']:.2f} success. From `{record['command']}`, commit "
+            f"`{record['commit']}`.",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/learning.svg)",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"learning": learning}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = before = readme.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        block = table(json.loads(path.read_text(encoding="utf-8")))
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, b=block, x=begin, y=end: f"{x}\n{b}\n{y}", text)
+    if options.check:
+        return int(text != before)
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _spread(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.2f} ± {figure['spread']:.2f}"
+
+
+def _steps(steps: list[int | None]) -> str:
+    return ", ".join("—" if step is None else str(step) for step in steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
