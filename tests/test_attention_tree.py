@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from turnfast.kernels.attention import TreeRows, tree_attention
+from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
 from turnfast.kernels.attention.tree import reference
 from turnfast.kernels.tree import prefix_tree
 
@@ -104,6 +104,19 @@ def test_long_rows_never_make_a_square_mask():
     with Watch():
         tree_attention(q, k, v, rows, scale=1.0)
     assert largest < length * length / 20
+
+
+def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pick_tree_backend(cpu) == "sdpa"
+    assert pick_tree_backend(cuda, head_dim=512) == "sdpa"
+    with pytest.raises(ValueError, match=r"'triton'.*CUDA device.*'sdpa' works here"):
+        pick_tree_backend(cpu, "triton")
+    with pytest.raises(ValueError, match=r"at most 256 dimensions, the model's have 512"):
+        pick_tree_backend(cuda, "triton", head_dim=512)
+    with pytest.raises(ValueError, match="none of"):
+        pick_tree_backend(cpu, "flash")
 
 
 SMALL = dict(

@@ -34,6 +34,7 @@ from .kernels.attention import (
     TreeRows,
     packed_attention,
     pick_backend,
+    pick_tree_backend,
     tree_attention,
 )
 from .types import Batch
@@ -124,7 +125,8 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
 def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:
     ends_T = getattr(batch, "ends_T", None)
     if ends_T is not None:
-        return TreeRows(ends_T=ends_T, positions_T=batch.positions_T)
+        backend = pick_tree_backend(policy.device)
+        return TreeRows(ends_T=ends_T, positions_T=batch.positions_T, backend=backend)
     return PackedRows(
         cu_seqlens=batch.cu_seqlens,
         lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),

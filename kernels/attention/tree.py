@@ -10,15 +10,22 @@ and nothing of size T × T is ever made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TreeBackend = Literal["sdpa"]
+from .block_lists import BlockLists, block_lists
+
+TreeBackend = Literal["sdpa", "triton"]
+
+_WIDEST_TRITON_HEAD = 256
 
 # Queries per tile: long enough to fill a matrix product, short beside the paths they look at.
 _TILE = 128
@@ -31,11 +38,13 @@ class TreeRows:
     Args:
         ends_T: int32 on the device of the pack, the place after the last descendant of each token.
         positions_T: int64, depth of each token.
+        backend: from `pick_tree_backend`.
     """
 
     ends_T: Tensor
     positions_T: Tensor
     backend: TreeBackend = "sdpa"
+    _lists: dict[tuple[int, int, int], BlockLists] = field(default_factory=dict, repr=False)
 
     @cached_property
     def tiles(self) -> list[tuple[int, int, Tensor]]:
@@ -47,6 +56,45 @@ class TreeRows:
             own = torch.arange(first, stop, device=path.device)
             made.append((first, stop, torch.cat([path, own])))
         return made
+
+    def block_lists(self, window: int, queries: int, keys: int) -> BlockLists:
+        """Made once per layout, window and block size; all layers of a model share them."""
+        wanted = (window, queries, keys)
+        if wanted not in self._lists:
+            made = block_lists(self.ends_T, self.positions_T, queries, keys, window)
+            self._lists[wanted] = made
+        return self._lists[wanted]
+
+
+def pick_tree_backend(
+    device: torch.device, wanted: str = "auto", *, head_dim: int = 0
+) -> TreeBackend:
+    """What attends over trees on a device: Triton on CUDA, SDPA in tiles on the CPU.
+
+    Args:
+        head_dim: of the model, to be refused here and not in the middle of a step; 0 if unknown.
+
+    Raises:
+        ValueError: `wanted` cannot run here, or not this model; the text names what would.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted not in ("auto", "sdpa", "triton"):
+        raise ValueError(f"tree attention: {wanted!r} is none of 'auto', 'sdpa', 'triton'")
+    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
+        return "sdpa"
+    problems = {
+        "Triton is not installed": importlib.util.find_spec("triton") is None,
+        f"it needs a CUDA device, not {device.type}": device.type != "cuda" and not interpreted,
+        f"its heads have at most {_WIDEST_TRITON_HEAD} dimensions, the model's have {head_dim}": (
+            head_dim > _WIDEST_TRITON_HEAD
+        ),
+    }
+    for problem, found in problems.items():
+        if found and wanted == "auto":
+            return "sdpa"
+        if found:
+            raise ValueError(f"tree attention 'triton': {problem}; 'sdpa' works here")
+    return "triton"
 
 
 def tree_attention(
@@ -60,7 +108,11 @@ def tree_attention(
     Returns:
         [T, H, d].
     """
-    return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
+    if rows.backend == "sdpa":
+        return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
+    lists = partial(rows.block_lists, window)
+    apply = importlib.import_module(".triton_tree", __package__).TreeAttention.apply
+    return apply(q_HTd, k_HTd, v_HTd, rows.ends_T, rows.positions_T, lists, scale, window)
 
 
 def reference(
