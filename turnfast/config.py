@@ -1,4 +1,4 @@
-"""The recipe: one frozen record, read from TOML and dotted flags, checked whole before anything runs.
+"""The recipe: one frozen record, read from TOML and dotted flags, checked whole before a run.
 
     config = load_config("search.toml", ["--loss.clip-high", "0.28"])
 

@@ -75,8 +75,8 @@ def update(
         norm = optimizer.step()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm}: the weights were left as they were before this "
-                "update; lower optim.lr, or resume from the last checkpoint"
+                f"loss {loss}, gradient norm {norm}: the weights are as they were before this update; "
+                "lower optim.lr, or resume from the last checkpoint"
             )
         done = _last(done, results, loss, norm)
     return done

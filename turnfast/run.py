@@ -1,4 +1,4 @@
-"""Everything a run holds open, put together from a recipe: model, environment, engine, optimizer."""
+"""What a run holds open, put together from a recipe: model, environment, engine, optimizer."""
 
 from __future__ import annotations
 
