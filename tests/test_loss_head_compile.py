@@ -41,7 +41,7 @@ POINTERS = {
     "flag_ptr": "i32",
     "any_flag_ptr": "i32",
 }
-FLOATS = {"scale", "softcap", "LIMIT", "HEADROOM", "clip_low", "clip_high", "dual_clip"}
+FLOATS = {"scale", "softcap", "LIMIT", "clip_low", "clip_high", "dual_clip"}
 FLOATS |= {"kl_coef", "entropy_coef", "is_cap"}
 # What the launcher passes as multiples of 16 on the shapes that count; Triton specialises on it.
 DIVISIBLE = {"stride_zc", "stride_ec", "stride_xc", "stride_wv", "D", "V", "C", "stride_st"}
@@ -101,9 +101,10 @@ def cases() -> list[Case]:
         Case(rows.max_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
         Case(rows.sum_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
         Case(rows.settle_rows_kernel, {"BLOCK_C": 256}),
-        Case(rows.finish_rows_kernel, {"KEEP": True, "BLOCK_C": 256}),
+        Case(rows.finish_rows_kernel, {"BLOCK_C": 256}),
         Case(rows.row_dots_kernel, {"HAS_SOFTCAP": True, "BLOCK_D": 1024}),
         Case(rows.scale_rows_kernel, {"BLOCK_D": 1024}),
+        Case(rows.finish_dx_kernel, {"BLOCK_D": 1024}),
     ]
     for cap, entropy in ((True, True), (True, False), (False, True)):
         constants = {"HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "BLOCK_V": 4096}

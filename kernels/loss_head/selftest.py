@@ -38,10 +38,10 @@ def failure(device: torch.device) -> str:
     return known
 
 
-def run(device: torch.device) -> str:
+def run(device: torch.device, tokens: int = 200, width: int = 256, vocab: int = 1500) -> str:
     """Compare every design with the reference on a small problem; the first mismatch in words."""
     for rule in (PolicyRule(), PolicyRule(ratio="turn", entropy_coef=0.01)):
-        problem = _problem(device, rule)
+        problem = _problem(device, rule, tokens, width, vocab)
         expected = reference.policy_loss(problem)
         for design in DESIGNS:
             p = problem
@@ -56,8 +56,8 @@ def run(device: torch.device) -> str:
     return ""
 
 
-def _problem(device: torch.device, rule: PolicyRule) -> Problem:
-    N, D, V, K = 200, 256, 1500, 8
+def _problem(device: torch.device, rule: PolicyRule, N: int, D: int, V: int) -> Problem:
+    K = 8
     seed = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -83,7 +83,7 @@ def _problem(device: torch.device, rule: PolicyRule) -> Problem:
         rule=rule,
         temperature=1.0,
         softcap=None,
-        chunk_tokens=96,
+        chunk_tokens=max(1, N // 2 - 4),
         need_hidden=True,
         need_head=True,
     )

@@ -2,8 +2,8 @@
 
     safe:      z = x @ W^T by the library in float32, in slices; one pass writes E and row sums
     anchored:  one kernel does the product and the exponentials (triton_gemm.py), z never exists
-then for both, with -S in the column of the target,
-    dx_n = -(g_n / Z_n) (E @ W)_n              dW = E^T @ (-(g / Z) x)
+then for both, with 0 in the column of the target and its own term y = g S / Z apart, in float32,
+    dx_n = -(g_n / Z_n) (E @ W)_n + y_n W_y          dW = E^T @ (-(g / Z) x), row y plus y x
 as plain library products. E has the model's dtype; sums, coefficients, dx and dW are float32.
 With an entropy bonus or a soft cap a row of the gradient is no multiple of E, and one more pass
 over E turns it into dloss/dlogits first.
@@ -24,6 +24,7 @@ from .triton_gemm import anchored_kernel
 from .triton_rows import (
     dlogits_rows_kernel,
     exp_rows_kernel,
+    finish_dx_kernel,
     finish_rows_kernel,
     max_rows_kernel,
     row_dots_kernel,
@@ -38,10 +39,9 @@ SAFE_SLICE = 1024
 # exp(40) * V stays far from overflow in bf16 and float32, and so does its inverse times a
 # coefficient.
 LIMIT, CEILING = 40.0, 80.0
-# float16 has no range for exp(40): every row is shifted by its maximum, and by log 16 more so that
-# the -S in the target's column, at most V / 16, is finite.
-HALF_LIMIT, HALF_HEADROOM = -torch.inf, 2.772588722239781
-ROW_BLOCK = 64 if INTERPRETED else 4096
+# float16 has no range for exp(40): every row is shifted by its maximum.
+HALF_LIMIT = -torch.inf
+ROW_BLOCK, D_BLOCK = (64, 64) if INTERPRETED else (4096, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class TritonHead:
         row_dots_kernel[(C,)](
             x_CD, x_CD.stride(0), self.head_VD, self.head_VD.stride(0), column_C, target_C, z_y_C,
             x_CD.shape[1], self.scale, self.softcap or 1.0,
-            HAS_SOFTCAP=self.softcap is not None, BLOCK_D=min(ROW_BLOCK, 1024),
+            HAS_SOFTCAP=self.softcap is not None, BLOCK_D=D_BLOCK,
         )  # fmt: skip
         z_y_C = self.vocab.sum(z_y_C)
         run = self._safe_sums if self.design == "safe" else self._anchored_sums
@@ -120,43 +120,48 @@ class TritonHead:
         out = [torch.empty_like(z_y_C) for _ in range(4)]
         logprobs_C, entropies_C, Z_C, log_Z_C = out
         finish_rows_kernel[(triton.cdiv(C, 256),)](
-            S_C, U_C, z_y_C, shift_C, target_C, E_CV, E_CV.stride(0), *out, C,
-            KEEP=keep, BLOCK_C=256,
+            S_C, U_C, z_y_C, shift_C, *out, C, BLOCK_C=256,
         )  # fmt: skip
         if keep:
             self.kept = (x_CD, E_CV, z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C)
+            self.kept += (column_C,)
         return logprobs_C, entropies_C
 
     def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
-        x_CD, E_CV, z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C = self.kept
+        x_CD, E_CV, z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C, column_C = self.kept
         C, D = x_CD.shape
         unit = self._unit(d_logprob_C, d_entropy_C)
-        factor_C: Tensor | None = None
+        grid_CD = (C, triton.cdiv(D, D_BLOCK))
         if d_entropy_C is None and self.softcap is None:
             factor_C = -d_logprob_C * self.scale / Z_C
+            y_C = -factor_C * S_C * (target_C >= 0)
             scaled_CD = x_CD
             if self.need_head:
                 scaled_CD = torch.empty_like(x_CD)
-                block = min(ROW_BLOCK, 1024)
-                scale_rows_kernel[(C, triton.cdiv(D, block))](
-                    x_CD, x_CD.stride(0), d_logprob_C, Z_C, unit, scaled_CD, D, self.scale,
-                    BLOCK_D=block,
-                )  # fmt: skip
+                scale_rows_kernel[grid_CD](
+                    x_CD, x_CD.stride(0), factor_C, unit, scaled_CD, D, BLOCK_D=D_BLOCK
+                )
         else:
-            scaled_CD = x_CD
+            factor_C, y_C, scaled_CD = unit.expand(C).contiguous(), torch.empty_like(Z_C), x_CD
             dlogits_rows_kernel[(C,)](
                 E_CV, E_CV.stride(0), z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C,
-                d_logprob_C, d_logprob_C if d_entropy_C is None else d_entropy_C, unit,
+                d_logprob_C, d_logprob_C if d_entropy_C is None else d_entropy_C, y_C, unit,
                 E_CV.shape[1], self.scale, self.softcap or 1.0,
                 HAS_SOFTCAP=self.softcap is not None, HAS_ENTROPY=d_entropy_C is not None,
                 BLOCK_V=ROW_BLOCK,
             )  # fmt: skip
         if self.need_head:
             self._add_to_head(E_CV, scaled_CD, unit)
+            own_CD = x_CD * y_C.unsqueeze(1)
+            # index_put_ sorts its indices: a fixed order for tokens with the same target.
+            self.d_head_VD.index_put_((column_C,), own_CD, accumulate=True)
         if not self.need_hidden:
             return None
         d_x_CD = product(E_CV, self.head_VD)
-        d_x_CD *= unit if factor_C is None else factor_C.unsqueeze(1)
+        finish_dx_kernel[grid_CD](
+            d_x_CD, factor_C, y_C, self.head_VD, self.head_VD.stride(0), column_C, D,
+            BLOCK_D=D_BLOCK,
+        )  # fmt: skip
         return self.vocab.sum(d_x_CD)
 
     def head_gradient(self) -> Tensor:
@@ -225,9 +230,9 @@ class TritonHead:
         C = M_C.shape[0]
         shift_C = torch.empty_like(z_y_C)
         flag_C = torch.empty(C, dtype=torch.int32, device=M_C.device)
-        limit, headroom = (HALF_LIMIT, HALF_HEADROOM) if self.half else (LIMIT, 0.0)
+        limit = HALF_LIMIT if self.half else LIMIT
         settle_rows_kernel[(triton.cdiv(C, 256),)](
-            M_C, z_y_C, shift_C, flag_C, C, limit, headroom, BLOCK_C=256
+            M_C, z_y_C, shift_C, flag_C, C, limit, BLOCK_C=256
         )
         return shift_C, flag_C
 

@@ -3,10 +3,11 @@
     exp_rows      z [C, V] float32 -> E [C, V], row sums           reads 4CV, writes 2CV bytes
     max_rows, sum_rows   per-tile values of the anchored product   12 bytes per row and tile
     settle_rows   shift of the rows that would overflow
-    finish_rows   sums -> log-prob, entropy; E at the target becomes -S
+    finish_rows   sums -> log-prob, entropy
     dlogits_rows  E -> dloss/dlogits in place                      reads and writes 2CV
     row_dots      target logits from hidden and head rows          reads 4CD
     scale_rows    the D-wide side of the head's gradient           reads and writes 2CD
+    finish_dx     the D-wide side of dx                            reads 6CD, writes 4CD
 
     u_j = z_j - shift, E_j = exp(u_j), S = sum E_j, U = sum E_j u_j, M = max u_j, all over j != y
 
@@ -101,17 +102,13 @@ def max_rows_kernel(
 
 
 @triton.jit
-def settle_rows_kernel(
-    max_ptr, z_y_ptr, shift_ptr, flag_ptr, C, LIMIT, HEADROOM, BLOCK_C: tl.constexpr
-):
+def settle_rows_kernel(max_ptr, z_y_ptr, shift_ptr, flag_ptr, C, LIMIT, BLOCK_C: tl.constexpr):
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     best = tl.load(max_ptr + c, mask=inside, other=0.0)
     z_y = tl.load(z_y_ptr + c, mask=inside, other=0.0)
     redo = best > LIMIT
-    tl.store(
-        shift_ptr + c, tl.where(redo, z_y + tl.maximum(best, 0.0) + HEADROOM, z_y), mask=inside
-    )
+    tl.store(shift_ptr + c, tl.where(redo, z_y + tl.maximum(best, 0.0), z_y), mask=inside)
     tl.store(flag_ptr + c, redo.to(tl.int32), mask=inside)
 
 
@@ -144,9 +141,8 @@ def log1p(x):
 
 @triton.jit
 def finish_rows_kernel(
-    S_ptr, U_ptr, z_y_ptr, shift_ptr, target_ptr, E_ptr, stride_ec,
-    logprob_ptr, entropy_ptr, Z_ptr, log_Z_ptr, C,
-    KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
+    S_ptr, U_ptr, z_y_ptr, shift_ptr, logprob_ptr, entropy_ptr, Z_ptr, log_Z_ptr, C,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
@@ -162,24 +158,20 @@ def finish_rows_kernel(
     tl.store(entropy_ptr + c, log_Z - (U + E_y * u_y) / Z, mask=inside)
     tl.store(Z_ptr + c, Z, mask=inside)
     tl.store(log_Z_ptr + c, log_Z, mask=inside)
-    if KEEP:
-        target = tl.load(target_ptr + c, mask=inside, other=-1)
-        at = E_ptr + c * stride_ec + target
-        tl.store(at, (-S).to(E_ptr.dtype.element_ty), mask=inside & (target >= 0))
 
 
 @triton.jit
 def dlogits_rows_kernel(
     E_ptr, stride_ec, z_y_ptr, shift_ptr, target_ptr, S_ptr, Z_ptr, log_Z_ptr, entropy_ptr,
-    d_logprob_ptr, d_entropy_ptr, unit_ptr, V, scale, softcap,
+    d_logprob_ptr, d_entropy_ptr, y_ptr, unit_ptr, V, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
     shift = tl.load(shift_ptr + c)
-    target = tl.load(target_ptr + c)
+    owned = tl.load(target_ptr + c) >= 0
     Z = tl.load(Z_ptr + c)
     u_y = tl.load(z_y_ptr + c) - shift
-    by_Z = scale / (Z * tl.load(unit_ptr))
+    by_Z = scale / Z
     g = tl.load(d_logprob_ptr + c) * by_Z
     bonus = tl.load(entropy_ptr + c) - tl.load(log_Z_ptr + c)
     h = 0.0
@@ -187,19 +179,37 @@ def dlogits_rows_kernel(
         h = tl.load(d_entropy_ptr + c) * by_Z
     E_y = tl.exp(u_y)
     d_y = g * tl.load(S_ptr + c) - h * (u_y + bonus) * E_y
+    if HAS_SOFTCAP:
+        t_y = (u_y + shift) / (scale * softcap)
+        d_y *= 1.0 - tl.minimum(t_y * t_y, 1.0)
+    tl.store(y_ptr + c, tl.where(owned, d_y, 0.0))
+    unit = tl.load(unit_ptr)
     for first in range(0, V, BLOCK_V):
         j = first + tl.arange(0, BLOCK_V)
         inside = j < V
         at = E_ptr + c * stride_ec + j
         E = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        # The target's column holds -S here, so its own terms come from the row.
-        u = tl.where(j == target, u_y, tl.log(tl.maximum(E, 1e-37)))
-        d = -(g + h * (u + bonus)) * E
-        d = tl.where(j == target, d_y, d)
+        # The target's column holds 0 and stays 0: its term is added apart, in float32.
+        u = tl.log(tl.maximum(E, 1e-37))
+        d = -(g + h * (u + bonus)) * E / unit
         if HAS_SOFTCAP:
             t = (u + shift) / (scale * softcap)
             d *= 1.0 - tl.minimum(t * t, 1.0)
         tl.store(at, d.to(E_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_dx_kernel(
+    d_x_ptr, factor_ptr, y_ptr, w_ptr, stride_wv, column_ptr, D, BLOCK_D: tl.constexpr
+):
+    """d_x = factor * d_x + y * w[column]: the row's scale and the target's own term."""
+    c = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    v = tl.load(column_ptr + c).to(tl.int64)
+    w = tl.load(w_ptr + v * stride_wv + d, mask=d < D, other=0.0).to(tl.float32)
+    d_x = tl.load(d_x_ptr + c * D + d, mask=d < D, other=0.0)
+    d_x = d_x * tl.load(factor_ptr + c) + tl.load(y_ptr + c) * w
+    tl.store(d_x_ptr + c * D + d, d_x, mask=d < D)
 
 
 @triton.jit
@@ -222,12 +232,10 @@ def row_dots_kernel(
 
 
 @triton.jit
-def scale_rows_kernel(
-    x_ptr, stride_xc, d_logprob_ptr, Z_ptr, unit_ptr, out_ptr, D, scale, BLOCK_D: tl.constexpr
-):
-    """out = x * (-dlogprob * scale / (Z * unit)), the D-wide side of the two gradient products."""
+def scale_rows_kernel(x_ptr, stride_xc, factor_ptr, unit_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+    """out = x * factor / unit, the D-wide side of the head's gradient."""
     c = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    factor = -tl.load(d_logprob_ptr + c) * scale / (tl.load(Z_ptr + c) * tl.load(unit_ptr))
+    factor = tl.load(factor_ptr + c) / tl.load(unit_ptr)
     x = tl.load(x_ptr + c * stride_xc + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + c * D + d, (x * factor).to(out_ptr.dtype.element_ty), mask=d < D)

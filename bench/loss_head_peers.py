@@ -1,0 +1,239 @@
+"""Contenders of the loss-head benchmark: turnfast, PyTorch, and every peer that is installed.
+
+Every contender maps (hidden, head) leaves to a loss of the same problem: token-level PPO clip, turn
+advantages, token mean. What a peer cannot express is said in its note, and it is timed as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from turnfast.kernels import turn_policy_loss
+
+CLIP = 0.2
+CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """K turns of L tokens, N = K L; the tokens of all turns follow each other."""
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+    targets_N: Tensor
+    advantages_K: Tensor
+    old_N: Tensor
+
+    @property
+    def turns_N(self) -> Tensor:
+        K = self.advantages_K.shape[0]
+        turns = torch.arange(K, device=self.targets_N.device)
+        return turns.repeat_interleave(self.targets_N.shape[0] // K)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """loss(hidden, head, data) -> (loss, log-probs or None); policy: is it the same loss."""
+
+    name: str
+    loss: Callable[[Tensor, Tensor, Data], tuple[Tensor, Tensor | None]]
+    note: str = ""
+    policy: bool = True
+
+
+def ppo(logprobs_N: Tensor, data: Data) -> Tensor:
+    A_N = data.advantages_K[data.turns_N]
+    ratio_N = (logprobs_N - data.old_N).exp()
+    return -torch.minimum(ratio_N * A_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * A_N).mean()
+
+
+def picked(hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor) -> Tensor:
+    logits_CV = (hidden_CD @ head_VD.T).float()
+    return logits_CV.log_softmax(-1).gather(1, targets_C[:, None]).squeeze(1)
+
+
+def eager(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    logprobs_N = picked(hidden, head, data.targets_N)
+    return ppo(logprobs_N, data), logprobs_N
+
+
+def chunked(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    parts = [
+        checkpoint(picked, x, head, y, use_reentrant=False)
+        for x, y in zip(hidden.split(CHUNK), data.targets_N.split(CHUNK), strict=True)
+    ]
+    logprobs_N = torch.cat(parts)
+    return ppo(logprobs_N, data), logprobs_N
+
+
+def compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(eager, dynamic=False)
+
+
+def compiled_chunked() -> Callable[..., tuple[Tensor, Tensor]]:
+    fast = torch.compile(picked, dynamic=False)
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        pieces = zip(hidden.split(CHUNK), data.targets_N.split(CHUNK), strict=True)
+        parts = [checkpoint(fast, x, head, y, use_reentrant=False) for x, y in pieces]
+        logprobs_N = torch.cat(parts)
+        return ppo(logprobs_N, data), logprobs_N
+
+    return loss
+
+
+def turnfast(impl: str) -> Contender:
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        out = turn_policy_loss(
+            hidden,
+            head,
+            rows,
+            data.targets_N,
+            data.turns_N,
+            data.advantages_K,
+            data.old_N,
+            impl=impl,
+        )
+        return out.loss, out.logprobs
+
+    return Contender(name=f"turnfast {impl}", loss=loss)
+
+
+def _per_sequence(data: Data, x: Tensor) -> Tensor:
+    return x.view(data.advantages_K.shape[0], -1, *x.shape[1:])
+
+
+def liger_chunked(device: torch.device) -> Contender:
+    module = importlib.import_module("liger_kernel.chunked_loss")
+    grpo = module.LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        use_ref_model=False,
+        compiled=device.type == "cuda",
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        loss_type="dapo",
+    )
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, None]:
+        tokens_KL = _per_sequence(data, data.targets_N)
+        out = grpo(
+            _per_sequence(data, hidden),
+            head,
+            tokens_KL,
+            torch.ones_like(tokens_KL),
+            data.advantages_K,
+            old_per_token_logps=_per_sequence(data, data.old_N),
+        )
+        return out[0], None
+
+    return Contender(name="liger chunked grpo", loss=loss, note="one advantage per sequence")
+
+
+def liger_triton() -> Contender:
+    module = importlib.import_module("liger_kernel.transformers.grpo_loss")
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, None]:
+        tokens_KL = _per_sequence(data, data.targets_N)
+        logits = _per_sequence(data, hidden @ head.T)
+        # Its layout has one position more than tokens.
+        logits = torch.nn.functional.pad(logits, (0, 0, 0, 1))
+        each, *_ = module.triton_grpo_loss(
+            logits,
+            _per_sequence(data, data.old_N),
+            None,
+            tokens_KL,
+            data.advantages_K,
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CLIP,
+            eps_high=CLIP,
+        )
+        return each.mean(), None
+
+    return Contender(name="liger triton_grpo_loss", loss=loss, note="holds all logits")
+
+
+def trl() -> Contender:
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        logprobs_N = function.apply(hidden, head, None, data.targets_N, 1.0, 4096)[0]
+        return ppo(logprobs_N, data), logprobs_N
+
+    return Contender(name="trl chunked log-prob", loss=loss, note="loss outside")
+
+
+def verl() -> Contender:
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        logprobs_N, _ = module.linear_cross_entropy(hidden, head, data.targets_N, 1.0, "none")
+        return ppo(logprobs_N, data), logprobs_N
+
+    return Contender(name="verl linear_cross_entropy", loss=loss, note="loss outside")
+
+
+def cce(filtered: bool) -> Contender:
+    module = importlib.import_module("cut_cross_entropy")
+    options: dict[str, Any] = {} if filtered else {"filter_eps": None}
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+        logprobs_N = -module.linear_cross_entropy(
+            hidden, head, data.targets_N, reduction="none", **options
+        )
+        return ppo(logprobs_N, data), logprobs_N
+
+    name = "cut-cross-entropy" + ("" if filtered else " exact")
+    return Contender(name=name, loss=loss, note="loss outside" + ", inexact" * filtered)
+
+
+def quack() -> Contender:
+    module = importlib.import_module("quack.linear_cross_entropy")
+
+    def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, None]:
+        return module.chunked_linear_cross_entropy(hidden, head, data.targets_N), None
+
+    return Contender(
+        name="quack linear ce", loss=loss, note="mean cross-entropy only", policy=False
+    )
+
+
+def contenders(device: torch.device, wanted: set[str] | None) -> tuple[list[Contender], list[str]]:
+    """All contenders that can be imported here, and a line about each that cannot."""
+    cuda = device.type == "cuda"
+    makers: dict[str, Callable[[], Contender]] = {
+        "torch-eager": lambda: Contender(name="torch eager", loss=eager),
+        "torch-chunked": lambda: Contender(name="torch chunked", loss=chunked),
+        "torch-compiled": lambda: Contender(name="torch compiled", loss=compiled()),
+        "torch-compiled-chunked": lambda: Contender(
+            name="torch compiled chunked", loss=compiled_chunked()
+        ),
+        "liger-chunked": lambda: liger_chunked(device),
+        "trl": trl,
+    }
+    if cuda:
+        makers |= {
+            "liger-triton": liger_triton,
+            "verl": verl,
+            "cce": lambda: cce(True),
+            "cce-exact": lambda: cce(False),
+            "quack": quack,
+        }
+    impls = ("triton_safe", "triton_anchored", "triton") if cuda else ("cpp", "reference")
+    makers |= {impl: (lambda impl=impl: turnfast(impl)) for impl in impls}
+    found, missing = [], []
+    for key, make in makers.items():
+        if wanted and key not in wanted:
+            continue
+        try:
+            found.append(make())
+        except ImportError as error:
+            missing.append(f"{key}: not timed, {error}")
+    return found, missing
