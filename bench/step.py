@@ -28,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -57,6 +59,7 @@ WAYS = {
     "trees": {"share_prefixes": True},
     "lean": {"share_prefixes": True, "drop_idle": True},
 }
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GRADIENT_BUDGET = 1e-5
 
 
@@ -91,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
     parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -171,18 +175,19 @@ def measure(recording: Recording, options: argparse.Namespace) -> dict:
         if not difference < GRADIENT_BUDGET:
             raise SystemExit(f"{way}: gradients differ from those of rows by {difference:.2e}")
     optimizer = Optimizer(policy.model.parameters(), OptimConfig(lr=1e-6))
+    seconds = partial(_seconds, policy, CLOCKS[options.clock])
     times: dict[str, dict[str, list[float]]] = {
         way: {"model": [], "step": [], "pack": []} for way in WAYS
     }
     for repeat in range(options.repeats + 1):
         for way in WAYS:
-            model_s = _seconds(policy, lambda way=way: _model_only(policy, packs[way]))
-            pack_s = _seconds(policy, lambda way=way: pack_as(recording, way, options))
-            step_s = _seconds(policy, lambda way=way: _step(recording, way, optimizer, options))
+            model_s = seconds(lambda way=way: _model_only(policy, packs[way]))
+            pack_s = seconds(lambda way=way: pack_as(recording, way, options))
+            step_s = seconds(lambda way=way: _step(recording, way, optimizer, options))
             if repeat:  # the first round is for caches
                 for name, value in (("model", model_s), ("pack", pack_s), ("step", step_s)):
                     times[way][name].append(value)
-    peak = _gemm_flops(policy.device)
+    peak = _gemm_flops(policy.device, CLOCKS[options.clock])
     ways = {}
     for way, packed in packs.items():
         medians = {f"{name}_s": median(values) for name, values in times[way].items()}
@@ -210,6 +215,7 @@ def measure(recording: Recording, options: argparse.Namespace) -> dict:
         if policy.device.type == "cpu"
         else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "commit": _commit(),
         "rollouts_sha256": recording.digest,
@@ -259,12 +265,12 @@ def _gradient(policy: Policy, batches: tuple[Batch, ...]) -> Tensor:
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
-def _seconds(policy: Policy, function) -> float:
+def _seconds(policy: Policy, clock: Callable[[], float], function: Callable[[], object]) -> float:
     policy.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     function()
     policy.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def _flops(policy: Policy, packed: Packed) -> float:
@@ -280,14 +286,14 @@ def _flops(policy: Policy, packed: Packed) -> float:
     return 6.0 * matrices * packed.num_tokens + 12.0 * heads * keys
 
 
-def _gemm_flops(device: torch.device, size: int = 2048) -> float:
+def _gemm_flops(device: torch.device, clock: Callable[[], float], size: int = 2048) -> float:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = clock()
         (a @ b).sum().item()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     return 2.0 * size**3 / min(seconds)
 
 

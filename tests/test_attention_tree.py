@@ -107,6 +107,7 @@ def test_long_rows_never_make_a_square_mask():
 
 
 def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
+    pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_tree_backend(cpu) == "sdpa"

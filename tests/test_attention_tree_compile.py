@@ -16,7 +16,8 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from turnfast.kernels.attention import triton_tree  # noqa: E402
+from turnfast.kernels.attention import triton_tree as forward  # noqa: E402
+from turnfast.kernels.attention import triton_tree_backward as backward  # noqa: E402
 
 TYPES = {
     "lse_ptr": "*fp32",
@@ -28,19 +29,19 @@ TYPES = {
 }
 SHARED_BYTES = 227 * 1024
 CASES = [
-    pytest.param(kernel, tile, width, window, id=f"{kernel}-{width}-{window}")
+    pytest.param(kernel, tile, width, window, id=f"{kernel.fn.__name__}-{width}-{window}")
     for kernel, tile, width, window in (
-        ("forward_kernel", "forward_tile", 128, True),
-        ("query_gradient_kernel", "query_gradient_tile", 128, False),
-        ("key_gradient_kernel", "key_gradient_tile", 128, False),
-        ("key_gradient_kernel", "key_gradient_tile", 64, False),
+        (forward.forward_kernel, forward.forward_tile, 128, True),
+        (backward.query_gradient_kernel, backward.query_gradient_tile, 128, False),
+        (backward.key_gradient_kernel, backward.key_gradient_tile, 128, False),
+        (backward.key_gradient_kernel, backward.key_gradient_tile, 64, False),
     )
 ]
 
 
 @pytest.mark.parametrize(("kernel", "tile", "width", "window"), CASES)
 def test_compiles_without_spills(kernel, tile, width, window):
-    function, sizes = getattr(triton_tree, kernel), getattr(triton_tree, tile)(width)
+    sizes = tile(width)
     constants = {
         "HAS_WINDOW": window,
         "EVEN_D": True,
@@ -50,23 +51,23 @@ def test_compiles_without_spills(kernel, tile, width, window):
         "BLOCK_D": width,
     }
     signature, attributes = {}, {}
-    for index, name in enumerate(function.arg_names):
+    for index, name in enumerate(kernel.arg_names):
         default = "*bf16" if name.endswith("_ptr") else "i32"
         signature[name] = "constexpr" if name in constants else TYPES.get(name, default)
         if name.endswith("_ptr") or name.startswith("stride") or name == "D":
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(
-            function,
+            kernel,
             signature,
-            {(function.arg_names.index(name),): value for name, value in constants.items()},
+            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
             attributes,
         ),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": sizes.warps, "num_stages": sizes.stages},
     )
     registers, stack = usage(compiled.asm["cubin"])
-    print(kernel, width, registers, stack, compiled.metadata.shared)
+    print(kernel.fn.__name__, width, registers, stack, compiled.metadata.shared)
     assert stack == 0, f"{stack} bytes of stack with {registers} registers"
     assert compiled.metadata.shared <= SHARED_BYTES
 

@@ -131,7 +131,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float, windo
 
 
 def _flash(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     edges, longest = rows.cu_seqlens, rows.max_seqlen
     return flash_attn_varlen_func(
@@ -146,4 +146,5 @@ def _varlen(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> T
         # repeated heads rather than the operator's own grouping, whose flag came after torch 2.10
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     edges, longest = rows.cu_seqlens, rows.max_seqlen
-    return varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=span)
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=span)
+    return out if isinstance(out, Tensor) else out[0]

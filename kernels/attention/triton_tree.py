@@ -1,66 +1,31 @@
 """Attention over a prefix tree on CUDA: blocks that see nothing of each other are never touched.
 
-    forward   o_q = Σ_k p_qk v_k,  p = exp(scale·q·k − lse_q)          per (query block, head)
-    backward  dv_k = Σ_q p_qk do_q,  dk_k = Σ_q ds_qk q_q               per (key block, key head)
-              dq_q = Σ_k ds_qk k_k                                      per (query block, head)
-              ds = scale · p · (do·v − δ_q),  δ_q = do_q·o_q
+    o_q = Σ_k p_qk v_k,  p_qk = exp(scale·q·k − lse_q)          a program per (query block, head)
 
-With B key blocks of size N in a list, a program of M queries does 4·M·N·B·d operations forward and
-10 backward. Read per program: M·d queries once, 2·B·N·d keys and values from L2. Nothing is added
-atomically: the query heads of a key head are a loop, so gradients repeat bitwise.
+With B key blocks of N keys in its list a program of M queries does 4·M·N·B·d operations; it reads
+M·d queries once, and 2·N·B·d keys and values, mostly from L2. The softmax is the running one, in
+base 2; blocks that every query sees whole come first and need no mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+# a kernel's launch, kernel[grid](...), has no type of its own
+# pyright: reportCallIssue=false, reportArgumentType=false
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .block_lists import BlockLists
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """Sizes of one kernel: queries and keys per block, warps, pipeline stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+from .triton_blocks import LOG2_E, Tile, padded, precision, visible
+from .triton_tree_backward import tree_gradients
 
 
 def forward_tile(head_dim: int) -> Tile:
     if head_dim <= 64:
         return Tile(queries=128, keys=64, warps=4, stages=3)
     return Tile(queries=128, keys=64, warps=8, stages=3 if head_dim <= 128 else 2)
-
-
-def query_gradient_tile(head_dim: int) -> Tile:
-    if head_dim <= 64:
-        return Tile(queries=64, keys=64, warps=4, stages=3)
-    return Tile(queries=128 if head_dim <= 128 else 64, keys=64, warps=8, stages=2)
-
-
-def key_gradient_tile(head_dim: int) -> Tile:
-    # two accumulators of keys x head_dim fill the registers: few queries at a time
-    if head_dim <= 64:
-        return Tile(queries=64, keys=128, warps=8, stages=3)
-    return Tile(queries=32, keys=128 if head_dim <= 128 else 64, warps=8, stages=2)
-
-
-@triton.jit
-def visible(q, k, ends, depth_q, depth_k, window, HAS_WINDOW: tl.constexpr):
-    """Whether a query sees a key, for columns and rows in either order; missing keys end at 0."""
-    seen = (k <= q) & (q < ends)
-    if HAS_WINDOW:
-        seen = seen & (depth_q - depth_k < window)
-    return seen
 
 
 @triton.jit
@@ -148,169 +113,8 @@ def forward_kernel(
     tl.store(lse_ptr + h * T + m, high_M + tl.log2(total_M), mask=m < T)
 
 
-@triton.jit
-def query_gradient_blocks(
-    dq_MD, q_MD, do_MD, lse_M, delta_M, q_M, depth_q_M,
-    k_ptr, v_ptr, ends_ptr, depth_ptr, items_ptr, begin, stop,
-    stride_kt, stride_vt, T, D, scale, window,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    for i in range(begin, stop):
-        n = tl.load(items_ptr + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = n < T
-        held = inside[:, None] & (EVEN_D | (d[None, :] < D))
-        k_ND = tl.load(
-            k_ptr + n[:, None].to(tl.int64) * stride_kt + d[None, :], mask=held, other=0.0
-        )
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * (scale * LOG2_E)
-        p_MN = tl.exp2(score_MN - lse_M[:, None])
-        if MASKED:
-            ends_N = tl.load(ends_ptr + n, mask=inside, other=0)
-            depth_k_N = n
-            if HAS_WINDOW:
-                depth_k_N = tl.load(depth_ptr + n, mask=inside, other=0).to(tl.int32)
-            seen = visible(
-                q_M[:, None], n[None, :], ends_N[None, :], depth_q_M[:, None], depth_k_N[None, :],
-                window, HAS_WINDOW,
-            )  # fmt: skip
-            p_MN = tl.where(seen, p_MN, 0.0)
-        v_ND = tl.load(
-            v_ptr + n[:, None].to(tl.int64) * stride_vt + d[None, :], mask=held, other=0.0
-        )
-        dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
-        ds_MN = p_MN * (dp_MN - delta_M[:, None])
-        dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
-    return dq_MD
-
-
-@triton.jit
-def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, ends_ptr, depth_ptr,
-    whole_ptr, whole_at_ptr, mixed_ptr, mixed_at_ptr,
-    stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot,
-    stride_dqh, stride_dqt, T, D, group, scale, window,
-    HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    rows = m[:, None].to(tl.int64)
-    held = (m < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    q_MD = tl.load(q_ptr + h * stride_qh + rows * stride_qt + d[None, :], mask=held, other=0.0)
-    do_MD = tl.load(do_ptr + h * stride_oh + rows * stride_ot + d[None, :], mask=held, other=0.0)
-    lse_M = tl.load(lse_ptr + h * T + m, mask=m < T, other=0.0)
-    delta_M = tl.load(delta_ptr + h * T + m, mask=m < T, other=0.0)
-    k_ptr += (h // group) * stride_kh
-    v_ptr += (h // group) * stride_vh
-    depth_q_M = m
-    if HAS_WINDOW:
-        depth_q_M = tl.load(depth_ptr + m, mask=m < T, other=0).to(tl.int32)
-    dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq_MD = query_gradient_blocks(
-        dq_MD, q_MD, do_MD, lse_M, delta_M, m, depth_q_M, k_ptr, v_ptr, ends_ptr, depth_ptr,
-        whole_ptr, tl.load(whole_at_ptr + block), tl.load(whole_at_ptr + block + 1),
-        stride_kt, stride_vt, T, D, scale, window,
-        False, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq_MD = query_gradient_blocks(
-        dq_MD, q_MD, do_MD, lse_M, delta_M, m, depth_q_M, k_ptr, v_ptr, ends_ptr, depth_ptr,
-        mixed_ptr, tl.load(mixed_at_ptr + block), tl.load(mixed_at_ptr + block + 1),
-        stride_kt, stride_vt, T, D, scale, window,
-        True, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq_MD = (dq_MD * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + h * stride_dqh + rows * stride_dqt + d[None, :], dq_MD, mask=held)
-
-
-@triton.jit
-def key_gradient_blocks(
-    dk_ND, dv_ND, k_ND, v_ND, k_N, ends_N, depth_k_N,
-    q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, items_ptr, begin, stop,
-    stride_qt, stride_ot, T, D, scale, window,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    for i in range(begin, stop):
-        m = tl.load(items_ptr + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = m < T
-        held = inside[:, None] & (EVEN_D | (d[None, :] < D))
-        q_MD = tl.load(
-            q_ptr + m[:, None].to(tl.int64) * stride_qt + d[None, :], mask=held, other=0.0
-        )
-        do_MD = tl.load(
-            do_ptr + m[:, None].to(tl.int64) * stride_ot + d[None, :], mask=held, other=0.0
-        )
-        # a query that does not exist has p = exp2(0 − inf) = 0
-        lse_M = tl.load(lse_ptr + m, mask=inside, other=float("inf"))
-        delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
-        # keys down, queries across: both products into the accumulators take p and ds as they are
-        score_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * (scale * LOG2_E)
-        p_NM = tl.exp2(score_NM - lse_M[None, :])
-        if MASKED:
-            depth_q_M = m
-            if HAS_WINDOW:
-                depth_q_M = tl.load(depth_ptr + m, mask=inside, other=0).to(tl.int32)
-            seen = visible(
-                m[None, :], k_N[:, None], ends_N[:, None], depth_q_M[None, :], depth_k_N[:, None],
-                window, HAS_WINDOW,
-            )  # fmt: skip
-            p_NM = tl.where(seen, p_NM, 0.0)
-        dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
-        dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
-        dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
-    return dk_ND, dv_ND
-
-
-@triton.jit
-def key_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, ends_ptr, depth_ptr,
-    whole_ptr, whole_at_ptr, mixed_ptr, mixed_at_ptr,
-    stride_qh, stride_qt, stride_kh, stride_kt, stride_vh, stride_vt, stride_oh, stride_ot,
-    stride_dh, stride_dt, T, D, group, scale, window,
-    HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    block, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    rows = n[:, None].to(tl.int64)
-    held = (n < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    k_ND = tl.load(k_ptr + h_kv * stride_kh + rows * stride_kt + d[None, :], mask=held, other=0.0)
-    v_ND = tl.load(v_ptr + h_kv * stride_vh + rows * stride_vt + d[None, :], mask=held, other=0.0)
-    ends_N = tl.load(ends_ptr + n, mask=n < T, other=0)
-    depth_k_N = n
-    if HAS_WINDOW:
-        depth_k_N = tl.load(depth_ptr + n, mask=n < T, other=0).to(tl.int32)
-    whole_begin, whole_stop = tl.load(whole_at_ptr + block), tl.load(whole_at_ptr + block + 1)
-    mixed_begin, mixed_stop = tl.load(mixed_at_ptr + block), tl.load(mixed_at_ptr + block + 1)
-    dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for i in range(group):
-        h = h_kv * group + i
-        dk_ND, dv_ND = key_gradient_blocks(
-            dk_ND, dv_ND, k_ND, v_ND, n, ends_N, depth_k_N, q_ptr + h * stride_qh,
-            do_ptr + h * stride_oh, lse_ptr + h * T, delta_ptr + h * T, depth_ptr,
-            whole_ptr, whole_begin, whole_stop, stride_qt, stride_ot, T, D, scale, window,
-            False, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk_ND, dv_ND = key_gradient_blocks(
-            dk_ND, dv_ND, k_ND, v_ND, n, ends_N, depth_k_N, q_ptr + h * stride_qh,
-            do_ptr + h * stride_oh, lse_ptr + h * T, delta_ptr + h * T, depth_ptr,
-            mixed_ptr, mixed_begin, mixed_stop, stride_qt, stride_ot, T, D, scale, window,
-            True, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-    at = h_kv * stride_dh + rows * stride_dt + d[None, :]
-    tl.store(dk_ptr + at, (dk_ND * scale).to(dk_ptr.dtype.element_ty), mask=held)
-    tl.store(dv_ptr + at, dv_ND.to(dv_ptr.dtype.element_ty), mask=held)
-
-
 class TreeAttention(torch.autograd.Function):
-    """q [H, T, d], k and v [H_kv, T, d] -> [T, H, d]; see `triton_tree_attention`."""
+    """q [H, T, d], k and v [H_kv, T, d] -> [T, H, d]; `lists(queries, keys)` are the blocks."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, ends_T, positions_T, lists, scale, window):
@@ -325,8 +129,8 @@ class TreeAttention(torch.autograd.Function):
             blocks.whole_keys.items, blocks.whole_keys.offsets,
             blocks.mixed_keys.items, blocks.mixed_keys.offsets,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D, H * D,
-            T, D, H // k.shape[0], scale, window, window > 0, _padded(D) == D, _precision(q),
-            tile.queries, tile.keys, _padded(D), num_warps=tile.warps, num_stages=tile.stages,
+            T, D, H // k.shape[0], scale, window, window > 0, padded(D) == D, precision(q),
+            tile.queries, tile.keys, padded(D), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out_THD, lse_HT, ends_T, positions_T)
         ctx.lists, ctx.scale, ctx.window = lists, scale, window
@@ -335,38 +139,7 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out):  # type: ignore[override]
         q, k, v, out_THD, lse_HT, ends_T, positions_T = ctx.saved_tensors
-        (H, T, D), H_kv = q.shape, k.shape[0]
-        d_out = d_out.contiguous()
-        delta_HT = (d_out.float() * out_THD.float()).sum(-1).T.contiguous()
-        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(v.shape)
-        shared = (T, D, H // H_kv, ctx.scale, ctx.window)
-        shared = (*shared, ctx.window > 0, _padded(D) == D, _precision(q))
-        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D, H * D)
-        tile = key_gradient_tile(D)
-        blocks: BlockLists = ctx.lists(tile.queries, tile.keys)
-        key_gradient_kernel[(triton.cdiv(T, tile.keys), H_kv)](
-            q, k, v, d_out, lse_HT, delta_HT, dk, dv, ends_T, positions_T,
-            blocks.whole_queries.items, blocks.whole_queries.offsets,
-            blocks.mixed_queries.items, blocks.mixed_queries.offsets,
-            *strides, *dk.stride()[:2], *shared,
-            tile.queries, tile.keys, _padded(D), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        tile = query_gradient_tile(D)
-        blocks = ctx.lists(tile.queries, tile.keys)
-        query_gradient_kernel[(triton.cdiv(T, tile.queries), H)](
-            q, k, v, d_out, lse_HT, delta_HT, dq, ends_T, positions_T,
-            blocks.whole_keys.items, blocks.whole_keys.offsets,
-            blocks.mixed_keys.items, blocks.mixed_keys.offsets,
-            *strides, *dq.stride()[:2], *shared,
-            tile.queries, tile.keys, _padded(D), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return dq, dk, dv, None, None, None, None, None
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _precision(q: Tensor) -> str:
-    # float32 means float32: with tf32 a tree would not equal the rows it stands for
-    return "ieee" if q.dtype == torch.float32 else "tf32"
+        gradients = tree_gradients(
+            q, k, v, out_THD, lse_HT, d_out, ends_T, positions_T, ctx.lists, ctx.scale, ctx.window
+        )
+        return *gradients, None, None, None, None, None
