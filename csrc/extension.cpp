@@ -4,8 +4,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", "Registers turnfast's C++ operators.", -1, nullptr, nullptr,
-    nullptr,               nullptr, nullptr};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                             "_C",
+                             "Registers turnfast's C++ operators.",
+                             -1,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             nullptr};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

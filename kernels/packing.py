@@ -61,11 +61,9 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[int]:
     bins = [0] * len(lengths)
     rooms: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        for index, room in enumerate(rooms):
-            if room >= lengths[row]:
-                break
-        else:
-            index = len(rooms)
+        fits = (index for index, room in enumerate(rooms) if room >= lengths[row])
+        index = next(fits, len(rooms))
+        if index == len(rooms):
             rooms.append(budget)
         rooms[index] -= lengths[row]
         bins[row] = index

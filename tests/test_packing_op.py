@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from turnfast.kernels import packing
 from turnfast.kernels.extension import load_error
 from turnfast.kernels.packing import first_fit_decreasing, pack_rows

@@ -4,7 +4,7 @@ With the logit z_y of a token's target known first (one dot product), every expo
 there and no pass over the logits looks for a maximum:
 
     E_j = exp(z_j - z_y) for j != y, E_y = 0        S = sum_j E_j, logprob = -log1p(S)
-    dx  = c (E @ W) + p W_y                         c = -g / (1 + S), p = g S / (1 + S)
+    dx  = c (E @ W) + p W_y                         c = -g / (1 + S), p = -c S
     dW  = E^T @ (c x), row y plus p x               g = dloss/dlogprob
 
 An entropy bonus or a soft cap makes dz more than a factor times E; it is then computed from E block
@@ -108,32 +108,40 @@ class CppHead:
         if not (self.need_hidden or self.need_head):
             return None
         scale_C = -d_logprob_C / (Z_C * self.temperature)
-        patch_C = -scale_C * S_C
         slope_C = bonus_C = None
         if d_entropy_C is not None:
             bonus_C = entropies_C - log_Z_C
             slope_C = -d_entropy_C / (Z_C * self.temperature)
-            patch_C = patch_C + slope_C * (z_y_C - anchor_C + bonus_C) * E_y_C
-        if self.softcap is not None:
-            patch_C = patch_C * (1.0 - (z_y_C * (self.temperature / self.softcap)).square())
         first = self.d_head_VD is None
         if self.need_head and self.d_head_VD is None:
             self.d_head_VD = torch.empty(self.head_VD.shape, dtype=torch.float32)
-        d_x_CD = self.ops.head_backward(
+        d_x_CD, G_sum_C = self.ops.head_backward(
             x_CD,
             self.head_VD,
-            column_C,
             anchor_C,
             *self.scaling,
             self.exps,
             scale_C,
-            patch_C,
             slope_C,
             bonus_C,
             self.d_head_VD,
             first,
             self.need_hidden,
             self.kernel,
+        )
+        if self.softcap is None:
+            # A softmax is shift invariant: its dz sum to 0. Taking the target's from the sum of the
+            # others as they were rounded keeps that, so a part common to all rows of W still
+            # cancels in dx.
+            patch_C = -self.vocab.sum(G_sum_C)
+        else:
+            patch_C = -scale_C * S_C
+            if slope_C is not None:
+                patch_C = patch_C + slope_C * (z_y_C - anchor_C + bonus_C) * E_y_C
+            patch_C = patch_C * (1.0 - (z_y_C * (self.temperature / self.softcap)).square())
+        d_x_or_none = d_x_CD if self.need_hidden else None
+        self.ops.head_patch(
+            x_CD, self.head_VD, column_C, patch_C, d_x_or_none, self.d_head_VD, self.kernel
         )
         return self.vocab.sum(d_x_CD) if self.need_hidden else None
 
@@ -178,13 +186,15 @@ def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_like_tokens(x), _fake_like_tokens(x), _fake_like_tokens(x)
 
 
-def _fake_backward(x: Tensor, *given: object) -> Tensor:
-    need_hidden = given[12]
-    return x.new_empty(x.shape if need_hidden else (0,), dtype=torch.float32)
+def _fake_backward(x: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    need_hidden = given[10]
+    d_x = x.new_empty(x.shape if need_hidden else (0,), dtype=torch.float32)
+    return d_x, _fake_like_tokens(x)
 
 
 if load_error() is None:
     torch.library.register_fake("turnfast::head_pick")(_fake_like_tokens)
     torch.library.register_fake("turnfast::head_forward")(_fake_forward)
     torch.library.register_fake("turnfast::head_backward")(_fake_backward)
+    torch.library.register_fake("turnfast::head_patch")(lambda *given: None)
     torch.library.register_fake("turnfast::exp_clamped")(lambda x, kernel="": torch.empty_like(x))

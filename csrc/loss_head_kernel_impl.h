@@ -1,0 +1,663 @@
+// The inner loops for one instruction set. The including file has set the compiler's target and
+//   TURNFAST_ISA     namespace of this copy
+//   TURNFAST_LANES   floats per vector
+//   TURNFAST_ROWS    broadcast rows per register tile
+//   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`dot_pairs`, `narrow` are defined)
+//
+// "Unit" below is 4 bytes: one float, or a pair of bf16 that lie next to each other along the
+// summed index. With units, the float and the bf16 products are the same loop.
+
+namespace turnfast::TURNFAST_ISA {
+namespace {
+
+constexpr int L = TURNFAST_LANES;
+constexpr int NR = 2 * L;
+constexpr int MR = TURNFAST_ROWS;
+static_assert(kBlock % MR == 0);
+
+typedef float F __attribute__((vector_size(4 * L)));
+typedef int32_t I __attribute__((vector_size(4 * L)));
+typedef uint32_t U __attribute__((vector_size(4 * L)));
+typedef uint16_t H __attribute__((vector_size(2 * L)));
+typedef double D2 __attribute__((vector_size(8 * L)));
+// Any address, any type: what loads and stores go through.
+typedef float Fu __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef int32_t Iu __attribute__((vector_size(4 * L), aligned(4), may_alias));
+typedef uint32_t Uu __attribute__((vector_size(4 * L), aligned(2), may_alias));
+typedef uint16_t Hu __attribute__((vector_size(2 * L), aligned(2), may_alias));
+
+#define TF_INLINE inline __attribute__((always_inline))
+
+TF_INLINE F load(const void* p) { return *static_cast<const Fu*>(p); }
+TF_INLINE void store(void* p, F x) { *static_cast<Fu*>(p) = x; }
+TF_INLINE F splat(float x) { return x - F{}; }
+TF_INLINE F as_float(U x) { return reinterpret_cast<F>(x); }
+TF_INLINE U as_bits(F x) { return reinterpret_cast<U>(x); }
+TF_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
+TF_INLINE F at_least(F x, float low) { return select(x < low, splat(low), x); }
+TF_INLINE F at_most(F x, float high) { return select(x > high, splat(high), x); }
+
+// exp(x) for x in [-87, 88], clamped outside; relative error below 2e-7. NaN stays NaN: the clamps
+// compare false, and the power of two is multiplied in rather than added to the exponent bits.
+TF_INLINE F exp_clamped(F x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = at_most(at_least(x, -87.0f), 88.0f);
+  const F shifted = x * 1.44269504f + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = r * 1.3814465e-3f + 8.3687808e-3f;
+  p = p * r + 4.1668393e-2f;
+  p = p * r + 1.66665196e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * (r * r) + r;
+  return (p + 1.0f) * as_float((as_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// log(x) for normal x > 0: absolute error below 2e-7 + 1e-7 |log x|.
+TF_INLINE F log_normal(F x) {
+  // Mantissa in [sqrt(1/2), sqrt(2)).
+  const U shifted = as_bits(x) - 0x3f3504f3u;
+  const I exponent = reinterpret_cast<I>(shifted) >> 23;
+  const F m = as_float((shifted & 0x007fffffu) + 0x3f3504f3u);
+  const F s = (m - 1.0f) / (m + 1.0f);
+  const F t = s * s;
+  F p = t * 1.4939587e-1f + 1.9988643e-1f;
+  p = p * t + 3.3333388e-1f;
+  return (s + s) * (p * t + 1.0f) + __builtin_convertvector(exponent, F) * 0.693147181f;
+}
+
+TF_INLINE F tanh_clamped(F y) {
+  const F t = y * y;
+  F p = t * -5.7165796e-3f + 2.0650189e-2f;
+  p = p * t + -5.3743381e-2f;
+  p = p * t + 1.33314893e-1f;
+  p = p * t + -3.33332837e-1f;
+  const F small = p * t * y + y;
+  const F large = 1.0f - 2.0f / (exp_clamped(y + y) + 1.0f);
+  return select(t < 0.39f, small, large);
+}
+
+TF_INLINE F logits(const Head& head, F dot) {
+  if (head.softcap != 0.0f) dot = tanh_clamped(dot * (1.0f / head.softcap)) * head.softcap;
+  return dot * head.inv_temperature;
+}
+
+// --- element types -------------------------------------------------------------------------------
+
+TF_INLINE F widen(H bits, Type type) {
+  const U x = __builtin_convertvector(bits, U);
+  if (type == Type::kBFloat16) return as_float(x << 16);
+  // Half: moving the exponent into place and scaling is right for subnormals too.
+  const U magnitude = (x & 0x7fffu) << 13;
+  const F scaled = as_float(magnitude) * 0x1p112f;
+  const F special = as_float(magnitude | 0x7f800000u);
+  const F value = select(reinterpret_cast<I>((x & 0x7c00u) == 0x7c00u), special, scaled);
+  return as_float(as_bits(value) | ((x & 0x8000u) << 16));
+}
+
+TF_INLINE int64_t bytes(Type type) { return type == Type::kFloat ? 4 : 2; }
+
+TF_INLINE const char* at(const void* base, Type type, int64_t index) {
+  return static_cast<const char*>(base) + index * bytes(type);
+}
+
+// `n` <= L elements as floats, zeros behind them.
+TF_INLINE F load_some(const void* p, Type type, int64_t n) {
+  if (n >= L) {
+    if (type == Type::kFloat) return load(p);
+    return widen(*static_cast<const Hu*>(p), type);
+  }
+  if (type == Type::kFloat) {
+    F x{};
+    __builtin_memcpy(&x, p, 4 * n);
+    return x;
+  }
+  H x{};
+  __builtin_memcpy(&x, p, 2 * n);
+  return widen(x, type);
+}
+
+TF_INLINE void store_some(float* p, F x, int64_t n) {
+  __builtin_memcpy(p, &x, n < L ? 4 * n : 4 * L);
+}
+
+#if !TURNFAST_PAIRS
+// Never called: without products of pairs nothing is narrowed to bf16.
+TF_INLINE H narrow(F) { return H{}; }
+#endif
+
+TF_INLINE bool use_pairs(const Head& head) {
+  return TURNFAST_PAIRS && head.type == Type::kBFloat16;
+}
+
+// --- the register tile ---------------------------------------------------------------------------
+
+struct MulFloat {
+  static TF_INLINE F add(uint32_t a, F b, F c) {
+    float x;
+    __builtin_memcpy(&x, &a, 4);
+    return x * b + c;
+  }
+};
+
+#if TURNFAST_PAIRS
+struct MulPairs {
+  static TF_INLINE F add(uint32_t a, F b, F c) { return dot_pairs(a, b, c); }
+};
+#else
+using MulPairs = MulFloat;
+#endif
+
+// acc[i][lane] = sum_k a(i, k) b(k, lane) for MR rows; a(i, k) = a[i * ld + k] with kAlongK, else
+// a[i + k * ld]; b is a packed panel [k][NR].
+template <class Mul, bool kAlongK>
+TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k, F (&acc)[MR][2]) {
+  for (int64_t step = 0; step < k; ++step) {
+    const F b0 = load(b);
+    const F b1 = load(b + L);
+    b += NR;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const uint32_t x = kAlongK ? a[i * ld] : a[i];
+      acc[i][0] = Mul::add(x, b0, acc[i][0]);
+      acc[i][1] = Mul::add(x, b1, acc[i][1]);
+    }
+    a += kAlongK ? 1 : ld;
+  }
+}
+
+// c[i][lane] (+)= the tile.
+template <class Mul, bool kAlongK>
+__attribute__((noinline)) void tile(const uint32_t* a, int64_t ld, const float* b, int64_t k,
+                                    float* c, int64_t ldc, bool add) {
+  F acc[MR][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    acc[i][0] = add ? load(c + i * ldc) : F{};
+    acc[i][1] = add ? load(c + i * ldc + L) : F{};
+  }
+  multiply<Mul, kAlongK>(a, ld, b, k, acc);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    store(c + i * ldc, acc[i][0]);
+    store(c + i * ldc + L, acc[i][1]);
+  }
+}
+
+// --- packing -------------------------------------------------------------------------------------
+
+int64_t units(const Head& head, int64_t n) { return use_pairs(head) ? (n + 1) / 2 : n; }
+
+int64_t panel_bytes(const Head& head, int64_t C, bool scaled) {
+  const int64_t k = scaled ? units(head, C) : units(head, head.D);
+  const int64_t width = round_up(scaled ? head.D : C, NR);
+  return k * width * 4;
+}
+
+// Panel p: [units of D][NR tokens].
+void pack_tokens(const Head& head, const void* x, int64_t C, int64_t begin, int64_t end,
+                 void* out) {
+  const int64_t k = units(head, head.D);
+  const bool pairs = use_pairs(head);
+  for (int64_t p = begin; p < end; ++p) {
+    auto* panel = static_cast<uint32_t*>(out) + p * k * NR;
+    for (int64_t lane = 0; lane < NR; ++lane) {
+      const int64_t n = p * NR + lane;
+      if (n >= C) {
+        for (int64_t i = 0; i < k; ++i) panel[i * NR + lane] = 0;
+        continue;
+      }
+      const char* row = at(x, head.type, n * head.D);
+      if (pairs || head.type == Type::kFloat) {
+        const int64_t whole = pairs ? head.D / 2 : head.D;
+        for (int64_t i = 0; i < whole; ++i) __builtin_memcpy(panel + i * NR + lane, row + 4 * i, 4);
+        if (whole < k) {
+          uint16_t last;
+          __builtin_memcpy(&last, row + 4 * whole, 2);
+          panel[whole * NR + lane] = last;
+        }
+        continue;
+      }
+      for (int64_t d = 0; d < head.D; d += L) {
+        const int64_t m = head.D - d < L ? head.D - d : L;
+        const U wide = as_bits(load_some(row + 2 * d, head.type, m));
+        for (int64_t i = 0; i < m; ++i) panel[(d + i) * NR + lane] = wide[i];
+      }
+    }
+  }
+}
+
+// Panel p: [units of C][NR hidden columns] of x times the token's scale.
+void pack_scaled(const Head& head, const void* x, const float* row_scales, int64_t C, int64_t begin,
+                 int64_t end, void* out) {
+  const int64_t k = units(head, C);
+  const auto scaled = [&](int64_t n, int64_t d) {
+    if (n >= C || d >= head.D) return F{};
+    return load_some(at(x, head.type, n * head.D + d), head.type, head.D - d) * row_scales[n];
+  };
+  for (int64_t p = begin; p < end; ++p) {
+    auto* panel = static_cast<uint32_t*>(out) + p * k * NR;
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t lane = 0; lane < NR; lane += L) {
+        const int64_t d = p * NR + lane;
+        if (use_pairs(head)) {
+          const U low = __builtin_convertvector(narrow(scaled(2 * i, d)), U);
+          const U high = __builtin_convertvector(narrow(scaled(2 * i + 1, d)), U);
+          store(panel + i * NR + lane, as_float(low | (high << 16)));
+        } else {
+          store(panel + i * NR + lane, scaled(i, d));
+        }
+      }
+    }
+  }
+}
+
+// Vocabulary rows [v, v + n) as the lanes of the d-hidden product: panel j is
+// [units of n][NR hidden columns].
+void pack_weight(const Head& head, int64_t v, int64_t n, float* out) {
+  const int64_t k = units(head, n);
+  const int64_t panels = round_up(head.D, NR) / NR;
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t v0 = v + (use_pairs(head) ? 2 * i : i);
+    const char* row = at(head.weight, head.type, v0 * head.D);
+    const bool lone = 2 * i + 1 >= n;
+    for (int64_t j = 0; j < panels; ++j) {
+      for (int64_t lane = 0; lane < NR; lane += L) {
+        const int64_t d = j * NR + lane;
+        float* to = out + (j * k + i) * NR + lane;
+        if (d >= head.D) {
+          store(to, F{});
+        } else if (!use_pairs(head)) {
+          store(to, load_some(row + d * bytes(head.type), head.type, head.D - d));
+        } else {
+          const U low = as_bits(load_some(row + 2 * d, head.type, head.D - d)) >> 16;
+          const U high =
+              lone ? U{} : as_bits(load_some(row + 2 * (head.D + d), head.type, head.D - d));
+          store(to, as_float(low | high));
+        }
+      }
+    }
+  }
+}
+
+// Rows [v, v + MR) as broadcast rows: in place where their memory has the right form, else a copy
+// with zero rows past `end`.
+const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t end, float* copy, int64_t* ld) {
+  const bool pairs = use_pairs(head);
+  const bool in_place = pairs ? head.D % 2 == 0 : head.type == Type::kFloat;
+  *ld = units(head, head.D);
+  if (in_place && v + MR <= end) {
+    return reinterpret_cast<const uint32_t*>(at(head.weight, head.type, v * head.D));
+  }
+  for (int64_t i = 0; i < MR; ++i) {
+    float* to = copy + i * *ld;
+    if (v + i >= end) {
+      for (int64_t d = 0; d < *ld; ++d) to[d] = 0.0f;
+      continue;
+    }
+    const char* row = at(head.weight, head.type, (v + i) * head.D);
+    if (pairs) {
+      to[*ld - 1] = 0.0f;
+      __builtin_memcpy(to, row, 2 * head.D);
+      continue;
+    }
+    for (int64_t d = 0; d < head.D; d += L) {
+      store_some(to + d, load_some(row + d * bytes(head.type), head.type, head.D - d), head.D - d);
+    }
+  }
+  return reinterpret_cast<const uint32_t*>(copy);
+}
+
+// --- scratch -------------------------------------------------------------------------------------
+
+// Vocabulary rows worked on at a time. More rows amortise loading and storing the tiles of dX,
+// fewer keep the packed weight and the block of dW in the second-level cache.
+int64_t block_rows(const Head& head) {
+  constexpr int64_t kFloats = 1 << 16;
+  const int64_t rows = kFloats / round_up(head.D, NR) / kBlock * kBlock;
+  return rows < kBlock ? kBlock : rows > 4 * kBlock ? 4 * kBlock : rows;
+}
+
+// Forward: a copy of MR rows, then block sums. Backward: packed W block, dW block, G in both forms,
+// its sums.
+struct Layout {
+  int64_t weight, d_head, g_rows, g_pairs, sums, end;
+};
+
+Layout backward_layout(const Head& head, int64_t C) {
+  const int64_t width = round_up(head.D, NR);
+  const int64_t ld = round_up(C, NR);
+  const int64_t rows = block_rows(head);
+  Layout at{};
+  at.d_head = rows * width;
+  at.g_rows = at.d_head + rows * width;
+  at.g_pairs = at.g_rows + rows * ld + NR;
+  at.sums = at.g_pairs + rows * ld + NR;
+  at.end = at.sums + ld;
+  return at;
+}
+
+int64_t scratch_floats(const Head& head, int64_t C) {
+  const int64_t forward = MR * round_up(head.D, NR) + 3 * round_up(C, NR);
+  const int64_t backward = backward_layout(head, C).end;
+  return round_up(forward > backward ? forward : backward, 16);
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+// One tile of logits to exponentials, its sums added to the block's.
+template <class Mul, bool kPairs>
+__attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk& chunk,
+                                            const uint32_t* a, int64_t lda, const float* b,
+                                            int64_t k, int64_t v, int64_t rows, int64_t n,
+                                            float* sums) {
+  // Out of registers at once: indexing the accumulators by a loop variable would keep them in
+  // memory during the product, too.
+  F z[MR][2];
+  {
+    F acc[MR][2]{};
+    multiply<Mul, true>(a, lda, b, k, acc);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      z[i][0] = acc[i][0];
+      z[i][1] = acc[i][1];
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int64_t lane = n + half * L;
+    const F anchor = load(chunk.anchors + lane);
+    const I column = *reinterpret_cast<const Iu*>(chunk.columns + lane);
+    F sum{}, dot{};
+    F max = load(sums + 2 * chunk.ld + lane);
+    for (int64_t i = 0; i < rows; ++i) {
+      const F u = logits(head, z[i][half]) - anchor;
+      const I target = column == static_cast<int32_t>(v + i);
+      const F e = select(target, F{}, exp_clamped(u));
+      max = select((u > max) & ~target, u, max);
+      sum += e;
+      dot += e * u;
+      if (chunk.exps == nullptr) continue;
+      if (kPairs) {
+        auto* row = static_cast<uint16_t*>(chunk.exps) + (v + i) * chunk.ld;
+        *reinterpret_cast<Hu*>(row + lane) = narrow(e);
+      } else {
+        store(static_cast<float*>(chunk.exps) + (v + i) * chunk.ld + lane, e);
+      }
+    }
+    store(sums + lane, load(sums + lane) + sum);
+    store(sums + chunk.ld + lane, load(sums + chunk.ld + lane) + dot);
+    store(sums + 2 * chunk.ld + lane, max);
+  }
+}
+
+template <class Mul, bool kPairs>
+void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
+                Scratch scratch, ForwardSums out) {
+  float* copy = scratch.base;
+  float* sums = copy + MR * round_up(head.D, NR);
+  const int64_t k = units(head, head.D);
+  const int64_t ld = chunk.ld;
+  for (int64_t n = 0; n < ld; ++n) {
+    out.sum[n] = out.dot[n] = 0.0;
+    sums[2 * ld + n] = -__builtin_inff();
+  }
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = block + kBlock < end ? block + kBlock : end;
+    // Float sums within a block, double across blocks: the error does not grow with V.
+    for (int64_t n = 0; n < 2 * ld; ++n) sums[n] = 0.0f;
+    for (int64_t v = block; v < stop; v += MR) {
+      int64_t lda;
+      const uint32_t* a = broadcast_rows(head, v, stop, copy, &lda);
+      const int64_t rows = stop - v < MR ? stop - v : MR;
+      for (int64_t n = 0; n < ld; n += NR) {
+        const float* b = static_cast<const float*>(chunk.x_panels) + n * k;
+        forward_tile<Mul, kPairs>(head, chunk, a, lda, b, k, v, rows, n, sums);
+      }
+    }
+    for (int64_t n = 0; n < ld; ++n) {
+      out.sum[n] += sums[n];
+      out.dot[n] += sums[ld + n];
+    }
+  }
+  for (int64_t n = 0; n < ld; ++n) out.max[n] = sums[2 * ld + n];
+}
+
+void forward(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
+             Scratch scratch, ForwardSums out) {
+  if (use_pairs(head)) {
+    forward_as<MulPairs, true>(head, chunk, begin, end, scratch, out);
+  } else {
+    forward_as<MulFloat, false>(head, chunk, begin, end, scratch, out);
+  }
+}
+
+// --- backward ------------------------------------------------------------------------------------
+
+// dz from E where a token's row is not one factor times E: entropy bonus, soft cap. z - anchor is
+// log E, so no logits are kept.
+TF_INLINE F coefficient(const Head& head, const BackwardChunk& chunk, F e, int64_t n) {
+  const F u = log_normal(at_least(e, 1e-37f));
+  F factor = load(chunk.scales + n);
+  if (chunk.slopes != nullptr) {
+    factor += (u + load(chunk.bonuses + n)) * load(chunk.slopes + n);
+  }
+  if (head.softcap != 0.0f) {
+    const F t = (u + load(chunk.anchors + n)) * (1.0f / (head.inv_temperature * head.softcap));
+    factor *= 1.0f - t * t;
+  }
+  return e * factor;
+}
+
+// G of `n` vocabulary rows from v on, in the two forms that the products take:
+// rows: [n][ld], broadcast along tokens; pairs: [units of n][ld], broadcast along the vocabulary.
+struct Gradient {
+  const uint32_t* rows;
+  const uint32_t* pairs;
+};
+
+Gradient prepare_float(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
+                       float* out, float* sums) {
+  const int64_t ld = chunk.ld;
+  const float* e = static_cast<const float*>(chunk.exps) + v * ld;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t t = 0; t < ld; t += L) {
+      F g = load(e + i * ld + t);
+      if (chunk.transform) {
+        g = coefficient(head, chunk, g, t);
+        store(out + i * ld + t, g);
+      }
+      store(sums + t, load(sums + t) + g);
+    }
+  }
+  const auto* g = reinterpret_cast<const uint32_t*>(chunk.transform ? out : e);
+  return {g, g};
+}
+
+// G in bf16 at e + i, from E if it is not E itself.
+TF_INLINE H pair_half(const Head& head, const BackwardChunk& chunk, const uint16_t* e, uint16_t* g,
+                      int64_t i, int64_t t) {
+  H bits = *reinterpret_cast<const Hu*>(e + i);
+  if (chunk.transform) {
+    bits = narrow(coefficient(head, chunk, widen(bits, Type::kBFloat16), t));
+    *reinterpret_cast<Hu*>(g + i) = bits;
+  }
+  return bits;
+}
+
+Gradient prepare_pairs(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
+                       float* rows, float* pairs, float* sums) {
+  const int64_t ld = chunk.ld;
+  const auto* e = static_cast<const uint16_t*>(chunk.exps) + v * ld;
+  auto* g = reinterpret_cast<uint16_t*>(rows);
+  for (int64_t i = 0; i < n; i += 2) {
+    for (int64_t t = 0; t < ld; t += L) {
+      const U low = __builtin_convertvector(pair_half(head, chunk, e, g, i * ld + t, t), U);
+      U high{};
+      if (i + 1 < n) {
+        high = __builtin_convertvector(pair_half(head, chunk, e, g, (i + 1) * ld + t, t), U) << 16;
+      }
+      store(pairs + i / 2 * ld + t, as_float(low | high));
+      store(sums + t, load(sums + t) + (as_float(low << 16) + as_float(high)));
+    }
+  }
+  return {reinterpret_cast<const uint32_t*>(chunk.transform ? g : e),
+          reinterpret_cast<const uint32_t*>(pairs)};
+}
+
+template <class Mul>
+void add_d_x(const Head& head, const BackwardChunk& chunk, const uint32_t* g, const float* weight,
+             int64_t k, bool add, float* d_x) {
+  const int64_t width = round_up(head.D, NR);
+  // G's few lines per tile stay in the first-level cache while the packed weight streams by.
+  for (int64_t n = 0; n < chunk.C; n += MR) {
+    for (int64_t j = 0; j < width; j += NR) {
+      tile<Mul, false>(g + n, chunk.ld, weight + j * k, k, d_x + n * width + j, width, add);
+    }
+  }
+}
+
+template <class Mul>
+void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g, int64_t ldg,
+                 int64_t n, float* block) {
+  const int64_t width = round_up(head.D, NR);
+  const int64_t k = units(head, chunk.C);
+  const auto* x = static_cast<const float*>(chunk.x_panels);
+  for (int64_t j = 0; j < width; j += NR) {
+    for (int64_t v = 0; v < n; v += MR) {
+      tile<Mul, true>(g + v * ldg, ldg, x + j * k, k, block + v * width + j, width, false);
+    }
+  }
+}
+
+// The block [n][width] into d_head.
+void merge_d_head(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
+                  const float* block) {
+  const int64_t width = round_up(head.D, NR);
+  for (int64_t i = 0; i < n; ++i) {
+    const float* from = block + i * width;
+    float* to = chunk.d_head + (v + i) * head.D;
+    int64_t d = 0;
+    if (chunk.first) {
+      __builtin_memcpy(to, from, 4 * head.D);
+      continue;
+    }
+    for (; d + L <= head.D; d += L) store(to + d, load(to + d) + load(from + d));
+    for (; d < head.D; ++d) to[d] += from[d];
+  }
+}
+
+void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
+              Scratch scratch, double* g_sums, float* d_x) {
+  const Layout at = backward_layout(head, chunk.C);
+  float* weight = scratch.base;
+  float* block = scratch.base + at.d_head;
+  float* sums = scratch.base + at.sums;
+  const bool pairs = use_pairs(head);
+  for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] = 0.0;
+  if (d_x != nullptr && begin >= end) {
+    const int64_t size = round_up(chunk.C, MR) * round_up(head.D, NR);
+    for (int64_t i = 0; i < size; ++i) d_x[i] = 0.0f;
+  }
+  const int64_t block_size = block_rows(head);
+  for (int64_t v = begin; v < end; v += block_size) {
+    const int64_t n = end - v < block_size ? end - v : block_size;
+    for (int64_t t = 0; t < chunk.ld; ++t) sums[t] = 0.0f;
+    float* rows = scratch.base + at.g_rows;
+    const Gradient g = pairs
+                           ? prepare_pairs(head, chunk, v, n, rows, scratch.base + at.g_pairs, sums)
+                           : prepare_float(head, chunk, v, n, rows, sums);
+    for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] += sums[t];
+    if (d_x != nullptr) {
+      pack_weight(head, v, n, weight);
+      const int64_t k = units(head, n);
+      if (pairs) {
+        add_d_x<MulPairs>(head, chunk, g.pairs, weight, k, v > begin, d_x);
+      } else {
+        add_d_x<MulFloat>(head, chunk, g.rows, weight, k, v > begin, d_x);
+      }
+    }
+    if (chunk.d_head != nullptr) {
+      if (pairs) {
+        make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, n, block);
+      } else {
+        make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, n, block);
+      }
+      merge_d_head(head, chunk, v, n, block);
+    }
+  }
+}
+
+// --- per token -----------------------------------------------------------------------------------
+
+void pick(const Head& head, const void* x, const int32_t* columns, int64_t begin, int64_t end,
+          float* z) {
+  for (int64_t n = begin; n < end; ++n) {
+    if (columns[n] < 0) {
+      z[n] = 0.0f;
+      continue;
+    }
+    const char* a = at(x, head.type, n * head.D);
+    const char* b = at(head.weight, head.type, columns[n] * head.D);
+    F sum{};
+    for (int64_t d = 0; d < head.D; d += L) {
+      const int64_t m = head.D - d;
+      sum += load_some(a + d * bytes(head.type), head.type, m) *
+             load_some(b + d * bytes(head.type), head.type, m);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < L; ++i) total += sum[i];
+    z[n] = logits(head, splat(total))[0];
+  }
+}
+
+void finish_d_x(const Head& head, const float* const* d_x, int64_t workers, const float* row_scales,
+                int64_t begin, int64_t end, float* out) {
+  const int64_t width = round_up(head.D, NR);
+  for (int64_t n = begin; n < end; ++n) {
+    for (int64_t d = 0; d < head.D; d += L) {
+      F sum{};
+      for (int64_t i = 0; i < workers; ++i) sum += load(d_x[i] + n * width + d);
+      store_some(out + n * head.D + d, sum * row_scales[n], head.D - d);
+    }
+  }
+}
+
+void patch(const Head& head, const void* x, const int32_t* columns, const float* patches, int64_t C,
+           int64_t begin, int64_t end, float* d_x, float* d_head) {
+  const auto add = [&](float* to, const void* from, int64_t row, int64_t d, float factor) {
+    const F value = load_some(at(from, head.type, row * head.D + d), head.type, end - d);
+    store_some(to, load_some(to, Type::kFloat, end - d) + value * factor, end - d);
+  };
+  for (int64_t n = 0; n < C; ++n) {
+    const int64_t v = columns[n];
+    if (v < 0) continue;
+    for (int64_t d = begin; d < end; d += L) {
+      if (d_x != nullptr) add(d_x + n * head.D + d, head.weight, v, d, patches[n]);
+      if (d_head != nullptr) add(d_head + v * head.D + d, x, n, d, patches[n]);
+    }
+  }
+}
+
+void exp_all(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t m = n - i;
+    store_some(out + i, exp_clamped(load_some(x + i, Type::kFloat, m)), m);
+  }
+}
+
+}  // namespace
+
+// Constant, so that loading the library runs no instruction of this set.
+constexpr Kernel table(const char* name, bool (*supported)()) {
+  const int64_t bf16_bytes = TURNFAST_PAIRS ? 2 : 4;
+  return {name,        NR,
+          MR,          {4, bf16_bytes, 4},
+          supported,   scratch_floats,
+          panel_bytes, pack_tokens,
+          pack_scaled, pick,
+          forward,     backward,
+          finish_d_x,  patch,
+          exp_all};
+}
+
+}  // namespace turnfast::TURNFAST_ISA

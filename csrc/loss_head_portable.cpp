@@ -1,0 +1,16 @@
+// Any machine: 128-bit vectors, which every 64-bit target has.
+
+#include "loss_head_kernel.h"
+
+#define TURNFAST_ISA portable
+#define TURNFAST_LANES 4
+#define TURNFAST_ROWS 6
+#define TURNFAST_PAIRS 0
+
+#include "loss_head_kernel_impl.h"
+
+namespace turnfast {
+
+extern constinit const Kernel kPortable = portable::table("portable", [] { return true; });
+
+}  // namespace turnfast
