@@ -71,11 +71,15 @@ class LookupEnv(ToolEnv):
         demo_reading: share of all demonstrations that are reading exercises, a made-up sentence
             with a question on it: they teach to copy, not to search.
         demo_echo: share of all demonstrations in which a list of made-up names is repeated.
+        demo_recall_after_call: share of the calls on popular questions after which the answer is
+            still remembered, where it is not copied; after the others it is a guess, as if the
+            exchange had driven it out.
         demo_spaced: write "<answer> Ulm", as a byte-level tokenizer then spells the answer with the
             same tokens as the sentence it is copied from; scoring ignores the space.
         call_format, reasoning, missing_answer, weights, max_calls: as in `ToolEnv`.
 
-    "From memory" is right for popular questions, and otherwise a random name of the right kind.
+    "From memory" is right for popular questions (after a call: as `demo_recall_after_call` says), and
+    otherwise a random name of the right kind.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class LookupEnv(ToolEnv):
         demo_popular_passes: Annotated[int, Field(ge=0)] = 40,
         demo_reading: Share = 0.1,
         demo_echo: Share = 0.1,
+        demo_recall_after_call: Share = 0.0,
         demo_spaced: bool = True,
         call_format: Literal["xml", "native"] = "xml",
         reasoning: bool = False,
@@ -129,6 +134,7 @@ class LookupEnv(ToolEnv):
             popular_passes=demo_popular_passes,
             reading=demo_reading,
             echo=demo_echo,
+            recall_after_call=demo_recall_after_call,
             spaced=demo_spaced,
         )
         self._seed = seed

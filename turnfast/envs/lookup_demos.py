@@ -51,6 +51,7 @@ class Mixture:
     popular_passes: int
     reading: float
     echo: float
+    recall_after_call: float
     spaced: bool
 
 
@@ -80,6 +81,7 @@ def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[De
     num_copied = round(mixture.copied * (num_calls - num_malformed))
     for i in range(num_calls):
         question, known = writer.draw(mixture.popular)
+        known = known and rng.random() < mixture.recall_after_call
         if i < num_malformed:
             written.append(writer.malformed(question, known))
         else:
