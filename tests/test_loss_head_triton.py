@@ -166,15 +166,19 @@ def test_low_precision_is_within_the_error_budget(
 
 
 def test_errors_stay_where_they_were_measured() -> None:
-    """bf16 storage of E: log-probs keep float32 accuracy, gradients stay under 3e-3."""
+    """bf16 storage of E: log-probs keep float32 accuracy, gradients that of bf16.
+
+    The interpreter cuts bf16 off where hardware rounds to nearest, which doubles the gradient's
+    error: 6e-3 here stands for 3e-3 there.
+    """
     case = make_case(3, N=40, V=700, D=64, dtype=torch.bfloat16)
     true = truth(case)
     for impl in DESIGNS:
         out, found = run(case, impl)
         live = ~out.logprobs.isnan()
         assert float((found.logprobs - true.logprobs)[live].abs().max()) < 1e-5
-        assert relative(found.d_hidden, true.d_hidden) < 3e-3
-        assert relative(found.d_head, true.d_head) < 3e-3
+        assert relative(found.d_hidden, true.d_hidden) < 6e-3
+        assert relative(found.d_head, true.d_head) < 6e-3
 
 
 @both_designs

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..segments.reference import segment_sum
+from ..segments.reference import add_rows, segment_sum
 from .plan import Chunk, Plan, make_plan
 from .policy import Terms, Tokens, add_sums, no_sums, policy_terms, stats_vector
 from .problem import Outcome, Problem, Vocab, compute_dtype
@@ -154,9 +154,7 @@ def _backward(
         d_entropy_C = None if terms.d_entropy_C is None else terms.d_entropy_C[start:stop]
         d_x_CD = head.backward(terms.d_logprob_C[start:stop], d_entropy_C)
         if d_x_CD is not None:
-            # index_put_ sorts its indices: rows with several targets sum in a fixed order on every
-            # device.
-            d_hidden_TD.index_put_((p.rows_N[index_C],), d_x_CD, accumulate=True)
+            add_rows(d_hidden_TD, p.rows_N[index_C], d_x_CD)
         start = stop
 
 

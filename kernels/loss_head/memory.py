@@ -24,9 +24,11 @@ def recall(key: str) -> str | None:
     return _known.get(key)
 
 
-def remember(key: str, value: str) -> None:
-    """Keep a value for this process and, where the cache can be written, for the next."""
+def remember(key: str, value: str, *, lasting: bool = True) -> None:
+    """Keep a value for this process and, if lasting and the cache can be written, for the next."""
     _known[key] = value
+    if not lasting:
+        return
     path = _path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

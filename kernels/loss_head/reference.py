@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..segments.reference import add_rows
 from .driver import empty_head_gradient, run_logprobs, run_policy_loss
 from .problem import Outcome, Problem, Vocab, compute_dtype
 
@@ -97,7 +98,7 @@ class ReferenceHead:
         y_C1 = (y_C * owned_C).unsqueeze(1)
         if self.need_head:
             self.d_head_VD.addmm_(E_CV.T, x_CD * scale_C.unsqueeze(1))
-            self.d_head_VD.index_put_((column_C,), x_CD * y_C1, accumulate=True)
+            add_rows(self.d_head_VD, column_C, x_CD * y_C1)
         if not self.need_hidden:
             return None
         d_x_CD = (E_CV @ self.head_VD).mul_(scale_C.unsqueeze(1))

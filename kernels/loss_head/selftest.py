@@ -27,7 +27,8 @@ def failure(device: torch.device) -> str:
     known = memory.recall(key)
     if known is None:
         known = run(device)
-        memory.remember(key, known)
+        # A failure may be passing, such as a full device: the next process asks again.
+        memory.remember(key, known, lasting=not known)
     if known:
         warnings.warn(
             f"turnfast: the Triton loss head is OFF on {torch.cuda.get_device_name(device)}: "

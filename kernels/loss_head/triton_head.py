@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..segments.reference import add_rows
 from .driver import empty_head_gradient
 from .problem import Vocab
 from .triton_gemm import anchored_kernel
@@ -152,9 +153,7 @@ class TritonHead:
             )  # fmt: skip
         if self.need_head:
             self._add_to_head(E_CV, scaled_CD, unit)
-            own_CD = x_CD * y_C.unsqueeze(1)
-            # index_put_ sorts its indices: a fixed order for tokens with the same target.
-            self.d_head_VD.index_put_((column_C,), own_CD, accumulate=True)
+            add_rows(self.d_head_VD, column_C, x_CD * y_C.unsqueeze(1))
         if not self.need_hidden:
             return None
         d_x_CD = product(E_CV, self.head_VD)

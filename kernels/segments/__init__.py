@@ -84,8 +84,8 @@ def _check_range(segments: Tensor, num_segments: int) -> None:
     low, high = int(segments.min()), int(segments.max())
     if low < 0 or high >= num_segments:
         raise ValueError(f"segments: expected 0 <= segment < {num_segments}, got {low} to {high}")
-    starts = int((segments[1:] != segments[:-1]).sum()) + 1
-    if starts != int(torch.unique(segments).numel()):
+    runs = torch.unique_consecutive(segments)
+    if runs.numel() != torch.unique(runs).numel():
         raise ValueError("segments: expected the tokens of a segment to be contiguous")
 
 

@@ -1,4 +1,8 @@
-"""Per-turn sums and broadcasts in torch, any device."""
+"""Per-turn sums and broadcasts in torch, any device.
+
+On the CPU index_add_ runs in order; elsewhere index_put_ sorts its indices first, so that sums
+repeat bitwise.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,16 @@ from torch import Tensor
 def segment_sum(values_N: Tensor, segments_N: Tensor, num_segments: int) -> Tensor:
     """sums_K[k] = sum of values_N[n] over segments_N[n] == k."""
     sums_K = torch.zeros(num_segments, dtype=values_N.dtype, device=values_N.device)
-    # index_put_ sorts its indices, so the order of a sum is fixed on every device.
-    return sums_K.index_put_((segments_N,), values_N, accumulate=True)
+    add_rows(sums_K, segments_N, values_N)
+    return sums_K
+
+
+def add_rows(table_TD: Tensor, rows_C: Tensor, values_CD: Tensor) -> None:
+    """table_TD[rows_C[c]] += values_CD[c], in place; rows may repeat."""
+    if table_TD.device.type == "cpu":
+        table_TD.index_add_(0, rows_C, values_CD)
+    else:
+        table_TD.index_put_((rows_C,), values_CD, accumulate=True)
 
 
 def segment_broadcast(values_K: Tensor, segments_N: Tensor) -> Tensor:

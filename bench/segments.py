@@ -1,0 +1,95 @@
+"""Per-turn sums and broadcasts against the memory's floor.
+
+    python bench/segments.py [--device cuda|cpu] [--sizes 1000000x4000,...] [--rounds 20]
+                             [--table FILE]
+
+A size is N x K: tokens and turns. Correctness first (against float64). The floor of each is a copy
+of as many bytes in the same run: the sum reads 12 N bytes (values, int64 segments), the broadcast
+reads 8 N and writes 4 N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import environment, medians_s, save, table
+from torch import Tensor
+from turnfast.kernels.segments import segment_broadcast, segment_sum
+
+SIZES = "32768x512,1000000x4000,16000000x20000"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
+    parser.add_argument("--sizes", default=SIZES, help="NxK, comma separated")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+    device = torch.device(options.device)
+    rows: list[dict[str, Any]] = []
+    for text in options.sizes.split(","):
+        N, K = (int(n) for n in text.split("x"))
+        rows += bench_size(N, K, device, options.rounds)
+    record = {"environment": environment(device), "rows": rows}
+    print(table(record))
+    print(save(f"segments_{options.device}", record))
+
+
+def bench_size(N: int, K: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one size."""
+    g = torch.Generator(device=device).manual_seed(0)
+    segments_N = torch.randint(K, (N,), generator=g, device=device).sort().values
+    values_N = torch.randn(N, generator=g, device=device)
+    table_K = torch.randn(K, generator=g, device=device)
+    bytes_N = torch.empty(12 * N // 2, dtype=torch.uint8, device=device)
+    other_N = torch.empty_like(bytes_N)
+    impls = ["reference", "triton"] if device.type == "cuda" else ["reference"]
+    true_K = torch.zeros(K, dtype=torch.float64, device=device)
+    true_K.index_add_(0, segments_N, values_N.double())
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for impl in impls:
+        sums_K = segment_sum(values_N, segments_N, num_segments=K, impl=impl)
+        error = float((sums_K.double() - true_K).abs().max())
+        bound = 1e-6 * (N / K) ** 0.5 * 10
+        if not error <= bound or not torch.equal(
+            segment_broadcast(table_K, segments_N, impl=impl), table_K[segments_N]
+        ):
+            raise SystemExit(f"{impl} fails the correctness gate: {error:.1e} > {bound:.1e}")
+        calls[f"sum, turnfast {impl}"] = lambda impl=impl: segment_sum(
+            values_N, segments_N, num_segments=K, impl=impl
+        )
+        calls[f"broadcast, turnfast {impl}"] = lambda impl=impl: segment_broadcast(
+            table_K, segments_N, impl=impl
+        )
+    calls["sum, torch index_add"] = lambda: torch.zeros(K, device=device).index_add_(
+        0, segments_N, values_N
+    )
+    calls["broadcast, torch indexing"] = lambda: table_K[segments_N]
+    calls["floor: a copy of 12 N bytes"] = lambda: other_N.copy_(bytes_N)
+    times = medians_s(calls, rounds, device)
+    floor_s = times["floor: a copy of 12 N bytes"]
+    return [
+        {
+            "N": N,
+            "K": K,
+            "what": name,
+            "us": seconds * 1e6,
+            "GB/s": 12 * N / seconds / 1e9,
+            "of the floor": floor_s / seconds,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
