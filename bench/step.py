@@ -18,12 +18,12 @@ its own has at most, above what it has before its first step. Results go to benc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -152,6 +152,8 @@ class _Agent:
         words = (result.partition("</result>")[0] or question).split()
         if len(words) < 3 or (not result and draw.random() < 0.85) or draw.random() < 0.3:
             wanted = draw.choice([question, " ".join(question.split()[2:]), " ".join(words[-2:])])
+            if draw.random() < 0.5:
+                wanted += " " + "".join(draw.choice("aeioulmnrst") for _ in range(12))
             call = {"name": "search", "args": {"query": wanted}}
             written = f"<tool>{json.dumps(call)}</tool>"
             return self._chat.encode_reply(written[: -8 if draw.random() < 0.05 else None])
@@ -309,15 +311,28 @@ def _memory_of(way: str) -> float:
 
 
 def _peak_memory(recording: Recording, options: argparse.Namespace) -> float:
+    """MiB of a step above what is held before it; NaN where the system cannot tell."""
     cuda = recording.policy.device.type == "cuda"
     optimizer = Optimizer(recording.policy.model.parameters(), OptimConfig())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _step(recording, options.memory_of, optimizer, options)  # the optimizer's own state is made
     if cuda:
         before = torch.cuda.memory_allocated()
-    for _ in range(2):
-        _step(recording, options.memory_of, optimizer, options)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return ((torch.cuda.max_memory_allocated() if cuda else after) - before) / 2**20
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = _host_bytes("VmRSS")
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    _step(recording, options.memory_of, optimizer, options)
+    peak = torch.cuda.max_memory_allocated() if cuda else _host_bytes("VmHWM")
+    return (peak - before) / 2**20
+
+
+def _host_bytes(name: str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return float(line.split()[1]) * 1024
+    return float("nan")
 
 
 def _commit() -> str:

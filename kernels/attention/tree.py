@@ -29,6 +29,8 @@ _WIDEST_TRITON_HEAD = 256
 
 # Queries per tile: long enough to fill a matrix product, short beside the paths they look at.
 _TILE = 128
+# Masks of a whole pack are kept from layer to layer up to this many numbers, 64 MiB in float32.
+_MOST_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class TreeRows:
     positions_T: Tensor
     backend: TreeBackend = "sdpa"
     _lists: dict[tuple[int, int, int], BlockLists] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def tiles(self) -> list[tuple[int, int, Tensor]]:
@@ -56,6 +59,18 @@ class TreeRows:
             own = torch.arange(first, stop, device=path.device)
             made.append((first, stop, torch.cat([path, own])))
         return made
+
+    def mask(self, tile: int, window: int, dtype: torch.dtype) -> Tensor:
+        """[queries, keys] of a tile, 0 or -inf; kept for the next layer where the pack is short."""
+        if (tile, window, dtype) in self._masks:
+            return self._masks[tile, window, dtype]
+        first, stop, keys = self.tiles[tile]
+        seen = _visible(self, keys[first - stop :], keys, window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        mask = mask.masked_fill_(~seen, float("-inf"))
+        if _TILE * sum(len(keys) for _, _, keys in self.tiles) <= _MOST_KEPT:
+            self._masks[tile, window, dtype] = mask
+        return mask
 
     def block_lists(self, window: int, queries: int, keys: int) -> BlockLists:
         """Made once per layout, window and block size; all layers of a model share them."""
@@ -140,13 +155,12 @@ def _visible(rows: TreeRows, queries: Tensor, keys: Tensor, window: int) -> Tens
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float, window: int) -> Tensor:
     outputs = []
-    for first, stop, keys in rows.tiles:
-        mask = _visible(rows, keys[first - stop :], keys, window)
+    for tile, (first, stop, keys) in enumerate(rows.tiles):
         out = F.scaled_dot_product_attention(
             q[None, :, first:stop],
             k.index_select(1, keys)[None],
             v.index_select(1, keys)[None],
-            attn_mask=mask,
+            attn_mask=rows.mask(tile, window, q.dtype),
             scale=scale,
             enable_gqa=True,
         )
