@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -27,7 +28,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -73,11 +76,11 @@ class CreditConfig(Section):
 
 
 class LossConfig(Section):
-    clip_low: PositiveFloat = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     clip_high: PositiveFloat = 0.2
     ratio: Literal["token", "turn", "sequence"] = "token"
     kind: Literal["ppo", "cispo"] = "ppo"
-    dual_clip: PositiveFloat | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coef: float = 0.0
     is_cap: PositiveFloat | None = Field(None, description="truncated importance weight's cap")
     normalizer: Literal["token", "sequence", "constant"] = "token"
@@ -86,7 +89,7 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     lr: PositiveFloat = 1e-6
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     grad_clip: PositiveFloat = 0.1
@@ -142,6 +145,10 @@ class Config(Section):
                 f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leaves no room for a "
                 f"prompt in rollout.max_context = {self.rollout.max_context}"
             )
+        if self.loss.dual_clip is not None and self.loss.kind != "ppo":
+            raise ValueError(
+                f"loss.dual_clip: loss.kind = {self.loss.kind!r} has no such clip; leave it out"
+            )
         if self.train.tokens_per_microbatch < self.rollout.max_context:
             raise ValueError(
                 f"train.tokens_per_microbatch: {self.train.tokens_per_microbatch} cannot hold one "
@@ -153,7 +160,7 @@ class Config(Section):
 def recipe_path(name: str) -> Path:
     """The file of a recipe: a path, or the name of a shipped one (`demo` for `demo.toml`)."""
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise ConfigError(
                 f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}"
@@ -185,18 +192,27 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for dotted, value in _parse_flags(overrides):
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    flags = dict(_parse_flags(overrides))
+    for dotted, value in flags.items():
         _set(tree, dotted, value)
-    return build_config(tree, source=str(path))
+    return build_config(tree, source=str(path), flags=flags)
 
 
-def build_config(tree: Mapping[str, Any], *, source: str = "config") -> Config:
-    """Check a nested mapping; `source` is named in the error."""
+def build_config(
+    tree: Mapping[str, Any], *, source: str = "config", flags: Collection[str] = ()
+) -> Config:
+    """Check a nested mapping; an error names `source`, or the flag that set the field."""
     try:
         return Config.model_validate(_lists_to_tuples(tree))
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+        lines: list[str] = []
+        for item in error.errors():
+            line = _explain(item)
+            flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
+            lines.append(f"{source}: {line}" if flag is None else f"--{flag}: {line}")
+        raise ConfigError("\n".join(lines)) from None
 
 
 def to_toml(config: Config) -> str:
@@ -236,10 +252,19 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[s
 def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{dotted}: no such field{_did_you_mean(dotted, field_names())}"
+        return f"{dotted}: no such field{suggest_field(dotted)}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     return f"{dotted}: {item['msg']} (got {item['input']!r})"
+
+
+def suggest_field(dotted: str) -> str:
+    """The end of a message on an unknown field: those of the same last name, or the nearest."""
+    leaf = dotted.rpartition(".")[2].replace("-", "_")
+    same = [repr(name) for name in field_names() if name.rpartition(".")[2] == leaf]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    return _did_you_mean(dotted, field_names() if "." in dotted else list(Config.model_fields))
 
 
 def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
