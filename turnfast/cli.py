@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .config import Config, ConfigError, describe_fields, load_config, shipped_recipes
+from .config import (
+    Config,
+    ConfigError,
+    describe_fields,
+    load_config,
+    shipped_recipes,
+    suggest_field,
+)
 
 FIELDS = (
     "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
@@ -25,9 +32,13 @@ FIELDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = _parser()
-    arguments, flags = parser.parse_known_args(argv)
+    words, flags = _split(sys.argv[1:] if argv is None else argv)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        hint = suggest_field(unknown[0].lstrip("-")) if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognised arguments: {' '.join(unknown)}{hint}")
     if flags and not hasattr(arguments, "recipe"):
-        parser.error(f"unrecognised arguments: {' '.join(flags)}")
+        parser.error(f"this command takes no fields of a recipe: {' '.join(flags)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.command(arguments, flags)
@@ -45,8 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Ordinary words, and the dotted flags with their values, wherever they stand."""
+    words: list[str] = []
+    flags: list[str] = []
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            words.append(word)
+        else:
+            flags += [word] if equals else [word, *queue[:1]]
+            del queue[: not equals]
+    return words, flags
+
+
 def _is_ours(error: Exception) -> bool:
-    """Errors raised on purpose, with a text for users; a traceback of the others is a bug report."""
+    """Errors raised on purpose, with a text for users; a traceback of the rest reports a bug."""
     return type(error).__module__.startswith("turnfast.") or isinstance(error, OSError)
 
 
@@ -67,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=epilog, allow_abbrev=False
         )
         sub.set_defaults(command=function)
+        # taken after the command as well; the default would undo one given before it
+        sub.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
         if recipe:
             sub.add_argument("recipe", help="a TOML file, or the name of a shipped recipe")
         return sub
