@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -45,8 +46,8 @@ def rollout(
 
     Args:
         max_turns: a trajectory that has not ended by then is scored as it stands.
-        seed: with the task's id, the rollout's index and the turn it seeds each request, so the
-            same seed gives the same groups whatever finishes first.
+        seed: with the task's place and id, the rollout's index and the turn it seeds each request,
+            so the same seed gives the same groups whatever finishes first.
         temperature: overrides the configured one; 0 is greedy.
         should_stop: asked between engine steps.
     Raises:
@@ -60,9 +61,20 @@ def rollout(
     async def play_all() -> list[Trajectory]:
         plays = [
             asyncio.ensure_future(
-                _play(task, i, env, chat, engine, config, max_turns=max_turns, seed=seed, heat=heat)
+                _play(
+                    task,
+                    i,
+                    env,
+                    chat,
+                    engine,
+                    config,
+                    max_turns=max_turns,
+                    # a task that comes twice is rolled out anew, not copied
+                    seed=_seed(seed, place, task.id, i),
+                    heat=heat,
+                )
             )
-            for task in tasks
+            for place, task in enumerate(tasks)
             for i in range(size)
         ]
         try:
@@ -98,23 +110,30 @@ async def _play(
     turns: list[Turn] = []
     status: Status = "max_turns"
     outcome, error, begin = Outcome(), "", time.perf_counter()
+    limit = asyncio.timeout(config.trajectory_timeout_s)
     try:
-        async with asyncio.timeout(config.trajectory_timeout_s):
+        async with limit:
             episode = env.episode(task)
             talk = chat.open(await episode.start())
             context = 0
             for k in range(max_turns):
                 context = len(talk.prompt_ids) + (0 if talk.restart else context)
                 room = min(config.max_new_tokens, config.max_context - context)
+                if room < 1 and k == 0:
+                    raise ValueError(
+                        f"the first prompt has {context} tokens, which leaves no room for a turn; "
+                        f"raise rollout.max_context = {config.max_context}"
+                    )
                 if room < 1:
                     status = "context_full"
                     break
                 completion = await engine.generate(
-                    _context(turns, talk), room, heat, _seed(seed, task.id, index, k)
+                    _context(turns, talk), room, heat, _seed(seed, k)
                 )
                 context += len(completion.sampled_ids)
                 text = chat.text(completion.sampled_ids)
                 step = await episode.step(text)
+                _check_reward(step.reward)
                 turns.append(_turn(talk, completion, text, step))
                 if step.done:
                     status = "finished"
@@ -122,12 +141,15 @@ async def _play(
                 closed = completion.finish == "stop"
                 talk = chat.extend(talk, text, closed, step.messages)
             outcome = await episode.finish()
-    except TimeoutError:
-        status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
-    except Interrupted:
-        raise
-    except Exception as fault:  # an environment's own fault must cost one trajectory, not the run
-        status, error = "error", f"{type(fault).__name__}: {fault}"
+            _check_reward(outcome.reward)
+    except (Exception, asyncio.CancelledError) as fault:
+        # an environment's own fault must cost one trajectory, not the run
+        if isinstance(fault, asyncio.CancelledError) and _is_cancelled():
+            raise
+        if isinstance(fault, TimeoutError) and limit.expired():
+            status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
+        else:
+            status, error = "error", f"{type(fault).__name__}: {fault}"
     return Trajectory(
         task_id=task.id,
         index=index,
@@ -234,8 +256,20 @@ def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:
     return (*ids, *talk.prompt_ids)
 
 
-def _seed(seed: int, task_id: str, index: int, turn: int) -> int:
-    digest = hashlib.blake2b(f"{seed}\0{task_id}\0{index}\0{turn}".encode(), digest_size=8)
+def _check_reward(reward: float | None) -> None:
+    if reward is not None and not math.isfinite(reward):
+        raise ValueError(f"the environment gave a reward of {reward}")
+
+
+def _is_cancelled() -> bool:
+    """Whether the rollout itself is called off, and not something its environment waited for."""
+    play = asyncio.current_task()
+    return play is None or play.cancelling() > 0
+
+
+def _seed(*parts: int | str) -> int:
+    text = "\0".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 2  # engines take signed 64-bit seeds
 
 
