@@ -22,7 +22,7 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
-    `logprob_gap_max` the largest; ratio and clip figures are of the last update on the data."""
+    `logprob_gap_max` the largest; ratio, clip and lr figures are of the last update on the data."""
 
     loss: float = 0.0
     logprob: float = 0.0
@@ -32,6 +32,7 @@ class Update:
     ratio_max: float = 1.0
     clip_fraction: float = 0.0
     grad_norm: float = 0.0
+    lr: float = 0.0
     num_updates: int = 0
 
 
@@ -60,6 +61,9 @@ def update(
 
     The first step is on policy: its ratio is 1, no old-policy pass is needed, and the log-probs it
     computes are the old ones of the steps after it.
+
+    Raises:
+        TrainingError: loss or gradient is not finite; that update has changed nothing.
     """
     done = Update()
     for i in range(num_updates if batches else 0):
@@ -72,13 +76,16 @@ def update(
                 for batch, result in zip(batches, results, strict=True)
             ]
         loss = sum(float(result.loss.detach()) for result in results)
-        norm = optimizer.step()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        lr = optimizer.lr
+        if not math.isfinite(loss):
+            optimizer.zero_grad()
+        norm = optimizer.step() if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
             raise TrainingError(
-                f"loss {loss}, gradient norm {norm}: the weights are as they were before this update; "
+                f"loss {loss}, gradient norm {norm}: this update has changed no weight; "
                 "lower optim.lr, or resume from the last checkpoint"
             )
-        done = _last(done, results, loss, norm)
+        done = _last(done, results, loss, norm, lr)
     return done
 
 
@@ -114,7 +121,9 @@ def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
     )
 
 
-def _last(before: Update, results: Sequence[PolicyLoss], loss: float, norm: float) -> Update:
+def _last(
+    before: Update, results: Sequence[PolicyLoss], loss: float, norm: float, lr: float
+) -> Update:
     trained = [float(result.stats.tokens) for result in results]
     clipped = [
         float(stats.clip_low + stats.clip_high + stats.clip_dual)
@@ -127,5 +136,6 @@ def _last(before: Update, results: Sequence[PolicyLoss], loss: float, norm: floa
         clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True))
         / max(1.0, sum(trained)),
         grad_norm=norm,
+        lr=lr,
         num_updates=before.num_updates + 1,
     )

@@ -81,8 +81,12 @@ class RunDir:
                 f"{path}: the run directory cannot be written ({error.strerror}); "
                 "give another one with --run-dir"
             ) from error
-        sinks = open_sinks(config.train.sinks, path, config.model_dump(mode="json"), resume=resume)
-        return cls(path=path, sinks=sinks)
+        try:
+            plain = config.model_dump(mode="json")
+            return cls(path=path, sinks=open_sinks(config.train.sinks, path, plain, resume=resume))
+        except ConfigError:
+            _forget_empty(path)
+            raise
 
     @property
     def metrics(self) -> Path:
@@ -143,8 +147,8 @@ class RunDir:
     def __exit__(self, kind: object, *_: object) -> None:
         self.close()
         # a run that failed before its first line (no such model, …) must not block the next try
-        if kind is not None and not _traces(self.path):
-            (self.path / "config.toml").unlink(missing_ok=True)
+        if kind is not None:
+            _forget_empty(self.path)
 
 
 class Stopwatch:
@@ -269,6 +273,11 @@ def _traces(folder: Path) -> bool:
     return any(
         (folder / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl", "checkpoints")
     )
+
+
+def _forget_empty(folder: Path) -> None:
+    if not _traces(folder):
+        (folder / "config.toml").unlink(missing_ok=True)
 
 
 def _free_name(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from .checkpoint import load_checkpoint, newest_whole
 from .config import Config, ConfigError
 from .credit import check_rule
 from .envs import Demonstrator, Env, load_env
-from .metrics import RunDir
+from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device
 from .optim import Optimizer
 from .sampler import Sampler, make_sampler
@@ -25,7 +25,8 @@ from .types import Task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A training run in progress; the steps before `first_step` are done."""
+    """A training run in progress; the steps before `first_step` are done, and so is the evaluation
+    that was due after them if `evaluated` says so."""
 
     directory: RunDir
     policy: Policy
@@ -37,6 +38,7 @@ class Run:
     tolerance: float
     train_tasks: Sequence[Task]
     first_step: int
+    evaluated: bool
 
 
 @contextmanager
@@ -50,6 +52,9 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
     """
     check_rule(config.credit.rule, config.credit.options)
     env = open_env(config)
+    train_tasks = env.tasks("train")
+    if not train_tasks:
+        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split 'train'")
     device = pick_device(config.train.device)
     with RunDir.create(run_dir, config, resume=resume) as directory:
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
@@ -68,8 +73,9 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
                 probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
                 tolerance=config.sampler.probe_tolerance
                 or default_tolerance(policy.model.dtype, policy.device.type),
-                train_tasks=env.tasks("train"),
+                train_tasks=train_tasks,
                 first_step=done + 1,
+                evaluated=_is_evaluated(directory, done, config),
             )
         finally:
             sampler.close()
@@ -87,7 +93,7 @@ def open_env(config: Config) -> Env:
 def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
     """Where the weights are; the built-in model is made in the run directory first."""
     if config.model.path != "tiny":
-        return Path(config.model.path)
+        return _checked_folder(config.model.path)
     if not isinstance(env, Demonstrator):
         raise ConfigError(
             "model.path: 'tiny' learns its tokenizer from the environment's corpus(), which "
@@ -100,6 +106,16 @@ def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
     return folder
 
 
+def _checked_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    # a hub name is `owner/name`, or `name` for a few old ones
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ConfigError(f"model.path: there is no folder {path}")
+    return folder
+
+
 def open_chat(policy: Policy, env: Env) -> Chat:
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
     try:
@@ -109,16 +125,24 @@ def open_chat(policy: Policy, env: Env) -> Chat:
 
 
 def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
-    return make_sampler(
-        config.sampler,
-        model_folder=policy.folder,
-        model=policy.model,
-        stop_ids=chat.stop_ids,
-        max_context=config.rollout.max_context,
-        device=policy.device.type,
-        dtype=policy.model.dtype,
-        seed=config.train.seed,
-    )
+    try:
+        return make_sampler(
+            config.sampler,
+            model_folder=policy.folder,
+            model=policy.model,
+            stop_ids=chat.stop_ids,
+            max_context=config.rollout.max_context,
+            device=policy.device.type,
+            dtype=policy.model.dtype,
+            seed=config.train.seed,
+        )
+    except NotImplementedError as error:
+        raise ConfigError(f"model.path: {policy.folder}: {error}") from None
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and after the last one, is done after this."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def tasks_of_step(tasks: Sequence[Task], step: int, config: Config) -> list[Task]:
@@ -135,6 +159,15 @@ def tasks_of_step(tasks: Sequence[Task], step: int, config: Config) -> list[Task
 @lru_cache(maxsize=2)
 def _order(size: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}:{epoch}").sample(range(size), size)
+
+
+def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
+    """False also for an evaluation that a stop or a failure cut short."""
+    if step and not is_due(step, config.train.eval_every, config.train.steps):
+        return True
+    lines = read_metrics(directory.metrics) if directory.metrics.exists() else []
+    names = [name for line in lines if line["step"] == step for name in line]
+    return any(name.startswith("eval/") for name in names)
 
 
 def _restore(directory: RunDir, policy: Policy, optimizer: Optimizer) -> int:

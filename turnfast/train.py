@@ -15,8 +15,8 @@ from .loss import Update, update
 from .metrics import Stopwatch, summarise
 from .packing import Packed, pack
 from .report import write_report
-from .rollout import Interrupted, rollout
-from .run import Run, open_run, tasks_of_step
+from .rollout import Interrupted, RolloutError, rollout
+from .run import Run, is_due, open_run, tasks_of_step
 from .sync import SyncReport, sync_weights
 from .types import Credit, Group
 
@@ -31,7 +31,8 @@ def train(
     """Train until `train.steps`, or until `should_stop`; both leave a checkpoint and a report.
 
     Raises:
-        ConfigError, RolloutError, SyncError, TrainingError, CheckpointError: see their rooms.
+        RolloutError: after a checkpoint of the steps that were done.
+        ConfigError, SyncError, TrainingError, CheckpointError: see their rooms.
     """
     with (
         open_run(config, run_dir, resume=resume) as run,
@@ -42,11 +43,11 @@ def train(
         done = run.first_step - 1
         try:
             sync()
-            if done == 0:
-                _evaluate(config, run, 0, show, should_stop)
+            if not run.evaluated:
+                _evaluate(config, run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
                 if should_stop():
-                    break
+                    raise Interrupted
                 clock.lap()
                 with clock.phase("rollout"):
                     groups = rollout(
@@ -84,19 +85,19 @@ def train(
                     synced = sync()
                 done = step
                 _log(run, step, groups, credits, packed, updated, synced, clock.lap(), show, config)
-                if _due(step, config.train.eval_every, config.train.steps):
+                if is_due(step, config.train.eval_every, config.train.steps):
                     _evaluate(config, run, step, show, should_stop)
-                if _due(step, config.train.save_every, config.train.steps):
+                if is_due(step, config.train.save_every, config.train.steps):
                     _save(config, run, step)
         except Interrupted:
-            pass  # the step in hand is redone by --resume: its seeds are a function of its number
-        if done < config.train.steps:
+            # the step in hand is redone by --resume: its seeds are a function of its number
             _save(config, run, done)
-        write_report(run_dir)
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+        except RolloutError:
+            if done >= run.first_step:
+                _save(config, run, done)
+            raise
+        if run.directory.metrics.exists():
+            write_report(run_dir)
 
 
 def _log(
@@ -122,7 +123,7 @@ def _log(
         "logprob_gap": updated.logprob_gap,
         "logprob_gap/max": updated.logprob_gap_max,
         "sync_gap": synced.gap,
-        "lr": run.optimizer.lr,
+        "lr": updated.lr,
         "tokens": packed.num_tokens,
         "tokens_trained": packed.num_targets,
         "padding": 1.0 - packed.num_tokens / max(1, sum(len(b.tokens_T) for b in packed.batches)),
@@ -137,6 +138,8 @@ def _log(
 def _evaluate(
     config: Config, run: Run, step: int, show: Progress, should_stop: Callable[[], bool]
 ) -> None:
+    if not run.env.tasks("eval"):
+        return
     figures, groups = evaluate(config, run.env, run.chat, run.sampler, should_stop=should_stop)
     run.directory.log(step, figures)
     run.directory.log_rollouts(step, groups[: config.train.log_rollouts], split="eval")
