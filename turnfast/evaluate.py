@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .chat import Chat
-from .config import Config
+from .config import Config, ConfigError
 from .envs import Env
 from .jsonl import append_line, to_strict
 from .metrics import plain_group, summarise
@@ -47,19 +48,38 @@ def evaluate(
 
 
 def evaluate_model(config: Config, out: Path | None) -> str:
-    """Evaluate `model.path` without a run; the figures as one line of JSON."""
+    """Evaluate `model.path` without a run; the figures as one line of JSON.
+
+    Raises:
+        ConfigError: the text names the field and the way out.
+        RolloutError: more than `rollout.max_error_share` of the rollouts failed.
+    """
     env = open_env(config)
-    folder = model_folder(config, env, Path("runs"))
-    policy = load_policy(config.model, folder, pick_device(config.train.device))
-    chat = open_chat(policy, env)
-    sampler = open_sampler(config, policy, chat)
-    try:
-        figures, groups = evaluate(config, env, chat, sampler)
-    finally:
-        sampler.close()
+    if not env.tasks("eval"):
+        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split 'eval'")
+    if out is not None:
+        _check_writable(out)
+    with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
+        folder = model_folder(config, env, Path(scratch))
+        policy = load_policy(config.model, folder, pick_device(config.train.device))
+        chat = open_chat(policy, env)
+        sampler = open_sampler(config, policy, chat)
+        try:
+            figures, groups = evaluate(config, env, chat, sampler)
+        finally:
+            sampler.close()
     if out is not None:
         _write(out, groups)
     return json.dumps(to_strict(figures)[0])
+
+
+def _check_writable(out: Path) -> None:
+    """Before an hour of rollouts, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 def _write(out: Path, groups: Sequence[Group]) -> None:

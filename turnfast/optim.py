@@ -77,6 +77,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the master copies and the step count beside the moments."""
         state = self._adamw.state_dict()
+        state["state"] = {i: dict(values) for i, values in state["state"].items()}
         for i, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
             if master is not parameter:
                 state["state"].setdefault(i, {})["master"] = master.detach()
@@ -85,12 +86,16 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load after the model: a state without master copies (of a run in float32) leaves them
+        at the model's weights."""
         groups = [dict(group) for group in state["param_groups"]]
         self.num_steps = int(groups[0].pop("num_steps"))
         for group in groups[1:]:
             group.pop("num_steps")
         moments: dict[int, dict[str, Any]] = {}
         with torch.no_grad():
+            for parameter, own in zip(self._parameters, self._masters, strict=True):
+                own.copy_(parameter)
             for i, values in state["state"].items():
                 kept = dict(values)
                 master: Tensor | None = kept.pop("master", None)

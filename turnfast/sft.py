@@ -39,6 +39,7 @@ def sft(
         report: called after every step with its number and figures.
     Raises:
         ConfigError: the environment has no demonstrations.
+        TrainingError: the loss or its gradient is not finite.
     """
     if not isinstance(env, Demonstrator):
         raise ConfigError(
@@ -46,6 +47,8 @@ def sft(
             "start from a model that already follows instructions"
         )
     rows = [row for shown in env.demonstrations(seed) for row in demonstration_rows(chat, shown)]
+    if not rows:
+        raise ConfigError(f"env.name: {type(env).__name__}.demonstrations({seed}) is empty")
     optim = OptimConfig(lr=config.lr, betas=(0.9, 0.95), warmup_steps=20, grad_clip=1.0)
     optimizer = Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
     batches = _batches(rows, config.batch_tokens, seed, policy.device)

@@ -6,6 +6,7 @@ everything that runs on it runs on a real model too.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,11 +32,16 @@ def write_tiny_model(
     width: int = 128,
     max_context: int = 1024,
 ) -> Path:
-    """Train a tokenizer on `corpus`, draw random weights, write both to `folder`."""
+    """Train a tokenizer on `corpus`, draw random weights, write both to `folder`.
+
+    config.json comes last: a folder that has it is whole, whenever the process ended.
+    """
     transformers_logging.disable_progress_bar()
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     tokenizer = _tokenizer(corpus, vocab_size)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(partial)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -52,7 +58,11 @@ def write_tiny_model(
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
         dtype="float32",
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(config).save_pretrained(partial)
+    folder.mkdir(exist_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    partial.rmdir()
     return folder
 
 
