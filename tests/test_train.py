@@ -1,0 +1,444 @@
+"""The loop from end to end, on small models that sample for themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from turnfast.cli import main
+from turnfast.config import ConfigError, build_config, to_toml
+from turnfast.envs import Demonstration, SearchEnv
+from turnfast.metrics import read_metrics
+from turnfast.report.trajectories import read_rollouts
+from turnfast.rollout import RolloutError
+from turnfast.tiny import write_tiny_model
+from turnfast.train import train
+from turnfast.warm_start import warm_start
+
+DATA = Path(os.environ.get("TURNFAST_TEST_DATA", "/nonexistent")) / "hotpotqa"
+LETTERS = {
+    "env": {"name": "letters:Letters", "max_turns": 2},
+    "rollout": {
+        "prompts_per_step": 2,
+        "group_size": 3,
+        "max_new_tokens": 8,
+        "max_context": 96,
+    },
+    "sampler": {"backend": "local"},
+    "optim": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": 1.0},
+    "train": {
+        "steps": 4,
+        "eval_every": 2,
+        "eval_tasks": 2,
+        "save_every": 2,
+        "tokens_per_microbatch": 128,
+        "device": "cpu",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model whose first samples already differ in reward."""
+    corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
+    folder = tmp_path_factory.mktemp("model")
+    return write_tiny_model(
+        folder, corpus, seed=0, vocab_size=300, layers=2, width=64, max_context=512
+    )
+
+
+@pytest.fixture(autouse=True)
+def letters_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(model: Path | str, base: dict = LETTERS, **changed: object):
+    """The base recipe with dotted fields changed, `train__steps=2`."""
+    tree = {section: dict(fields) for section, fields in base.items()}
+    tree["model"] = {"path": str(model), **tree.get("model", {})}
+    for name, value in changed.items():
+        section, field = name.split("__")
+        tree.setdefault(section, {})[field] = value
+    return build_config(tree)
+
+
+def stop_after(count: int):
+    """A should_stop that says yes from the `count`-th question on."""
+    asked = iter(range(count))
+    return lambda: next(asked, None) is None
+
+
+def weights(run_dir: Path, step: int) -> str:
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    names = ("model.safetensors", "trainer/optimizer.safetensors")
+    return "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
+
+
+def timeless(node):
+    if isinstance(node, dict):
+        return {
+            key: timeless(value)
+            for key, value in node.items()
+            if not key.startswith("time/") and key != "time_s"
+        }
+    return [timeless(value) for value in node] if isinstance(node, list) else node
+
+
+def logged(run_dir: Path) -> list:
+    lines = [run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl"]
+    return [timeless([json.loads(line) for line in file.open()]) for file in lines]
+
+
+def steps_of(run_dir: Path) -> list[tuple[int, str]]:
+    return [
+        (line["step"], "eval" if "eval/rollouts" in line else "train")
+        for line in read_metrics(run_dir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(model, tmp_path_factory) -> Path:
+    """Four steps without a break."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        train(recipe(model), run_dir)
+    return run_dir
+
+
+def test_three_steps_on_the_built_in_world(tmp_path):
+    options = {
+        "people": 60,
+        "held_out_people": 40,
+        "train_tasks": 16,
+        "eval_tasks": 6,
+        "popular_questions": 8,
+        "demos": 300,
+        "demo_calls": 0.9,
+    }
+    base = {
+        **LETTERS,
+        "env": {"name": "lookup", "max_turns": 2, "options": options},
+        "rollout": {
+            "prompts_per_step": 3,
+            "group_size": 4,
+            "max_new_tokens": 32,
+            "max_context": 192,
+        },
+        "train": {**LETTERS["train"], "steps": 3, "tokens_per_microbatch": 512},
+        "sft": {"steps": 30, "lr": 3e-3, "batch_tokens": 1024},
+    }
+    warm = warm_start(recipe("tiny", base), tmp_path / "warm")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "warm")]
+    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
+
+    run_dir = tmp_path / "run"
+    train(recipe(warm, base), run_dir)
+    steps = [line for line in read_metrics(run_dir) if "loss" in line]
+    named = """step loss reward/outcome reward/turn tool_success exact_match grad_norm ratio/max
+        logprob_gap tokens tokens_trained padding shared_prefix zero_signal_groups time/rollout
+        time/score time/pack time/train time/sync""".split()
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        assert set(named) <= set(line) and "nonfinite" not in line
+        phases = sum(line[f"time/{p}"] for p in ("rollout", "score", "pack", "train", "sync"))
+        assert 0.98 * line["time/step"] <= phases <= line["time/step"] + 1e-9
+        assert line["padding"] == 0.0 and line["logprob_gap/max"] <= 1e-4
+        assert line["sync_gap"] <= 1e-4
+    evaluations = [line for line in read_metrics(run_dir) if "eval/exact_match" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+    assert all("eval/tool_success" in line for line in evaluations)
+    lines = read_rollouts(run_dir / "rollouts.jsonl")
+    assert lines and "<html" in (run_dir / "report.html").read_text()[:200].lower()
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        "latest",
+        "step_000002",
+        "step_000003",
+    ]
+    # the folder of a checkpoint is a model
+    train(recipe(run_dir / "checkpoints" / "step_000003", base, train__steps=1), tmp_path / "next")
+
+
+def test_steps_change_the_weights_and_carry_signal(straight, model):
+    steps = [line for line in read_metrics(straight) if "loss" in line]
+    assert all(line["grad_norm"] > 0 and line["tokens_trained"] > 0 for line in steps)
+    assert all(line["ratio/max"] == 1.0 for line in steps)
+    assert weights(straight, 2) != weights(straight, 4)
+    assert [line["lr"] for line in steps] == [1e-2] * 4
+
+
+def test_a_run_on_two_legs_is_the_run_on_one(straight, model, tmp_path):
+    run_dir = tmp_path / "run"
+    train(recipe(model, train__steps=2), run_dir)
+    train(recipe(model), run_dir, resume=True)
+    assert weights(run_dir, 4) == weights(straight, 4)
+    assert logged(run_dir) == logged(straight)
+    assert (run_dir / "config.1.toml").exists()
+
+
+def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(straight, model, tmp_path):
+    """The stops fall into evaluations and rollouts, the first, a middle and the last ones."""
+    run_dir = tmp_path / "run"
+    reached = []
+    for count in (3, 20, 9, 26, 14, 11, 40, 17, 1, 30, 25, 10**6):
+        train(recipe(model), run_dir, resume=run_dir.exists(), should_stop=stop_after(count))
+        newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+        reached.append(int(newest.removeprefix("step_")))
+    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] == 4
+    assert len(set(reached)) >= 4
+    assert weights(run_dir, 4) == weights(straight, 4)
+    assert logged(run_dir) == logged(straight)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(steps, straight, model, tmp_path):
+    """Also the last one, after which there is no step left."""
+    config = recipe(model, train__steps=steps)
+    run_dir = tmp_path / "run"
+    done = []
+
+    def in_the_evaluation_after_the_last_step() -> bool:
+        metrics = run_dir / "metrics.jsonl"
+        done.append(metrics.exists() and steps_of(run_dir)[-1] == (steps, "train"))
+        return done[-1]
+
+    train(config, run_dir, should_stop=in_the_evaluation_after_the_last_step)
+    assert steps_of(run_dir)[-1] == (steps, "train")
+    assert (run_dir / "checkpoints" / f"step_{steps:06d}").exists()
+    train(config, run_dir, resume=True)
+    assert steps_of(run_dir)[-1] == (steps, "eval")
+    train(config, run_dir, resume=True)
+    assert steps_of(run_dir).count((steps, "eval")) == 1
+    assert logged(run_dir)[0] == logged(straight)[0][: len(steps_of(run_dir))]
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, model, tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    file = run_dir / "checkpoints" / "step_000004" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    train(recipe(model), run_dir, resume=True)
+    assert "step_000004" in caplog.text and "damaged" in caplog.text
+    assert weights(run_dir, 4) == weights(straight, 4)
+    assert logged(run_dir) == logged(straight)
+
+
+def test_a_run_directory_is_not_used_twice(straight, model, tmp_path, capsys):
+    before = logged(straight)
+    recipe_file = tmp_path / "letters.toml"
+    recipe_file.write_text(to_toml(recipe(model)))
+    assert main(["train", str(recipe_file), "--run-dir", str(straight)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert logged(straight) == before
+
+
+def test_resume_of_nothing_starts_at_the_beginning(straight, model, tmp_path):
+    run_dir = tmp_path / "run"
+    train(recipe(model, train__steps=2), run_dir, resume=True)
+    assert steps_of(run_dir) == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+    assert weights(run_dir, 2) == weights(straight, 2)
+
+
+def test_a_failed_start_leaves_the_folder_free(model, tmp_path):
+    run_dir = tmp_path / "run"
+    for wrong, text in (
+        ({"model__path": "./no/such/model"}, "model.path: there is no folder"),
+        ({"credit__rule": "mt_grop"}, "did you mean 'mt_grpo'"),
+        ({"env__name": "letters:Leters"}, "did you mean 'Letters'"),
+        ({"env__options": {"wait": 1}}, "env.options.wait: no such option"),
+        ({"rollout__max_context": 9, "rollout__max_new_tokens": 8}, None),
+    ):
+        if text is None:
+            with pytest.raises(RolloutError, match=r"first prompt has \d+ tokens.*max_context"):
+                train(recipe(model, **wrong), run_dir)
+        else:
+            with pytest.raises(ConfigError, match=text):
+                train(recipe(model, **wrong), run_dir)
+        assert not (run_dir / "config.toml").exists()
+    train(recipe(model, train__steps=1), run_dir)
+
+
+def test_an_environment_without_evaluation_or_training_tasks(model, tmp_path, monkeypatch):
+    config = recipe(model, train__steps=1, env__options={"eval_words": 0})
+    train(config, tmp_path / "run")
+    assert steps_of(tmp_path / "run") == [(1, "train")]
+    monkeypatch.setattr("letters.WORDS", ())
+    with pytest.raises(ConfigError, match="no tasks in its split 'train'"):
+        train(config, tmp_path / "none")
+
+
+def test_too_many_failures_keep_the_steps_that_were_done(straight, model, tmp_path, monkeypatch):
+    from letters import Spelling
+
+    async def refuse(self):
+        raise ConnectionError("no route to the search server")
+
+    def after_two_steps() -> bool:
+        if (run_dir / "metrics.jsonl").exists() and (2, "eval") in steps_of(run_dir):
+            monkeypatch.setattr(Spelling, "finish", refuse)
+        return False
+
+    run_dir = tmp_path / "run"
+    config = recipe(model, train__save_every=0, rollout__max_error_share=0.5)
+    with pytest.raises(RolloutError, match="6 of 6 rollouts failed.*no route to the search server"):
+        train(config, run_dir, should_stop=after_two_steps)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    train(config, run_dir, resume=True)
+    assert weights(run_dir, 4) == weights(straight, 4)
+    assert logged(run_dir) == logged(straight)
+
+
+CHILD = "from turnfast.cli import main; raise SystemExit(main())"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_order(number, straight, model, tmp_path):
+    """The signal falls into a rollout whose trajectories all wait for the environment."""
+    run_dir = tmp_path / "run"
+    recipe_file = tmp_path / "slow.toml"
+    options = {"wait_s": 0.2}
+    recipe_file.write_text(to_toml(recipe(model, env__options=options)))
+    words = ["train", str(recipe_file), "--run-dir", str(run_dir)]
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, *words],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith("train 1/4"):
+                    child.send_signal(number)
+                    break
+            _, errors = child.communicate(timeout=120)
+        finally:
+            child.kill()
+    assert child.returncode == 128 + number
+    assert errors.count("\n") == 1 and number.name in errors and "--resume" in errors
+    assert (run_dir / "checkpoints" / "step_000001" / "manifest.json").exists()
+    assert (run_dir / "report.html").exists()
+    train(recipe(model, env__options=options), run_dir, resume=True)
+    assert weights(run_dir, 4) == weights(straight, 4)
+
+
+def test_another_family_and_bfloat16(model, tmp_path):
+    """A Llama with a head of its own, trained in bfloat16 with float32 masters."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    folder = tmp_path / "llama"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for dtype, gap in (("float32", 1e-4), ("bfloat16", 0.25)):
+        run_dir = tmp_path / dtype
+        train(recipe(folder, model__dtype=dtype, train__steps=1, train__eval_every=0), run_dir)
+        (step,) = (line for line in read_metrics(run_dir) if "loss" in line)
+        assert step["grad_norm"] > 0 and step["logprob_gap/max"] <= gap
+        saved = LlamaForCausalLM.from_pretrained(run_dir / "checkpoints" / "step_000001")
+        assert any(
+            not torch.equal(ours, theirs)
+            for ours, theirs in zip(saved.parameters(), llama.parameters(), strict=True)
+        )
+
+
+def test_several_updates_per_step_see_a_ratio(model, tmp_path):
+    config = recipe(
+        model,
+        train__steps=1,
+        train__updates_per_step=2,
+        loss__ratio="turn",
+        loss__is_cap=2.0,
+        loss__normalizer="constant",
+    )
+    train(config, tmp_path / "run")
+    (step,) = (line for line in read_metrics(tmp_path / "run") if "loss" in line)
+    assert step["ratio/max"] > 1.0
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="TURNFAST_TEST_DATA has no hotpotqa folder")
+def test_two_steps_on_real_questions(tmp_path):
+    """A tiny model that has learned to search for the same word whatever the question."""
+    files = {name: str(DATA / f"{name}.jsonl") for name in ("questions", "corpus")}
+    call = '<reasoning>.</reasoning><tool>{"name": "search", "args": {"query": "the film"}}</tool>'
+
+    class Shown(SearchEnv):
+        def corpus(self):
+            passages = [json.loads(line)["text"] for line in open(files["corpus"])]
+            return [*passages[:200], *[call] * 50, *[self.describe()] * 50]
+
+        def demonstrations(self, seed):
+            return [
+                Demonstration(
+                    messages=(*self.first_messages(task), {"role": "assistant", "content": call})
+                )
+                for task in self.tasks("train")[:20]
+            ]
+
+    env = Shown(**files)
+    base = {
+        **LETTERS,
+        "env": {"name": "search", "max_turns": 2, "options": files},
+        "rollout": {
+            "prompts_per_step": 3,
+            "group_size": 3,
+            "max_new_tokens": 48,
+            "max_context": 1024,
+        },
+        "train": {**LETTERS["train"], "steps": 2, "eval_every": 0, "tokens_per_microbatch": 4096},
+        "sft": {"steps": 40, "lr": 1e-2, "batch_tokens": 2048},
+    }
+    folder = write_tiny_model(
+        tmp_path / "tiny", env.corpus(), seed=0, layers=2, width=64, max_context=1024
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Shown", Shown, raising=False)
+        shown = {**base["env"], "name": f"{__name__}:Shown"}
+        warm = warm_start(recipe(folder, {**base, "env": shown}), tmp_path / "warm")
+    train(recipe(warm, base), tmp_path / "run")
+    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert sum(line["grad_norm"] for line in steps) > 0
+    assert sum(line["tool_success"] for line in steps) > 0
+    replies = [
+        turn["reply"]
+        for line in map(json.loads, (tmp_path / "run" / "rollouts.jsonl").open())
+        for rollout in line["rollouts"]
+        for turn in rollout["turns"]
+    ]
+    assert any("<result>" in reply and "Error" not in reply for reply in replies)
