@@ -81,9 +81,19 @@ def anchored(tiles: triton_head.Tiles, archs: tuple[int, ...], **switches: bool)
         "STAGES": tiles.stages,
     }
     constants.update(switches)
-    label = "-".join(["", f"{tiles.block_c}x{tiles.block_v}", *switches])
+    on = [name.lower() for name, value in switches.items() if value]
+    label = "-".join(["", f"{tiles.block_c}x{tiles.block_v}", *on])
+    # The pass over flagged rows is rare and the soft cap costs registers: a few bytes may spill
+    # there, outside the loop over D. The passes that every step runs spill nothing.
+    rare = switches.get("ONLY_FLAGGED") or switches.get("HAS_SOFTCAP")
     return Case(
-        triton_gemm.anchored_kernel, constants, tiles.warps, tiles.stages, 0, archs, label=label
+        triton_gemm.anchored_kernel,
+        constants,
+        tiles.warps,
+        tiles.stages,
+        64 if rare and tiles.block_v == 256 else 0,
+        archs,
+        label=label,
     )
 
 
@@ -133,7 +143,6 @@ def cases() -> list[Case]:
 class Usage:
     """Registers per thread; bytes per thread of stack, which is where spilled registers go."""
 
-    arch: str
     registers: int
     stack: int
 
@@ -170,9 +179,8 @@ def usage(cubin: bytes) -> Usage:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    arch = re.search(r"sm_\w+", done.stdout)
     assert found is not None, done.stdout
-    return Usage(arch=arch[0] if arch else "", registers=int(found[1]), stack=int(found[2]))
+    return Usage(registers=int(found[1]), stack=int(found[2]))
 
 
 TARGETS = [(case, arch) for case in cases() for arch in case.archs]

@@ -32,7 +32,8 @@ class Vocab:
             if start:
                 raise ValueError(f"vocab_start: expected 0 without a process group, got {start}")
             return cls(start=0, size=size, total=size, group=None)
-        group = dist.distributed_c10d._resolve_process_group(group_name)
+        # The name is what an operator's schema can carry; torch's own collectives resolve it so.
+        group = dist.distributed_c10d._resolve_process_group(group_name)  # pyright: ignore
         mine = torch.tensor([start, size], dtype=torch.int64, device=head_VD.device)
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, mine, group=group)

@@ -5,6 +5,9 @@ it up to three times (mean log-ratio; losses and the sum of their slopes; coeffi
 Reads at most 28C bytes, writes 8C and 9 numbers per program, summed afterwards in a fixed order.
 """
 
+# A kernel's launch, kernel[grid](...), has no type that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch

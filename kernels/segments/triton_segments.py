@@ -5,6 +5,9 @@ sum:       one program per segment, fixed order: bitwise repeatable; reads 4N + 
 broadcast: reads 8N bytes of ids and the table from cache, writes 4N
 """
 
+# A kernel's launch, kernel[grid](...), has no type that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch
