@@ -14,6 +14,8 @@ from .model import Policy, hidden_states
 from .optim import Optimizer
 from .types import Batch
 
+ADVICE = "this update has changed no weight; lower optim.lr, or resume from the last checkpoint"
+
 
 class TrainingError(RuntimeError):
     """The update cannot be trusted; the text names the figure that went wrong."""
@@ -67,7 +69,11 @@ def update(
     """
     done = Update()
     for i in range(num_updates if batches else 0):
-        results = [_backward(policy, batch, config, temperature) for batch in batches]
+        try:
+            results = [_backward(policy, batch, config, temperature) for batch in batches]
+        except ValueError as error:  # the loss head refuses hidden states that are not finite
+            optimizer.zero_grad()
+            raise TrainingError(f"{error}; {ADVICE}") from error
         if i == 0:
             done = _first(results, batches)
             # tokens without advantage are not computed; they stay without it in every update
@@ -81,10 +87,7 @@ def update(
             optimizer.zero_grad()
         norm = optimizer.step() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
-            raise TrainingError(
-                f"loss {loss}, gradient norm {norm}: this update has changed no weight; "
-                "lower optim.lr, or resume from the last checkpoint"
-            )
+            raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
         done = _last(done, results, loss, norm, lr)
     return done
 

@@ -112,6 +112,7 @@ def _log(
     show: Progress,
     config: Config,
 ) -> None:
+    laid_out = sum(len(batch.tokens_T) for batch in packed.batches)
     figures = {
         **summarise(groups, credits),
         "loss": updated.loss,
@@ -126,7 +127,7 @@ def _log(
         "lr": updated.lr,
         "tokens": packed.num_tokens,
         "tokens_trained": packed.num_targets,
-        "padding": 1.0 - packed.num_tokens / max(1, sum(len(b.tokens_T) for b in packed.batches)),
+        "padding": (laid_out - packed.num_tokens) / max(1, laid_out),
         "shared_prefix": packed.shared_prefix,
         **times,
     }
