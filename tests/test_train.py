@@ -46,6 +46,13 @@ LETTERS = {
     },
 }
 
+NAMED = {
+    *("step", "loss", "reward/outcome", "reward/turn", "tool_success", "exact_match"),
+    *("grad_norm", "ratio/max", "logprob_gap", "tokens", "tokens_trained", "padding"),
+    *("shared_prefix", "zero_signal_groups", "time/rollout", "time/score", "time/pack"),
+    *("time/train", "time/sync"),
+}
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -133,6 +140,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
         "popular_questions": 8,
         "demos": 300,
         "demo_calls": 0.9,
+        "demo_popular_passes": 0,
     }
     base = {
         **LETTERS,
@@ -144,25 +152,25 @@ def test_three_steps_on_the_built_in_world(tmp_path):
             "max_context": 192,
         },
         "train": {**LETTERS["train"], "steps": 3, "tokens_per_microbatch": 512},
-        "sft": {"steps": 30, "lr": 3e-3, "batch_tokens": 1024},
+        "sft": {"steps": 12, "lr": 3e-3, "batch_tokens": 1024},
     }
     warm = warm_start(recipe("tiny", base), tmp_path / "warm")
     losses = [line["loss"] for line in read_metrics(tmp_path / "warm")]
-    assert len(losses) == 30 and losses[-1] < 0.7 * losses[0]
+    assert len(losses) == 12 and losses[-1] < 0.85 * losses[0]
 
     run_dir = tmp_path / "run"
     train(recipe(warm, base), run_dir)
     steps = [line for line in read_metrics(run_dir) if "loss" in line]
-    named = """step loss reward/outcome reward/turn tool_success exact_match grad_norm ratio/max
-        logprob_gap tokens tokens_trained padding shared_prefix zero_signal_groups time/rollout
-        time/score time/pack time/train time/sync""".split()
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
-        assert set(named) <= set(line) and "nonfinite" not in line
+        assert set(line) >= NAMED and "nonfinite" not in line
         phases = sum(line[f"time/{p}"] for p in ("rollout", "score", "pack", "train", "sync"))
         assert 0.98 * line["time/step"] <= phases <= line["time/step"] + 1e-9
         assert line["padding"] == 0.0 and line["logprob_gap/max"] <= 1e-4
         assert line["sync_gap"] <= 1e-4
+        # a model that knows nothing yet earns nothing: a step without signal is no update
+        if line["zero_signal_groups"] == 1.0:
+            assert line["tokens_trained"] == line["grad_norm"] == line["lr"] == 0.0
     evaluations = [line for line in read_metrics(run_dir) if "eval/exact_match" in line]
     assert [line["step"] for line in evaluations] == [0, 2, 3]
     assert all("eval/tool_success" in line for line in evaluations)
@@ -300,7 +308,7 @@ def test_too_many_failures_keep_the_steps_that_were_done(straight, model, tmp_pa
 
     run_dir = tmp_path / "run"
     config = recipe(model, train__save_every=0, rollout__max_error_share=0.5)
-    with pytest.raises(RolloutError, match="6 of 6 rollouts failed.*no route to the search server"):
+    with pytest.raises(RolloutError, match=r"6 of 6 rollouts failed.*no route to the search"):
         train(config, run_dir, should_stop=after_two_steps)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -399,8 +407,12 @@ def test_two_steps_on_real_questions(tmp_path):
 
     class Shown(SearchEnv):
         def corpus(self):
-            passages = [json.loads(line)["text"] for line in open(files["corpus"])]
-            return [*passages[:200], *[call] * 50, *[self.describe()] * 50]
+            lines = Path(files["corpus"]).read_text().splitlines()[:200]
+            return [
+                *(json.loads(line)["text"] for line in lines),
+                *[call] * 50,
+                *[self.describe()] * 50,
+            ]
 
         def demonstrations(self, seed):
             return [

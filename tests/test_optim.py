@@ -1,0 +1,173 @@
+"""AdamW with float32 masters: small steps arrive, states return bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from turnfast.checkpoint import load_checkpoint, save_checkpoint
+from turnfast.config import OptimConfig
+from turnfast.optim import Optimizer
+
+
+def weights(*shape: int, dtype: torch.dtype, seed: int = 0) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+
+def pull(parameters, seed: int, scale: float = 1.0) -> None:
+    for i, parameter in enumerate(parameters):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        gradient = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def constant(lr: float, **changed) -> OptimConfig:
+    return OptimConfig(lr=lr, **{"warmup_steps": 0, "grad_clip": 1e9, **changed})
+
+
+def test_small_steps_add_up_in_bfloat16():
+    """At lr 1e-6 no single step reaches the last digit of a bf16 weight near 1; 4000 of them do."""
+    ours, naive = (nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = Optimizer([ours], constant(1e-6))
+    plain = torch.optim.AdamW([naive], lr=1e-6, weight_decay=0.0)
+    for step in range(4000):
+        ours.grad = torch.ones_like(ours)
+        optimizer.step()
+        if step == 0:
+            assert torch.equal(ours, torch.ones_like(ours))
+        if step < 50:
+            naive.grad = torch.ones_like(naive)
+            plain.step()
+    assert torch.equal(naive, torch.ones_like(naive))
+    assert torch.allclose(ours.float(), torch.tensor(1.0 - 4e-3), atol=4e-3)
+    assert bool((ours < 1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_adamw(dtype):
+    ours = [weights(3, 5, dtype=dtype), weights(7, dtype=dtype, seed=1)]
+    theirs = [nn.Parameter(p.detach().float()) for p in ours]
+    optimizer = Optimizer(ours, constant(1e-2, weight_decay=0.1, betas=(0.8, 0.9), grad_clip=0.5))
+    plain = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+    for seed in range(5):
+        pull(ours, seed)
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = mine.grad.float().clone()
+        expected = nn.utils.clip_grad_norm_(theirs, 0.5)
+        assert optimizer.step() == pytest.approx(float(expected), rel=1e-6)
+        plain.step()
+        assert all(p.grad is None for p in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other.to(dtype), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_returns_bit_for_bit(dtype, tmp_path):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weights(4, 4, dtype=dtype)
+
+        def save_pretrained(self, folder) -> None:
+            from safetensors.torch import save_file
+
+            save_file({"weight": self.weight.detach()}, folder / "model.safetensors")
+
+    def run(model, optimizer, steps):
+        for seed in steps:
+            pull(model.parameters(), seed)
+            optimizer.step()
+
+    config = constant(1e-3, warmup_steps=4)
+    straight = Model()
+    optimizer = Optimizer(straight.parameters(), config)
+    run(straight, optimizer, range(3))
+    save_checkpoint(
+        tmp_path, 3, model=straight, optimizer=optimizer, tokenizer=None, state={}, keep=1
+    )
+    run(straight, optimizer, range(3, 6))
+
+    resumed = Model()
+    again = Optimizer(resumed.parameters(), config)
+    load_checkpoint(tmp_path / "step_000003", model=resumed, optimizer=again)
+    assert again.num_steps == 3 and again.lr == pytest.approx(1e-3)
+    run(resumed, again, range(3, 6))
+    assert torch.equal(resumed.weight, straight.weight)
+    ours, theirs = again.state_dict(), optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for name, value in theirs["state"][0].items():
+        assert torch.equal(ours["state"][0][name], value)
+    assert ("master" in theirs["state"][0]) == (dtype == torch.bfloat16)
+
+
+def test_a_state_dict_does_not_change_the_optimizer():
+    parameter = weights(4, dtype=torch.bfloat16)
+    optimizer = Optimizer([parameter], constant(1e-3))
+    pull([parameter], 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.state_dict()["state"][0]["exp_avg"] = None
+    after = optimizer.state_dict()
+    assert set(after["state"][0]) == set(before["state"][0])
+    assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_a_float32_run_can_go_on_in_bfloat16():
+    """Its state has no master copies: they are the model's weights, not those of the base model."""
+    trained = weights(8, dtype=torch.float32)
+    optimizer = Optimizer([trained], constant(0.5))
+    pull([trained], 0)
+    optimizer.step()
+    base = weights(8, dtype=torch.bfloat16)
+    again = Optimizer([base], constant(0.5))
+    with torch.no_grad():
+        base.copy_(trained)  # what load_checkpoint does with the model first
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(base, trained.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_no_number_changes_nothing(bad, dtype):
+    parameters = [weights(3, dtype=dtype), weights(3, dtype=dtype, seed=1)]
+    optimizer = Optimizer(parameters, constant(1e-2))
+    pull(parameters, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters]
+    state = copy.deepcopy(optimizer.state_dict())
+    pull(parameters, 1)
+    parameters[1].grad[2] = bad
+    norm = optimizer.step()
+    assert not torch.isfinite(torch.tensor(norm)) and optimizer.num_steps == 1
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+    assert all(p.grad is None for p in parameters)
+    for i, entries in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state["state"][i][name]) for name, value in entries.items())
+
+
+def test_the_rate_warms_up_and_decays():
+    parameter = weights(2, dtype=torch.float32)
+    optimizer = Optimizer([parameter], OptimConfig(lr=1.0, warmup_steps=4), total_steps=10)
+    rates = []
+    for seed in range(12):
+        rates.append(optimizer.lr)
+        pull([parameter], seed)
+        optimizer.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7])
+    assert rates[9:] == pytest.approx([0.1, 0.1, 0.1])
+    assert all(rate > 0 for rate in rates)
+
+
+def test_frozen_parameters_stay():
+    free, frozen = weights(3, dtype=torch.float32), weights(3, dtype=torch.float32)
+    frozen.requires_grad_(False)
+    kept = frozen.detach().clone()
+    optimizer = Optimizer([free, frozen], constant(1e-1, weight_decay=0.5))
+    pull([free], 0)
+    optimizer.step()
+    assert torch.equal(frozen, kept) and len(optimizer.state_dict()["state"]) == 1

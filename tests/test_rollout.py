@@ -1,0 +1,607 @@
+"""Rollouts with a scripted sampler: order, faults, deadlines, stops, and token identity."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from turnfast.chat import Chat
+from turnfast.config import RolloutConfig
+from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
+from turnfast.packing import pack
+from turnfast.rollout import Interrupted, RolloutError, rollout
+from turnfast.sampler.local import LocalSampler
+from turnfast.sampler.scripted import (
+    ScriptedSampler,
+    everything,
+    newest,
+    oldest,
+    shuffled,
+)
+from turnfast.types import Credit
+
+CONFIG = RolloutConfig(
+    prompts_per_step=2, group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60
+)
+ANSWER = "<answer>done</answer>"
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_folder):
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+def call(name: str, **args: str) -> str:
+    inner = ", ".join(f'"{key}": "{value}"' for key, value in args.items())
+    return f'<tool>{{"name": "{name}", "args": {{{inner}}}}}</tool>'
+
+
+def task(name: str) -> Task:
+    return Task(id=name, question=f"task {name}", answers=("done",))
+
+
+class Recorder(ScriptedSampler):
+    """Notes every request, and what was asked in it."""
+
+    def __init__(self, chat: Chat, say, *, pick=everything) -> None:
+        self.requests = []
+        self.prompts: list[str] = []
+        self._chat, self._say = chat, say
+        super().__init__(self._answer, pick=pick)
+
+    def submit(self, request) -> None:
+        self.requests.append(request)
+        self.prompts.append(self._chat.tokenizer.decode(request.prompt_ids))
+        super().submit(request)
+
+    def _answer(self, prompt_ids):
+        return self._chat.encode_reply(self._say(self._chat.tokenizer.decode(prompt_ids)))
+
+
+class Workshop(ToolEnv):
+    """Tools that work, and tools with every fault there is."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(instructions="", max_result_chars=1000, **options)
+        self.gate: asyncio.Event | None = None
+        self.release = threading.Event()
+
+    def tasks(self, split):
+        return [task("a"), task("b")]
+
+    @tool
+    def echo(self, text: str) -> str:
+        """Say it again."""
+        return text
+
+    @tool
+    async def wait(self) -> str:
+        """Until the gate opens."""
+        assert self.gate is not None
+        await self.gate.wait()
+        return "open"
+
+    @tool
+    def hang(self) -> str:
+        """Hold a thread."""
+        self.release.wait(30)
+        return "late"
+
+    @tool
+    def crash(self) -> str:
+        """Raise."""
+        raise ZeroDivisionError("the drill broke")
+
+    @tool
+    def flood(self) -> str:
+        """Too much of everything."""
+        return "x" * 5000
+
+    @tool
+    def garbled(self) -> str:
+        """Not UTF-8."""
+        return b"\xff\xfe".decode("utf-8", errors="surrogateescape")
+
+
+@pytest.fixture
+def workshop():
+    env = Workshop()
+    env.set_limits(max_turns=4, tool_timeout_s=30.0)
+    yield env
+    env.release.set()
+
+
+def timeless(groups):
+    return [
+        replace(group, trajectories=tuple(replace(t, time_s=0.0) for t in group.trajectories))
+        for group in groups
+    ]
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
+    """The tool of `a` returns only after `b` has asked for its fourth turn: in lock step that would
+    never come."""
+    workshop.gate = asyncio.Event()
+
+    def say(prompt: str) -> str:
+        if "task a" in prompt:
+            return ANSWER if "open" in prompt else call("wait")
+        if prompt.count("assistant") == 4:
+            workshop.gate.set()
+            return ANSWER
+        return call("echo", text="b")
+
+    sampler = Recorder(chat, say)
+    groups = rollout(
+        workshop.tasks("train"),
+        workshop,
+        chat,
+        sampler,
+        CONFIG,
+        max_turns=4,
+        seed=0,
+        group_size=1,
+    )
+    order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
+    assert order == ["a", "b", "b", "b", "b", "a"]
+    assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
+    assert [len(t.turns) for group in groups for t in group.trajectories] == [2, 4]
+
+
+@pytest.mark.parametrize("pick", [everything, oldest, newest, shuffled(1), shuffled(2)])
+def test_same_groups_whatever_finishes_first(chat, workshop, pick):
+    def say(prompt: str) -> str:
+        depth = prompt.count("assistant")
+        return ANSWER if depth > 2 else call("echo", text=f"{depth} {len(prompt)}")
+
+    def play(pick):
+        sampler = Recorder(chat, say, pick=pick)
+        groups = rollout(
+            workshop.tasks("train"), workshop, chat, sampler, CONFIG, max_turns=4, seed=3
+        )
+        seeds = {(request.prompt_ids, request.seed) for request in sampler.requests}
+        assert sampler.num_pending == 0
+        return timeless(groups), seeds
+
+    assert play(pick) == play(everything)
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 16])
+def test_same_samples_in_batches_of_any_size(tiny_folder, chat, workshop, num_slots):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+    def play(slots: int):
+        sampler = LocalSampler(model, stop_ids=chat.stop_ids, num_slots=slots, max_context=480)
+        config = CONFIG.model_copy(update={"max_new_tokens": 6})
+        env = Workshop(missing_answer="remind")
+        groups = rollout(env.tasks("train"), env, chat, sampler, config, max_turns=3, seed=5)
+        return [
+            [turn.sampled_ids for turn in t.turns] for group in groups for t in group.trajectories
+        ]
+
+    samples = play(num_slots)
+    assert samples == play(8)
+    assert len({str(sample) for sample in samples}) == 4  # every rollout has draws of its own
+
+
+def test_every_request_has_a_seed_of_its_own(chat, workshop):
+    """Also when a task comes twice, which small data sets do in one step."""
+    sampler = Recorder(chat, lambda prompt: call("echo", text="x"))
+    tasks = [task("a"), task("b"), task("a")]
+    rollout(tasks, workshop, chat, sampler, CONFIG, max_turns=2, seed=0)
+    seeds = [request.seed for request in sampler.requests]
+    assert len(seeds) == len(set(seeds)) == 3 * 2 * 2
+    again = Recorder(chat, lambda prompt: call("echo", text="x"))
+    rollout(tasks, workshop, chat, again, CONFIG, max_turns=2, seed=0)
+    assert sorted(seeds) == sorted(request.seed for request in again.requests)
+    other = Recorder(chat, lambda prompt: call("echo", text="x"))
+    rollout(tasks, workshop, chat, other, CONFIG, max_turns=2, seed=1)
+    assert not set(seeds) & {request.seed for request in other.requests}
+
+
+# --- faults of tools ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("crash", "ZeroDivisionError: the drill broke"),
+        ("hang", "gave no result in 0.05 s"),
+        ("flood", "5000 characters, the limit is 1000"),
+        ("garbled", "invalid UTF-8"),
+        ("nothing", "no such tool"),
+    ],
+)
+def test_a_faulty_tool_ends_its_own_call(chat, workshop, name, told):
+    """The agent reads the error in its next prompt; its neighbour sees nothing of it."""
+    workshop.set_limits(max_turns=4, tool_timeout_s=0.05)
+
+    def say(prompt: str) -> str:
+        if prompt.count("assistant") > 1:
+            return ANSWER
+        return call(name) if "task a" in prompt else call("echo", text="fine")
+
+    sampler = Recorder(chat, say)
+    groups = rollout(
+        workshop.tasks("train"),
+        workshop,
+        chat,
+        sampler,
+        CONFIG,
+        max_turns=4,
+        seed=0,
+        group_size=1,
+    )
+    (broken,), (whole,) = (group.trajectories for group in groups)
+    assert broken.status == whole.status == "finished"
+    assert (broken.turns[0].tool_calls, broken.turns[0].tool_successes) == (1, 0)
+    assert (whole.turns[0].tool_calls, whole.turns[0].tool_successes) == (1, 1)
+    assert told in broken.turns[0].reply and "Error:" in broken.turns[0].reply
+    second = [p for p in sampler.prompts if "task a" in p][1]
+    assert told in second
+    assert broken.outcome == whole.outcome > 0
+
+
+# --- faults of environments -----------------------------------------------------------------------
+
+
+class Fragile:
+    """An environment that breaks where it is told to: at `start`, `step` or `finish`."""
+
+    tools = ()
+    native_calls = False
+
+    def __init__(self, fault, where: str = "step", broken: tuple[str, ...] = ("b",)) -> None:
+        self.fault, self.where, self.broken = fault, where, broken
+        self.cancelled = 0
+
+    def tasks(self, split):
+        return [task(name) for name in "abcdefgh"]
+
+    def episode(self, task):
+        return FragileEpisode(self, task)
+
+
+class FragileEpisode:
+    def __init__(self, env: Fragile, task: Task) -> None:
+        self._env, self._task = env, task
+
+    async def _break(self, where: str):
+        env = self._env
+        if where == env.where and self._task.id in env.broken:
+            try:
+                return await env.fault()
+            except asyncio.CancelledError:
+                env.cancelled += 1
+                raise
+        return None
+
+    async def start(self):
+        await self._break("start")
+        return [{"role": "user", "content": self._task.question}]
+
+    async def step(self, text: str):
+        return await self._break("step") or Step(done=True, reward=1.0)
+
+    async def finish(self):
+        return await self._break("finish") or Outcome(reward=1.0)
+
+
+async def forever():
+    await asyncio.Event().wait()
+
+
+async def broken():
+    raise KeyError("no such page")
+
+
+async def too_late():
+    raise TimeoutError("the wiki did not answer")
+
+
+async def called_off():
+    raise asyncio.CancelledError
+
+
+async def no_number_step():
+    return Step(reward=float("nan"))
+
+
+async def no_number_outcome():
+    return Outcome(reward=float("inf"))
+
+
+def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=everything, **changed):
+    sampler = Recorder(chat, lambda prompt: "hm", pick=pick)
+    config = CONFIG.model_copy(update=changed)
+    try:
+        return rollout(
+            env.tasks("train"),
+            env,
+            chat,
+            sampler,
+            config,
+            max_turns=2,
+            seed=0,
+            group_size=group_size,
+            should_stop=should_stop,
+        )
+    finally:
+        assert sampler.num_pending == 0
+
+
+@pytest.mark.parametrize("where", ["start", "step", "finish"])
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (broken, "KeyError: 'no such page'"),
+        (too_late, "TimeoutError: the wiki did not answer"),
+        (called_off, "CancelledError"),
+    ],
+)
+def test_an_environment_that_raises_costs_one_trajectory(chat, where, fault, text):
+    groups = play_fragile(chat, Fragile(fault, where))
+    lone = groups[1].trajectories[0]
+    assert lone.status == "error" and text in lone.error and lone.failed
+    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"), [(no_number_step, "step"), (no_number_outcome, "finish")]
+)
+def test_a_reward_that_is_no_number_costs_one_trajectory(chat, fault, where):
+    lone = play_fragile(chat, Fragile(fault, where))[1].trajectories[0]
+    assert lone.status == "error" and "reward of" in lone.error
+
+
+def test_failed_trajectories_are_trained_on_by_nobody(chat):
+    groups = play_fragile(chat, Fragile(broken, "finish"), group_size=2)
+    assert groups[1].trajectories[0].turns  # it had sampled something
+    credits = [Credit(rule="test", advantages=((1.0,), (-1.0,))) for _ in groups]
+    packed = pack(groups, credits, budget=512)
+    kept = sum(t.num_sampled for g in groups for t in g.trajectories if not t.failed)
+    assert packed.num_targets == kept > 0
+
+
+def test_too_many_failures_end_the_run_and_show_the_first(chat):
+    groups = play_fragile(chat, Fragile(broken, broken=("c",)), max_error_share=0.125)
+    assert groups[2].trajectories[0].failed
+    with pytest.raises(RolloutError) as caught:
+        play_fragile(chat, Fragile(broken, broken=("c", "f")), max_error_share=0.125)
+    text = str(caught.value)
+    assert "2 of 8" in text and "rollout.max_error_share = 0.125" in text
+    assert "task 'c'" in text and "no such page" in text
+
+
+# --- deadlines ------------------------------------------------------------------------------------
+
+
+def test_a_trajectory_has_a_deadline(chat):
+    env = Fragile(forever)
+    groups = play_fragile(chat, env, trajectory_timeout_s=0.1)
+    lone = groups[1].trajectories[0]
+    assert (lone.status, lone.error) == ("timeout", "no end after 0.1 s")
+    assert env.cancelled == 1
+    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
+
+
+def test_a_trajectory_whose_sample_does_not_come_is_aborted(chat):
+    never = lambda waiting: [r for r in waiting if "task b" not in chat.text(r.prompt_ids)]
+    groups = play_fragile(chat, Fragile(broken, broken=()), pick=never, trajectory_timeout_s=0.1)
+    assert groups[1].trajectories[0].status == "timeout"
+
+
+def test_a_step_has_a_deadline(chat):
+    env = Fragile(forever, broken=("b", "d"))
+    with pytest.raises(RolloutError, match=r"rollout\.step_timeout_s: 2 of 8 .* after 0\.1 s"):
+        play_fragile(chat, env, step_timeout_s=0.1)
+    assert env.cancelled == 2
+
+
+def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
+    config = CONFIG.model_copy(update={"max_context": 160})
+    sampler = Recorder(chat, lambda prompt: call("echo", text="more and more of it"))
+    groups = rollout(
+        [task("a")], workshop, chat, sampler, config, max_turns=50, seed=0, group_size=1
+    )
+    (lone,) = groups[0].trajectories
+    assert lone.status == "context_full" and 0 < len(lone.turns) < 50
+    assert lone.metrics["answered"] == 0.0 and not lone.failed
+    assert all(len(r.prompt_ids) + r.max_new_tokens <= 160 for r in sampler.requests)
+
+
+def test_a_prompt_that_never_fits_is_an_error(chat, workshop):
+    config = CONFIG.model_copy(update={"max_context": 5})
+    with pytest.raises(RolloutError, match=r"the first prompt has \d+ tokens.*max_context = 5"):
+        rollout(
+            [task("a")],
+            workshop,
+            chat,
+            Recorder(chat, lambda prompt: ANSWER),
+            config,
+            max_turns=2,
+            seed=0,
+        )
+
+
+# --- stops ----------------------------------------------------------------------------------------
+
+
+def test_a_stop_while_all_wait_for_their_tools(chat):
+    env = Fragile(forever, broken=tuple("abcdefgh"))
+    begin = time.perf_counter()
+    asked = iter(range(3))
+    with pytest.raises(Interrupted):
+        play_fragile(chat, env, should_stop=lambda: next(asked, None) is None)
+    assert env.cancelled == 8  # nobody is left behind
+    assert time.perf_counter() - begin < 30
+
+
+def test_a_stop_while_the_sampler_is_busy(chat):
+    asked = iter(range(5))
+    with pytest.raises(Interrupted):
+        play_fragile(
+            chat,
+            Fragile(broken, broken=()),
+            pick=lambda waiting: [],
+            should_stop=lambda: next(asked, None) is None,
+        )
+
+
+def test_a_stop_while_tools_hang_in_threads(chat, workshop):
+    asked = iter(range(4))
+    sampler = Recorder(chat, lambda prompt: call("hang"))
+    with pytest.raises(Interrupted):
+        rollout(
+            workshop.tasks("train"),
+            workshop,
+            chat,
+            sampler,
+            CONFIG,
+            max_turns=2,
+            seed=0,
+            should_stop=lambda: next(asked, None) is None,
+        )
+    assert sampler.num_pending == 0 and len(sampler.requests) == 4
+
+
+def test_a_sampler_that_breaks_ends_the_rollout(chat):
+    env = Fragile(forever)
+
+    def fail(waiting):
+        if len(waiting) < 8:
+            raise ValueError("the engine died")
+        return waiting[:1]
+
+    with pytest.raises(ValueError, match="the engine died"):
+        play_fragile(chat, env, pick=fail)
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+class Babel:
+    """Answers with random text, special-token look-alikes included."""
+
+    tools = ()
+    native_calls = False
+
+    def __init__(self, replies: list[str]) -> None:
+        self._replies = replies
+
+    def tasks(self, split):
+        return [task("a"), task("b")]
+
+    def episode(self, task):
+        return BabelEpisode(self._replies)
+
+
+class BabelEpisode:
+    def __init__(self, replies: list[str]) -> None:
+        self._replies = iter(replies)
+
+    async def start(self):
+        return [{"role": "user", "content": next(self._replies)}]
+
+    async def step(self, text: str):
+        reply = next(self._replies, None)
+        if reply is None:
+            return Step(done=True)
+        return Step(messages=({"role": "user", "content": reply},))
+
+    async def finish(self):
+        return Outcome()
+
+
+REPLY = st.one_of(
+    st.text(max_size=10),
+    st.sampled_from(["", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "é𝄞\u202e"]),
+)
+
+
+def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
+    """(trajectory, ids that a target sees, target, sampler's log-prob), for every target."""
+    found = []
+    tokens = batch.tokens_T.tolist()
+    if batch.ends_T is None:
+        edges = list(pairwise(batch.cu_seqlens.tolist()))
+    for n, row in enumerate(batch.rows_N.tolist()):
+        if batch.ends_T is None:
+            first = next(begin for begin, end in edges if begin <= row < end)
+            seen = tokens[first : row + 1]
+        else:
+            ends = batch.ends_T.tolist()
+            seen = [tokens[t] for t in range(row + 1) if ends[t] > row]
+        trajectory = int(batch.sequences_K[batch.turns_N[n]])
+        logprob = float(batch.sampler_logprobs_N[n])
+        found.append((trajectory, tuple(seen), int(batch.targets_N[n]), round(logprob, 4)))
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    replies=st.lists(REPLY, min_size=1, max_size=4),
+    seed=st.integers(0, 2**32),
+    share_prefixes=st.booleans(),
+)
+def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes):
+    """From the sampler's requests and answers to the micro-batches, nothing is encoded anew."""
+
+    def reply(prompt_ids):
+        draw = random.Random(f"{seed} {prompt_ids}")
+        body = [draw.randrange(3, 300) for _ in range(draw.randrange(0, 6))]
+        return body + [chat.end_id] * (draw.random() < 0.8 or not body)
+
+    def score(prompt_ids, sampled_ids):
+        return [-0.25 * (1 + i + len(prompt_ids) % 7) for i in range(len(sampled_ids))]
+
+    sampled = []
+
+    class Noting(ScriptedSampler):
+        def step(self):
+            asked = dict(self._waiting)
+            done = super().step()
+            sampled.extend((asked[c.id].prompt_ids, c.sampled_ids, c.logprobs) for c in done)
+            return done
+
+    env = Babel(replies)
+    groups = rollout(
+        env.tasks("train"),
+        env,
+        chat,
+        Noting(reply, score=score, pick=shuffled(seed)),
+        CONFIG,
+        max_turns=3,
+        seed=seed,
+    )
+    credits = [
+        Credit(
+            rule="test",
+            advantages=tuple(tuple(1.0 + k for k in range(len(t.turns))) for t in g.trajectories),
+        )
+        for g in groups
+    ]
+    packed = pack(groups, credits, budget=512, share_prefixes=share_prefixes)
+    trained = [item for batch in packed.batches for item in contexts(batch)]
+    expected = sorted(
+        (prompt_ids + ids[:i], ids[i], round(logprobs[i], 4))
+        for prompt_ids, ids, logprobs in sampled
+        for i in range(len(ids))
+    )
+    assert sorted(item[1:] for item in trained) == expected
+    trajectories = [t for group in groups for t in group.trajectories]
+    for i, trajectory in enumerate(trajectories):
+        told = [target for number, _, target, _ in trained if number == i]
+        assert told == [token for turn in trajectory.turns for token in turn.sampled_ids]

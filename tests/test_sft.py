@@ -1,0 +1,161 @@
+"""The warm start: its gradient is that of the negative log-likelihood, and it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turnfast.chat import Chat
+from turnfast.config import ConfigError, LossConfig, ModelConfig, OptimConfig, SftConfig
+from turnfast.envs import Demonstration
+from turnfast.loss import update
+from turnfast.model import Policy, load_policy
+from turnfast.optim import Optimizer
+from turnfast.packing import batch_of
+from turnfast.sft import demonstration_rows, sft
+
+TALK = Demonstration(
+    messages=(
+        {"role": "user", "content": "Who wrote Ulm?"},
+        {"role": "assistant", "content": "<tool>Ulm</tool>"},
+        {"role": "user", "content": "Ida wrote <|im_end|> Ulm."},
+        {"role": "assistant", "content": "Ida"},
+    )
+)
+SHORT = Demonstration(
+    messages=(
+        {"role": "user", "content": "Oslo?"},
+        {"role": "assistant", "content": "é𝄞"},
+        {"role": "user", "content": "left open"},
+    )
+)
+
+
+class Shown:
+    """An environment that is nothing but demonstrations."""
+
+    tools = ()
+    native_calls = False
+
+    def __init__(self, *demonstrations: Demonstration) -> None:
+        self._demonstrations = demonstrations
+
+    def tasks(self, split):
+        return []
+
+    def episode(self, task):
+        raise NotImplementedError
+
+    def demonstrations(self, seed):
+        return self._demonstrations
+
+    def corpus(self):
+        return []
+
+
+@pytest.fixture
+def policy(tiny_folder) -> Policy:
+    return load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
+
+
+@pytest.fixture
+def chat(policy) -> Chat:
+    return Chat(policy.tokenizer)
+
+
+def test_targets_are_the_assistants_words_and_ends(chat):
+    (row,) = demonstration_rows(chat, TALK)
+    said = [chat.encode_reply("<tool>Ulm</tool>"), chat.encode_reply("Ida")]
+    assert row.targets == [*said[0], *said[1]]
+    for place, target in zip(row.rows[:-1], row.targets[:-1], strict=True):
+        assert row.tokens[place + 1] == target
+    assert set(row.advantages) == {1.0}
+    (short,) = demonstration_rows(chat, SHORT)
+    assert chat.text(short.targets) == "é𝄞" and short.targets[-1] == chat.end_id
+
+
+def test_the_gradient_is_that_of_the_likelihood(policy, chat):
+    rows = [row for shown in (TALK, SHORT) for row in demonstration_rows(chat, shown)]
+    count = sum(len(row.targets) for row in rows)
+    gradients = []
+
+    class Keeping(Optimizer):
+        def step(self) -> float:
+            gradients.extend(p.grad.clone() for p in self._parameters)
+            return super().step()
+
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    optimizer = Keeping(policy.model.parameters(), OptimConfig(lr=1e-3))
+    done = update(policy, optimizer, [batch_of(rows, [1.0 / count], "cpu")], LossConfig())
+
+    policy.model.load_state_dict(start)
+    loss = torch.zeros(())
+    for row in rows:
+        ids = [*row.tokens, row.targets[-1]]
+        labels = [-100] * len(ids)
+        for place, target in zip(row.rows, row.targets, strict=True):
+            labels[place + 1] = target
+        out = policy.model(input_ids=torch.tensor([ids]), use_cache=False)
+        logits = out.logits[0, :-1].float()
+        loss = loss + torch.nn.functional.cross_entropy(
+            logits, torch.tensor(labels[1:]), reduction="sum", ignore_index=-100
+        )
+    (loss / count).backward()
+    assert done.logprob == pytest.approx(-float(loss.detach()) / count, abs=1e-5)
+    worst = max(
+        float((ours - p.grad).abs().max())
+        for ours, p in zip(gradients, policy.model.parameters(), strict=True)
+    )
+    assert worst <= 1e-6
+    assert max(float(g.abs().max()) for g in gradients) > 1e-2
+
+
+def test_loss_falls_and_the_same_seed_gives_the_same_steps(policy, chat):
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    config = SftConfig(steps=25, lr=1e-2, batch_tokens=64)
+    runs = []
+    for _ in range(2):
+        policy.model.load_state_dict(start)
+        losses: list[float] = []
+        sft(
+            policy,
+            Shown(TALK, SHORT),
+            chat,
+            config,
+            seed=4,
+            report=lambda step, done, losses=losses: losses.append(-done.logprob),
+        )
+        runs.append(losses)
+    assert runs[0] == runs[1] and len(runs[0]) == 25
+    assert sum(runs[0][-5:]) < 0.5 * sum(runs[0][:5])
+
+
+def test_a_stop_is_heard(policy, chat):
+    steps: list[int] = []
+    sft(
+        policy,
+        Shown(TALK),
+        chat,
+        SftConfig(steps=50),
+        seed=0,
+        report=lambda step, done: steps.append(step),
+        should_stop=lambda: len(steps) == 3,
+    )
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        (object(), "object has no demonstrations"),
+        (Shown(), r"Shown.demonstrations\(0\) is empty"),
+        (Shown(Demonstration(messages=())), "needs a prompt"),
+        (
+            Shown(Demonstration(messages=({"role": "assistant", "content": "I begin"},))),
+            "needs a prompt",
+        ),
+    ],
+)
+def test_what_cannot_be_tuned_on_is_refused(policy, chat, env, text):
+    with pytest.raises(ConfigError, match=text):
+        sft(policy, env, chat, SftConfig(steps=1), seed=0)

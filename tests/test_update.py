@@ -1,0 +1,262 @@
+"""One step's update against plain autograd on one sequence at a time."""
+
+from __future__ import annotations
+
+import random
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from turnfast.config import LossConfig, ModelConfig, OptimConfig
+from turnfast.credit import assign_credits
+from turnfast.loss import TrainingError, Update, update
+from turnfast.model import Policy, load_policy
+from turnfast.optim import Optimizer
+from turnfast.packing import Packed, pack
+from turnfast.types import Group, Task, Trajectory, Turn
+
+TEMPERATURE = 0.8
+
+
+class Keeping(Optimizer):
+    """Remembers the weights and the gradient of every step."""
+
+    def step(self) -> float:
+        kept = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._parameters]
+        self.gradients = [*getattr(self, "gradients", []), kept]
+        weights = [p.detach().clone() for p in self._parameters]
+        self.weights = [*getattr(self, "weights", []), weights]
+        return super().step()
+
+
+@pytest.fixture
+def policy(tiny_folder) -> Policy:
+    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
+
+
+def optimizer_of(policy: Policy, lr: float = 3e-3) -> Keeping:
+    return Keeping(policy.model.parameters(), OptimConfig(lr=lr, warmup_steps=0, grad_clip=1e9))
+
+
+def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
+    """Two tasks, three rollouts of one to three turns; `flat`: every rollout earns the same."""
+    draw = random.Random(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 280) for _ in range(count))
+
+    groups = []
+    for name in "ab":
+        prompt = ids(9)
+        rollouts = []
+        for index in range(3):
+            turns = []
+            for k in range(draw.randrange(1, 4)):
+                sampled = ids(draw.randrange(1, 7))
+                turns.append(
+                    Turn(
+                        prompt_ids=prompt if k == 0 else ids(draw.randrange(1, 6)),
+                        sampled_ids=sampled,
+                        logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
+                        text="",
+                        finish="stop",
+                        reward=0.5 if flat else draw.random(),
+                    )
+                )
+            outcome = 1.0 if flat else draw.random()
+            rollouts.append(
+                Trajectory(
+                    task_id=name,
+                    index=index,
+                    turns=tuple(turns),
+                    status="finished",
+                    outcome=outcome,
+                )
+            )
+        groups.append(Group(task=Task(id=name, question=""), trajectories=tuple(rollouts)))
+    return groups
+
+
+def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
+    groups = make_groups(seed)
+    credits = assign_credits(groups, "mt_grpo")
+    sequences = [
+        (trajectory, advantages)
+        for group, credit in zip(groups, credits, strict=True)
+        for trajectory, advantages in zip(group.trajectories, credit.advantages, strict=True)
+    ]
+    return pack(groups, credits, budget=budget, normalizer=normalizer), sequences
+
+
+def plain_logprobs(model, trajectory: Trajectory) -> torch.Tensor:
+    """Log-probs of the sampled ids, by the model's own forward on this sequence alone."""
+    ids: list[int] = []
+    places: list[int] = []
+    for turn in trajectory.turns:
+        ids += turn.prompt_ids
+        places += range(len(ids), len(ids) + len(turn.sampled_ids))
+        ids += turn.sampled_ids
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logprobs = torch.log_softmax(logits.float() / TEMPERATURE, dim=-1)
+    return torch.stack([logprobs[place - 1, ids[place]] for place in places])
+
+
+def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor, float]:
+    """The formula of the paper, term by term, and the largest ratio."""
+    count = sum(trajectory.num_sampled for trajectory, _ in sequences)
+    total = torch.zeros(())
+    largest = 0.0
+    for number, (trajectory, advantages) in enumerate(sequences):
+        logprobs = plain_logprobs(model, trajectory)
+        before = logprobs.detach() if old is None else old[number]
+        gap = logprobs - before
+        turns = [k for k, turn in enumerate(trajectory.turns) for _ in turn.sampled_ids]
+        if config.ratio == "turn":
+            means = {k: gap[[t == k for t in turns]].mean() for k, _ in groupby(turns)}
+            gap = torch.stack([means[k] for k in turns])
+        if config.ratio == "sequence":
+            gap = gap.mean().expand_as(gap)
+        ratio = gap.exp()
+        advantage = torch.tensor([advantages[k] for k in turns])
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        objective = torch.minimum(ratio * advantage, clipped * advantage)
+        if config.is_cap is not None:
+            drawn = torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
+            objective = objective * (before - drawn).exp().clamp(max=config.is_cap)
+        total = total - objective.sum() / count
+        largest = max(largest, float(ratio.detach().max()))
+    return total, largest
+
+
+def differences(model, ours) -> float:
+    theirs = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+RULES = [
+    LossConfig(),
+    LossConfig(ratio="turn"),
+    LossConfig(ratio="sequence"),
+    LossConfig(is_cap=1.5),
+    LossConfig(ratio="turn", is_cap=0.7, clip_low=0.01, clip_high=0.02),
+    LossConfig(clip_low=0.05, clip_high=0.05),
+]
+
+
+@pytest.mark.parametrize("config", RULES, ids=lambda c: f"{c.ratio}-{c.is_cap}-{c.clip_low}")
+@pytest.mark.parametrize("budget", [48, 4096])
+def test_updates_are_plain_autograd(policy, config, budget):
+    """The first update is on policy, the second sees the first one's log-probs as old."""
+    packed, sequences = packed_step(seed=1, budget=budget)
+    assert (len(packed.batches) > 1) == (budget == 48)
+    optimizer = optimizer_of(policy)
+    done = update(
+        policy,
+        optimizer,
+        packed.batches,
+        config,
+        temperature=TEMPERATURE,
+        num_updates=2,
+    )
+    assert done.num_updates == 2
+
+    model = policy.model
+    old = None
+    for number in range(2):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), optimizer.weights[number], strict=True):
+                parameter.copy_(value)
+            old = old or [plain_logprobs(model, trajectory) for trajectory, _ in sequences]
+        model.zero_grad()
+        loss, largest = plain_loss(model, sequences, old if number else None, config)
+        loss.backward()
+        assert differences(model, optimizer.gradients[number]) <= 1e-6
+        assert any(float(g.abs().max()) > 1e-3 for g in optimizer.gradients[number])
+    assert done.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert done.ratio_max == pytest.approx(largest, rel=1e-4) and done.ratio_max > 1.01
+
+    drawn = [x for trajectory, _ in sequences for turn in trajectory.turns for x in turn.logprobs]
+    gap = (torch.cat(old) - torch.tensor(drawn)).abs()
+    assert done.logprob_gap == pytest.approx(float(gap.mean()), rel=1e-4)
+    assert done.logprob_gap_max == pytest.approx(float(gap.max()), rel=1e-4)
+    assert done.logprob == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
+
+
+def test_the_first_update_is_on_policy(policy):
+    packed, _ = packed_step(seed=2)
+    done = update(policy, optimizer_of(policy), packed.batches, LossConfig())
+    assert done.ratio_max == 1.0 and done.clip_fraction == 0.0 and done.lr == 3e-3
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
+def test_the_cut_into_micro_batches_changes_nothing(policy, normalizer):
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    gradients = []
+    for budget in (48, 80, 4096):
+        policy.model.load_state_dict(start)
+        optimizer = optimizer_of(policy)
+        packed, _ = packed_step(seed=3, budget=budget, normalizer=normalizer)
+        update(policy, optimizer, packed.batches, LossConfig())
+        gradients.append(optimizer.gradients[0])
+    for other in gradients[1:]:
+        worst = max(float((a - b).abs().max()) for a, b in zip(gradients[0], other, strict=True))
+        assert worst <= 1e-6
+
+
+def test_a_step_without_signal_changes_nothing(policy):
+    groups = make_groups(4, flat=True)
+    # one turn each, so that every return is the same
+    groups = [
+        Group(
+            task=group.task,
+            trajectories=tuple(
+                Trajectory(
+                    task_id=t.task_id,
+                    index=t.index,
+                    turns=t.turns[:1],
+                    status="finished",
+                    outcome=1.0,
+                )
+                for t in group.trajectories
+            ),
+        )
+        for group in groups
+    ]
+    packed: Packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=64)
+    assert packed.batches == () and packed.zero_signal_groups == 2
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = optimizer_of(policy)
+    done = update(policy, optimizer, packed.batches, LossConfig(), num_updates=3)
+    assert done == Update() and optimizer.num_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_what_is_no_number_changes_no_weight(policy, where):
+    packed, _ = packed_step(seed=5)
+    optimizer = optimizer_of(policy)
+    update(policy, optimizer, packed.batches, LossConfig())
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    if where == "gradient":
+        handle = policy.head_VD.register_hook(lambda g: g * float("inf"))
+    else:
+        handle = policy.model.base_model.norm.register_forward_hook(
+            lambda module, args, out: out * float("nan")
+        )
+    with pytest.raises(TrainingError, match=r"optim\.lr"):
+        update(policy, optimizer, packed.batches, LossConfig())
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
+    assert all(p.grad is None for p in policy.model.parameters())
+    assert optimizer.num_steps == 1
+    update(policy, optimizer, packed.batches, LossConfig())
+
+
+def test_the_entropy_bonus_raises_entropy(policy):
+    packed, _ = packed_step(seed=6)
+    optimizer = optimizer_of(policy, lr=1e-2)
+    config = LossConfig(entropy_coef=100.0)
+    entropies = [update(policy, optimizer, packed.batches, config).entropy for _ in range(3)]
+    assert entropies[2] > entropies[0]
