@@ -1,0 +1,258 @@
+"""The command line as a user meets it: exit codes, one clear message, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turnfast.cli import main
+from turnfast.tiny import write_tiny_model
+
+SMALL = """
+[env]
+name = "letters:Letters"
+max_turns = 2
+[rollout]
+prompts_per_step = 2
+group_size = 2
+max_new_tokens = 6
+max_context = 96
+[sampler]
+backend = "local"
+[train]
+steps = 1
+eval_tasks = 2
+device = "cpu"
+[sft]
+steps = 2
+"""
+CHILD = "from turnfast.cli import main; raise SystemExit(main())"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, from which `letters` can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return tmp_path
+
+
+@pytest.fixture
+def recipe(here) -> str:
+    (here / "small.toml").write_text(SMALL)
+    return "small.toml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    corpus = ["user Say ulm. assistant oslo ida bela koru"] * 9
+    return str(write_tiny_model(folder, corpus, seed=0, vocab_size=300, layers=1, width=32))
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit code and the lines on stderr; a traceback would be an exception here."""
+
+    def call(*words: str) -> tuple[int, str]:
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def child(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", CHILD, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_is_quick_and_loads_no_torch():
+    before = os.times()
+    done = child("--help")
+    spent = os.times()
+    cpu_s = spent.children_user + spent.children_system
+    cpu_s -= before.children_user + before.children_system
+    assert done.returncode == 0 and "train" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "vllm", "numpy", "matplotlib"}
+    assert cpu_s < 0.5
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["fields"], ["train", "--help"], ["--version"]])
+def test_small_commands(words, capsys):
+    try:
+        assert main(words) == 0
+    except SystemExit as stop:
+        assert stop.code == 0
+    out = capsys.readouterr().out
+    told = {
+        "recipes": "demo ",
+        "fields": "--loss.clip-high",
+        "train": "--resume",
+        "--version": "0.",
+    }
+    assert told[words[0]] in out
+
+
+# --- what the user got wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "COMMAND"),
+        (["trian", "demo"], "invalid choice: 'trian'"),
+        (["train"], "recipe"),
+        (["train", "demoo"], "turnfast: demoo: no such recipe; did you mean 'demo'?"),
+        (["train", "small.toml", "--lr", "1"], "--lr 1; did you mean 'optim.lr' or 'sft.lr'?"),
+        (["train", "small.toml", "more"], "unrecognised arguments: more"),
+        (["fields", "--train.steps", "3"], "takes no fields of a recipe"),
+        (["train", "small.toml", "--train.steps"], "--train.steps: a value is missing"),
+        (["train", "small.toml", "--train.stesp", "3"], "did you mean 'train.steps'?"),
+        (["train", "small.toml", "--rollout.group-size", "1"], "1 rollout has no baseline"),
+        (["train", "small.toml", "--rollout.top-p=0.9"], "rollout.top_p: below 1"),
+        (["train", "small.toml", "--env.name", "lokup"], "did you mean 'lookup'?"),
+        (["train", "small.toml", "--env.name", "leters:Letters"], "no module 'leters'"),
+        (["train", "small.toml", "--env.name", "letters:letters"], "did you mean 'Letters'?"),
+        (["train", "small.toml", "--env.options.wait", "1"], "did you mean 'wait_s'?"),
+        (["train", "small.toml", "--env.options.wait_s", "x"], "env.options.wait_s: "),
+        (["train", "small.toml", "--credit.rule", "mtgrpo"], "did you mean 'mt_grpo'?"),
+        (["train", "small.toml", "--credit.options.std", "1"], "credit.options.std: "),
+        (
+            ["train", "small.toml", "--model.path", "./none"],
+            "model.path: there is no folder ./none",
+        ),
+        (["train", "small.toml", "--model.path", "a/b/c"], "model.path: there is no folder a/b/c"),
+        (["eval", "small.toml", "--model.path", "/none/here"], "there is no folder /none/here"),
+        (["sft", "small.toml", "--env.options.eval_words=x"], "env.options.eval_words: "),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_a_word_on_each(run, recipe, words, said):
+    code, errors = run(*words)
+    assert code == 2 and said in errors and "Traceback" not in errors
+    assert not Path("runs").exists() or not list(Path("runs").rglob("config.toml"))
+
+
+def test_a_mistake_in_the_file_names_the_file(run, here):
+    (here / "wrong.toml").write_text("[trian]\nsteps = 3\n")
+    code, errors = run("train", "wrong.toml")
+    assert code == 2
+    assert errors == "turnfast: wrong.toml: trian: no such field; did you mean 'train'?\n"
+    (here / "torn.toml").write_text("[train\n")
+    code, errors = run("train", "torn.toml")
+    assert code == 2 and "torn.toml: not valid TOML" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("corpus", "questions", "said"),
+    [
+        ('{"title": "Ulm"}', None, "corpus.jsonl:2: field 'text' is missing; found: title"),
+        ('{"title": "Ulm", ', None, "corpus.jsonl:2: not JSON: "),
+        ("[1]", None, "corpus.jsonl:2: a list instead of an object"),
+        (None, '{"id": "1", "question": "Who?"}', "questions.jsonl:2: field 'answers' is missing"),
+        (None, "who?", "questions.jsonl:2: not JSON: "),
+    ],
+)
+def test_malformed_data_is_named_by_file_line_and_reason(run, here, corpus, questions, said):
+    good = '{"title": "Ida", "text": "Ida wrote Ulm."}\n'
+    (here / "corpus.jsonl").write_text(good + (corpus or good))
+    asked = '{"id": "q", "question": "Who wrote Ulm?", "answers": ["Ida"]}\n'
+    (here / "questions.jsonl").write_text(asked + (questions or asked.replace('"q"', '"r"')))
+    (here / "search.toml").write_text(
+        '[env]\nname = "search"\n[env.options]\nquestions = "questions.jsonl"\n'
+        'corpus = "corpus.jsonl"\n'
+    )
+    code, errors = run("train", "search.toml")
+    assert code == 2 and said in errors and errors.count("\n") == 1
+
+
+def test_the_search_world_needs_a_model_that_is_named(run, here):
+    (here / "corpus.jsonl").write_text('{"title": "Ida", "text": "Ida wrote Ulm."}\n')
+    asked = [f'{{"id": "{i}", "question": "Who?", "answers": ["Ida"]}}\n' for i in range(4)]
+    (here / "questions.jsonl").write_text("".join(asked))
+    words = ["--env.options.questions=questions.jsonl", "--env.options.corpus=corpus.jsonl"]
+    (here / "search.toml").write_text('[env]\nname = "search"\n')
+    code, errors = run("train", "search.toml", *words)
+    assert code == 2 and errors.startswith("turnfast: model.path: 'tiny'")
+    (here / "empty").mkdir()
+    code, errors = run("train", "search.toml", *words, "--model.path", "./empty")
+    assert code == 2 and "model.path: empty cannot be loaded as a model" in errors
+    code, errors = run("train", "search.toml", "--env.options.corpus=corpus.jsonl")
+    assert code == 2 and "env.options.questions" in errors
+
+
+def test_a_sink_that_is_not_there_does_not_block_the_next_try(run, recipe, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ["train", recipe, "--model.path", model]
+    code, errors = run(*words, "--train.sinks=['wandb']")
+    assert code == 2 and "wandb is not installed" in errors
+    assert run(*words)[0] == 0
+
+
+def test_a_traceback_for_those_who_ask(recipe):
+    for words in (["--traceback", "train", recipe], ["train", recipe, "--traceback"]):
+        with pytest.raises(Exception, match="mt_grpo"):
+            main([*words, "--credit.rule", "mtgrpo"])
+
+
+# --- what works -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "{recipe}", "--run-dir", "out", "--train.seed", "3", "--model.path={model}"],
+        ["train", "--train.seed", "3", "--model.path", "{model}", "{recipe}", "--run-dir=out"],
+        ["--model.path={model}", "--train.seed=3", "train", "--run-dir", "out", "{recipe}"],
+    ],
+)
+def test_flags_may_stand_anywhere(run, recipe, model, words):
+    assert run(*(word.format(recipe=recipe, model=model) for word in words)) == (0, "")
+    text = Path("out/config.toml").read_text()
+    assert "seed = 3" in text and Path("out/report.html").exists()
+
+
+def test_from_a_warm_start_to_a_report(run, recipe, capsys):
+    assert main(["sft", recipe]) == 0
+    assert capsys.readouterr().out.endswith("model: runs/small-sft/model\n")
+    assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 0
+    assert "report  runs/small/report.html" in capsys.readouterr().out
+
+    step = "runs/small/checkpoints/step_000001"
+    assert main(["eval", recipe, "--model.path", step, "--out", "deep/rollouts.jsonl"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["eval/rollouts"] == 2 and "eval/exact_match" in figures
+    assert len(Path("deep/rollouts.jsonl").read_text().splitlines()) == 2
+    again = json.loads(Path("runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    assert again["eval/reward/turn"] == figures["eval/reward/turn"]
+
+    Path("runs/small/report.html").unlink()
+    assert main(["report", "runs/small"]) == 0
+    assert Path("runs/small/report.html").exists()
+
+    assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", recipe, "--model.path", "runs/small-sft/model", "--resume"]) == 0
+
+
+def test_an_evaluation_leaves_nothing_behind(recipe, here, capsys):
+    """Nor does that of the built-in model, which is made for it; a bad --out is known before."""
+    assert main(["eval", recipe]) == 0
+    json.loads(capsys.readouterr().out)
+    assert [path.name for path in here.iterdir()] == ["small.toml"]
+    assert main(["eval", recipe, "--out", "small.toml/x.jsonl"]) == 2
+    assert "--out small.toml/x.jsonl: cannot be written" in capsys.readouterr().err
