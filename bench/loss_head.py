@@ -180,14 +180,18 @@ def step(one: Contender, leaves: tuple[torch.Tensor, torch.Tensor], data: Data) 
 def products(data: Data) -> Any:
     """x @ W^T, E @ W and E^T @ x in chunks, in the model's dtype: what no implementation avoids."""
     x_ND, w_VD = data.hidden_ND.detach(), data.head_VD.detach()
-    chunk = 4096 if x_ND.is_cuda else 512
+    chunk = min(len(x_ND), 4096 if x_ND.is_cuda else 512)
+    # Buffers from outside: the floor is arithmetic, not the allocator.
+    e_CV = x_ND.new_empty(chunk, len(w_VD))
+    d_x_CD = x_ND.new_empty(chunk, x_ND.shape[1])
+    d_head_VD = torch.zeros_like(w_VD)
 
     def call() -> None:
-        d_head_VD = torch.zeros_like(w_VD)
         for x_CD in x_ND.split(chunk):
-            e_CV = x_CD @ w_VD.T
-            e_CV @ w_VD
-            d_head_VD.addmm_(e_CV.T, x_CD)
+            rows = len(x_CD)
+            torch.mm(x_CD, w_VD.T, out=e_CV[:rows])
+            torch.mm(e_CV[:rows], w_VD, out=d_x_CD[:rows])
+            d_head_VD.addmm_(e_CV[:rows].T, x_CD)
 
     return call
 

@@ -453,6 +453,22 @@ def test_a_compiled_caller_sees_one_graph(impl: str) -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+@every_impl
+def test_strided_hidden_and_head_are_taken_as_they_are(impl: str) -> None:
+    case = make_case(19, N=30)
+    _, expected = run(case, impl)
+    hidden = case.hidden.T.contiguous().T.requires_grad_()
+    head = torch.cat([case.head, case.head], dim=1)[:, : case.head.shape[1]]
+    for weight in (head.detach(), case.head.T.contiguous().T):
+        hidden.grad = None
+        weight = weight.requires_grad_()
+        tensors = (hidden, weight, case.rows, case.targets, case.turns, case.advantages, case.old)
+        turn_policy_loss(*tensors, weights=case.weights, impl=impl).loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        assert relative(hidden.grad.double(), expected.d_hidden) < 1e-6
+        assert relative(weight.grad.double(), expected.d_head) < 1e-6
+
+
 def test_auto_takes_the_best_that_is_here() -> None:
     chosen = backends.implementation("auto", CPU, torch.float32)
     assert chosen is backends.implementation(

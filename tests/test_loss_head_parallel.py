@@ -71,9 +71,10 @@ def rank_main(rank: int, init: str, impl: str) -> None:
         assert hidden.grad is not None and head.grad is not None
         live = trained(whole)
         assert torch.equal(trained(out), live)
-        for name in ("logprobs", "entropies"):
+        # An entropy is a small difference of larger numbers, so a few more roundings show.
+        for name, bound in (("logprobs", 2e-6), ("entropies", 1e-5)):
             torch.testing.assert_close(
-                getattr(out, name)[live], getattr(whole, name)[live], rtol=2e-6, atol=2e-6
+                getattr(out, name)[live], getattr(whole, name)[live], rtol=bound, atol=bound
             )
         torch.testing.assert_close(out.loss, whole.loss, rtol=2e-6, atol=2e-6)
         error = relative(hidden.grad.double(), expected.d_hidden)

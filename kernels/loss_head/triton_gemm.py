@@ -10,7 +10,7 @@ accumulator in turn: a whole 128 x 256 tile and its exponentials do not fit the 
 
 # Inside a kernel Triton's own rules hold, which a checker of Python does not know.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 

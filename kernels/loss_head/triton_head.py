@@ -84,14 +84,16 @@ class TritonHead:
         design: str,
         tokens: int,
     ) -> None:
-        self.head_VD, self.vocab = head_VD, vocab
+        # The kernels step along rows of stride 1.
+        self.head_VD = head_VD if head_VD.stride(1) == 1 else head_VD.contiguous()
+        self.vocab = vocab
         self.scale, self.softcap = 1.0 / temperature, softcap
         self.need_hidden, self.need_head = need_hidden, need_head
         self.design, self.tokens = design, max(tokens, 1)
         self.d_head_VD = empty_head_gradient(head_VD, need_head)
         self.half = head_VD.dtype == torch.float16
         self.one = torch.ones((), dtype=torch.float32, device=head_VD.device)
-        self.tiles = _tiles(head_VD)
+        self.tiles = _tiles(self.head_VD)
         self.E_flat = head_VD.new_empty(0)
         self.kept: tuple[Tensor, ...] = ()
 
@@ -280,8 +282,11 @@ def _tiles(head_VD: Tensor) -> Tiles:
     if INTERPRETED:
         return INTERPRETER_TILES
     hopper = torch.cuda.get_device_capability(head_VD.device) >= (9, 0)
-    # The copy engine wants rows on 16 bytes.
-    aligned = head_VD.stride(0) * head_VD.element_size() % 16 == 0
+    # The copy engine wants rows on 16 bytes, those of the head and of the gathered hidden states.
+    size = head_VD.element_size()
+    aligned = all(
+        n % 16 == 0 for n in (head_VD.data_ptr(), head_VD.stride(0) * size, head_VD.shape[1] * size)
+    )
     return HOPPER_TILES if hopper and aligned else AMPERE_TILES
 
 

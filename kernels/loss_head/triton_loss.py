@@ -29,6 +29,8 @@ class TritonLoss:
         if dtype == torch.float16 and self.design == "anchored":
             return "float16 has no range for exponentials anchored at the target"
         if device.type == "cuda":
+            if dtype == torch.float32 and self.design == "anchored":
+                return "a float32 tile does not fit; the safe design takes float32"
             if torch.cuda.get_device_capability(device) < (8, 0):
                 return "it needs compute capability 8.0 or higher"
             return selftest.failure(device)
@@ -40,18 +42,20 @@ class TritonLoss:
         """Loss and gradients of a checked problem."""
         p = problem
         tokens = p.chunk_tokens or p.rows_N.shape[0]
-        design = self.design or choose_design(p.head_VD, p.vocab, tokens)
-        head = TritonHead(
-            p.head_VD,
-            p.vocab,
-            p.temperature,
-            p.softcap,
-            p.need_hidden,
-            p.need_head,
-            design,
-            tokens,
-        )
-        return run_policy_loss(p, head, policy_terms, segment_sum)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(p.hidden_TD):
+            design = self.design or choose_design(p.head_VD, p.vocab, tokens)
+            head = TritonHead(
+                p.head_VD,
+                p.vocab,
+                p.temperature,
+                p.softcap,
+                p.need_hidden,
+                p.need_head,
+                design,
+                tokens,
+            )
+            return run_policy_loss(p, head, policy_terms, segment_sum)
 
     def logprobs(
         self,
@@ -66,9 +70,10 @@ class TritonLoss:
     ) -> tuple[Tensor, Tensor]:
         """log-probs and entropies, [N] float32."""
         tokens = chunk_tokens or rows_N.shape[0]
-        design = self.design or choose_design(head_VD, vocab, tokens)
-        head = TritonHead(head_VD, vocab, temperature, softcap, False, False, design, tokens)
-        return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
+        with torch.cuda.device_of(hidden_TD):
+            design = self.design or choose_design(head_VD, vocab, tokens)
+            head = TritonHead(head_VD, vocab, temperature, softcap, False, False, design, tokens)
+            return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
 
 
 measured, safe, anchored = TritonLoss(""), TritonLoss("safe"), TritonLoss("anchored")

@@ -18,7 +18,7 @@ from torch import Tensor
 from .policy import Terms, Tokens
 from .records import PolicyRule
 
-BLOCK = 1024
+BLOCK = 512
 
 
 @triton.jit
