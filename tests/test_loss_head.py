@@ -469,6 +469,20 @@ def test_strided_hidden_and_head_are_taken_as_they_are(impl: str) -> None:
         assert relative(weight.grad.double(), expected.d_head) < 1e-6
 
 
+@every_impl
+def test_a_callers_autocast_changes_nothing(impl: str) -> None:
+    case = make_case(20, N=40, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
+    _, expected = run(case, impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = run(case, impl)
+        indices = (case.rows, case.targets)
+        inside = linear_logprobs(case.hidden, case.head, *indices, impl=impl).logprobs
+    outside = linear_logprobs(case.hidden, case.head, *indices, impl=impl).logprobs
+    assert torch.equal(found.d_head, expected.d_head)
+    assert torch.equal(found.d_hidden, expected.d_hidden)
+    assert torch.equal(inside, outside)
+
+
 def test_auto_takes_the_best_that_is_here() -> None:
     chosen = backends.implementation("auto", CPU, torch.float32)
     assert chosen is backends.implementation(

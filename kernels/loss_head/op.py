@@ -88,7 +88,9 @@ def policy_loss_op(
         need_head=need_head,
     )
     check_values(problem)
-    out = chosen.policy_loss(problem)
+    # The dtypes are chosen here, float32 where it counts: a caller's autocast would undo that.
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = chosen.policy_loss(problem)
     return (
         out.loss,
         out.logprobs_N,
@@ -194,9 +196,10 @@ def logprobs_op(
     vocab = Vocab.of(head_weight, vocab_start, group)
     rows, targets = rows.long(), targets.long()
     check_indices(hidden, vocab, rows, targets)
-    return chosen.logprobs(
-        hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return chosen.logprobs(
+            hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
+        )
 
 
 @logprobs_op.register_fake
