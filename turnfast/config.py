@@ -34,15 +34,21 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field("tiny", description="hub name, local folder, or 'tiny' for the built-in one")
+    path: str = Field(
+        default="tiny", description="hub name, local folder, or 'tiny' for the built-in one"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     freeze_head: bool = False
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass"
+    )
 
 
 class EnvConfig(Section):
-    name: str = Field("lookup", description="'lookup', 'search', or 'module:Class' of your own")
+    name: str = Field(
+        default="lookup", description="'lookup', 'search', or 'module:Class' of your own"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
     max_turns: PositiveInt = 4
     tool_timeout_s: PositiveFloat = 10.0
@@ -51,11 +57,15 @@ class EnvConfig(Section):
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 16
     group_size: PositiveInt = 8
-    max_new_tokens: PositiveInt = Field(256, description="per turn")
-    max_context: PositiveInt = Field(2048, description="prompt, replies and samples together")
+    max_new_tokens: PositiveInt = Field(default=256, description="per turn")
+    max_context: PositiveInt = Field(
+        default=2048, description="prompt, replies and samples together"
+    )
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_error_share: Share = Field(0.2, description="more failed rollouts in a step end the run")
+    max_error_share: Share = Field(
+        default=0.2, description="more failed rollouts in a step end the run"
+    )
     trajectory_timeout_s: PositiveFloat = 600.0
     step_timeout_s: PositiveFloat = 3600.0
 
@@ -64,9 +74,11 @@ class SamplerConfig(Section):
     backend: Literal["auto", "vllm", "local"] = "auto"
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
     max_sequences: PositiveInt = 256
-    sleep: bool = Field(True, description="free the engine's memory while training (CUDA only)")
+    sleep: bool = Field(
+        default=True, description="free the engine's memory while training (CUDA only)"
+    )
     probe_tolerance: PositiveFloat | None = Field(
-        None, description="largest |log-prob| gap of the probe after a sync; None: by dtype"
+        default=None, description="largest |log-prob| gap of the probe after a sync; None: by dtype"
     )
 
 
@@ -82,7 +94,9 @@ class LossConfig(Section):
     kind: Literal["ppo", "cispo"] = "ppo"
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coef: float = 0.0
-    is_cap: PositiveFloat | None = Field(None, description="truncated importance weight's cap")
+    is_cap: PositiveFloat | None = Field(
+        default=None, description="truncated importance weight's cap"
+    )
     normalizer: Literal["token", "sequence", "constant"] = "token"
     impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
 
@@ -97,15 +111,21 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: PositiveInt = 300
-    updates_per_step: PositiveInt = Field(1, description="optimizer steps on each step's rollouts")
+    updates_per_step: PositiveInt = Field(
+        default=1, description="optimizer steps on each step's rollouts"
+    )
     tokens_per_microbatch: PositiveInt = 16384
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_every: Annotated[int, Field(ge=0)] = Field(20, description="0: only first and last")
+    eval_every: Annotated[int, Field(ge=0)] = Field(
+        default=20, description="0: only first and last"
+    )
     eval_tasks: PositiveInt = 128
-    save_every: Annotated[int, Field(ge=0)] = Field(50, description="0: only at the end")
+    save_every: Annotated[int, Field(ge=0)] = Field(default=50, description="0: only at the end")
     keep_checkpoints: PositiveInt = 2
-    log_rollouts: Annotated[int, Field(ge=0)] = Field(4, description="groups written per step")
+    log_rollouts: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="groups written per step"
+    )
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
