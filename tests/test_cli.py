@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from turnfast.cli import main
+from turnfast.signals import stop_on_signals
 from turnfast.tiny import write_tiny_model
 
 SMALL = """
@@ -207,6 +209,17 @@ def test_a_traceback_for_those_who_ask(recipe):
     for words in (["--traceback", "train", recipe], ["train", recipe, "--traceback"]):
         with pytest.raises(Exception, match="mt_grpo"):
             main([*words, "--credit.rule", "mtgrpo"])
+
+
+def test_signals_become_a_request_and_their_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_on_signals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() and stop.reason == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 # --- what works -----------------------------------------------------------------------------------
