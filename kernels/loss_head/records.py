@@ -64,13 +64,15 @@ class PolicyRule:
 class PolicyStats:
     """Statistics over the trained tokens of one call: 0-d float64 tensors on the device of hidden.
 
-    tokens: trained tokens. masked: tokens of weight 0. skipped: tokens of non-zero weight whose
-    ratio segment has no advantage, so that they cannot change the loss. masked + skipped + tokens =
-    N.
+    tokens: trained tokens.
+    masked: tokens of weight 0.
+    skipped: tokens of non-zero weight in a ratio segment without any advantage, which cannot change
+        the loss; tokens + masked + skipped = N.
     clip_low, clip_high, clip_dual: fractions of the trained tokens whose gradient a clip removed
-    or, for CISPO, bounded. kl: mean k3 estimate of KL(policy || old). ref_kl: the same against
-    ref_logprobs (0 without them).
-    ratio_min, ratio_max: extremes of the ratio at the level of the rule. entropy: mean, in nats.
+        or, for CISPO, bounded.
+    kl: mean k3 estimate of KL(policy || old). ref_kl: of KL(policy || reference), 0 without one.
+    ratio_min, ratio_max: extremes of the ratio at the level of the rule.
+    entropy: mean, in nats.
     Means combine over micro-batches when weighted by `tokens`.
     """
 
@@ -91,9 +93,9 @@ class PolicyStats:
 class PolicyLoss:
     """What turn_policy_loss returns; only `loss` carries a gradient.
 
-    loss: 0-d, float32. logprobs, entropies: [N] float32, NaN for masked and skipped tokens, which
-    are never computed. turn_logprobs: [K] float32, sums over the trained tokens of each turn (0 for
-    a turn without one).
+    loss: 0-d. logprobs, entropies: [N], NaN for masked and skipped tokens, never computed.
+    turn_logprobs: [K], sums over the trained tokens of each turn, 0 for a turn without one.
+    All float32, or float64 for float64 input.
     """
 
     loss: Tensor
