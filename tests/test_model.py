@@ -51,6 +51,7 @@ def pack_of(lengths, vocab_size):
         positions_T=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=edges,
         max_seqlen=max(lengths),
+        ends_T=None,
     )
 
 

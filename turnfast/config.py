@@ -115,6 +115,9 @@ class TrainConfig(Section):
         default=1, description="optimizer steps on each step's rollouts"
     )
     tokens_per_microbatch: PositiveInt = 16384
+    share_prefixes: bool = Field(
+        default=True, description="compute what several rows begin with once"
+    )
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: Annotated[int, Field(ge=0)] = Field(
@@ -168,6 +171,11 @@ class Config(Section):
         if self.loss.dual_clip is not None and self.loss.kind != "ppo":
             raise ValueError(
                 f"loss.dual_clip: loss.kind = {self.loss.kind!r} has no such clip; leave it out"
+            )
+        if self.train.share_prefixes and self.model.attention in ("flash", "varlen"):
+            raise ValueError(
+                f"model.attention: {self.model.attention!r} cannot attend over rows that share a "
+                "prefix; leave it at 'auto', or set train.share_prefixes = false"
             )
         if self.train.tokens_per_microbatch < self.rollout.max_context:
             raise ValueError(

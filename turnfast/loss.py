@@ -50,6 +50,11 @@ def policy_rule(config: LossConfig) -> PolicyRule:
     )
 
 
+def needs_every_token(config: LossConfig) -> bool:
+    """Whether a token without advantage can still change the gradient."""
+    return config.entropy_coef != 0.0 or config.ratio == "sequence"
+
+
 def update(
     policy: Policy,
     optimizer: Optimizer,

@@ -123,10 +123,9 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
 
 
 def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:
-    ends_T = getattr(batch, "ends_T", None)
-    if ends_T is not None:
+    if batch.ends_T is not None:
         backend = pick_tree_backend(policy.device)
-        return TreeRows(ends_T=ends_T, positions_T=batch.positions_T, backend=backend)
+        return TreeRows(ends_T=batch.ends_T, positions_T=batch.positions_T, backend=backend)
     return PackedRows(
         cu_seqlens=batch.cu_seqlens,
         lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),

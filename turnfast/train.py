@@ -11,7 +11,7 @@ from .config import Config
 from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import Update, update
+from .loss import Update, needs_every_token, update
 from .metrics import Stopwatch, summarise
 from .packing import Packed, pack
 from .report import write_report
@@ -70,6 +70,8 @@ def train(
                         normalizer=config.loss.normalizer,
                         constant=config.rollout.max_new_tokens * config.env.max_turns,
                         device=run.policy.device,
+                        share_prefixes=config.train.share_prefixes,
+                        drop_idle=not needs_every_token(config.loss),
                     )
                 with clock.phase("train"):
                     run.sampler.sleep()
