@@ -401,31 +401,30 @@ def test_several_updates_per_step_see_a_ratio(model, tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="TURNFAST_TEST_DATA has no hotpotqa folder")
 def test_two_steps_on_real_questions(tmp_path):
-    """A tiny model that has learned to search for the same word whatever the question."""
+    """A tiny model that has learned to search for one word, and every other time for none."""
     files = {name: str(DATA / f"{name}.jsonl") for name in ("questions", "corpus")}
-    call = '<reasoning>.</reasoning><tool>{"name": "search", "args": {"query": "the film"}}</tool>'
+    options = {**files, "reasoning": False, "instructions": "Search, then answer."}
+    call = '<tool>{"name": "search", "args": {"query": "film"}}</tool>'
+    torn = '<tool>{"name": "search"}</tool>'
 
     class Shown(SearchEnv):
         def corpus(self):
             lines = Path(files["corpus"]).read_text().splitlines()[:200]
-            return [
-                *(json.loads(line)["text"] for line in lines),
-                *[call] * 50,
-                *[self.describe()] * 50,
-            ]
+            return [*(json.loads(line)["text"] for line in lines), *[call, torn] * 100]
 
         def demonstrations(self, seed):
             return [
                 Demonstration(
-                    messages=(*self.first_messages(task), {"role": "assistant", "content": call})
+                    messages=(*self.first_messages(task), {"role": "assistant", "content": said})
                 )
                 for task in self.tasks("train")[:20]
+                for said in (call, torn)
             ]
 
-    env = Shown(**files)
+    env = Shown(**options)
     base = {
         **LETTERS,
-        "env": {"name": "search", "max_turns": 2, "options": files},
+        "env": {"name": "search", "max_turns": 2, "options": options},
         "rollout": {
             "prompts_per_step": 3,
             "group_size": 3,
@@ -433,10 +432,10 @@ def test_two_steps_on_real_questions(tmp_path):
             "max_context": 1024,
         },
         "train": {**LETTERS["train"], "steps": 2, "eval_every": 0, "tokens_per_microbatch": 4096},
-        "sft": {"steps": 40, "lr": 1e-2, "batch_tokens": 2048},
+        "sft": {"steps": 60, "lr": 1e-2, "batch_tokens": 512},
     }
     folder = write_tiny_model(
-        tmp_path / "tiny", env.corpus(), seed=0, layers=2, width=64, max_context=1024
+        tmp_path / "tiny", env.corpus(), seed=0, vocab_size=600, layers=2, width=64
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "Shown", Shown, raising=False)
