@@ -27,7 +27,7 @@ def write_tiny_model(
     corpus: Iterable[str],
     *,
     seed: int,
-    vocab_size: int = 520,
+    vocab_size: int = 600,
     layers: int = 4,
     width: int = 128,
     max_context: int = 1024,
