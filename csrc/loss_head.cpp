@@ -12,6 +12,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -119,14 +123,32 @@ void check_floats(const char* name, const Tensor& tensor, at::IntArrayRef sizes)
                     name, ": expected a contiguous float32 ", sizes, " on the CPU");
 }
 
+// Hundreds of MB that are written once per call: with 4 KB pages the faults alone cost percents.
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  // Advice only: where it is refused, ordinary pages do.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // The vocabulary range of a worker: whole register tiles, so that blocks never share a tile.
 struct Range {
   int64_t begin, end;
 };
 
-int64_t count_workers(const Kernel& k, int64_t V) {
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), V / k.rows));
+// Fewer workers for little work: waking a thread costs as much as some 100,000 products. Depends on
+// sizes and the thread count alone, as the order of sums does.
+int64_t count_workers(const Kernel& k, const Head& head, int64_t C) {
+  const int64_t by_work = C * head.V * head.D >> 18;
+  const int64_t most = std::min(head.V / k.rows, by_work);
+  return std::clamp<int64_t>(most, 1, at::get_num_threads());
 }
+
+// Items per thread at least, for loops over items of so many elements.
+int64_t grain(int64_t elements) { return std::max<int64_t>(1, (1 << 15) / elements); }
 
 Range range_of(const Kernel& k, int64_t V, int64_t worker, int64_t workers) {
   const int64_t tiles = round_up(V, k.rows) / k.rows;
@@ -162,7 +184,7 @@ Tensor head_pick(const Tensor& x, const Tensor& weight, const Tensor& columns,
   const int64_t C = x.size(0);
   const std::vector<int32_t> column = checked_columns(columns, C, head.V, C);
   Tensor z = floats(C);
-  at::parallel_for(0, C, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, C, grain(head.D), [&](int64_t begin, int64_t end) {
     k.pick(head, x.const_data_ptr(), column.data(), begin, end, z.mutable_data_ptr<float>());
   });
   return z;
@@ -176,18 +198,21 @@ std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& w
   const Kernel& k = chosen(kernel_name);
   const Head head = make_head(x, weight, inv_temperature, softcap);
   const int64_t C = x.size(0), ld = round_up(C, k.lanes2), panels = ld / k.lanes2;
-  if (exps) check_exps(k, head, *exps, C);
+  if (exps) {
+    check_exps(k, head, *exps, C);
+    prefer_huge_pages(exps->data_ptr(), exps->nbytes());
+  }
   const std::vector<int32_t> column = checked_columns(columns, C, head.V, ld);
   // Tokens of the padding are anchored so high that their exponentials vanish.
   const std::vector<float> anchor =
-      padded<float>(vector_of<float>("anchors", anchors, C), C, ld, 1e30f);
+      padded<float>(vector_of<float>("anchors", anchors, C), C, ld, 1e4f);
   Tensor packed = at::empty({k.panel_bytes(head, C, false)}, at::kByte);
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, panels, grain(head.D * k.lanes2), [&](int64_t begin, int64_t end) {
     k.pack_tokens(head, x.const_data_ptr(), C, begin, end, packed.data_ptr());
   });
   const ForwardChunk chunk{
       C, ld, packed.data_ptr(), column.data(), anchor.data(), exps ? exps->data_ptr() : nullptr};
-  const int64_t workers = count_workers(k, head.V), scratch_floats = k.scratch_floats(head, C);
+  const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
   Tensor scratch = floats(workers * scratch_floats);
   std::vector<double> sums(2 * workers * ld);
   std::vector<float> maxima(workers * ld);
@@ -228,6 +253,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   TORCH_CHECK_VALUE(slopes.has_value() == bonuses.has_value(),
                     "bonuses: expected exactly when slopes are given");
   if (d_head) check_floats("d_head", *d_head, weight.sizes());
+  if (d_head && first) prefer_huge_pages(d_head->data_ptr(), d_head->nbytes());
   const std::vector<float> anchor =
       padded<float>(vector_of<float>("anchors", anchors, C), C, ld, 0.0f);
   const float* scale_C = vector_of<float>("scales", scales, C);
@@ -244,7 +270,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   const void* x_data = x.const_data_ptr();
   Tensor packed = at::empty({d_head ? k.panel_bytes(head, C, true) : 0}, at::kByte);
   if (d_head) {
-    at::parallel_for(0, width / k.lanes2, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, width / k.lanes2, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
       k.pack_scaled(head, x_data, row_scales, C, begin, end, packed.data_ptr());
     });
   }
@@ -260,7 +286,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   chunk.transform = transform;
   chunk.d_head = d_head ? d_head->data_ptr<float>() : nullptr;
   chunk.first = first;
-  const int64_t workers = count_workers(k, head.V), scratch_floats = k.scratch_floats(head, C);
+  const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
   const int64_t d_x_floats = need_hidden ? round_up(C, k.rows) * width : 0;
   Tensor scratch = floats(workers * scratch_floats);
   Tensor partial = floats(workers * d_x_floats);
@@ -282,7 +308,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   }
   if (!need_hidden) return {floats(0), g_sums};
   Tensor out = at::empty({C, head.D}, at::kFloat);
-  at::parallel_for(0, C, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, C, grain(head.D), [&](int64_t begin, int64_t end) {
     k.finish_d_x(head, d_x.data(), workers, row_scales, begin, end, out.mutable_data_ptr<float>());
   });
   return {out, g_sums};
@@ -299,14 +325,15 @@ void head_patch(const Tensor& x, const Tensor& weight, const Tensor& columns, co
   if (d_x) check_floats("d_x", *d_x, x.sizes());
   if (d_head) check_floats("d_head", *d_head, weight.sizes());
   // Cut along D: two tokens may have the same target, so two workers could meet in one row.
-  at::parallel_for(0, round_up(head.D, k.lanes2) / k.lanes2, 4, [&](int64_t begin, int64_t end) {
+  const int64_t panels = round_up(head.D, k.lanes2) / k.lanes2;
+  at::parallel_for(0, panels, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
     k.patch(head, x.const_data_ptr(), column.data(), patch_C, C, begin * k.lanes2,
             std::min(end * k.lanes2, head.D), d_x ? d_x->data_ptr<float>() : nullptr,
             d_head ? d_head->data_ptr<float>() : nullptr);
   });
 }
 
-Tensor exp_clamped(const Tensor& x, const std::string& kernel_name) {
+Tensor exp_anchored(const Tensor& x, const std::string& kernel_name) {
   Tensor out = at::empty_like(x);
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.is_contiguous(),
                     "x: expected contiguous float32");
@@ -335,7 +362,7 @@ TORCH_LIBRARY_FRAGMENT(turnfast, m) {
   m.def(
       "head_patch(Tensor x, Tensor head_weight, Tensor columns, Tensor patches, Tensor(a!)? d_x, "
       "Tensor(b!)? d_head, str kernel=\"\") -> ()");
-  m.def("exp_clamped(Tensor x, str kernel=\"\") -> Tensor");
+  m.def("exp_anchored(Tensor x, str kernel=\"\") -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(turnfast, CPU, m) {
@@ -344,5 +371,5 @@ TORCH_LIBRARY_IMPL(turnfast, CPU, m) {
   m.impl("head_forward", &turnfast::head_forward);
   m.impl("head_backward", &turnfast::head_backward);
   m.impl("head_patch", &turnfast::head_patch);
-  m.impl("exp_clamped", &turnfast::exp_clamped);
+  m.impl("exp_anchored", &turnfast::exp_anchored);
 }

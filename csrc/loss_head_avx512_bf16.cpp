@@ -11,6 +11,7 @@
 #define TURNFAST_ISA avx512_bf16
 #define TURNFAST_LANES 16
 #define TURNFAST_ROWS 12
+#define TURNFAST_SCALE 1
 #define TURNFAST_PAIRS 1
 
 namespace turnfast::avx512_bf16 {
@@ -22,6 +23,12 @@ typedef float Lanes __attribute__((vector_size(64)));
 inline __attribute__((always_inline)) Lanes dot_pairs(uint32_t a, Lanes b, Lanes c) {
   return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(
       reinterpret_cast<__m512>(c), (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b));
+}
+
+// p * 2^n, 0 or infinite where that leaves the range.
+inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
+  return reinterpret_cast<Lanes>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 }
 
 typedef uint16_t HalfLanes __attribute__((vector_size(32)));

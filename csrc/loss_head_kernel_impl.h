@@ -2,6 +2,7 @@
 //   TURNFAST_ISA     namespace of this copy
 //   TURNFAST_LANES   floats per vector
 //   TURNFAST_ROWS    broadcast rows per register tile
+//   TURNFAST_SCALE   1: `scale(p, n)` = p 2^n is one instruction that saturates
 //   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`dot_pairs`, `narrow` are defined)
 //
 // "Unit" below is 4 bytes: one float, or a pair of bf16 that lie next to each other along the
@@ -37,20 +38,40 @@ TF_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 TF_INLINE F at_least(F x, float low) { return select(x < low, splat(low), x); }
 TF_INLINE F at_most(F x, float high) { return select(x > high, splat(high), x); }
 
-// exp(x) for x in [-87, 88], clamped outside; relative error below 2e-7. NaN stays NaN: the clamps
-// compare false, and the power of two is multiplied in rather than added to the exponent bits.
-TF_INLINE F exp_clamped(F x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = at_most(at_least(x, -87.0f), 88.0f);
-  const F shifted = x * 1.44269504f + kRound;
-  const F n = shifted - kRound;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+// exp(r) for |r| <= log(2) / 2, degree 6, relative error 1e-8 before rounding.
+TF_INLINE F exp_reduced(F r) {
   F p = r * 1.3814465e-3f + 8.3687808e-3f;
   p = p * r + 4.1668393e-2f;
   p = p * r + 1.66665196e-1f;
   p = p * r + 4.9999994e-1f;
-  p = p * (r * r) + r;
-  return (p + 1.0f) * as_float((as_bits(shifted) << 23) + 0x3f800000u);
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+// log(2) in two parts; products of the first with small integers are exact.
+constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+
+// exp(x) for x in [-87, 88], clamped outside; relative error below 2e-7. NaN stays NaN: the clamps
+// compare false, and the power of two is multiplied in rather than added to the exponent bits.
+TF_INLINE F exp_clamped(F x) {
+  x = at_most(at_least(x, -87.0f), 88.0f);
+  const F shifted = x * kLog2E + kRound;
+  const F n = shifted - kRound;
+  const F p = exp_reduced((x - n * kLog2High) - n * kLog2Low);
+  return p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// exp(x) for |x| < 1e5 with the same error in [-87, 88]; below, something from 0 to 1.7e-38; above,
+// anything, since sums with such terms are taken again with another anchor.
+TF_INLINE F exp_anchored(F x) {
+#if TURNFAST_SCALE
+  const F n = (x * kLog2E + kRound) - kRound;
+  return scale(exp_reduced((x - n * kLog2High) - n * kLog2Low), n);
+#else
+  return exp_clamped(x);
+#endif
 }
 
 // log(x) for normal x > 0: absolute error below 2e-7 + 1e-7 |log x|.
@@ -311,10 +332,11 @@ const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t end, float* 
 // --- scratch -------------------------------------------------------------------------------------
 
 // Vocabulary rows worked on at a time. More rows amortise loading and storing the tiles of dX,
-// fewer keep the packed weight and the block of dW in the second-level cache.
-int64_t block_rows(const Head& head) {
+// fewer keep the packed weight, the block of dW and G in the second-level cache.
+int64_t block_rows(const Head& head, int64_t C) {
   constexpr int64_t kFloats = 1 << 16;
-  const int64_t rows = kFloats / round_up(head.D, NR) / kBlock * kBlock;
+  const int64_t longest = head.D > C / 2 ? head.D : C / 2;
+  const int64_t rows = kFloats / longest / kBlock * kBlock;
   return rows < kBlock ? kBlock : rows > 4 * kBlock ? 4 * kBlock : rows;
 }
 
@@ -327,7 +349,7 @@ struct Layout {
 Layout backward_layout(const Head& head, int64_t C) {
   const int64_t width = round_up(head.D, NR);
   const int64_t ld = round_up(C, NR);
-  const int64_t rows = block_rows(head);
+  const int64_t rows = block_rows(head, C);
   Layout at{};
   at.d_head = rows * width;
   at.g_rows = at.d_head + rows * width;
@@ -372,7 +394,7 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
     for (int64_t i = 0; i < rows; ++i) {
       const F u = logits(head, z[i][half]) - anchor;
       const I target = column == static_cast<int32_t>(v + i);
-      const F e = select(target, F{}, exp_clamped(u));
+      const F e = select(target, F{}, exp_anchored(u));
       max = select((u > max) & ~target, u, max);
       sum += e;
       dot += e * u;
@@ -558,7 +580,7 @@ void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64
     const int64_t size = round_up(chunk.C, MR) * round_up(head.D, NR);
     for (int64_t i = 0; i < size; ++i) d_x[i] = 0.0f;
   }
-  const int64_t block_size = block_rows(head);
+  const int64_t block_size = block_rows(head, chunk.C);
   for (int64_t v = begin; v < end; v += block_size) {
     const int64_t n = end - v < block_size ? end - v : block_size;
     for (int64_t t = 0; t < chunk.ld; ++t) sums[t] = 0.0f;
@@ -641,7 +663,7 @@ void patch(const Head& head, const void* x, const int32_t* columns, const float*
 void exp_all(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += L) {
     const int64_t m = n - i;
-    store_some(out + i, exp_clamped(load_some(x + i, Type::kFloat, m)), m);
+    store_some(out + i, exp_anchored(load_some(x + i, Type::kFloat, m)), m);
   }
 }
 
