@@ -19,8 +19,9 @@ export TOKENIZERS_PARALLELISM = false
 env: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start
-	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo
+	test -e $(RUN)/warm-start/model/config.json \
+		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start
+	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo --resume
 
 # One process per kind: an engine and the Triton interpreter cannot share one.
 test: $(STAMP)
