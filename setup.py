@@ -57,7 +57,9 @@ def extension() -> dict:
                 py_limited_api=False,
             )
         ],
-        "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=bool(shutil.which("ninja")))},
+        "cmdclass": {
+            "build_ext": OptionalBuild.with_options(use_ninja=bool(shutil.which("ninja")))
+        },
     }
 
 

@@ -3,9 +3,9 @@
     python bench/learning.py [--rules grpo_or,grpo_mr,mt_grpo] [--seeds 0,1,2] [--recipe demo]
 
 Every run is `turnfast train` in a process of its own, with the same start, the same budget and the
-same environment; only `credit.rule` and `train.seed` differ. Reward parts, λ and everything else are
-the recipe's. Writes bench/results/learning.json and learning.svg; `bench/readme.py` makes the README's
-table from the former. With --jobs 2 two runs share the cores, one thread each.
+same environment; only `credit.rule` and `train.seed` differ. Reward parts, λ and everything else
+are the recipe's. Writes bench/results/learning.json and learning.svg; `bench/readme.py` makes the
+README's table from the former. With --jobs 2 two runs share the cores, one thread each.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import turnfast
 import turnfast.kernels
+
+import turnfast
 
 PACKAGE = Path(turnfast.__file__).parent
 KERNELS = Path(turnfast.kernels.__file__).parent

@@ -24,7 +24,7 @@ def warm_start(
     """
     env = open_env(config)
     with (
-        RunDir.create(run_dir, config) as directory,
+        RunDir.create(run_dir, config, resumable=False) as directory,
         Progress(run_dir, config.sft.steps, label="warm start") as progress,
     ):
         policy = load_policy(

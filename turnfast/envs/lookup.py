@@ -78,8 +78,8 @@ class LookupEnv(ToolEnv):
             same tokens as the sentence it is copied from; scoring ignores the space.
         call_format, reasoning, missing_answer, weights, max_calls: as in `ToolEnv`.
 
-    "From memory" is right for popular questions (after a call as `demo_recall_after_call` says), and
-    otherwise a random name of the right kind.
+    "From memory" is right for popular questions (after a call as `demo_recall_after_call` says),
+    and otherwise a random name of the right kind.
     """
 
     def __init__(
