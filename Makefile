@@ -23,10 +23,13 @@ demo: $(STAMP)
 		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start
 	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo --resume
 
+INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_truth.py \
+	loss_head_parallel.py segments.py attention_tree_triton.py)
+
 # One process per kind: an engine and the Triton interpreter cannot share one.
 test: $(STAMP)
 	$(BIN)/pytest tests -m "not vllm and not triton"
-	TRITON_INTERPRET=1 $(BIN)/pytest tests -m triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) -m "not vllm"
 	$(BIN)/pytest tests -m vllm
 
 lint: $(STAMP)
