@@ -46,7 +46,29 @@ def learning(record: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"learning": learning}
+def step(record: dict[str, Any]) -> str:
+    names = {"rows": "rows, each whole", "trees": "prefix trees", "lean": "and no idle tokens"}
+    rows = [
+        f"| {names[way]} | {row['tokens_computed']:,} | {row['model_speedup']:.2f} × "
+        f"| {row['step_speedup']:.2f} × | {row['peak_memory_mib']:.0f} MiB "
+        f"| {row['gradient_difference']:.0e} |"
+        for way, row in record["ways"].items()
+    ]
+    return "\n".join(
+        [
+            "| packing | tokens computed | model | whole step | peak memory | gradient difference |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"{record['rollouts']} recorded rollouts in groups of 8, {record['tokens_of_rows']:,} "
+            f"tokens of which {record['tokens_distinct']:,} are distinct; {record['threads']} "
+            f"thread, {record['clock']} time. From `{record['command']}`, commit "
+            f"`{record['commit']}`.",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"learning": learning, "step": step}
 
 
 def main() -> int:
