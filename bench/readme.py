@@ -56,7 +56,7 @@ def step(record: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "| packing | tokens computed | model | whole step | peak memory | gradient difference |",
+            "| packing | tokens computed | model | whole step | peak memory | gradient error |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
