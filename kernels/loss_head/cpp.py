@@ -23,12 +23,11 @@ from ..extension import load_error
 from .driver import run_logprobs, run_policy_loss, whole_vocab
 from .problem import Outcome, Problem, Vocab
 
-# E of one chunk. A chunk reads W twice and dW once, 6 C flops for each of their elements, so a few
-# hundred tokens hide that traffic; beyond them an E that fits in a shared cache is worth more. The
-# upper end keeps the coefficients between forward and backward few for small vocabularies.
-CHUNK_BYTES = 32 << 20
-MIN_CHUNK, MAX_CHUNK = 192, 2304
-STEP = 96
+# Tokens per chunk. A chunk reads W twice and reads and writes dW, 6 C flops for each of their
+# elements: HIDING tokens hide that traffic, as far as E stays within LARGE_BYTES. Where more tokens
+# fit into SMALL_BYTES, a shared cache, they also make the steps between forward and backward few.
+SMALL_BYTES, LARGE_BYTES = 32 << 20, 128 << 20
+HIDING_TOKENS, MAX_TOKENS, STEP = 384, 2304, 96
 # Above this, sums of exponentials anchored at the target come near the end of float32.
 ANCHOR_LIMIT = 60.0
 
@@ -72,8 +71,9 @@ class CppHead:
         self.kept: tuple[Tensor, ...] = ()
 
     def chunk_tokens(self) -> int:
-        tokens = CHUNK_BYTES * STEP // self._exps_bytes(STEP)
-        return max(MIN_CHUNK, min(MAX_CHUNK, tokens // STEP * STEP))
+        step_bytes = self._exps_bytes(STEP)
+        steps = max(SMALL_BYTES // step_bytes, min(HIDING_TOKENS // STEP, LARGE_BYTES // step_bytes))
+        return min(MAX_TOKENS, STEP * max(1, steps))
 
     def forward(self, x_CD: Tensor, targets_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
         self.kept = ()
