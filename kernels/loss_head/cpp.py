@@ -72,8 +72,8 @@ class CppHead:
 
     def chunk_tokens(self) -> int:
         step_bytes = self._exps_bytes(STEP)
-        steps = max(SMALL_BYTES // step_bytes, min(HIDING_TOKENS // STEP, LARGE_BYTES // step_bytes))
-        return min(MAX_TOKENS, STEP * max(1, steps))
+        hiding = min(HIDING_TOKENS // STEP, LARGE_BYTES // step_bytes)
+        return min(MAX_TOKENS, STEP * max(1, hiding, SMALL_BYTES // step_bytes))
 
     def forward(self, x_CD: Tensor, targets_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
         self.kept = ()
