@@ -135,10 +135,20 @@ def _row(runs: list[list[dict]]) -> dict:
         next((e["step"] for e in _evaluations(lines) if e["eval/exact_match"] >= 0.8), None)
         for lines in runs
     ]
+    row["steps_to_tool"] = [_steps_to_tool(lines) for lines in runs]
     times = [line["time/step"] for lines in runs for line in lines if "time/step" in line]
     row["seconds_per_step"] = fmean(times)
     row["steps"] = _evaluations(runs[0])[-1]["step"]
     return row
+
+
+def _steps_to_tool(lines: list[dict], share: float = 0.8, window: int = 5) -> int | None:
+    """The first step by which `window` steps of sampled rollouts call the tool well on average."""
+    sampled = [(line["step"], line["tool_success"]) for line in lines if "tool_success" in line]
+    for end in range(window, len(sampled) + 1):
+        if fmean(value for _, value in sampled[end - window : end]) >= share:
+            return sampled[end - 1][0]
+    return None
 
 
 def _evaluations(lines: list[dict]) -> list[dict]:

@@ -23,20 +23,20 @@ RESULTS = ROOT / "bench" / "results"
 def learning(record: dict[str, Any]) -> str:
     rows = [
         f"| `{rule}` | {_spread(row['eval/tool_success'])} | {_spread(row['eval/exact_match'])} "
-        f"| {_steps(row['steps_to_80'])} |"
+        f"| {_steps(row['steps_to_tool'])} |"
         for rule, row in record["rules"].items()
     ]
     start, first = record["start"], next(iter(record["rules"].values()))
     return "\n".join(
         [
-            "| rule | tool success | exact match | steps to 0.80, per seed |",
+            "| rule | tool success | exact match | steps until sampled tool success is 0.8 |",
             "|---|---|---|---|",
             f"| the common start | {start['eval/tool_success']:.2f} "
             f"| {start['eval/exact_match']:.2f} | |",
             *rows,
             "",
             f"Mean ± standard deviation over {len(record['seeds'])} seeds after {first['steps']} "
-            f"steps, {record['machine']}. Before training the start calls the tool "
+            f"steps, {record['machine']}; the last column per seed. The start calls the tool "
             f"{start['sampled/tool_calls']:.2f} times per sampled rollout, with "
             f"{start['sampled/tool_success']:.2f} success. From `{record['command']}`, commit "
             f"`{record['commit']}`.",
