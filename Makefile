@@ -26,7 +26,9 @@ demo: $(STAMP)
 INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_truth.py \
 	loss_head_parallel.py segments.py attention_tree_triton.py)
 
-# One process per kind: an engine and the Triton interpreter cannot share one.
+# One process per kind: an engine and the Triton interpreter cannot share one. One thread: sums on
+# several are not repeated bit for bit.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/pytest tests -m "not vllm and not triton"
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) -m "not vllm"
