@@ -231,7 +231,7 @@ def assert_within_budget(case: Case, impl: str, slack: float = 1e-5, **options: 
     live = trained(out)
     assert torch.equal(live | (case.weights == 0) | _dark(case), torch.ones_like(live))
     pairs = [
-        ("loss", found.loss - true.loss, low.loss - true.loss, 1.0),
+        ("loss", found.loss - true.loss, low.loss - true.loss, max(1.0, float(true.loss.abs()))),
         *(
             (name, getattr(found, name)[live] - getattr(true, name)[live],
              getattr(low, name)[live] - getattr(true, name)[live], 1.0)
