@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnfast.config import (
-    Config,
-    ConfigError,
+from turnfast.config import Config, ConfigError
+from turnfast.recipe import (
     build_config,
     describe_fields,
     field_names,

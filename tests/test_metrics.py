@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError, build_config
+from turnfast.config import Config, ConfigError
 from turnfast.jsonl import append_line, read_lines, to_strict
 from turnfast.metrics import RunDir, Stopwatch, read_metrics, summarise
+from turnfast.recipe import build_config
 from turnfast.types import Credit, Group, Task, Trajectory, Turn
 
 

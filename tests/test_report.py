@@ -19,8 +19,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError, build_config
+from turnfast.config import Config, ConfigError
 from turnfast.metrics import RunDir, summarise
+from turnfast.recipe import build_config
 from turnfast.report import write_report
 from turnfast.report.charts import Chart, Series, draw
 from turnfast.report.curves import curves, step_axis

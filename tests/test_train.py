@@ -16,9 +16,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from turnfast.cli import main
-from turnfast.config import ConfigError, build_config, to_toml
+from turnfast.config import ConfigError
 from turnfast.envs import Demonstration, SearchEnv
 from turnfast.metrics import read_metrics
+from turnfast.recipe import build_config, to_toml
 from turnfast.report.trajectories import read_rollouts
 from turnfast.rollout import RolloutError
 from turnfast.tiny import write_tiny_model

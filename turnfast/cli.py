@@ -15,14 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .config import (
-    Config,
-    ConfigError,
-    describe_fields,
-    load_config,
-    shipped_recipes,
-    suggest_field,
-)
+from .config import Config, ConfigError
+from .recipe import describe_fields, load_config, shipped_recipes, suggest_field
 
 FIELDS = (
     "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."

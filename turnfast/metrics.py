@@ -24,8 +24,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
-from .config import Config, ConfigError, to_toml
+from .config import Config, ConfigError
 from .jsonl import append_line, keep_until, read_lines, to_strict
+from .recipe import to_toml
 from .sinks import Sink, open_sinks
 from .types import Credit, Group, Status, Trajectory
 
