@@ -33,8 +33,8 @@ LEVELS = [
     ],
     ["loss", "sampler"],
     ["sft", "rollout", "sync"],
-    ["run"],
-    ["evaluate", "warm_start"],
+    ["run", "record"],
+    ["evaluate", "warm_start", "collect"],
     ["train"],
     ["cli"],
 ]

@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 
 from .checkpoint import save_checkpoint
+from .collect import Collector
 from .config import Config
 from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import Update, needs_every_token, update
-from .metrics import Stopwatch, summarise
+from .loss import needs_every_token, update
+from .metrics import Stopwatch
 from .packing import Packed, pack
+from .record import StepRecord, figures_of
 from .report import write_report
-from .rollout import Interrupted, RolloutError, rollout
-from .run import Run, is_due, open_run, tasks_of_step
-from .sync import SyncReport, sync_weights
+from .rollout import Interrupted, RolloutError
+from .run import Run, is_due, open_run
+from .sync import sync_weights
 from .types import Credit, Group
 
 
@@ -39,6 +41,7 @@ def train(
         Progress(run_dir, config.train.steps, done=run.first_step - 1) as show,
     ):
         sync = partial(sync_weights, run.policy.model, run.sampler, run.probe, run.tolerance)
+        collector = Collector(run, config, should_stop)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         try:
@@ -50,29 +53,11 @@ def train(
                     raise Interrupted
                 clock.lap()
                 with clock.phase("rollout"):
-                    groups = rollout(
-                        tasks_of_step(run.train_tasks, step, config),
-                        run.env,
-                        run.chat,
-                        run.sampler,
-                        config.rollout,
-                        max_turns=config.env.max_turns,
-                        seed=config.train.seed + step,
-                        should_stop=should_stop,
-                    )
+                    groups = collector.collect(step)
                 with clock.phase("score"):
                     credits = assign_credits(groups, config.credit.rule, **config.credit.options)
                 with clock.phase("pack"):
-                    packed = pack(
-                        groups,
-                        credits,
-                        budget=config.train.tokens_per_microbatch,
-                        normalizer=config.loss.normalizer,
-                        constant=config.rollout.max_new_tokens * config.env.max_turns,
-                        device=run.policy.device,
-                        share_prefixes=config.train.share_prefixes,
-                        drop_idle=not needs_every_token(config.loss),
-                    )
+                    packed = _pack(config, run, groups, credits)
                 with clock.phase("train"):
                     run.sampler.sleep()
                     updated = update(
@@ -86,7 +71,16 @@ def train(
                 with clock.phase("sync"):
                     synced = sync()
                 done = step
-                _log(run, step, groups, credits, packed, updated, synced, clock.lap(), show, config)
+                record = StepRecord(
+                    step=step,
+                    groups=groups,
+                    credits=credits,
+                    packed=packed,
+                    updated=updated,
+                    synced=synced,
+                    times=clock.lap(),
+                )
+                _log(config, run, record, show)
                 if is_due(step, config.train.eval_every, config.train.steps):
                     _evaluate(config, run, step, show, should_stop)
                 if is_due(step, config.train.save_every, config.train.steps):
@@ -102,40 +96,25 @@ def train(
             write_report(run_dir)
 
 
-def _log(
-    run: Run,
-    step: int,
-    groups: Sequence[Group],
-    credits: Sequence[Credit],
-    packed: Packed,
-    updated: Update,
-    synced: SyncReport,
-    times: dict[str, float],
-    show: Progress,
-    config: Config,
-) -> None:
-    laid_out = sum(len(batch.tokens_T) for batch in packed.batches)
-    figures = {
-        **summarise(groups, credits),
-        "loss": updated.loss,
-        "logprob": updated.logprob,
-        "entropy": updated.entropy,
-        "grad_norm": updated.grad_norm,
-        "ratio/max": updated.ratio_max,
-        "clip_fraction": updated.clip_fraction,
-        "logprob_gap": updated.logprob_gap,
-        "logprob_gap/max": updated.logprob_gap_max,
-        "sync_gap": synced.gap,
-        "lr": updated.lr,
-        "tokens": packed.num_tokens,
-        "tokens_trained": packed.num_targets,
-        "padding": (laid_out - packed.num_tokens) / max(1, laid_out),
-        "shared_prefix": packed.shared_prefix,
-        **times,
-    }
-    run.directory.log(step, figures)
-    run.directory.log_rollouts(step, groups[: config.train.log_rollouts], credits)
-    show.step(step, figures)
+def _pack(config: Config, run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
+    return pack(
+        groups,
+        credits,
+        budget=config.train.tokens_per_microbatch,
+        normalizer=config.loss.normalizer,
+        constant=config.rollout.max_new_tokens * config.env.max_turns,
+        device=run.policy.device,
+        share_prefixes=config.train.share_prefixes,
+        drop_idle=not needs_every_token(config.loss),
+    )
+
+
+def _log(config: Config, run: Run, record: StepRecord, show: Progress) -> None:
+    figures = figures_of(record)
+    shown = record.groups[: config.train.log_rollouts]
+    run.directory.log(record.step, figures)
+    run.directory.log_rollouts(record.step, shown, record.credits)
+    show.step(record.step, figures)
 
 
 def _evaluate(
