@@ -56,7 +56,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": _versions(),
         "commit": _commit(),
-        "start": _start(options, rules, seeds),
+        "start": _start(options, flags, start, rules, seeds),
         "rules": table,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,35 +136,62 @@ def _row(runs: list[list[dict]]) -> dict:
         for lines in runs
     ]
     row["steps_to_tool"] = [_steps_to_tool(lines) for lines in runs]
+    row["lowest_tool"] = [min(_sampled_tool(lines).values()) for lines in runs]
     times = [line["time/step"] for lines in runs for line in lines if "time/step" in line]
     row["seconds_per_step"] = fmean(times)
     row["steps"] = _evaluations(runs[0])[-1]["step"]
     return row
 
 
-def _steps_to_tool(lines: list[dict], share: float = 0.8, window: int = 5) -> int | None:
-    """The first step by which `window` steps of sampled rollouts call the tool well on average."""
+def _sampled_tool(lines: list[dict], window: int = 5) -> dict[int, float]:
+    """Tool success of the training rollouts by step, each the mean of the last `window` steps."""
     sampled = [(line["step"], line["tool_success"]) for line in lines if "tool_success" in line]
-    for end in range(window, len(sampled) + 1):
-        if fmean(value for _, value in sampled[end - window : end]) >= share:
-            return sampled[end - 1][0]
-    return None
+    return {
+        sampled[end - 1][0]: fmean(value for _, value in sampled[end - window : end])
+        for end in range(window, len(sampled) + 1)
+    }
+
+
+def _steps_to_tool(lines: list[dict], share: float = 0.8) -> int | None:
+    return next((step for step, value in _sampled_tool(lines).items() if value >= share), None)
 
 
 def _evaluations(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "eval/exact_match" in line]
 
 
-def _start(options: argparse.Namespace, rules: list[str], seeds: list[int]) -> dict:
-    """What the common warm start does before any rule has touched it."""
+def _start(
+    options: argparse.Namespace, flags: list[str], start: Path, rules: list[str], seeds: list[int]
+) -> dict:
+    """What the common warm start does before any rule has touched it: greedily on held-out tasks,
+    and in 1,024 rollouts drawn as in training, on training tasks."""
     first = _evaluations(_metrics(options, rules[0], seeds[0]))[0]
-    sampled = next(x for x in _metrics(options, rules[0], seeds[0]) if x.get("step") == 1)
+    drawn = options.runs / "start.jsonl"
+    _turnfast(
+        *("eval", options.recipe, "--model.path", str(start), "--split", "train", "--sampled"),
+        *("--train.eval-tasks", "1024", "--out", str(drawn), *flags),
+        log=options.runs / "start.log",
+    )
+    lines = drawn.read_text(encoding="utf-8").splitlines()
+    rollouts = [rollout for line in lines for rollout in json.loads(line)["rollouts"]]
+    called = [r for r in rollouts if any(turn["tool_calls"] for turn in r["turns"])]
+    silent = [r for r in rollouts if r not in called]
     return {
         **{name: first[name] for name in FIGURES},
-        "sampled/tool_success": sampled["tool_success"],
-        "sampled/exact_match": sampled["exact_match"],
-        "sampled/tool_calls": sampled["tool_calls"],
+        "sampled/calls": len(called) / len(rollouts),
+        "sampled/calls_that_fail": 1 - _right(called, "tool_success"),
+        "sampled/exact_match": _right(rollouts),
+        "sampled/exact_match_after_a_call": _right(called),
+        "sampled/exact_match_without_a_call": _right(silent),
+        "sampled/exact_match_without_a_call_popular": _right(silent, "exact_match_popular"),
+        "sampled/exact_match_after_success": _right([r for r in called if r["tool_success"]]),
     }
+
+
+def _right(rollouts: list[dict], name: str = "exact_match") -> float:
+    """Mean of a figure over the rollouts that have it."""
+    values = [float({**r["metrics"], **r}[name]) for r in rollouts if name in {**r["metrics"], **r}]
+    return fmean(values) if values else float("nan")
 
 
 def _versions() -> dict[str, str]:

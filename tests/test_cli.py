@@ -249,7 +249,13 @@ def test_from_a_warm_start_to_a_report(run, recipe, capsys):
     assert main(["eval", recipe, "--model.path", step, "--out", "deep/rollouts.jsonl"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["eval/rollouts"] == 2 and "eval/exact_match" in figures
-    assert len(Path("deep/rollouts.jsonl").read_text().splitlines()) == 2
+    lines = Path("deep/rollouts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["task_id"].split("-")[0] for line in lines] == ["eval", "eval"]
+    drawn = ["--split", "train", "--sampled", "--out", "drawn.jsonl"]
+    assert main(["eval", recipe, "--model.path", step, *drawn]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/rollouts"] == 2
+    drawn = [json.loads(line) for line in Path("drawn.jsonl").read_text().splitlines()]
+    assert [line["task_id"].split("-")[0] for line in drawn] == ["train", "train"]
     again = json.loads(Path("runs/small/metrics.jsonl").read_text().splitlines()[-1])
     assert again["eval/reward/turn"] == figures["eval/reward/turn"]
 

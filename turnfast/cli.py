@@ -101,8 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     sub = command("sft", _sft, "warm start: supervised tuning on the environment's demonstrations")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
-    sub = command("eval", _eval, "greedy rollouts on held-out tasks; prints one JSON object")
+    sub = command("eval", _eval, "rollouts on held-out tasks; prints one JSON object")
     sub.add_argument("--out", type=Path, help="also write the rollouts here, as JSON lines")
+    sub.add_argument("--split", choices=["eval", "train"], default="eval", help="default: eval")
+    sub.add_argument(
+        "--sampled", action="store_true", help="draw at rollout.temperature instead of greedily"
+    )
     sub = command("report", _report, "write report.html of a run directory again", recipe=False)
     sub.add_argument("run_dir", type=Path)
     command("recipes", _recipes, "list the shipped recipes", recipe=False)
@@ -137,7 +141,10 @@ def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load_config(arguments.recipe, flags)
     from .evaluate import evaluate_model
 
-    print(evaluate_model(config, arguments.out))
+    figures = evaluate_model(
+        config, arguments.out, split=arguments.split, sampled=arguments.sampled
+    )
+    print(figures)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Greedy rollouts on held-out tasks."""
+"""Rollouts that nothing is learned from: greedy on held-out tasks, or drawn as in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .chat import Chat
 from .config import Config, ConfigError
-from .envs import Env
+from .envs import Env, Split
 from .jsonl import append_line, to_strict
 from .metrics import plain_group, summarise
 from .model import load_policy, pick_device
@@ -25,15 +25,18 @@ def evaluate(
     chat: Chat,
     sampler: Sampler,
     *,
+    split: Split = "eval",
+    sampled: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Group]]:
-    """One greedy rollout of each of the first `train.eval_tasks` held-out tasks.
+    """One rollout of each of the first `train.eval_tasks` tasks of a split, greedy unless `sampled`
+    (then at `rollout.temperature`).
 
     Returns:
         The figures of `metrics.summarise` under `eval/…`, and the rollouts.
     """
     groups = rollout(
-        env.tasks("eval")[: config.train.eval_tasks],
+        env.tasks(split)[: config.train.eval_tasks],
         env,
         chat,
         sampler,
@@ -41,13 +44,15 @@ def evaluate(
         max_turns=config.env.max_turns,
         seed=config.train.seed,
         group_size=1,
-        temperature=0.0,
+        temperature=None if sampled else 0.0,
         should_stop=should_stop,
     )
     return summarise(groups, prefix="eval/"), groups
 
 
-def evaluate_model(config: Config, out: Path | None) -> str:
+def evaluate_model(
+    config: Config, out: Path | None, *, split: Split = "eval", sampled: bool = False
+) -> str:
     """Evaluate `model.path` without a run; the figures as one line of JSON.
 
     Raises:
@@ -55,8 +60,8 @@ def evaluate_model(config: Config, out: Path | None) -> str:
         RolloutError: more than `rollout.max_error_share` of the rollouts failed.
     """
     env = open_env(config)
-    if not env.tasks("eval"):
-        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split 'eval'")
+    if not env.tasks(split):
+        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split {split!r}")
     if out is not None:
         _check_writable(out)
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
@@ -65,7 +70,7 @@ def evaluate_model(config: Config, out: Path | None) -> str:
         chat = open_chat(policy, env)
         sampler = open_sampler(config, policy, chat)
         try:
-            figures, groups = evaluate(config, env, chat, sampler)
+            figures, groups = evaluate(config, env, chat, sampler, split=split, sampled=sampled)
         finally:
             sampler.close()
     if out is not None:
