@@ -229,6 +229,36 @@ def test_flattened_rewards_give_the_same_advantage_on_every_turn(
     assert credit.has_signal
 
 
+PAID_BY_TURN = [(0.7, None, 0.1), (0.0, 0.5, None), (None, 0.2, 0.2), (0.7, 0.7, 0.7)]
+SAME_EVERYWHERE = {"gigpo": {"gamma": 1.0, "step_weight": 0.0}, "hybrid": {"gamma": 1.0}}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_flatten_moves_the_rewards_to_the_end(rule: str) -> None:
+    paid = [rollout(i, r, o) for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))]
+    late = [
+        rollout(i, (None,) * 3, math.fsum([o, *(x or 0.0 for x in r)]))
+        for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))
+    ]
+    chosen = SAME_EVERYWHERE.get(rule, {})
+    credit = assign_credit(group_of(*paid), rule, flatten=True, **chosen)
+    assert credit.advantages == assign_credit(group_of(*late), rule, **chosen).advantages
+    assert credit.has_signal and all(len(set(row)) == 1 for row in credit.advantages)
+    # what is summed over the rollout anyway stays what it was
+    if rule in ("grpo_mr", "rloo", "dr", "tree"):
+        plain = assign_credit(group_of(*paid), rule).advantages
+        assert close(credit, *plain)
+    else:
+        assert credit.advantages != assign_credit(group_of(*paid), rule).advantages
+
+
+def test_flatten_leaves_failed_rollouts_out() -> None:
+    group = group_of(
+        rollout(0, (0.7,), 0.0), rollout(1, (math.nan,), 9.0, status="error"), rollout(2, (0.0,))
+    )
+    assert close(assign_credit(group, "mt_grpo", flatten=True, **PAIR), (1,), (0,), (-1,))
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "plain", "group"),
     [
@@ -360,7 +390,7 @@ def test_no_peers_no_signal(rule: str) -> None:
         ("mt_gpro", {}, ["credit.rule", "mt_gpro", "did you mean 'mt_grpo'"]),
         ("best", {}, ["credit.rule", "known: dr, gigpo"]),
         ("mt_grpo", {"epsilno": 1e-4}, ["credit.options.epsilno", "did you mean 'epsilon'"]),
-        ("rloo", {"std": "none"}, ["credit.options.std", "rloo", "known: clip, whiten"]),
+        ("rloo", {"std": "none"}, ["credit.options.std", "rloo", "known: clip, flatten, whiten"]),
         ("mt_grpo", {"gamma": 1.0}, ["credit.options.gamma"]),
         ("mt_grpo", {"norm": 1}, ["credit.options.norm"]),
         ("mt_grpo", {"epsilon": -1.0}, ["credit.options.epsilon", "-1.0"]),

@@ -27,6 +27,7 @@ LEVELS = [
         "envs",
         "chat",
         "checkpoint",
+        "diagnosis",
         "metrics",
         "report",
         "console",

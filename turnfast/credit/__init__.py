@@ -10,6 +10,8 @@ no baseline, and get zeros; so does a group with fewer than two rollouts left. E
     clip      advantages are cut to [-clip, clip]; last of all
     whiten    mean 0 and standard deviation 1 over all turns of the batch's groups that have a
               signal; groups without one keep their exact zeros
+    flatten   the rule sees the same rewards moved to the end of the rollout: the ablation of
+              turn-level credit that changes nothing else
 
 and those that normalise also take `epsilon`, `std` and `baseline` (see `baseline.Norm`). A turn
 reward of None adds nothing to a return; `mt_grpo`, which compares single rewards, has a choice.
@@ -35,7 +37,7 @@ from turnfast.credit import (
     tree,
 )
 from turnfast.credit.baseline import Rows
-from turnfast.credit.frame import counted, with_failed
+from turnfast.credit.frame import with_failed
 from turnfast.credit.options import split_options, suggest
 from turnfast.types import Credit, Group
 
@@ -87,7 +89,7 @@ def assign_credits(groups: Sequence[Group], rule: str = "mt_grpo", **options: An
     """
     function = _find(rule)
     frame, arguments = split_options(rule, function, options)
-    rows_by_group = function([counted(group) for group in groups], **arguments)
+    rows_by_group = function([frame.before(group) for group in groups], **arguments)
     return [
         Credit(rule=rule, advantages=with_failed(group, rows))
         for group, rows in zip(groups, frame.apply(rows_by_group), strict=True)

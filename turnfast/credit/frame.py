@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 
 from turnfast.config import PositiveFloat
-from turnfast.credit.baseline import NORM, Rows
+from turnfast.credit.baseline import NORM, Rows, episode_returns
 from turnfast.types import Group, Trajectory
 
 LARGEST = 1e100  # its square, summed over a group, is still a number
@@ -19,6 +19,12 @@ class Frame:
 
     clip: PositiveFloat | None = None
     whiten: bool = False
+    flatten: bool = False
+
+    def before(self, group: Group) -> Group:
+        """What the rule gets to see of a group: the rollouts that count."""
+        seen = counted(group)
+        return flattened(seen) if self.flatten else seen
 
     def apply(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
         result = _whitened(rows_by_group) if self.whiten else list(rows_by_group)
@@ -37,6 +43,19 @@ def counted(group: Group) -> Group:
     for trajectory in healthy:
         _check_finite(trajectory)
     return replace(group, trajectories=healthy if len(healthy) > 1 else ())
+
+
+def flattened(group: Group) -> Group:
+    """The same rewards, all paid at the end: o_i + sum_k r_{i,k}, and no turn has one of its own.
+
+    Example: rewards (0.7, None) and outcome 1 become (None, None) and 1.7.
+    """
+    returns = zip(group.trajectories, episode_returns(group), strict=True)
+    moved = (
+        replace(t, outcome=earned, turns=tuple(replace(turn, reward=None) for turn in t.turns))
+        for t, earned in returns
+    )
+    return replace(group, trajectories=tuple(moved))
 
 
 def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
