@@ -28,6 +28,7 @@ LEVELS = [
         "chat",
         "checkpoint",
         "diagnosis",
+        "token_figures",
         "metrics",
         "report",
         "console",

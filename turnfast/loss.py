@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from .config import LossConfig
 from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from .model import Policy, hidden_states
 from .optim import Optimizer
+from .token_figures import by_turn, drawn_kl
 from .types import Batch
 
 ADVICE = "this update has changed no weight; lower optim.lr, or resume from the last checkpoint"
@@ -24,7 +25,9 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
-    `logprob_gap_max` the largest; ratio, clip and lr figures are of the last update on the data."""
+    `logprob_gap_max` the largest; ratio, clip and lr figures are of the last update on the data.
+    `by_turn` has, for every turn index, entropy and KL(sampler || trainer) of the first one and,
+    if there are several, KL(old || new) before the last."""
 
     loss: float = 0.0
     logprob: float = 0.0
@@ -36,6 +39,7 @@ class Update:
     grad_norm: float = 0.0
     lr: float = 0.0
     num_updates: int = 0
+    by_turn: Mapping[str, float] = field(default_factory=dict)
 
 
 def policy_rule(config: LossConfig) -> PolicyRule:
@@ -93,7 +97,7 @@ def update(
         norm = optimizer.step() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
-        done = _last(done, results, loss, norm, lr)
+        done = _last(done, results, batches, loss, norm, lr)
     return done
 
 
@@ -126,12 +130,37 @@ def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
         entropy=float(torch.cat([result.entropies for result in results]).nanmean()),
         logprob_gap=float(gap.nanmean().nan_to_num()),
         logprob_gap_max=float(gap.nan_to_num().max()),
+        by_turn=by_turn("entropy", (result.entropies for result in results), batches)
+        | by_turn(
+            "kl_sampler",
+            (
+                drawn_kl(batch.sampler_logprobs_N, result.logprobs)
+                for batch, result in zip(batches, results, strict=True)
+            ),
+            batches,
+        ),
     )
 
 
 def _last(
-    before: Update, results: Sequence[PolicyLoss], loss: float, norm: float, lr: float
+    before: Update,
+    results: Sequence[PolicyLoss],
+    batches: Sequence[Batch],
+    loss: float,
+    norm: float,
+    lr: float,
 ) -> Update:
+    moved = {}
+    if before.num_updates:
+        moved = by_turn(
+            "kl_old",
+            (
+                drawn_kl(batch.old_logprobs_N, result.logprobs)
+                for batch, result in zip(batches, results, strict=True)
+                if batch.old_logprobs_N is not None
+            ),
+            batches,
+        )
     trained = [float(result.stats.tokens) for result in results]
     clipped = [
         float(stats.clip_low + stats.clip_high + stats.clip_dual)
@@ -146,4 +175,5 @@ def _last(
         grad_norm=norm,
         lr=lr,
         num_updates=before.num_updates + 1,
+        by_turn={**before.by_turn, **moved},
     )

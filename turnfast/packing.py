@@ -36,7 +36,10 @@ from .types import Batch, Credit, Group, Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One context with its targets: lists over the N targets of this row, K its turns."""
+    """One context with its targets: lists over the N targets of this row, K its turns.
+
+    `first_turn` is the place in the trajectory of the first of them.
+    """
 
     tokens: list[int]
     rows: list[int]
@@ -45,6 +48,7 @@ class Row:
     logprobs: list[float]
     advantages: list[float]
     trajectory: int
+    first_turn: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +93,7 @@ def rows_of(turns: Sequence[Turn], advantages: Sequence[float], trajectory: int)
                     logprobs=[],
                     advantages=[],
                     trajectory=trajectory,
+                    first_turn=k,
                 )
             )
         row = rows[-1]
@@ -244,6 +249,9 @@ def batch_of(
         "targets_N": _each(row.targets for row in rows),
         "turns_N": (_each(row.turns for row in rows) + _repeat(first_turn, num_targets)).int(),
         "advantages_K": torch.tensor([a for row in rows for a in row.advantages]),
+        "places_K": torch.tensor(
+            [row.first_turn + k for row in rows for k in range(len(row.advantages))]
+        ),
         "sequences_K": torch.tensor([row.trajectory for row in rows for _ in row.advantages]),
         "weights_N": _repeat([weights[row.trajectory] for row in rows], num_targets),
         "sampler_logprobs_N": torch.tensor([x for row in rows for x in row.logprobs]),

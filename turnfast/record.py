@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .diagnosis import diagnose
 from .loss import Update
 from .metrics import summarise
 from .packing import Packed
@@ -29,18 +31,20 @@ class StepRecord:
     times: Mapping[str, float]
 
 
-def figures_of(record: StepRecord) -> dict[str, float]:
+def figures_of(record: StepRecord) -> dict[str, Any]:
     """One line of metrics.jsonl, without the step's number."""
     packed, updated = record.packed, record.updated
     laid_out = sum(len(batch.tokens_T) for batch in packed.batches)
     return {
         **summarise(record.groups, record.credits),
+        **diagnose(record.groups, record.credits),
         "loss": updated.loss,
         "logprob": updated.logprob,
         "entropy": updated.entropy,
         "grad_norm": updated.grad_norm,
         "ratio/max": updated.ratio_max,
         "clip_fraction": updated.clip_fraction,
+        **updated.by_turn,
         "logprob_gap": updated.logprob_gap,
         "logprob_gap/max": updated.logprob_gap_max,
         "sync_gap": record.synced.gap,

@@ -155,6 +155,7 @@ class Batch:
         targets_N: int64 token ids. turns_N: int32 index into the K-tables.
         advantages_K: float32, one advantage per turn.
         sequences_K: int64, the trajectory each turn belongs to.
+        places_K: int64, the place of the turn in its trajectory, from 0.
         weights_N: float32, the normaliser as data, fixed for the whole optimizer step before the
             step is cut into micro-batches: the gradient does not depend on the cut.
         sampler_logprobs_N: float32, what the sampler reported when it drew the token.
@@ -176,6 +177,7 @@ class Batch:
     turns_N: torch.Tensor
     advantages_K: torch.Tensor
     sequences_K: torch.Tensor
+    places_K: torch.Tensor
     weights_N: torch.Tensor
     sampler_logprobs_N: torch.Tensor
     old_logprobs_N: torch.Tensor | None = None

@@ -1,0 +1,76 @@
+"""Means of token figures by turn index, against the groups they came from."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from turnfast.credit import assign_credits
+from turnfast.packing import pack
+from turnfast.token_figures import by_turn, drawn_kl
+from turnfast.types import Group, Task, Trajectory, Turn
+
+
+def groups_of(seed: int, *, restarts: bool) -> list[Group]:
+    draw = random.Random(seed)
+
+    def turn(k: int) -> Turn:
+        ids = tuple(draw.randrange(99) for _ in range(draw.randrange(1, 5)))
+        return Turn(
+            prompt_ids=(k, 3),
+            sampled_ids=ids,
+            logprobs=tuple(-draw.random() for _ in ids),
+            text="",
+            finish="stop",
+            reward=draw.random(),
+            restart=restarts and k > 0 and draw.random() < 0.5,
+        )
+
+    rollouts = tuple(
+        Trajectory(
+            task_id="q",
+            index=i,
+            status="finished",
+            outcome=draw.random(),
+            turns=tuple(turn(k) for k in range(draw.randrange(1, 5))),
+        )
+        for i in range(6)
+    )
+    return [Group(task=Task(id="q", question=""), trajectories=rollouts)]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_means_are_those_of_the_turns(restarts, share_prefixes):
+    groups = groups_of(1, restarts=restarts)
+    packed = pack(groups, assign_credits(groups), budget=24, share_prefixes=share_prefixes)
+    assert len(packed.batches) > 1
+    figures = by_turn("x", [batch.sampler_logprobs_N for batch in packed.batches], packed.batches)
+    columns: dict[str, list[float]] = {}
+    for trajectory in groups[0].trajectories:
+        for k, turn in enumerate(trajectory.turns):
+            columns.setdefault(f"x/turn_{k + 1}", []).extend(turn.logprobs)
+    assert figures == pytest.approx({name: sum(x) / len(x) for name, x in columns.items()})
+
+
+def test_tokens_that_were_not_computed_do_not_count():
+    groups = groups_of(2, restarts=False)
+    (batch,) = pack(groups, assign_credits(groups), budget=999).batches
+    values = torch.ones(len(batch.targets_N))
+    values[0] = math.nan
+    assert set(by_turn("x", [values], [batch]).values()) == {1.0}
+    first = batch.places_K[batch.turns_N.long()] == 0
+    values[first] = math.nan
+    assert "x/turn_1" not in by_turn("x", [values], [batch])
+    assert by_turn("x", [values * math.nan], [replace(batch)]) == {} == by_turn("x", [], [])
+
+
+def test_the_estimate_of_the_kl_is_right_on_average():
+    p, q = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.4, 0.4, 0.2])
+    estimate = (p * drawn_kl(p.log(), q.log())).sum()
+    assert estimate == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert (drawn_kl(p.log(), q.log()) >= 0).all() and not drawn_kl(p.log(), p.log()).any()
