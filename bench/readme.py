@@ -68,7 +68,39 @@ def step(record: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"learning": learning, "step": step}
+def trl_step(record: dict[str, Any]) -> str:
+    best, seconds, errors = record["trl_setting"], record["seconds"], record["errors"]
+    sides = {
+        f"TRL {record['versions']['trl']}": ("trl", best, best),
+        "turnfast": ("turnfast", f"turnfast beside {best}", "turnfast"),
+    }
+    rows = [
+        f"| {label} | {record['tokens_computed'][side]:,} | {seconds[timed]['step_s']:.2f} s "
+        f"| {record['peak_memory_mib'][side]:.0f} MiB | {errors[error]['logprob']:.0e} "
+        f"| {errors[error]['gradient']:.0e} |"
+        for label, (side, timed, error) in sides.items()
+    ]
+    return "\n".join(
+        [
+            "| step | tokens computed | seconds | peak memory | log-prob error | gradient error |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"**{record['step_speedup']:.1f} ×**, interleaved on {record['threads']} thread, "
+            f"{record['clock']} time. {record['rollouts']} recorded rollouts, "
+            f"{record['tokens_of_rows']:,} tokens, {record['shared_tokens']:.0%} shared; "
+            f"{record['parameters'] / 1e6:.1f} M parameters, float32; TRL in micro-batches of "
+            f"{best.removeprefix('trl ')} rows, the fastest of those tried. Errors are against "
+            f"float64. From `{record['command']}`, commit `{record['commit']}`.",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "learning": learning,
+    "step": step,
+    "trl_step": trl_step,
+}
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -219,7 +220,7 @@ def measure(recording: Recording, options: argparse.Namespace) -> dict:
         "threads": torch.get_num_threads(),
         "clock": options.clock,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": _commit(),
+        "commit": commit(),
         "rollouts_sha256": recording.digest,
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "gemm_peak_flops": peak,
@@ -311,20 +312,26 @@ def _memory_of(way: str) -> float:
 
 
 def _peak_memory(recording: Recording, options: argparse.Namespace) -> float:
-    """MiB of a step above what is held before it; NaN where the system cannot tell."""
-    cuda = recording.policy.device.type == "cuda"
     optimizer = Optimizer(recording.policy.model.parameters(), OptimConfig())
     _step(recording, options.memory_of, optimizer, options)  # the optimizer's own state is made
-    if cuda:
+    peak = watch_memory(recording.policy.device)
+    _step(recording, options.memory_of, optimizer, options)
+    return peak()
+
+
+def watch_memory(device: torch.device) -> Callable[[], float]:
+    """A function that says how many MiB were held at most since, above what is held now; NaN where
+    the system cannot tell."""
+    if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        before = _host_bytes("VmRSS")
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    _step(recording, options.memory_of, optimizer, options)
-    peak = torch.cuda.max_memory_allocated() if cuda else _host_bytes("VmHWM")
-    return (peak - before) / 2**20
+        return lambda: (torch.cuda.max_memory_allocated() - before) / 2**20
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is not held
+    before = _host_bytes("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    return lambda: (_host_bytes("VmHWM") - before) / 2**20
 
 
 def _host_bytes(name: str) -> float:
@@ -335,7 +342,7 @@ def _host_bytes(name: str) -> float:
     return float("nan")
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return found.stdout.strip()
