@@ -1,31 +1,31 @@
 """One optimizer step on the same recorded rollouts through TRL's GRPOTrainer and through turnfast.
 
     pip install "turnfast[bench]"
-    python bench/trl_step.py [--groups 3] [--width 128] [--layers 4] [--trl-batches 4,8,24]
+    python bench/trl_step.py [--groups 3] [--width 128] [--layers 4] [--trl-batches 1,2,4,8,24]
 
-The rollouts are those of bench/step.py: groups of 8 in the built-in search world, system prompt with
-the tool description, several turns. Both sides have the same model (two copies of one start), the
-same advantage for every token, the same loss (token-level PPO clip, on policy, mean over the sampled
-tokens of the step, no KL), AdamW with the same settings, float32, one CPU.
+The rollouts are those of bench/step.py: groups of 8 in the built-in search world, system prompt
+with the tool description, several turns. Both sides have the same model (two copies of one start),
+the same advantage for every token, the same loss (token-level PPO clip, on policy, mean over the
+sampled tokens of the step, no KL), AdamW with the same settings, float32, one CPU.
 
 TRL's trainer is used as shipped, from `train()` down: rollouts enter through its `rollout_func`,
 tool results are masked through its `env_mask`, and padding, batching, chunked log-probs, loss,
 accumulation, clipping and optimizer are its own. Its settings are those that suit it here: no bf16,
-no gradient checkpointing, nothing logged, old log-probs not recomputed, and of the micro-batch sizes
-of --trl-batches the fastest. One method is overridden, to put turn-level advantages, a tensor of one
-per token that its loss accepts, in the place of those it computes.
+no gradient checkpointing, nothing logged, old log-probs not recomputed, and of the micro-batch
+sizes of --trl-batches the fastest. One method is overridden, to put turn-level advantages, a tensor
+with one per token that its loss accepts, in the place of those it computes.
 
 What is timed, interleaved step by step in one process:
 
-    trl       from `on_step_begin` to `on_step_end`. `prepare` is `_prepare_inputs` (recorded rollouts to
-              padded tensors; the recorded "generation" is a list look-up, and decoding, rewards and
-              logging of completions are in it); `train` is the rest: forward, backward, clip, AdamW.
+    trl       from `on_step_begin` to `on_step_end`. `prepare` is `_prepare_inputs`: recorded
+              rollouts to padded tensors; the recorded "generation" is a look-up, and decoding and
+              rewards are in it. `train` is the rest: forward, backward, clip, AdamW.
     turnfast  `prepare` is `pack`, `train` is `update`: the same work.
 
-Neither the data loader of TRL nor the rollout of either is in it. Gradients of both and log-probs of
-both are first compared with a float64 model run on one trajectory at a time; nothing is timed if
-they differ. Memory is what a process of its own has at most, above what it holds before its third
-step (optimizer state is made by then). Results go to bench/results/trl_step.json.
+Neither the data loader of TRL nor the rollout of either is in it. Gradients and log-probs of both
+are compared with a float64 model run on one trajectory at a time; no figure is written if they
+differ. Memory is what a process of its own has at most, above what it holds before its third step
+(the optimizer's state is made by then). Results go to bench/results/trl_step.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ import time
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -70,7 +69,7 @@ OPTIM = OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=1e9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A trajectory as one row: prompt, then everything after it; `sampled` marks the agent's ids."""
+    """A trajectory as one row: prompt, and all that follows; `sampled` marks the agent's ids."""
 
     prompt: list[int]
     completion: list[int]
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--budget", type=int, default=16384)
-    parser.add_argument("--trl-batches", default="4,8,24", help="rows per micro-batch to try")
+    parser.add_argument("--trl-batches", default="1,2,4,8,24", help="rows per micro-batch to try")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
