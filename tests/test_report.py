@@ -20,9 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from turnfast.config import Config, ConfigError
-from turnfast.metrics import RunDir, summarise
+from turnfast.diagnosis import diagnose
+from turnfast.metrics import RunDir, read_metrics, summarise
 from turnfast.recipe import build_config
 from turnfast.report import write_report
+from turnfast.report.agreement import agreements
 from turnfast.report.charts import Chart, Series, draw
 from turnfast.report.curves import curves, step_axis
 from turnfast.report.page import embed
@@ -134,6 +136,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
             other = {"time/other": 0.008}
             figures = {
                 **summarise(groups, credits),
+                **diagnose(groups, credits),
                 "loss": draw_.gauss(0, 0.02),
                 "entropy": 1.1 - 0.8 * skill + draw_.gauss(0, 0.04),
                 "grad_norm": math.exp(draw_.gauss(-1 - skill, 0.4)),
@@ -225,6 +228,8 @@ def test_every_curve_is_drawn_without_a_script(run):
         "Exact match",
         "Tool success",
         "Reward",
+        "Spread of advantages by turn",
+        "Turns reached",
         "Entropy",
         "Log-prob gap",
         "Largest ratio",
@@ -258,6 +263,36 @@ def test_before_and_after_are_the_first_and_last_evaluation(run):
     evals = [line["eval/exact_match"] for line in lines if "eval/exact_match" in line]
     row = re.search(r"<tr><th>exact match</th>(.*?)</tr>", text)
     assert row and f"<td>{evals[0]:.3f}</td><td><b>{evals[-1]:.3f}</b></td>" in row[1]
+
+
+def test_a_reward_that_points_the_wrong_way_is_named(tmp_path):
+    run = RunDir.create(tmp_path / "run", Config())
+    for step in range(1, 9):
+        figures = {
+            "success_correlation/<b>": -0.4 + 0.05 * (step % 2),
+            "success_correlation/hit": 0.6,
+        }
+        run.log(
+            step,
+            {"reward/outcome": 0.5, **figures, **({"wrong_way": ["<b>"]} if step == 3 else {})},
+        )
+    assert [(a.part, a.named, a.wrong) for a in agreements(read_metrics(run.path))] == [
+        ("<b>", 1, True),
+        ("hit", 0, False),
+    ]
+    text = write_report(run.path).read_text(encoding="utf-8")
+    assert "<b>&lt;b&gt;</b> points the wrong way" in text and "<td>1 of 8</td>" in text
+
+
+def test_rewards_that_point_the_right_way_are_said_to(run):
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "None points the wrong way" in text and "<tr><th>answer_in_result</th>" in text
+
+
+def test_one_step_below_zero_is_not_the_wrong_way(tmp_path):
+    lines = [{"step": k, "success_correlation/a": r} for k, r in enumerate((0.3, -0.5, 0.1, -0.2))]
+    assert [a.wrong for a in agreements(lines)] == [False]
+    assert agreements([{"step": 1, "loss": 1.0}]) == []
 
 
 # --- hostile text ---------------------------------------------------------------------------------

@@ -45,7 +45,18 @@ def curves(lines: Lines) -> list[Chart]:
         _chart(
             "Reward by turn",
             "Mean over the rollouts that reached the turn.",
-            _turn_series(lines),
+            _turn_series(lines, "reward"),
+        ),
+        _chart(
+            "Spread of advantages by turn",
+            "Standard deviation of what each turn was trained with; at 0 a turn learns nothing.",
+            _turn_series(lines, "advantage_std"),
+        ),
+        _chart(
+            "Turns reached",
+            "Share of rollouts that got as far as the turn.",
+            _turn_series(lines, "reached"),
+            share=True,
         ),
         _chart(
             "Loss",
@@ -61,6 +72,11 @@ def curves(lines: Lines) -> list[Chart]:
             [_series(lines, "entropy", "entropy", 1, noisy=True)],
         ),
         _chart(
+            "Entropy by turn",
+            "Mean per trained token of the turn, in nats.",
+            _turn_series(lines, "entropy"),
+        ),
+        _chart(
             "Log-prob gap",
             "Sampler against trainer, per token. A rise means that they no longer agree.",
             [
@@ -69,6 +85,23 @@ def curves(lines: Lines) -> list[Chart]:
                 _series(lines, "sync_gap", "after sync", 3),
             ],
             log=True,
+        ),
+        _chart(
+            "Sampler divergence by turn",
+            "KL from what sampled the tokens to what is trained, per token.",
+            _turn_series(lines, "kl_sampler"),
+            log=True,
+        ),
+        _chart(
+            "Update divergence by turn",
+            "KL from the policy before the step to the one before its last update, per token.",
+            _turn_series(lines, "kl_old"),
+            log=True,
+        ),
+        _chart(
+            "Reference divergence",
+            "KL from the policy to its reference, per token.",
+            [_series(lines, "kl", "kl", 1, noisy=True)],
         ),
         _chart(
             "Largest ratio",
@@ -139,9 +172,9 @@ def _series(
     return Series(name=title, points=points, colour=colour, noisy=noisy, dotted=dotted)
 
 
-def _turn_series(lines: Lines) -> list[Series | None]:
+def _turn_series(lines: Lines, name: str) -> list[Series | None]:
     found = [
-        _series(lines, f"reward/turn_{k}", f"turn {k}", k, noisy=True)
+        _series(lines, f"{name}/turn_{k}", f"turn {k}", k, noisy=True)
         for k in range(1, MOST_TURNS + 1)
     ]
     return found if any(found[1:]) else []

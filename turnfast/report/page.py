@@ -16,6 +16,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from .agreement import agreements
 from .changes import before_after
 from .charts import draw, hover_data, sparkline
 from .curves import curves, points_of, step_axis
@@ -46,6 +47,7 @@ def build_page(
         changes=_changes(lines),
         charts="".join(draw(chart, axis, i) for i, chart in enumerate(charts))
         or '<p class="empty">No step has been logged yet.</p>',
+        agreement=_agreement(lines),
         figures=_figures(lines),
         shown=text(_shown(logged)),
         recipe=text(recipe_text),
@@ -108,6 +110,37 @@ def _changes(lines: Lines) -> str:
         for row in rows
     )
     return f'<table class="changes">{head}<tbody>{body}</tbody></table>'
+
+
+def _agreement(lines: Lines) -> str:
+    parts = agreements(lines)
+    if not parts:
+        return ""
+    wrong = [f"<b>{text(part.part)}</b>" for part in parts if part.wrong]
+    verdict = (
+        f'<p class="warning">{", ".join(wrong)} {"points" if len(wrong) == 1 else "point"} the '
+        "wrong way: rollouts that got more of it succeeded less often than others of their group. "
+        "Training on it unlearns the task.</p>"
+        if wrong
+        else '<p class="lead">Correlation within groups, between rollouts of one task. '
+        "None points the wrong way.</p>"
+    )
+    head = (
+        "<thead><tr><th>part of the turn rewards</th><th></th><th>first</th><th>last</th>"
+        "<th>mean</th><th>steps below 0 beyond chance</th></tr></thead>"
+    )
+    body = "".join(
+        f"<tr><th>{text(part.part)}</th><td>{sparkline(part.points)}</td>"
+        f"<td>{signed(part.points[0][1], 2)}</td><td>{signed(part.points[-1][1], 2)}</td>"
+        f'<td class="{_sign(part.mean)}"><b>{signed(part.mean, 2)}</b></td>'
+        f"<td>{part.named} of {len(part.points)}</td></tr>"
+        for part in parts
+    )
+    return (
+        '<section aria-labelledby="agreement"><h2 id="agreement">Turn rewards and success</h2>'
+        f'{verdict}<div class="wide"><table class="figures">{head}<tbody>{body}</tbody></table>'
+        "</div></section>\n"
+    )
 
 
 def _sign(value: float) -> str:
