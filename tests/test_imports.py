@@ -22,6 +22,7 @@ LEVELS = [
     [
         "credit",
         "packing",
+        "replay",
         "model",
         "optim",
         "envs",

@@ -12,6 +12,7 @@ from .config import LossConfig
 from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from .model import Policy, hidden_states
 from .optim import Optimizer
+from .replay import replayed
 from .token_figures import by_turn, drawn_kl
 from .types import Batch
 
@@ -26,8 +27,9 @@ class TrainingError(RuntimeError):
 class Update:
     """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
     `logprob_gap_max` the largest; ratio, clip and lr figures are of the last update on the data.
-    `by_turn` has, for every turn index, entropy and KL(sampler || trainer) of the first one and,
-    if there are several, KL(old || new) before the last."""
+    The token budget was halved `halvings` times for want of memory. `by_turn` has, for every turn
+    index, entropy and KL(sampler || trainer) of the first update and, if there are several,
+    KL(old || new) before the last."""
 
     loss: float = 0.0
     logprob: float = 0.0
@@ -39,6 +41,7 @@ class Update:
     grad_norm: float = 0.0
     lr: float = 0.0
     num_updates: int = 0
+    halvings: int = 0
     by_turn: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -71,15 +74,22 @@ def update(
     """Take `num_updates` optimizer steps on the same batches.
 
     The first step is on policy: its ratio is 1, no old-policy pass is needed, and the log-probs it
-    computes are the old ones of the steps after it.
+    computes are the old ones of the steps after it. Where memory runs out, the batches are cut in
+    halves and the same step is computed again: see `replayed`.
 
     Raises:
         TrainingError: loss or gradient is not finite; that update has changed nothing.
+        OutOfMemory: not even with smaller micro-batches; that update has changed nothing.
     """
     done = Update()
     for i in range(num_updates if batches else 0):
         try:
-            results = [_backward(policy, batch, config, temperature) for batch in batches]
+            results, batches, halvings = replayed(
+                lambda parts: [_backward(policy, part, config, temperature) for part in parts],
+                batches,
+                optimizer.zero_grad,
+                whole_sequences=config.ratio == "sequence",
+            )
         except ValueError as error:  # the loss head refuses hidden states that are not finite
             optimizer.zero_grad()
             raise TrainingError(f"{error}; {ADVICE}") from error
@@ -98,6 +108,7 @@ def update(
         if not math.isfinite(norm):
             raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
         done = _last(done, results, batches, loss, norm, lr)
+        done = replace(done, halvings=done.halvings + halvings)
     return done
 
 

@@ -49,6 +49,7 @@ def figures_of(record: StepRecord) -> dict[str, Any]:
         "logprob_gap/max": updated.logprob_gap_max,
         "sync_gap": record.synced.gap,
         "lr": updated.lr,
+        "budget_halvings": updated.halvings,
         "tokens": packed.num_tokens,
         "tokens_trained": packed.num_targets,
         "padding": (laid_out - packed.num_tokens) / max(1, laid_out),

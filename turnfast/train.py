@@ -16,6 +16,7 @@ from .loss import needs_every_token, update
 from .metrics import Stopwatch
 from .packing import Packed, pack
 from .record import StepRecord, figures_of
+from .replay import OutOfMemory
 from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
@@ -33,7 +34,7 @@ def train(
     """Train until `train.steps`, or until `should_stop`; both leave a checkpoint and a report.
 
     Raises:
-        RolloutError: after a checkpoint of the steps that were done.
+        RolloutError, OutOfMemory: after a checkpoint of the steps that were done.
         ConfigError, SyncError, TrainingError, CheckpointError: see their rooms.
     """
     with (
@@ -44,6 +45,7 @@ def train(
         collector = Collector(run, config, should_stop)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
+        budget = config.train.tokens_per_microbatch
         try:
             sync()
             if not run.evaluated:
@@ -57,7 +59,7 @@ def train(
                 with clock.phase("score"):
                     credits = assign_credits(groups, config.credit.rule, **config.credit.options)
                 with clock.phase("pack"):
-                    packed = _pack(config, run, groups, credits)
+                    packed = _pack(config, run, groups, credits, budget)
                 with clock.phase("train"):
                     run.sampler.sleep()
                     updated = update(
@@ -68,6 +70,8 @@ def train(
                         temperature=config.rollout.temperature,
                         num_updates=config.train.updates_per_step,
                     )
+                    # what did not fit is not tried again in the next step
+                    budget = max(budget >> updated.halvings, config.rollout.max_context)
                 with clock.phase("sync"):
                     synced = sync()
                 done = step
@@ -88,7 +92,7 @@ def train(
         except Interrupted:
             # the step in hand is redone by --resume: its seeds are a function of its number
             _save(config, run, done)
-        except RolloutError:
+        except (RolloutError, OutOfMemory):
             if done >= run.first_step:
                 _save(config, run, done)
             raise
@@ -96,11 +100,13 @@ def train(
             write_report(run_dir)
 
 
-def _pack(config: Config, run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
+def _pack(
+    config: Config, run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: int
+) -> Packed:
     return pack(
         groups,
         credits,
-        budget=config.train.tokens_per_microbatch,
+        budget=budget,
         normalizer=config.loss.normalizer,
         constant=config.rollout.max_new_tokens * config.env.max_turns,
         device=run.policy.device,

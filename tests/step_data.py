@@ -1,0 +1,66 @@
+"""Groups of made-up rollouts, and an optimizer that remembers: for tests of a whole update."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from turnfast.config import OptimConfig
+from turnfast.model import Policy
+from turnfast.optim import Optimizer
+from turnfast.types import Group, Task, Trajectory, Turn
+
+
+class Keeping(Optimizer):
+    """Remembers the weights and the gradient of every step."""
+
+    def step(self) -> float:
+        kept = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._parameters]
+        self.gradients = [*getattr(self, "gradients", []), kept]
+        weights = [p.detach().clone() for p in self._parameters]
+        self.weights = [*getattr(self, "weights", []), weights]
+        return super().step()
+
+
+def optimizer_of(policy: Policy, lr: float = 3e-3) -> Keeping:
+    return Keeping(policy.model.parameters(), OptimConfig(lr=lr, warmup_steps=0, grad_clip=1e9))
+
+
+def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
+    """Two tasks, three rollouts of one to three turns; `flat`: every rollout earns the same."""
+    draw = random.Random(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 280) for _ in range(count))
+
+    groups = []
+    for name in "ab":
+        prompt = ids(9)
+        rollouts = []
+        for index in range(3):
+            turns = []
+            for k in range(draw.randrange(1, 4)):
+                sampled = ids(draw.randrange(1, 7))
+                turns.append(
+                    Turn(
+                        prompt_ids=prompt if k == 0 else ids(draw.randrange(1, 6)),
+                        sampled_ids=sampled,
+                        logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
+                        text="",
+                        finish="stop",
+                        reward=0.5 if flat else draw.random(),
+                    )
+                )
+            outcome = 1.0 if flat else draw.random()
+            rollouts.append(
+                Trajectory(
+                    task_id=name,
+                    index=index,
+                    turns=tuple(turns),
+                    status="finished",
+                    outcome=outcome,
+                )
+            )
+        groups.append(Group(task=Task(id=name, question=""), trajectories=tuple(rollouts)))
+    return groups
