@@ -25,7 +25,7 @@ from turnfast.metrics import read_metrics
 from turnfast.report.plots import learning_plot
 
 RESULTS = Path(__file__).parent / "results"
-FIGURES = ("eval/tool_success", "eval/exact_match")
+FIGURES = ("eval/tool_success", "eval/exact_match", "eval/turns")
 
 
 def main() -> None:

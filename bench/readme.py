@@ -23,25 +23,48 @@ RESULTS = ROOT / "bench" / "results"
 def learning(record: dict[str, Any]) -> str:
     rows = [
         f"| `{rule}` | {_spread(row['eval/tool_success'])} | {_spread(row['eval/exact_match'])} "
-        f"| {_steps(row['steps_to_tool'])} |"
+        f"| {_shares(row['lowest_tool'])} | {_steps(row['steps_to_tool'])} |"
         for rule, row in record["rules"].items()
     ]
-    start, first = record["start"], next(iter(record["rules"].values()))
+    start = {name.removeprefix("sampled/"): value for name, value in record["start"].items()}
     return "\n".join(
         [
-            "| rule | tool success | exact match | steps until sampled tool success is 0.8 |",
-            "|---|---|---|---|",
+            "| rule | tool success | exact match | lowest sampled tool success on the way "
+            "| steps until it is 0.8 |",
+            "|---|---|---|---|---|",
             f"| the common start | {start['eval/tool_success']:.2f} "
-            f"| {start['eval/exact_match']:.2f} | |",
+            f"| {start['eval/exact_match']:.2f} | | |",
             *rows,
             "",
-            f"Mean ± standard deviation over {len(record['seeds'])} seeds after {first['steps']} "
-            f"steps, {record['machine']}; the last column per seed. The start calls the tool "
-            f"{start['sampled/tool_calls']:.2f} times per sampled rollout, with "
-            f"{start['sampled/tool_success']:.2f} success. From `{record['command']}`, commit "
-            f"`{record['commit']}`.",
+            f"{_seeds(record)}; the last two columns per seed, over five steps of training "
+            f"rollouts. Of the start's sampled rollouts {start['calls']:.0%} call the tool, "
+            f"{start['calls_that_fail']:.0%} of these in vain; an answer after a call is right in "
+            f"{start['exact_match_after_a_call']:.0%}, one from memory in "
+            f"{start['exact_match_without_a_call']:.0%}. {_source(record)}",
             "",
             "![held-out exact match and tool success over the steps](bench/results/learning.svg)",
+        ]
+    )
+
+
+def hops(record: dict[str, Any]) -> str:
+    rows = [
+        f"| `{rule}` | {_spread(row['eval/exact_match'])} | {_spread(row['eval/tool_success'])} "
+        f"| {_spread(row['eval/turns'])} | {_steps(row['steps_to_80'])} |"
+        for rule, row in record["rules"].items()
+    ]
+    start = record["start"]
+    return "\n".join(
+        [
+            "| rule | exact match | tool success | turns used | steps until exact match is 0.8 |",
+            "|---|---|---|---|---|",
+            f"| the common start | {start['eval/exact_match']:.2f} "
+            f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} | |",
+            *rows,
+            "",
+            f"{_seeds(record)}; the last column per seed. {_source(record)}",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
         ]
     )
 
@@ -98,6 +121,7 @@ def trl_step(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning": learning,
+    "hops": hops,
     "step": step,
     "trl_step": trl_step,
 }
@@ -125,6 +149,22 @@ def main() -> int:
 
 def _spread(figure: dict[str, float]) -> str:
     return f"{figure['mean']:.2f} ± {figure['spread']:.2f}"
+
+
+def _shares(shares: list[float]) -> str:
+    return ", ".join(f"{share:.2f}" for share in shares)
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    steps = next(iter(record["rules"].values()))["steps"]
+    return (
+        f"Mean ± standard deviation over {len(record['seeds'])} seeds after {steps} steps, "
+        f"{record['machine']}"
+    )
+
+
+def _source(record: dict[str, Any]) -> str:
+    return f"From `{record['command']}`, commit `{record['commit']}`."
 
 
 def _steps(steps: list[int | None]) -> str:

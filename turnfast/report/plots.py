@@ -18,7 +18,10 @@ from .curves import points_of
 
 PANELS = {"eval/exact_match": "Exact match", "eval/tool_success": "Tool success"}
 # told apart by the colour-blind and in grey: hue, lightness and marker all differ
-LOOKS = (("#1f77d0", "o"), ("#e0842c", "s"), ("#b14fb0", "^"), ("#1a9c7c", "D"), ("#8c8c3a", "v"))
+LOOKS = (
+    *(("#1f77d0", "o"), ("#e0842c", "s"), ("#b14fb0", "^"), ("#1a9c7c", "D"), ("#8c8c3a", "v")),
+    *(("#6fb1e8", "<"), ("#c0392b", ">"), ("#6a5acd", "p"), ("#5fae57", "X"), ("#7f6a55", "P")),
+)
 TEXT = "#7c858f"
 """A grey that can be read on white and on the dark of code hosts alike."""
 SETTINGS: dict[Any, Any] = {
