@@ -132,6 +132,7 @@ SMALL = dict(
 )
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
     "qwen2-sliding": Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1
     ),

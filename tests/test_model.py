@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,16 @@ from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
 from turnfast.config import ConfigError, ModelConfig
-from turnfast.model import ATTENTION, Policy, hidden_states, load_policy
+from turnfast.model import ATTENTION, Policy, attention_backends, hidden_states, load_policy
+from turnfast.packing import Row, batch_of
 
 SMALL = dict(
     vocab_size=97,
@@ -104,3 +108,81 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_an_attention_backend_that_cannot_run_is_refused(tiny_folder):
     with pytest.raises(ConfigError, match=r"model\.attention.*CUDA"):
         load_policy(ModelConfig(attention="varlen"), tiny_folder, torch.device("cpu"))
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("attention", "changed", "message"),
+    [
+        ("varlen", {"head_dim": 512}, r"'varlen' needs heads of at most 256 .* have 512; 'sdpa'"),
+        ("auto", {"attn_logit_softcapping": 50.0}, r"caps its attention logits"),
+        ("auto", {"layer_types": ["full_attention", "linear_attention"]}, r"linear_attention"),
+    ],
+)
+def test_what_a_model_needs_is_asked_for_at_start(attention, changed, message):
+    architecture = LlamaConfig(**SMALL)
+    for name, value in changed.items():
+        setattr(architecture, name, value)
+    with pytest.raises(ConfigError, match=message):
+        attention_backends(ModelConfig(attention=attention), architecture, CUDA)
+
+
+def test_the_backends_of_a_wide_head_and_of_float32_on_cuda(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" or None)
+    wide = LlamaConfig(**{**SMALL, "head_dim": 512})
+    plain = LlamaConfig(**SMALL)
+    assert attention_backends(ModelConfig(), plain, CUDA) == ("varlen", "triton")
+    assert attention_backends(ModelConfig(), wide, CUDA) == ("sdpa", "sdpa")
+    assert attention_backends(ModelConfig(dtype="float32"), plain, CUDA) == ("sdpa", "triton")
+    with pytest.raises(ConfigError, match=r"model\.attention.*the model is float32"):
+        attention_backends(ModelConfig(dtype="float32", attention="varlen"), plain, CUDA)
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.path: mamba has layers of type linear"):
+        load_policy(ModelConfig(), tmp_path, torch.device("cpu"))
+
+
+def test_liger_where_it_cannot_run_is_refused(tiny_folder, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"model\.liger: .*(CUDA|not installed)"):
+        load_policy(ModelConfig(liger=True), tiny_folder, cpu)
+    policy = load_policy(ModelConfig(liger="auto"), tiny_folder, cpu)
+    assert "Liger" not in repr(policy.model)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_body_equals_the_eager_one(tiny_folder):
+    """On packs of several lengths, rows and trees, with its gradient."""
+    eager = load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
+    compiled = load_policy(ModelConfig(compile=True), tiny_folder, torch.device("cpu"))
+    assert eager.body is None and compiled.body is not None
+    torch.manual_seed(0)
+    for lengths, shared in (((5, 20, 9), 0), ((30, 31), 4), ((7, 7, 40), 6)):
+        tokens = [torch.randint(3, 90, (n,)).tolist() for n in lengths]
+        rows = [
+            Row(
+                tokens=[1] * shared + ids,
+                rows=list(range(shared + len(ids))),
+                targets=[1] * (shared + len(ids)),
+                turns=[0] * (shared + len(ids)),
+                logprobs=[0.0] * (shared + len(ids)),
+                advantages=[1.0],
+                trajectory=0,
+            )
+            for ids in tokens
+        ]
+        batch = batch_of(rows, [1.0], "cpu", share_prefixes=bool(shared))
+        gradients = []
+        for policy in (eager, compiled):
+            policy.model.zero_grad()
+            hidden = hidden_states(policy, batch)
+            hidden.square().mean().backward()
+            gradients.append([hidden.detach(), *(p.grad for p in policy.model.model.parameters())])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,10 @@ class ModelConfig(Section):
     checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass"
     )
+    liger: Literal["auto"] | bool = Field(
+        default="auto", description="Liger's norm, rotary and MLP kernels; auto: on CUDA"
+    )
+    compile: bool = Field(default=False, description="torch.compile of the model's body")
 
 
 class EnvConfig(Section):

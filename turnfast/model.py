@@ -8,6 +8,7 @@ states and the head's weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,16 @@ from transformers.utils import logging as transformers_logging
 
 from .config import ConfigError, ModelConfig
 from .kernels.attention import (
+    Backend,
     PackedRows,
+    TreeBackend,
     TreeRows,
     packed_attention,
     pick_backend,
     pick_tree_backend,
     tree_attention,
 )
+from .liger import apply_liger
 from .types import Batch
 
 ATTENTION = "turnfast"
@@ -49,7 +53,9 @@ class Policy:
 
     Attributes:
         head_VD: the output projection; the same tensor as the embedding where the two are tied.
+        attention, tree_attention: what attends over packed rows, and over prefix trees.
         softcap: the final logit soft-cap of models that have one (Gemma), else None.
+        body: the compiled model up to its last hidden state, None where it runs as it is.
         folder: where the weights came from; the sampler reads architecture and tokenizer there.
     """
 
@@ -58,7 +64,9 @@ class Policy:
     folder: Path
     device: torch.device
     attention: str
+    tree_attention: TreeBackend = "sdpa"
     softcap: float | None = None
+    body: Callable[..., Any] | None = None
 
     @property
     def head_VD(self) -> Tensor:
@@ -79,10 +87,9 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     dtype = dtype_of(config, device)
-    attention = _checked_backend(device, config.attention)
     try:
         architecture = AutoConfig.from_pretrained(folder)
-        _refuse_unsupported(architecture)
+        attention, tree_attention = attention_backends(config, architecture, device)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=ATTENTION
         )
@@ -91,7 +98,9 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {folder} cannot be loaded as a model: {error}") from None
+    _refuse_unknown_attention(model)
     model.to(device).train()
+    apply_liger(model, config.liger, device)
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_head:
@@ -102,16 +111,20 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         folder=folder,
         device=device,
         attention=attention,
+        tree_attention=tree_attention,
         softcap=getattr(architecture, "final_logit_softcapping", None),
+        # packs differ in length: one program for all of them
+        body=torch.compile(model.base_model, dynamic=True) if config.compile else None,
     )
 
 
 def hidden_states(policy: Policy, batch: Batch) -> Tensor:
     """Last hidden states [T, D] of a pack; a token sees its own row up to itself, nothing else."""
     rows = _attention_rows(policy, batch)
+    body = policy.model.base_model if policy.body is None else policy.body
     token = _in_packed_forward.set(True)
     try:
-        out = policy.model.base_model(
+        out = body(
             input_ids=batch.tokens_T[None],
             position_ids=batch.positions_T[None],
             use_cache=False,
@@ -124,8 +137,9 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
 
 def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:
     if batch.ends_T is not None:
-        backend = pick_tree_backend(policy.device)
-        return TreeRows(ends_T=batch.ends_T, positions_T=batch.positions_T, backend=backend)
+        return TreeRows(
+            ends_T=batch.ends_T, positions_T=batch.positions_T, backend=policy.tree_attention
+        )
     return PackedRows(
         cu_seqlens=batch.cu_seqlens,
         lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
@@ -147,15 +161,36 @@ def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _checked_backend(device: torch.device, wanted: str) -> str:
+def attention_backends(
+    config: ModelConfig, architecture: Any, device: torch.device
+) -> tuple[Backend, TreeBackend]:
+    """What attends over packed rows and over prefix trees, for an architecture on a device.
+
+    Raises:
+        ConfigError: the architecture needs what no backend has, or not the one that is asked for.
+    """
+    _refuse_unsupported(architecture)
+    text = architecture.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # rows without shared prefixes may ask for a backend that trees do not have
+    for_trees = config.attention if config.attention in ("auto", "sdpa") else "auto"
     try:
-        return pick_backend(device, wanted)
+        rows = pick_backend(
+            device, config.attention, head_dim=head_dim, dtype=dtype_of(config, device)
+        )
+        return rows, pick_tree_backend(device, for_trees, head_dim=head_dim)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from None
 
 
 def _refuse_unsupported(architecture: Any) -> None:
     name = architecture.model_type
+    layers = set(getattr(architecture.get_text_config(), "layer_types", None) or ())
+    if layers - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"model.path: {name} has layers of type {', '.join(sorted(layers))}; packed rows need "
+            "full or sliding attention in all of them"
+        )
     if getattr(architecture, "attn_logit_softcapping", None):
         raise ConfigError(
             f"model.path: {name} caps its attention logits, which no backend here does"
@@ -168,6 +203,19 @@ def _refuse_unsupported(architecture: Any) -> None:
         )
 
 
+def _refuse_unknown_attention(model: PreTrainedModel) -> None:
+    name = model.config.model_type
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"model.path: {name} does not use transformers' attention interface, through which "
+            "packed rows enter"
+        )
+    if any(parameter.endswith(".sinks") for parameter, _ in model.named_parameters()):
+        raise ConfigError(f"model.path: {name} has attention sinks, which no backend here computes")
+
+
+# a compiled model leaves attention as it is: its tiles depend on the pack
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: Tensor,

@@ -1,10 +1,12 @@
 """Attention over packed rows, which do not see each other, and over trees of rows that share."""
 
-from .packed import PackedRows, packed_attention, pick_backend
-from .tree import TreeRows, pick_tree_backend, tree_attention
+from .packed import Backend, PackedRows, packed_attention, pick_backend
+from .tree import TreeBackend, TreeRows, pick_tree_backend, tree_attention
 
 __all__ = [
+    "Backend",
     "PackedRows",
+    "TreeBackend",
     "TreeRows",
     "packed_attention",
     "pick_backend",

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 Backend = Literal["flash", "varlen", "sdpa"]
 
+# Of flash-attn and of the flash kernels behind varlen_attn.
+_WIDEST_HEAD = 256
+
 # A rectangle may hold this much more than its rows: fewer, larger calls for a little waste.
 _MAX_RECTANGLE_WASTE = 0.15
 
@@ -74,20 +77,40 @@ class PackedRows:
         return torch.argsort(tokens)
 
 
-def pick_backend(device: torch.device, wanted: str = "auto") -> Backend:
-    """The attention backend for a device.
+def pick_backend(
+    device: torch.device,
+    wanted: str = "auto",
+    *,
+    head_dim: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Backend:
+    """The attention backend for a device and a model.
+
+    Args:
+        head_dim, dtype: of the model, to be refused here and not in the middle of a step.
 
     Raises:
-        ValueError: `wanted` cannot run here; the text names what would.
+        ValueError: `wanted` cannot run here, or not this model; the text names what would.
     """
-    cuda, flash = device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
-    best: Backend = "sdpa" if not cuda else "flash" if flash else "varlen"
-    if wanted == "auto" or wanted == best:
-        return best
-    if wanted == "sdpa" or (wanted == "varlen" and cuda):
-        return "sdpa" if wanted == "sdpa" else "varlen"
-    missing = "flash-attn installed" if wanted == "flash" and cuda else "a CUDA device"
-    raise ValueError(f"attention backend {wanted!r} needs {missing}; {best!r} works here")
+    if wanted not in ("auto", "flash", "varlen", "sdpa"):
+        raise ValueError(f"{wanted!r} is none of 'auto', 'flash', 'varlen', 'sdpa'")
+    problems = {
+        f"a CUDA device, not {device.type}": device.type != "cuda",
+        f"bfloat16 or float16, the model is {str(dtype).removeprefix('torch.')}": (
+            dtype not in (torch.bfloat16, torch.float16)
+        ),
+        f"heads of at most {_WIDEST_HEAD} dimensions, the model's have {head_dim}": (
+            head_dim > _WIDEST_HEAD
+        ),
+    }
+    problem = next((text for text, found in problems.items() if found), "")
+    flash = importlib.util.find_spec("flash_attn") is not None
+    best: Backend = "sdpa" if problem else "flash" if flash else "varlen"
+    if wanted == "flash" and not problem and not flash:
+        problem = "flash-attn installed"
+    if wanted in ("flash", "varlen") and problem:
+        raise ValueError(f"{wanted!r} needs {problem}; {best!r} works here")
+    return best if wanted == "auto" else wanted  # type: ignore[return-value]
 
 
 def packed_attention(
