@@ -195,10 +195,10 @@ def test_each_hop_can_be_paid():
 
 def test_the_mixture_is_what_its_options_say(env, talks):
     assert len(talks) == 3000
-    reading = [t for t in talks if t[0].startswith("<result>")]
+    reading = [t for t in talks if "<result>" in t[0]]
     assert len(reading) == 300
     for prompt, answer in reading:
-        assert contains_answer(prompt.split("</result>")[0], [answer[8:-9].strip()])
+        assert contains_answer(prompt.split("<result>")[1], [answer[8:-9].strip()])
 
     questions = [t for t in talks if "Tool: search(query)" in t[0]]
     calls = [t for t in questions if len(t) == 4]

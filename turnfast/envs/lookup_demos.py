@@ -138,7 +138,8 @@ class _Writer:
         return self._finish(messages, answer)
 
     def reading(self, question: Question) -> Demonstration:
-        text = f"<result>{question.facts[0].sentence}</result>\n{question.text}"
+        # in the order of a conversation with a call: question, result, answer
+        text = f"{question.text}\n<result>{question.facts[0].sentence}</result>"
         return self._finish([{"role": "user", "content": text}], question.facts[0].said)
 
     def echo(self, facts: Sequence[Fact]) -> Demonstration:
