@@ -247,11 +247,20 @@ def test_summarise_by_hand():
         "status/context_full": 0,
         "status/error": 1 / 4,
         "status/timeout": 0,
+        "cut/context": 0,
+        "cut/time": 0,
         "rollouts": 4,
         "tokens_sampled": 4 + 2 + 3 + 5 + 3,
         "zero_signal_groups": 0.5,
     }
     assert figures == pytest.approx(expected)
+
+
+def test_rollouts_that_were_cut_are_counted():
+    statuses = ["context_full", "timeout", "context_full", "finished", "max_turns"]
+    figures = summarise([group(*(rollout(i, [turn("")], s) for i, s in enumerate(statuses)))])
+    assert (figures["cut/context"], figures["cut/time"]) == (2, 1)
+    assert figures["status/context_full"] == 2 / 5 and figures["failed"] == 1 / 5
 
 
 def test_reward_parts_are_summed_over_turns_and_averaged_over_rollouts():

@@ -18,7 +18,7 @@ from turnfast.chat import Chat
 from turnfast.config import RolloutConfig
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
 from turnfast.packing import pack
-from turnfast.rollout import Interrupted, RolloutError, rollout
+from turnfast.rollout import Interrupted, Prompt, Quota, RolloutError, gather, rollout
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
     ScriptedSampler,
@@ -422,6 +422,29 @@ def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
     assert all(len(r.prompt_ids) + r.max_new_tokens <= 160 for r in sampler.requests)
 
 
+@pytest.mark.parametrize("left", [3, 20])
+def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
+    """Also when it is the last turn, or the environment is content with what it got."""
+    prompt = chat.open([{"role": "user", "content": "task a"}]).prompt_ids
+    config = CONFIG.model_copy(update={"max_context": len(prompt) + left})
+    sampler = ScriptedSampler(lambda prompt_ids: [65] * 19 + [chat.end_id])
+    ((cut,),) = (
+        group.trajectories
+        for group in rollout(
+            [task("a")],
+            Fragile(broken, broken=()),
+            chat,
+            sampler,
+            config,
+            max_turns=1,
+            seed=0,
+            group_size=1,
+        )
+    )
+    assert cut.status == ("context_full" if left == 3 else "finished")
+    assert cut.num_sampled == min(left, 20) and not cut.failed and cut.outcome == 1.0
+
+
 def test_a_prompt_that_never_fits_is_an_error(chat, workshop):
     config = CONFIG.model_copy(update={"max_context": 5})
     with pytest.raises(RolloutError, match=r"the first prompt has \d+ tokens.*max_context = 5"):
@@ -487,6 +510,47 @@ def test_a_sampler_that_breaks_ends_the_rollout(chat):
 
     with pytest.raises(ValueError, match="the engine died"):
         play_fragile(chat, env, pick=fail)
+
+
+# --- what became of the time ---------------------------------------------------------------------
+
+
+def usage_of(chat, env, sampler, size: int):
+    tasks = [task(name) for name in "abcdefghijklmnop"[:size]]
+    return gather(
+        (Prompt(place=i, task=each) for i, each in enumerate(tasks)),
+        Quota(wanted=size, most=size),
+        env,
+        chat,
+        sampler,
+        CONFIG,
+        max_turns=1,
+        seed=0,
+        group_size=1,
+    ).usage
+
+
+def test_utilisation_is_of_the_slots_there_are_rollouts_for(chat):
+    """One reply per step: 4, 3, 2, 1 requests, of which two run at a time."""
+
+    def usage(capacity: int):
+        sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=oldest, capacity=capacity)
+        return usage_of(chat, Fragile(broken, broken=()), sampler, 4)
+
+    assert usage(2).utilisation == (2 + 2 + 2 + 1) / (4 * 2)
+    assert usage(100).utilisation == (4 + 3 + 2 + 1) / (4 * 4)
+    assert usage(1).utilisation == 1.0
+
+
+@pytest.mark.parametrize(("slow", "tail"), [("ab", True), ("abcdef", False)])
+def test_waiting_for_the_last_is_the_tail(chat, slow, tail):
+    async def doze():
+        await asyncio.sleep(0.4)
+
+    sampler = ScriptedSampler(lambda ids: [chat.end_id])
+    usage = usage_of(chat, Fragile(doze, broken=tuple(slow)), sampler, 16)
+    assert usage.time_s >= 0.4 and usage.tool_wait >= 0.5
+    assert usage.tail >= 0.5 if tail else usage.tail <= 0.1
 
 
 # --- identity -------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def timeless(node):
         return {
             key: timeless(value)
             for key, value in node.items()
-            if not key.startswith("time/") and key != "time_s"
+            if not key.startswith(("time/", "rollout/")) and key != "time_s"
         }
     return [timeless(value) for value in node] if isinstance(node, list) else node
 

@@ -60,6 +60,12 @@ class RolloutConfig(Section):
     )
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    oversample: Share = Field(
+        default=0.0, description="share of prompts started beyond those a step waits for"
+    )
+    refill_waves: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="replace groups without signal, by at most so many × prompts"
+    )
     max_error_share: Share = Field(
         default=0.2, description="more failed rollouts in a step end the run"
     )
@@ -112,6 +118,9 @@ class TrainConfig(Section):
         default=1, description="optimizer steps on each step's rollouts"
     )
     tokens_per_microbatch: PositiveInt = 16384
+    overlap: bool = Field(
+        default=False, description="roll out the next step while this one trains; needs loss.is_cap"
+    )
     share_prefixes: bool = Field(
         default=True, description="compute what several rows begin with once"
     )
@@ -168,6 +177,11 @@ class Config(Section):
         if self.loss.dual_clip is not None and self.loss.kind != "ppo":
             raise ValueError(
                 f"loss.dual_clip: loss.kind = {self.loss.kind!r} has no such clip; leave it out"
+            )
+        if self.train.overlap and self.loss.is_cap is None:
+            raise ValueError(
+                "train.overlap: its rollouts are one step older than the weights they train, which "
+                "needs an importance weight; set loss.is_cap (such as 2.0), or leave overlap off"
             )
         if self.train.share_prefixes and self.model.attention in ("flash", "varlen"):
             raise ValueError(

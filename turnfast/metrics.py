@@ -221,7 +221,8 @@ def summarise(
         reward/outcome, reward/turn (sum over the turns of a rollout), reward/turn_1 … per turn
         index over the rollouts that got that far, reward_part/…, tool_success, tool_calls, turns,
         truncated (share of turns cut at the token limit), every metric of the environment
-        (exact_match, …), failed, status/…, rollouts, tokens_sampled, zero_signal_groups (share).
+        (exact_match, …), failed, status/…, cut/context and cut/time (how many rollouts the context
+        or the clock ended), rollouts, tokens_sampled, zero_signal_groups (share).
         A mean over nothing is nan.
     """
     everyone = [trajectory for group in groups for trajectory in group.trajectories]
@@ -240,6 +241,8 @@ def summarise(
         **_mean_by_key(t.metrics for t in whole),
         "failed": _mean(t.failed for t in everyone),
         **{f"status/{name}": statuses[name] / max(len(everyone), 1) for name in get_args(Status)},
+        "cut/context": statuses["context_full"],
+        "cut/time": statuses["timeout"],
         "rollouts": len(everyone),
         "tokens_sampled": sum(t.num_sampled for t in everyone),
     }

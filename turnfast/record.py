@@ -10,8 +10,9 @@ from .diagnosis import diagnose
 from .loss import Update
 from .metrics import summarise
 from .packing import Packed
+from .rollout import Gathered
 from .sync import SyncReport
-from .types import Credit, Group
+from .types import Credit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class StepRecord:
     """
 
     step: int
-    groups: Sequence[Group]
+    gathered: Gathered
     credits: Sequence[Credit]
     packed: Packed
     updated: Update
@@ -33,11 +34,18 @@ class StepRecord:
 
 def figures_of(record: StepRecord) -> dict[str, Any]:
     """One line of metrics.jsonl, without the step's number."""
-    packed, updated = record.packed, record.updated
+    gathered, packed, updated = record.gathered, record.packed, record.updated
     laid_out = sum(len(batch.tokens_T) for batch in packed.batches)
     return {
-        **summarise(record.groups, record.credits),
-        **diagnose(record.groups, record.credits),
+        **summarise(gathered.groups, record.credits),
+        **diagnose(gathered.groups, record.credits),
+        "rollout/time_s": gathered.usage.time_s,
+        "rollout/utilisation": gathered.usage.utilisation,
+        "rollout/tail": gathered.usage.tail,
+        "rollout/tool_wait": gathered.usage.tool_wait,
+        "groups_dropped": len(gathered.dropped),
+        "groups_without_signal": sum(not credit.has_signal for credit in record.credits),
+        "groups_refilled": gathered.num_refilled,
         "loss": updated.loss,
         "logprob": updated.logprob,
         "entropy": updated.entropy,

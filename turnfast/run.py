@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .chat import Chat, ChatError
 from .checkpoint import load_checkpoint, newest_whole
@@ -17,10 +16,10 @@ from .envs import Demonstrator, Env, load_env
 from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device
 from .optim import Optimizer
+from .prompts import PromptQueue, open_queue
 from .sampler import Sampler, make_sampler
 from .sync import Probe, default_tolerance, make_probe
 from .tiny import write_tiny_model
-from .types import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class Run:
     optimizer: Optimizer
     probe: Probe
     tolerance: float
-    train_tasks: Sequence[Task]
+    prompts: PromptQueue
     first_step: int
     evaluated: bool
 
@@ -60,7 +59,7 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
-        done = _restore(directory, policy, optimizer) if resume else 0
+        done, state = _restore(directory, policy, optimizer) if resume else (0, {})
         sampler = open_sampler(config, policy, chat)
         try:
             yield Run(
@@ -73,7 +72,12 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
                 probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
                 tolerance=config.sampler.probe_tolerance
                 or default_tolerance(policy.model.dtype, policy.device.type),
-                train_tasks=train_tasks,
+                prompts=open_queue(
+                    train_tasks,
+                    config.train.seed,
+                    state,
+                    done=done * config.rollout.prompts_per_step,
+                ),
                 first_step=done + 1,
                 evaluated=_is_evaluated(directory, done, config),
             )
@@ -135,6 +139,7 @@ def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
             device=policy.device.type,
             dtype=policy.model.dtype,
             seed=config.train.seed,
+            beside_training=config.train.overlap,
         )
     except NotImplementedError as error:
         raise ConfigError(f"model.path: {policy.folder}: {error}") from None
@@ -143,22 +148,6 @@ def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether something done every so many steps, and after the last one, is done after this."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def tasks_of_step(tasks: Sequence[Task], step: int, config: Config) -> list[Task]:
-    """The tasks of a step: shuffled passes over all of them, a function of seed and step alone, so
-    that a resumed run sees what an uninterrupted one would have seen."""
-    count, size = config.rollout.prompts_per_step, len(tasks)
-    chosen: list[Task] = []
-    for position in range((step - 1) * count, step * count):
-        epoch, place = divmod(position, size)
-        chosen.append(tasks[_order(size, epoch, config.train.seed)[place]])
-    return chosen
-
-
-@lru_cache(maxsize=2)
-def _order(size: int, epoch: int, seed: int) -> list[int]:
-    return random.Random(f"{seed}:{epoch}").sample(range(size), size)
 
 
 def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
@@ -170,11 +159,15 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
     return any(name.startswith("eval/") for name in names)
 
 
-def _restore(directory: RunDir, policy: Policy, optimizer: Optimizer) -> int:
+def _restore(
+    directory: RunDir, policy: Policy, optimizer: Optimizer
+) -> tuple[int, Mapping[str, Any]]:
+    """The step that the run goes on after, and the state saved with it."""
     newest = newest_whole(directory.checkpoints)
     if newest is None:
         directory.rewind(-1)
-        return 0
-    step = int(load_checkpoint(newest, model=policy.model, optimizer=optimizer)["step"])
+        return 0, {}
+    state = load_checkpoint(newest, model=policy.model, optimizer=optimizer)
+    step = int(state["step"])
     directory.rewind(step)
-    return step
+    return step, state

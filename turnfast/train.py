@@ -40,9 +40,9 @@ def train(
     with (
         open_run(config, run_dir, resume=resume) as run,
         Progress(run_dir, config.train.steps, done=run.first_step - 1) as show,
+        Collector(run, config, should_stop) as collector,
     ):
         sync = partial(sync_weights, run.policy.model, run.sampler, run.probe, run.tolerance)
-        collector = Collector(run, config, should_stop)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         budget = config.train.tokens_per_microbatch
@@ -55,13 +55,13 @@ def train(
                     raise Interrupted
                 clock.lap()
                 with clock.phase("rollout"):
-                    groups = collector.collect(step)
+                    gathered = collector.collect(step)
+                    groups = gathered.groups
                 with clock.phase("score"):
                     credits = assign_credits(groups, config.credit.rule, **config.credit.options)
                 with clock.phase("pack"):
                     packed = _pack(config, run, groups, credits, budget)
                 with clock.phase("train"):
-                    run.sampler.sleep()
                     updated = update(
                         run.policy,
                         run.optimizer,
@@ -72,12 +72,14 @@ def train(
                     )
                     # what did not fit is not tried again in the next step
                     budget = max(budget >> updated.halvings, config.rollout.max_context)
+                with clock.phase("rollout"):
+                    collector.settle()
                 with clock.phase("sync"):
                     synced = sync()
                 done = step
                 record = StepRecord(
                     step=step,
-                    groups=groups,
+                    gathered=gathered,
                     credits=credits,
                     packed=packed,
                     updated=updated,
@@ -88,13 +90,13 @@ def train(
                 if is_due(step, config.train.eval_every, config.train.steps):
                     _evaluate(config, run, step, show, should_stop)
                 if is_due(step, config.train.save_every, config.train.steps):
-                    _save(config, run, step)
+                    _save(config, run, collector, step)
         except Interrupted:
-            # the step in hand is redone by --resume: its seeds are a function of its number
-            _save(config, run, done)
+            # --resume redoes the step in hand: the places of its prompts seed its samples
+            _save(config, run, collector, done)
         except (RolloutError, OutOfMemory):
             if done >= run.first_step:
-                _save(config, run, done)
+                _save(config, run, collector, done)
             raise
         if run.directory.metrics.exists():
             write_report(run_dir)
@@ -117,7 +119,7 @@ def _pack(
 
 def _log(config: Config, run: Run, record: StepRecord, show: Progress) -> None:
     figures = figures_of(record)
-    shown = record.groups[: config.train.log_rollouts]
+    shown = record.gathered.groups[: config.train.log_rollouts]
     run.directory.log(record.step, figures)
     run.directory.log_rollouts(record.step, shown, record.credits)
     show.step(record.step, figures)
@@ -134,14 +136,13 @@ def _evaluate(
     show.step(step, figures)
 
 
-def _save(config: Config, run: Run, step: int) -> None:
-    # where the data stands is a function of the step: see `tasks_of_step`
+def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
     save_checkpoint(
         run.directory.checkpoints,
         step,
         model=run.policy.model,
         optimizer=run.optimizer,
         tokenizer=run.policy.tokenizer,
-        state={},
+        state=collector.state(step),
         keep=config.train.keep_checkpoints,
     )

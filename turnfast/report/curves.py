@@ -125,6 +125,16 @@ def curves(lines: Lines) -> list[Chart]:
             ],
         ),
         _chart(
+            "Use of the rollout time",
+            "Slots in use; time with the last quarter of the rollouts; all waiting for tools.",
+            [
+                _series(lines, "rollout/utilisation", "slots in use", 1, noisy=True),
+                _series(lines, "rollout/tail", "tail", 2, noisy=True),
+                _series(lines, "rollout/tool_wait", "waiting for tools", 3, noisy=True),
+            ],
+            share=True,
+        ),
+        _chart(
             "Lost rollouts",
             "Groups whose rewards are all equal teach nothing; failed rollouts are never trained.",
             [

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -55,16 +56,20 @@ def make_sampler(
     device: str,
     dtype: torch.dtype,
     seed: int = 0,
+    beside_training: bool = False,
 ) -> Sampler:
     """Start the sampler that the recipe asks for.
 
     Args:
         model_folder: folder (or hub name) in Hugging Face format that vLLM loads; after that,
             weights come from `load_weights` alone.
-        model: the trainer's module; the local sampler samples with it and keeps no copy.
+        model: the trainer's module; the local sampler samples with it and keeps no copy, unless
+            `beside_training`.
         stop_ids: end-of-turn ids; a request ends when it draws one, and the id is kept.
         max_context: prompt and sampled tokens of one request together.
         seed: seeds the engine; what a request draws is decided by the request's own seed.
+        beside_training: the sampler runs while the model is trained, in another thread: its weights
+            are its own and it never sleeps.
     Raises:
         ConfigError: `sampler.backend` names an engine that cannot run here.
     """
@@ -79,7 +84,7 @@ def make_sampler(
             device=device,
             dtype=dtype,
             gpu_memory=config.gpu_memory,
-            sleep=config.sleep,
+            sleep=config.sleep and not beside_training,
             seed=seed,
         )
     from .local import LocalSampler, slots_that_fit
@@ -90,4 +95,6 @@ def make_sampler(
             f"rollout.max_context: the keys and values of {max_context} tokens do not fit into the "
             "sampler's share of memory; lower it or raise sampler.gpu_memory"
         )
+    if beside_training:
+        model = copy.deepcopy(model)
     return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, max_context=max_context)

@@ -55,6 +55,11 @@ class Sampler(Protocol):
     def num_pending(self) -> int: ...
 
     @property
+    def capacity(self) -> int:
+        """Requests that can run at the same time; more wait."""
+        ...
+
+    @property
     def asleep(self) -> bool:
         """True between `sleep` and the next `load_weights`, where sleeping does anything."""
         ...

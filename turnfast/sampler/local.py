@@ -75,6 +75,7 @@ class LocalSampler:
         self._device = next(model.parameters()).device
         self._stop_ids = frozenset(stop_ids)
         self._max_context = max_context
+        self.capacity = num_slots
         self._slots = SlotTable(num_slots, max_context)
         self._cache = KVCache(num_slots, max_context)
         self._waiting: deque[Request] = deque()

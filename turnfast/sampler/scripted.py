@@ -46,6 +46,7 @@ class ScriptedSampler:
         score: log-probabilities of the sampled ids; by default each is log 1/2.
         pick: which of the waiting requests (in order of submission) a step completes.
         max_context: prompt and sampled tokens of one request together.
+        capacity: requests it claims to run at the same time.
 
     Example::
 
@@ -59,11 +60,13 @@ class ScriptedSampler:
         score: Score = even_odds,
         pick: Pick = everything,
         max_context: int = 1 << 30,
+        capacity: int = 1 << 30,
     ) -> None:
         self._reply = reply
         self._score = score
         self._pick = pick
         self._max_context = max_context
+        self.capacity = capacity
         self._waiting: dict[int, Request] = {}
         self.num_loads = 0
 

@@ -66,6 +66,7 @@ class VllmSampler:
         self._sleeps = sleep and not self._on_cpu
         self._stop_ids = list(stop_ids)
         self._max_context = max_context
+        self.capacity = max_sequences
         options: dict[str, Any] = {
             "model": str(model_folder),
             "skip_tokenizer_init": True,

@@ -1,0 +1,143 @@
+"""One trajectory from its first message to its score."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+
+from .chat import Chat, Conversation
+from .config import RolloutConfig
+from .envs import Env, Outcome, Step
+from .sampler import Completion
+from .sampler.awaited import AwaitedSampler
+from .types import Status, Task, Trajectory, Turn
+
+
+async def play(
+    task: Task,
+    index: int,
+    env: Env,
+    chat: Chat,
+    sampler: AwaitedSampler,
+    config: RolloutConfig,
+    *,
+    max_turns: int,
+    seed: int,
+    temperature: float,
+) -> Trajectory:
+    """Play one trajectory; what goes wrong in it becomes its status.
+
+    Args:
+        index: the trajectory's place in its group.
+        seed: with the turn's number it seeds each request.
+    Example, `context_full`: the context leaves 5 tokens for the second turn, the policy draws 5 and
+    no end of turn. The turn is kept, and the trajectory ends there whatever the environment said.
+    """
+    turns: list[Turn] = []
+    status: Status = "max_turns"
+    outcome, error, begin = Outcome(), "", time.perf_counter()
+    limit = asyncio.timeout(config.trajectory_timeout_s)
+    try:
+        with sampler.playing():
+            async with limit:
+                episode = env.episode(task)
+                talk = chat.open(await episode.start())
+                context = 0
+                for k in range(max_turns):
+                    context = len(talk.prompt_ids) + (0 if talk.restart else context)
+                    room = min(config.max_new_tokens, config.max_context - context)
+                    if room < 1 and k == 0:
+                        raise ValueError(
+                            f"the first prompt has {context} tokens, which leaves no room for a "
+                            f"turn; raise rollout.max_context = {config.max_context}"
+                        )
+                    if room < 1:
+                        status = "context_full"
+                        break
+                    completion = await sampler.generate(
+                        _context(turns, talk), room, temperature, derive_seed(seed, k)
+                    )
+                    context += len(completion.sampled_ids)
+                    text = chat.text(completion.sampled_ids)
+                    step = await episode.step(text)
+                    _check_reward(step.reward)
+                    turns.append(_turn(talk, completion, text, step))
+                    closed = completion.finish == "stop"
+                    if not closed and room < config.max_new_tokens:
+                        status = "context_full"
+                        break
+                    if step.done:
+                        status = "finished"
+                        break
+                    talk = chat.extend(talk, text, closed, step.messages)
+                outcome = await episode.finish()
+                _check_reward(outcome.reward)
+    except (Exception, asyncio.CancelledError) as fault:
+        # an environment's own fault must cost one trajectory, not the run
+        if isinstance(fault, asyncio.CancelledError) and _is_cancelled():
+            raise
+        if isinstance(fault, TimeoutError) and limit.expired():
+            status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
+        else:
+            status, error = "error", f"{type(fault).__name__}: {fault}"
+    return Trajectory(
+        task_id=task.id,
+        index=index,
+        turns=tuple(turns),
+        status=status,
+        outcome=outcome.reward,
+        outcome_parts=outcome.reward_parts,
+        metrics=outcome.metrics,
+        error=error,
+        time_s=time.perf_counter() - begin,
+    )
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed that is a function of all parts, and another one for any other parts."""
+    text = "\0".join(map(str, parts))
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") >> 2  # engines take signed 64-bit seeds
+
+
+def _turn(talk: Conversation, completion: Completion, text: str, step: Step) -> Turn:
+    return Turn(
+        prompt_ids=talk.prompt_ids,
+        sampled_ids=completion.sampled_ids,
+        logprobs=completion.logprobs,
+        text=text,
+        finish=completion.finish,
+        reply="\n".join(str(message["content"]) for message in step.messages),
+        reward=step.reward,
+        reward_parts=step.reward_parts,
+        tool_calls=step.tool_calls,
+        tool_successes=step.tool_successes,
+        restart=talk.restart,
+    )
+
+
+def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:
+    """All ids the next sample sees: exactly what was drawn and appended since the last restart."""
+    if talk.restart:
+        return talk.prompt_ids
+    ids: list[int] = []
+    for turn in turns:
+        if turn.restart:
+            ids.clear()
+        ids.extend(turn.prompt_ids)
+        ids.extend(turn.sampled_ids)
+    return (*ids, *talk.prompt_ids)
+
+
+def _check_reward(reward: float | None) -> None:
+    if reward is not None and not math.isfinite(reward):
+        raise ValueError(f"the environment gave a reward of {reward}")
+
+
+def _is_cancelled() -> bool:
+    """Whether the rollout itself is called off, and not something its environment waited for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
