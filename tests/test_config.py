@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.config import Config, ConfigError
@@ -109,6 +109,13 @@ def test_flags_lie_over_the_file(recipe):
         ("[rollout]\ntop_p = 0.9", "rollout.top_p: below 1"),
         ("[rollout]\nmax_new_tokens = 2048", "rollout.max_new_tokens: 2048 leaves no room"),
         ("[train]\ntokens_per_microbatch = 100", "train.tokens_per_microbatch: 100 cannot hold"),
+        ("[train]\noverlap = true", "train.overlap: its rollouts are one step older"),
+        ("[rollout]\noversample = 1.5", "rollout.oversample: "),
+        ("[rollout]\nrefill_waves = -1", "rollout.refill_waves: "),
+        (
+            '[loss]\nis_cap = 2.0\nold_logprobs = "sampler"',
+            "loss.is_cap: the importance weight is always 1",
+        ),
         ("[train]\nsinks = ['mlflow']", "train.sinks.0: "),
         ("[env]\noptions = 3", "env.options: "),
     ],
@@ -167,6 +174,7 @@ def test_an_empty_recipe_is_the_defaults(recipe):
     assert load_config(recipe("")) == Config()
 
 
+@settings(deadline=None)
 @given(
     options=st.dictionaries(
         st.text(max_size=8),

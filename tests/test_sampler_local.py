@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-
 import pytest
 import torch
 from transformers import (
@@ -15,10 +12,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from two_turns import finish_all, request, two_turns, worst_gap
 
-from turnfast.sampler import Completion, Request
 from turnfast.sampler.local import LocalSampler, draw
-from turnfast.sync import teacher_forced_logprobs
 
 SHAPE = dict(
     vocab_size=600,
@@ -48,55 +44,6 @@ def model() -> Qwen3ForCausalLM:
 def sampler_of(model: torch.nn.Module, num_slots: int = 64, stop_ids=(1,), **options):
     options = {"max_context": 256, **options}
     return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, **options)
-
-
-def request(id: int, prompt_ids: Sequence[int], **changes) -> Request:
-    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1000 + id, **changes}
-    return Request(id=id, prompt_ids=tuple(prompt_ids), **options)
-
-
-def finish_all(sampler: LocalSampler) -> dict[int, Completion]:
-    done: dict[int, Completion] = {}
-    while sampler.num_pending:
-        done |= {completion.id: completion for completion in sampler.step()}
-    return done
-
-
-def two_turns(sampler, order: Sequence[int]) -> dict[tuple[int, int], tuple[Request, Completion]]:
-    """24 trajectories, 4 to a prompt; a second turn starts as soon as its first one has ended."""
-    rng = random.Random(7)
-    system = [rng.randrange(2, 600) for _ in range(20)]
-    prompts = [
-        system + [rng.randrange(2, 600) for _ in range(rng.randrange(5, 60))] for _ in "abcdef"
-    ]
-    replies = [[rng.randrange(2, 600) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
-    lengths = [rng.randrange(3, 25) for _ in range(24)]
-    requests = {(i, 0): request(2 * i, prompts[i // 4], max_new_tokens=lengths[i]) for i in order}
-    for first in requests.values():
-        sampler.submit(first)
-    played = {}
-    while sampler.num_pending:
-        for completion in sampler.step():
-            i, turn = divmod(completion.id, 2)
-            before = requests[i, turn]
-            played[i, turn] = (before, completion)
-            if turn == 0:
-                context = (*before.prompt_ids, *completion.sampled_ids, *replies[i])
-                requests[i, 1] = request(2 * i + 1, context, max_new_tokens=lengths[-1 - i])
-                sampler.submit(requests[i, 1])
-    assert len(played) == 48
-    return played
-
-
-def worst_gap(model, played) -> float:
-    gap = 0.0
-    for before, completion in played.values():
-        ids = before.prompt_ids + completion.sampled_ids
-        ours = teacher_forced_logprobs(
-            model, ids, len(before.prompt_ids), before.temperature or 1.0
-        )
-        gap = max(gap, (ours - torch.tensor(completion.logprobs)).abs().max().item())
-    return gap
 
 
 def test_two_turns_do_not_depend_on_order_or_on_the_number_of_slots(model):

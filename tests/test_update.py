@@ -130,6 +130,41 @@ def test_updates_are_plain_autograd(policy, config, budget):
     assert done.logprob == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
+def test_reused_logprobs_are_the_old_ones_of_every_update(policy, ratio):
+    config = LossConfig(ratio=ratio, old_logprobs="sampler", max_logprob_gap=100.0)
+    packed, sequences = packed_step(seed=1)
+    drawn = [torch.tensor([x for turn in t.turns for x in turn.logprobs]) for t, _ in sequences]
+    optimizer = optimizer_of(policy)
+    update(policy, optimizer, packed.batches, config, temperature=TEMPERATURE, num_updates=2)
+    for number in range(2):
+        weights = optimizer.weights[number]
+        for parameter, value in zip(policy.model.parameters(), weights, strict=True):
+            parameter.data.copy_(value)
+        policy.model.zero_grad()
+        loss, largest = plain_loss(policy.model, sequences, drawn, config)
+        loss.backward()
+        assert largest > 1.1
+        assert differences(policy.model, optimizer.gradients[number]) <= 1e-6
+        assert max(float(g.abs().max()) for g in optimizer.gradients[number]) > 1e-3
+
+
+def test_logprobs_that_differ_too_much_are_not_reused(policy):
+    packed, _ = packed_step(seed=1)
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = optimizer_of(policy)
+    gap = update(policy, optimizer_of(policy, lr=1e-12), packed.batches, LossConfig()).logprob_gap
+    for bound, refused in ((0.9 * gap, True), (1.1 * gap, False)):
+        config = LossConfig(old_logprobs="sampler", max_logprob_gap=bound)
+        if not refused:
+            assert update(policy, optimizer, packed.batches, config).num_updates == 1
+            continue
+        with pytest.raises(TrainingError, match=r"loss\.old_logprobs: .*max_logprob_gap = "):
+            update(policy, optimizer, packed.batches, config)
+        assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
+        assert all(p.grad is None for p in policy.model.parameters())
+
+
 def test_the_first_update_is_on_policy(policy):
     packed, _ = packed_step(seed=2)
     done = update(policy, optimizer_of(policy), packed.batches, LossConfig())

@@ -100,6 +100,12 @@ class LossConfig(Section):
     is_cap: PositiveFloat | None = Field(
         default=None, description="truncated importance weight's cap"
     )
+    old_logprobs: Literal["trainer", "sampler"] = Field(
+        default="trainer", description="of the ratio's denominator: of the first pass, or reused"
+    )
+    max_logprob_gap: PositiveFloat = Field(
+        default=0.02, description="largest mean gap at which the sampler's log-probs are reused"
+    )
     normalizer: Literal["token", "sequence", "constant"] = "token"
     impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
 
@@ -177,6 +183,11 @@ class Config(Section):
         if self.loss.dual_clip is not None and self.loss.kind != "ppo":
             raise ValueError(
                 f"loss.dual_clip: loss.kind = {self.loss.kind!r} has no such clip; leave it out"
+            )
+        if self.loss.old_logprobs == "sampler" and self.loss.is_cap is not None:
+            raise ValueError(
+                "loss.is_cap: the importance weight is always 1 where the sampler's log-probs are "
+                "reused; leave it out, or set loss.old_logprobs = 'trainer'"
             )
         if self.train.overlap and self.loss.is_cap is None:
             raise ValueError(

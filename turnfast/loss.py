@@ -73,15 +73,21 @@ def update(
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
 
-    The first step is on policy: its ratio is 1, no old-policy pass is needed, and the log-probs it
-    computes are the old ones of the steps after it. Where memory runs out, the batches are cut in
-    halves and the same step is computed again: see `replayed`.
+    With `old_logprobs = "trainer"` the first step is on policy: its ratio is 1, no old-policy pass
+    is needed, and the log-probs it computes are the old ones of the steps after it. With "sampler"
+    those of the sampler are the old ones from the first step on, so that the ratio also covers what
+    engine and trainer differ by. Where memory runs out, the batches are cut in halves and the same
+    step is computed again: see `replayed`.
 
     Raises:
-        TrainingError: loss or gradient is not finite; that update has changed nothing.
+        TrainingError: loss or gradient is not finite, or the sampler's log-probs are to be reused
+            and differ by more than `max_logprob_gap`; that update has changed nothing.
         OutOfMemory: not even with smaller micro-batches; that update has changed nothing.
     """
     done = Update()
+    reuse = config.old_logprobs == "sampler"
+    if reuse:
+        batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
     for i in range(num_updates if batches else 0):
         try:
             results, batches, halvings = replayed(
@@ -95,6 +101,14 @@ def update(
             raise TrainingError(f"{error}; {ADVICE}") from error
         if i == 0:
             done = _first(results, batches)
+        if i == 0 and reuse and not done.logprob_gap <= config.max_logprob_gap:
+            optimizer.zero_grad()
+            raise TrainingError(
+                f"loss.old_logprobs: the sampler's log-probs differ from the trainer's by "
+                f"{done.logprob_gap:.3g} on average, more than loss.max_logprob_gap = "
+                f"{config.max_logprob_gap:g}; set loss.old_logprobs = 'trainer'"
+            )
+        if i == 0 and not reuse:
             # tokens without advantage are not computed; they stay without it in every update
             batches = [
                 replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
