@@ -151,9 +151,9 @@ def test_reused_logprobs_are_the_old_ones_of_every_update(policy, ratio):
 
 def test_logprobs_that_differ_too_much_are_not_reused(policy):
     packed, _ = packed_step(seed=1)
+    gap = update(policy, optimizer_of(policy, lr=1e-12), packed.batches, LossConfig()).logprob_gap
     start = [p.detach().clone() for p in policy.model.parameters()]
     optimizer = optimizer_of(policy)
-    gap = update(policy, optimizer_of(policy, lr=1e-12), packed.batches, LossConfig()).logprob_gap
     for bound, refused in ((0.9 * gap, True), (1.1 * gap, False)):
         config = LossConfig(old_logprobs="sampler", max_logprob_gap=bound)
         if not refused:
