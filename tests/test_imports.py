@@ -18,7 +18,7 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 LEVELS = [
     ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness"],
     ["kernels"],
-    ["tools", "sinks", "tiny", "liger"],
+    ["tools", "sinks", "tiny", "liger", "moments"],
     [
         "credit",
         "packing",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
 from turnfast.checkpoint import load_checkpoint, save_checkpoint
-from turnfast.config import OptimConfig
+from turnfast.config import ConfigError, OptimConfig
 from turnfast.optim import Optimizer
 
 
@@ -171,3 +172,118 @@ def test_frozen_parameters_stay():
     pull([free], 0)
     optimizer.step()
     assert torch.equal(frozen, kept) and len(optimizer.state_dict()["state"]) == 1
+
+
+STATES = [
+    "bfloat16",
+    pytest.param(
+        "8bit",
+        marks=pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao"),
+    ),
+]
+
+
+@pytest.fixture
+def eager():
+    """torchao compiles its step, once for every shape; the arithmetic is the same without."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_small_moments_take_the_way_of_float32(state, eager):
+    """A least-squares problem is solved as well, and no step strays far from float32's."""
+    torch.manual_seed(0)
+    x, truth = torch.randn(256, 64), torch.randn(64, 128)
+    ends, losses = [], []
+    for kind in ("float32", state):
+        parameter = nn.Parameter(torch.zeros(64, 128))
+        optimizer = Optimizer([parameter], constant(3e-2, betas=(0.9, 0.999), state=kind))
+        for _ in range(150):
+            loss = (x @ (parameter - truth)).square().mean()
+            loss.backward()
+            optimizer.step()
+        ends.append(parameter.detach())
+        losses.append(float(loss.detach()))
+    assert losses[1] < 1.5 * losses[0] + 0.05
+    assert (ends[0] - ends[1]).norm() / ends[0].norm() < 0.05
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_moments_return_bit_for_bit(state, dtype, tmp_path, eager):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weights(64, 64, dtype=dtype)
+            self.bias = weights(64, dtype=dtype, seed=1)
+
+        def save_pretrained(self, folder) -> None:
+            from safetensors.torch import save_file
+
+            save_file(
+                {n: p.detach() for n, p in self.named_parameters()}, folder / "model.safetensors"
+            )
+
+    def run(model, optimizer, steps):
+        for seed in steps:
+            pull(model.parameters(), seed)
+            optimizer.step()
+
+    config = constant(1e-3, state=state)
+    straight = Model()
+    optimizer = Optimizer(straight.parameters(), config)
+    run(straight, optimizer, range(3))
+    save_checkpoint(
+        tmp_path, 3, model=straight, optimizer=optimizer, tokenizer=None, state={}, keep=1
+    )
+    run(straight, optimizer, range(3, 6))
+    resumed = Model()
+    again = Optimizer(resumed.parameters(), config)
+    load_checkpoint(tmp_path / "step_000003", model=resumed, optimizer=again)
+    run(resumed, again, range(3, 6))
+    for mine, other in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    held = [
+        value
+        for entries in again.state_dict()["state"].values()
+        for name, value in entries.items()
+        if name.startswith("exp_avg")
+    ]
+    widths = {value.dtype for value in held if value.numel() >= 4096}
+    assert widths == {torch.bfloat16 if state == "bfloat16" else torch.uint8}
+
+
+def test_bfloat16_moments_do_not_stand_still():
+    """A second moment that moves by less than half a digit per step still gets where it should."""
+    parameter = nn.Parameter(torch.zeros(4096))
+    optimizer = Optimizer([parameter], constant(1e-6, betas=(0.9, 0.999), state="bfloat16"))
+    for _ in range(2000):
+        parameter.grad = torch.ones(4096)
+        optimizer.step()
+    moment = optimizer.state_dict()["state"][0]["exp_avg_sq"].float()
+    assert float(moment.mean()) == pytest.approx(1 - 0.999**2000, rel=0.01)
+    nearest = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(2000):
+        nearest = (nearest.float() * 0.999 + 0.001).bfloat16()
+    assert float(nearest) < 0.5
+
+
+def test_eight_bits_without_torchao_are_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"optim\.state: '8bit' needs torchao"):
+        Optimizer([weights(2, dtype=torch.float32)], constant(1e-3, state="8bit"))
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.parametrize("kinds", [("8bit", "float32"), ("float32", "8bit")])
+def test_eight_bits_and_more_cannot_be_mixed(kinds, eager):
+    states = []
+    for kind in kinds:
+        parameter = weights(64, 64, dtype=torch.float32)
+        optimizer = Optimizer([parameter], constant(1e-3, state=kind))
+        pull([parameter], 0)
+        optimizer.step()
+        states.append((optimizer, optimizer.state_dict()))
+    with pytest.raises(ValueError, match="8.bit"):
+        states[1][0].load_state_dict(states[0][1])

@@ -116,6 +116,9 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     grad_clip: PositiveFloat = 0.1
+    state: Literal["float32", "bfloat16", "8bit"] = Field(
+        default="float32", description="what AdamW's moments are kept in; 8bit needs torchao"
+    )
 
 
 class TrainConfig(Section):

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, whose moments and master weights are float32 whatever the model's dtype.
+"""AdamW with a warm-up and float32 master weights, whatever the model's dtype.
 
 At a learning rate of 1e-6 a bf16 weight never moves: the update is smaller than its last digit. So
 low-precision parameters get a float32 master copy here, and the model holds its rounding.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimConfig
+from .moments import fill_entries, make_adamw, plain_entries
 
 
 class Optimizer:
@@ -34,13 +35,7 @@ class Optimizer:
         self._masters = [_master(p) for p in self._parameters]
         self._config = config
         self._total_steps = total_steps
-        self._adamw = torch.optim.AdamW(
-            self._masters,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._adamw = make_adamw(self._masters, config)
         self.num_steps = 0
 
     def step(self) -> float:
@@ -53,8 +48,7 @@ class Optimizer:
                 master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
         norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
         if norm == norm and norm != float("inf"):
-            for group in self._adamw.param_groups:
-                group["lr"] = self.lr
+            self._set_rate(self.lr)
             self._adamw.step()
             self._write_back()
             self.num_steps += 1
@@ -77,12 +71,12 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the master copies and the step count beside the moments."""
         state = self._adamw.state_dict()
-        state["state"] = {i: dict(values) for i, values in state["state"].items()}
+        state["state"] = {i: plain_entries(values) for i, values in state["state"].items()}
         for i, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
             if master is not parameter:
                 state["state"].setdefault(i, {})["master"] = master.detach()
         for group in state["param_groups"]:
-            group["num_steps"] = self.num_steps
+            group |= {"num_steps": self.num_steps, "lr": float(group["lr"])}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,8 +97,19 @@ class Optimizer:
                     self._masters[int(i)].copy_(master)
                 if kept:
                     moments[int(i)] = kept
-        self._adamw.load_state_dict({"state": moments, "param_groups": groups})
+        eight_bit = self._config.state == "8bit"
+        if not eight_bit and any("exp_avg.codes" in kept for kept in moments.values()):
+            raise ValueError('its moments have 8 bits: optim.state = "8bit"')
+        self._adamw.load_state_dict({"state": {} if eight_bit else moments, "param_groups": groups})
+        if eight_bit:
+            for i, plain in moments.items():
+                fill_entries(self._adamw, self._masters[i], plain)
         self._write_back()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._adamw.param_groups:
+            # torchao compiles its step and wants a tensor
+            group["lr"] = torch.tensor(rate) if self._config.state == "8bit" else rate
 
     def _write_back(self) -> None:
         with torch.no_grad():
