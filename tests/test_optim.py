@@ -285,5 +285,5 @@ def test_eight_bits_and_more_cannot_be_mixed(kinds, eager):
         pull([parameter], 0)
         optimizer.step()
         states.append((optimizer, optimizer.state_dict()))
-    with pytest.raises(ValueError, match="8.bit"):
+    with pytest.raises(ValueError, match=r"8.bit"):
         states[1][0].load_state_dict(states[0][1])
