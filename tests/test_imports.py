@@ -38,7 +38,7 @@ LEVELS = [
     ["sft", "play", "rollout", "sync"],
     ["prompts", "record"],
     ["run"],
-    ["evaluate", "warm_start", "collect"],
+    ["evaluate", "warm_start", "collect", "estimate"],
     ["train"],
     ["cli"],
 ]

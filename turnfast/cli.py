@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train on a recipe with turn-level credit")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print token budget and a memory estimate; start nothing, write nothing",
+    )
     sub = command("sft", _sft, "warm start: supervised tuning on the environment's demonstrations")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
     sub = command("eval", _eval, "rollouts on held-out tasks; prints one JSON object")
@@ -116,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load_config(arguments.recipe, flags)
+    if arguments.dry_run:
+        from .estimate import describe, estimate
+
+        print(describe(config, estimate(config)))
+        return 0
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
     from .signals import stop_on_signals
     from .train import train

@@ -97,7 +97,7 @@ def open_env(config: Config) -> Env:
 def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
     """Where the weights are; the built-in model is made in the run directory first."""
     if config.model.path != "tiny":
-        return _checked_folder(config.model.path)
+        return checked_folder(config.model.path)
     if not isinstance(env, Demonstrator):
         raise ConfigError(
             "model.path: 'tiny' learns its tokenizer from the environment's corpus(), which "
@@ -110,7 +110,7 @@ def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
     return folder
 
 
-def _checked_folder(path: str) -> Path:
+def checked_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -43,7 +43,33 @@ def write_tiny_model(
     tokenizer = _tokenizer(corpus, vocab_size)
     tokenizer.save_pretrained(partial)
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config = tiny_architecture(
+        vocab_size=vocab_size,
+        layers=layers,
+        width=width,
+        max_context=max_context,
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+    )
+    Qwen3ForCausalLM(config).save_pretrained(partial)
+    folder.mkdir(exist_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    partial.rmdir()
+    return folder
+
+
+def tiny_architecture(
+    *,
+    vocab_size: int = 600,
+    layers: int = 4,
+    width: int = 128,
+    max_context: int = 1024,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> Qwen3Config:
+    """The shape of the built-in model."""
+    return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=3 * width,
@@ -54,16 +80,10 @@ def write_tiny_model(
         max_position_embeddings=max_context,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
         dtype="float32",
     )
-    Qwen3ForCausalLM(config).save_pretrained(partial)
-    folder.mkdir(exist_ok=True)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(folder / file.name)
-    partial.rmdir()
-    return folder
 
 
 def _tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

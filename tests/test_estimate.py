@@ -1,0 +1,160 @@
+"""The memory estimate of a dry run against what a step really takes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from turnfast.cli import main
+from turnfast.config import ConfigError
+from turnfast.estimate import estimate
+from turnfast.recipe import build_config
+from turnfast.tiny import write_tiny_model
+
+# The estimate of training memory is within this share of the measured peak.
+TOLERANCE = 0.3
+CORPUS = ["user assistant tool result answer Who wrote Ulm? Ida wrote Ulm in Oslo."] * 50
+CHILD = """
+    import ctypes, json, re, sys
+    from pathlib import Path
+    import torch
+    from turnfast.loss import update
+    from turnfast.model import load_policy
+    from turnfast.optim import Optimizer
+    from turnfast.packing import Row, batch_of
+    from turnfast.recipe import build_config
+
+    torch.set_num_threads(1)
+    config = build_config(json.loads(sys.argv[1]))
+
+    def held(name):
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(name + r":\\s+(\\d+)", text)[1]) * 1024
+
+    def step(tokens):
+        context = config.rollout.max_context
+        draw = torch.Generator().manual_seed(0)
+        rows, prompt = [], torch.randint(3, 280, (context // 4,), generator=draw).tolist()
+        while sum(len(row.tokens) - len(prompt) for row in rows) + context <= tokens:
+            fresh = context - len(prompt)
+            ids = prompt + torch.randint(3, 280, (fresh,), generator=draw).tolist()
+            rows.append(
+                Row(
+                    tokens=ids, rows=list(range(len(prompt), context - 1)),
+                    targets=ids[len(prompt) + 1:], turns=[0] * (fresh - 1),
+                    logprobs=[-5.0] * (fresh - 1), advantages=[1.0 - len(rows) % 3],
+                    trajectory=len(rows),
+                )
+            )
+        weights = [1e-3] * len(rows)
+        batch = batch_of(rows, weights, "cpu", share_prefixes=config.train.share_prefixes)
+        update(policy, optimizer, [batch], config.loss)
+        return len(batch.tokens_T)
+
+    warm = load_policy(config.model, Path(config.model.path), torch.device("cpu"))
+    del warm
+    ctypes.CDLL(None).malloc_trim(0)
+    before = held("VmRSS")
+    policy = load_policy(config.model, Path(config.model.path), torch.device("cpu"))
+    optimizer = Optimizer(policy.model.parameters(), config.optim)
+    step(2 * config.rollout.max_context)
+    tokens = step(config.train.tokens_per_microbatch)
+    print(json.dumps({"peak": held("VmHWM") - before, "tokens": tokens}))
+"""
+
+
+def recipe(folder: Path, **changed) -> dict:
+    train = {"tokens_per_microbatch": 6144, "device": "cpu", **changed.pop("train", {})}
+    return {
+        "model": {"path": str(folder), "dtype": "float32", **changed.pop("model", {})},
+        "rollout": {"max_new_tokens": 32, "max_context": 512},
+        "sampler": {"backend": "local", "max_sequences": 8},
+        "train": train,
+        **changed,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    return write_tiny_model(path, CORPUS, seed=0, layers=4, width=192, max_context=512)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"train": {"share_prefixes": False}},
+        {"model": {"checkpointing": True}, "optim": {"state": "bfloat16"}},
+    ],
+    ids=["trees", "rows", "checkpointing"],
+)
+def test_the_estimate_is_near_the_peak(folder, changed):
+    tree = recipe(folder, **changed)
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(tree)]
+    # freed memory goes back to the system at once: what is measured is what tensors hold, without
+    # the holes that the C library keeps in its heap
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    found = estimate(build_config(tree))
+    assert measured["tokens"] > 0.9 * found.tokens
+    assert found.training == pytest.approx(measured["peak"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "architecture", [LlamaConfig, Qwen2Config, MistralConfig, GemmaConfig], ids=lambda c: c.__name__
+)
+def test_every_family_is_counted(architecture, tmp_path):
+    config = architecture(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    config.save_pretrained(tmp_path)
+    tree = recipe(tmp_path)
+    found = estimate(build_config(tree))
+    model = AutoModelForCausalLM.from_config(config)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.gradients == 4 * found.parameters and found.optimizer == 2 * found.gradients
+    assert found.cache == 2 * 2 * 2 * 8 * 4 * 512 * 8
+    doubled = estimate(build_config(recipe(tmp_path, train={"tokens_per_microbatch": 12288})))
+    # the loss of a share is the masks of the tree tiles, which are kept up to a limit
+    assert 1.5 < doubled.activations / found.activations < 2.1
+    low = estimate(build_config(recipe(tmp_path, optim={"state": "bfloat16"})))
+    assert 2 * low.optimizer == found.optimizer
+    half = estimate(build_config(recipe(tmp_path, model={"dtype": "bfloat16"})))
+    assert half.weights < 0.6 * found.weights and half.optimizer == 12 * found.parameters
+    frozen = estimate(build_config(recipe(tmp_path, model={"freeze_head": True})))
+    assert frozen.gradients < found.gradients
+
+
+def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "token budget  16,384" in shown and "training, at most" in shown
+    assert list(tmp_path.iterdir()) == []
+    assert torch.is_grad_enabled()
+
+
+def test_a_dry_run_finds_what_cannot_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo", "--dry-run", "--model.path", "./missing"]) == 2
+    assert "model.path" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"model\.path.*no model's config"):
+        estimate(build_config(recipe(tmp_path)))
