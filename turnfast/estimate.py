@@ -35,9 +35,10 @@ ATTENTION = "turnfast-estimate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes that tensors hold when the forward pass of a full micro-batch ends, where training needs
-    most. What an allocator keeps besides is not in it: on a CPU the C library's heap can reach twice
-    as much, unless MALLOC_MMAP_THRESHOLD_ is set.
+    """Bytes that tensors hold at the end of a full forward pass, where training needs most.
+
+    What an allocator keeps besides is not in it: on a CPU the C library's heap can reach twice as
+    much, unless MALLOC_MMAP_THRESHOLD_ is set.
 
     Attributes:
         optimizer: moments, and float32 masters of low-precision weights.
