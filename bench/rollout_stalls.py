@@ -1,0 +1,288 @@
+"""What stalled tools cost a rollout: trajectories on their own against lock step.
+
+    python bench/rollout_stalls.py [--prompts 16] [--hops 3] [--share 0.05] [--stall 0.25]
+
+Rollouts of the built-in search world (groups of 8) by a scripted agent that thinks for a while,
+searches once per hop and answers; how long it thinks is drawn from a long-tailed distribution. The
+engine is a clock: every step takes the same time and gives each request in flight one token, as a
+decoding step of a GPU does, so the figures do not depend on the machine. A share of the tool calls
+takes longer by a share of the time that the same rollouts take without stalls. Interleaved:
+
+    independent   turnfast's rollout: while a trajectory waits for its tool, the others go on
+    cut           the same with a quarter more prompts than needed; those still running are dropped
+    lock step     all trajectories take a turn together, and all wait for the slowest tool of it
+
+First of all, both drivers must give the same samples. Writes bench/results/rollout_stalls.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from timing import environment, save
+from transformers import AutoTokenizer
+
+from turnfast.chat import Chat
+from turnfast.config import RolloutConfig
+from turnfast.envs.lookup import LookupEnv
+from turnfast.play import derive_seed
+from turnfast.rollout import Gathered, Prompt, Quota, gather
+from turnfast.sampler import Completion, Request
+from turnfast.sampler.scripted import ScriptedSampler
+from turnfast.tiny import write_tiny_model
+from turnfast.tools import tool
+
+GROUP_SIZE = 8
+EXTRA = 0.25
+THINKING = (2.5, 0.8, 80)
+"""Words before a call or an answer: mean and deviation of their logarithm, and the most."""
+
+
+class StallingWorld(LookupEnv):
+    """The built-in world, some of whose searches take `stall_s` longer."""
+
+    share = 0.0
+    stall_s = 0.0
+    round = 0
+
+    def start_round(self, number: int, share: float) -> None:
+        """Which calls stall is a function of the round and the queries, whoever asks in which
+        order."""
+        self.round, self.share = number, share
+        self.asked: Counter[str] = Counter()
+        self.num_stalls = 0
+
+    @tool
+    def search(self, query: str) -> str:
+        """Find the passage that matches a query best.
+
+        Args:
+            query: words to look for.
+        """
+        self.asked[query] += 1
+        text = f"{self.round}:{self.asked[query]}:{query}"
+        drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+        if drawn < self.share:
+            self.num_stalls += 1
+            time.sleep(self.stall_s)
+        return "\n".join(hit.text for hit in self.index.search(query, 1))
+
+
+class Clock(ScriptedSampler):
+    """An engine whose steps take `step_s` and give each of the requests that run one token."""
+
+    def __init__(self, chat: Chat, env: StallingWorld, *, step_s: float, capacity: int) -> None:
+        super().__init__(lambda prompt_ids: (), capacity=capacity)
+        self._chat = chat
+        self._step_s = step_s
+        self._hops = max(env.hops)
+        self._told = env.describe().count("<result>")
+        self._left: dict[int, int] = {}
+        self._replies: dict[int, tuple[int, ...]] = {}
+
+    def submit(self, request: Request) -> None:
+        super().submit(request)
+        self._replies[request.id] = self._say(request)
+        self._left[request.id] = len(self._replies[request.id])
+
+    def step(self) -> list[Completion]:
+        time.sleep(self._step_s)
+        running = list(self._waiting.values())[: self.capacity]
+        for request in running:
+            self._left[request.id] -= 1
+        done = [request for request in running if not self._left[request.id]]
+        for request in done:
+            del self._waiting[request.id]
+        return [
+            Completion(
+                id=request.id,
+                sampled_ids=self._replies[request.id],
+                logprobs=(0.0,) * len(self._replies[request.id]),
+                finish="stop",
+            )
+            for request in done
+        ]
+
+    def _say(self, request: Request) -> tuple[int, ...]:
+        draw = random.Random(request.seed)
+        mean, deviation, most = THINKING
+        thoughts = " ".join(["ida"] * min(most, round(math.exp(draw.gauss(mean, deviation)))))
+        text = self._chat.tokenizer.decode(request.prompt_ids)
+        question = text.split("user\n")[1].split("?")[0]
+        said = "<answer>Ida</answer>"
+        if text.count("<result>") - self._told < self._hops:
+            said = f'<tool>{{"name": "search", "args": {{"query": "{question}"}}}}</tool>'
+        return self._chat.encode_reply(f"<reasoning>{thoughts}</reasoning>{said}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--hops", type=int, default=3)
+    parser.add_argument("--share", type=float, default=0.05, help="of the calls that stall")
+    parser.add_argument("--stall", type=float, default=0.25, help="of the time without stalls")
+    parser.add_argument("--step-ms", type=float, default=5.0, help="time of an engine step")
+    parser.add_argument("--capacity", type=int, default=256, help="requests in a step")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    env = StallingWorld(hops=options.hops, prompt="full", reasoning=True)
+    env.set_limits(max_turns=options.hops + 1, tool_timeout_s=60.0)
+    env.start_round(0, share=0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_model(Path(folder), env.corpus(), seed=0, layers=1, width=32)
+        chat = Chat(AutoTokenizer.from_pretrained(folder))
+    bench = Bench(options, env, chat)
+    independent, _ = bench.independent()
+    locked, _ = bench.lock_step()
+    if _samples(independent) != locked:
+        raise SystemExit("the two drivers do not give the same samples")
+    record = bench.measure()
+    save("rollout_stalls", record)
+    for name, row in record["drivers"].items():
+        print(f"{name:<12} {row['plain_s']:.2f} s  {row['stalled_s']:.2f} s  × {row['ratio']:.2f}")
+
+
+class Bench:
+    """The same prompts through every driver."""
+
+    def __init__(self, options: argparse.Namespace, env: StallingWorld, chat: Chat) -> None:
+        self._options = options
+        self._env = env
+        self._chat = chat
+        self._config = RolloutConfig(group_size=GROUP_SIZE, max_new_tokens=512, max_context=4096)
+
+    def measure(self) -> dict:
+        options, env = self._options, self._env
+        drivers = {
+            "independent": self.independent,
+            "cut": lambda: self.independent(math.ceil(EXTRA * options.prompts)),
+            "lock step": self.lock_step,
+        }
+        env.start_round(0, share=0.0)
+        usual_s = median(self.independent()[1] for _ in range(3))
+        env.stall_s = options.stall * usual_s
+        plain: dict[str, list[float]] = {name: [] for name in drivers}
+        stalled: dict[str, list[float]] = {name: [] for name in drivers}
+        stalls: list[int] = []
+        for number in range(1, options.rounds + 1):
+            for name, drive in drivers.items():
+                for share, times in ((0.0, plain), (options.share, stalled)):
+                    env.start_round(number, share)
+                    times[name].append(drive()[1])
+                if name == "independent":
+                    stalls.append(env.num_stalls)
+        return {
+            "command": " ".join(["python bench/rollout_stalls.py", *sys.argv[1:]]),
+            "environment": environment(torch.device("cpu")),
+            "rollouts": options.prompts * GROUP_SIZE,
+            "hops": options.hops,
+            "step_ms": options.step_ms,
+            "rounds": options.rounds,
+            "share": options.share,
+            "stall": options.stall,
+            "stall_s": env.stall_s,
+            "stalls": median(stalls),
+            "drivers": {
+                name: {
+                    "plain_s": median(plain[name]),
+                    "stalled_s": median(stalled[name]),
+                    "ratio": median(stalled[name]) / median(plain[name]),
+                    "against_independent": median(stalled[name]) / median(plain["independent"]),
+                    "plain_each_s": plain[name],
+                    "stalled_each_s": stalled[name],
+                }
+                for name in drivers
+            },
+        }
+
+    def independent(self, extra: int = 0) -> tuple[Gathered, float]:
+        """Samples and seconds of turnfast's rollout."""
+        options = self._options
+        prompts = [
+            Prompt(place=i, task=task)
+            for i, task in enumerate(self._env.tasks("train")[: options.prompts + extra])
+        ]
+        begin = time.perf_counter()
+        gathered = gather(
+            iter(prompts),
+            Quota(wanted=options.prompts, ahead=extra, most=options.prompts + extra),
+            self._env,
+            self._chat,
+            self._sampler(),
+            self._config,
+            max_turns=options.hops + 1,
+            seed=0,
+        )
+        return gathered, time.perf_counter() - begin
+
+    def lock_step(self) -> tuple[list, float]:
+        """The same, a turn at a time: all generate, then all wait for all tools."""
+        begin = time.perf_counter()
+        samples = asyncio.run(self._turns_together())
+        return samples, time.perf_counter() - begin
+
+    async def _turns_together(self) -> list:
+        options, chat, sampler = self._options, self._chat, self._sampler()
+        tasks = self._env.tasks("train")[: options.prompts]
+        rollouts = [(place, task, i) for place, task in enumerate(tasks) for i in range(GROUP_SIZE)]
+        seeds = [derive_seed(0, place, task.id, i) for place, task, i in rollouts]
+        episodes = [self._env.episode(task) for _, task, _ in rollouts]
+        talks = [chat.open(messages) for messages in [await e.start() for e in episodes]]
+        contexts: list[tuple[int, ...]] = [()] * len(rollouts)
+        samples: list[list[tuple[int, ...]]] = [[] for _ in rollouts]
+        active = list(range(len(rollouts)))
+        for k in range(options.hops + 1):
+            for i in active:
+                contexts[i] += talks[i].prompt_ids
+                sampler.submit(
+                    Request(
+                        id=i,
+                        prompt_ids=contexts[i],
+                        max_new_tokens=self._config.max_new_tokens,
+                        temperature=1.0,
+                        seed=derive_seed(seeds[i], k),
+                    )
+                )
+            done: dict[int, Completion] = {}
+            while sampler.num_pending:
+                done |= {completion.id: completion for completion in sampler.step()}
+            texts = {i: chat.text(done[i].sampled_ids) for i in active}
+            steps = await asyncio.gather(*(episodes[i].step(texts[i]) for i in active))
+            for i, step in zip(list(active), steps, strict=True):
+                samples[i].append(done[i].sampled_ids)
+                contexts[i] += done[i].sampled_ids
+                if step.done:
+                    active.remove(i)
+                else:
+                    talks[i] = chat.extend(talks[i], texts[i], True, step.messages)
+        await asyncio.gather(*(episode.finish() for episode in episodes))
+        return samples
+
+    def _sampler(self) -> Clock:
+        options = self._options
+        return Clock(self._chat, self._env, step_s=options.step_ms / 1e3, capacity=options.capacity)
+
+
+def _samples(gathered: Gathered) -> Sequence:
+    return [
+        [turn.sampled_ids for turn in trajectory.turns]
+        for group in gathered.groups
+        for trajectory in group.trajectories
+    ]
+
+
+if __name__ == "__main__":
+    main()
