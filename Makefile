@@ -20,7 +20,7 @@ env: $(STAMP)
 
 demo: $(STAMP)
 	test -e $(RUN)/warm-start/model/config.json \
-		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start
+		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start --resume
 	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo --resume
 
 INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_truth.py \

@@ -119,11 +119,38 @@ def trl_step(record: dict[str, Any]) -> str:
     )
 
 
+def rollout_stalls(record: dict[str, Any]) -> str:
+    names = {
+        "independent": "trajectories on their own",
+        "cut": "and 25 % more prompts, the slowest dropped for the next step",
+        "lock step": "lock step",
+    }
+    rows = [
+        f"| {names[driver]} | {row['plain_s']:.1f} s | {row['stalled_s']:.1f} s "
+        f"| {row['ratio']:.2f} × |"
+        for driver, row in record["drivers"].items()
+    ]
+    return "\n".join(
+        [
+            "| rollouts | no stalls | with stalls | |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"{record['share']:.0%} of the tool calls take {record['stall_s']:.1f} s longer, a "
+            f"quarter of the time of {record['rollouts']} rollouts of {record['hops']} searches "
+            f"without stalls; an engine with steps of {record['step_ms']:g} ms, medians of "
+            f"{record['rounds']} interleaved rounds. From `{record['command']}`, commit "
+            f"`{record['environment']['commit']}`.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning": learning,
     "hops": hops,
     "step": step,
     "trl_step": trl_step,
+    "rollout_stalls": rollout_stalls,
 }
 
 

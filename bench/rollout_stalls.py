@@ -5,8 +5,9 @@
 Rollouts of the built-in search world (groups of 8) by a scripted agent that thinks for a while,
 searches once per hop and answers; how long it thinks is drawn from a long-tailed distribution. The
 engine is a clock: every step takes the same time and gives each request in flight one token, as a
-decoding step of a GPU does, so the figures do not depend on the machine. A share of the tool calls
-takes longer by a share of the time that the same rollouts take without stalls. Interleaved:
+decoding step of a GPU does; only what happens between the steps is this machine's. A share of the
+tool calls takes longer by a share of the time that the same rollouts take without stalls.
+Interleaved:
 
     independent   turnfast's rollout: while a trajectory waits for its tool, the others go on
     cut           the same with a quarter more prompts than needed; those still running are dropped

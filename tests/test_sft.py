@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,10 +12,13 @@ from turnfast.chat import Chat
 from turnfast.config import ConfigError, LossConfig, ModelConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
 from turnfast.loss import update
+from turnfast.metrics import read_metrics
 from turnfast.model import Policy, load_policy
 from turnfast.optim import Optimizer
 from turnfast.packing import batch_of
+from turnfast.recipe import build_config
 from turnfast.sft import demonstration_rows, sft
+from turnfast.warm_start import warm_start
 
 TALK = Demonstration(
     messages=(
@@ -142,6 +148,50 @@ def test_a_stop_is_heard(policy, chat):
         should_stop=lambda: len(steps) == 3,
     )
     assert steps == [1, 2, 3]
+
+
+def recipe(model: Path, **sections):
+    tree = {
+        "model": {"path": str(model)},
+        "env": {"name": "letters:Letters"},
+        "sampler": {"backend": "local"},
+        "train": {"device": "cpu", "save_every": 3},
+        "sft": {"steps": 8, "lr": 1e-2, "batch_tokens": 64},
+        **sections,
+    }
+    return build_config(tree)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(run_dir)]
+
+
+def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_path):
+    whole = warm_start(recipe(tiny_folder), tmp_path / "whole")
+    assert whole == tmp_path / "whole" / "model"
+    assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 9))
+
+    run_dir = tmp_path / "legs"
+    for count in (0, 4, 2):  # before the first step, on the way, and soon after
+        asked = iter(range(count))
+        kept = warm_start(
+            recipe(tiny_folder),
+            run_dir,
+            resume=run_dir.exists(),
+            should_stop=lambda asked=asked: next(asked, None) is None,
+        )
+        assert kept.parent == run_dir / "checkpoints" and not (run_dir / "model").exists()
+    assert kept.name == "step_000006"
+    shutil.rmtree(kept)  # as if the process had been killed: goes on from the one before
+    assert warm_start(recipe(tiny_folder), run_dir, resume=True) == run_dir / "model"
+    assert losses(run_dir) == losses(tmp_path / "whole")
+    files = [folder / "model" / "model.safetensors" for folder in (run_dir, tmp_path / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    assert warm_start(recipe(tiny_folder), run_dir, resume=True) == run_dir / "model"
+    assert losses(run_dir) == losses(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="continue it with --resume"):
+        warm_start(recipe(tiny_folder), run_dir)
 
 
 @pytest.mark.parametrize(

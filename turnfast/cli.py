@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = command("sft", _sft, "warm start: supervised tuning on the environment's demonstrations")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     sub = command("eval", _eval, "rollouts on held-out tasks; prints one JSON object")
     sub.add_argument("--out", type=Path, help="also write the rollouts here, as JSON lines")
     sub.add_argument("--split", choices=["eval", "train"], default="eval", help="default: eval")
@@ -142,9 +143,9 @@ def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
     from .warm_start import warm_start
 
     with stop_on_signals() as stop:
-        folder = warm_start(config, run_dir, should_stop=stop)
-    print(f"model: {folder}")
-    return _exit_code(stop.reason, f"{folder}; the model is as far as it got")
+        folder = warm_start(config, run_dir, resume=arguments.resume, should_stop=stop)
+    print(f"{'stopped' if stop.reason else 'model'}: {folder}")
+    return _exit_code(stop.reason, f"{run_dir}; go on with --resume")
 
 
 def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:

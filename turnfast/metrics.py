@@ -46,9 +46,7 @@ class RunDir:
     sinks: tuple[Sink, ...] = ()
 
     @classmethod
-    def create(
-        cls, path: Path, config: Config, *, resume: bool = False, resumable: bool = True
-    ) -> RunDir:
+    def create(cls, path: Path, config: Config, *, resume: bool = False) -> RunDir:
         """Make the folder and write config.toml.
 
         With `resume` an earlier run in it is gone on with (call `rewind` with the step of the
@@ -73,9 +71,8 @@ class RunDir:
         except FileExistsError:
             if path.is_dir():
                 raise ConfigError(
-                    f"{path}: this run directory already holds a run; "
-                    + ("continue it with --resume, or " if resumable else "remove it, or ")
-                    + "give a new one with --run-dir"
+                    f"{path}: this run directory already holds a run; continue it with --resume, "
+                    "or give a new one with --run-dir"
                 ) from None
             raise ConfigError(
                 f"{path}: is a file; give a folder for the run with --run-dir"

@@ -59,7 +59,7 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
-        done, state = _restore(directory, policy, optimizer) if resume else (0, {})
+        done, state = restore(directory, policy, optimizer) if resume else (0, {})
         sampler = open_sampler(config, policy, chat)
         try:
             yield Run(
@@ -159,10 +159,11 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
     return any(name.startswith("eval/") for name in names)
 
 
-def _restore(
+def restore(
     directory: RunDir, policy: Policy, optimizer: Optimizer
 ) -> tuple[int, Mapping[str, Any]]:
-    """The step that the run goes on after, and the state saved with it."""
+    """Put the newest whole checkpoint in place; the step that the run goes on after, 0 without a
+    checkpoint, and the state that was saved with it."""
     newest = newest_whole(directory.checkpoints)
     if newest is None:
         directory.rewind(-1)

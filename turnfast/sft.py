@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-
-import torch
+from itertools import islice, pairwise
 
 from .chat import Chat
 from .config import ConfigError, LossConfig, OptimConfig, SftConfig
@@ -20,7 +18,7 @@ from .loss import Update, update
 from .model import Policy
 from .optim import Optimizer
 from .packing import Row, batch_of, rows_of
-from .types import Batch, Turn
+from .types import Turn
 
 
 def sft(
@@ -30,13 +28,18 @@ def sft(
     config: SftConfig,
     *,
     seed: int,
+    optimizer: Optimizer | None = None,
+    done: int = 0,
     report: Callable[[int, Update], None] = lambda step, done: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> None:
+) -> int:
     """Tune the policy in place.
 
     Args:
+        optimizer: that of an earlier leg (see `sft_optimizer`), with `done` steps behind it.
         report: called after every step with its number and figures.
+    Returns:
+        The number of steps that are done, fewer than `config.steps` after a stop.
     Raises:
         ConfigError: the environment has no demonstrations.
         TrainingError: the loss or its gradient is not finite.
@@ -49,13 +52,21 @@ def sft(
     rows = [row for shown in env.demonstrations(seed) for row in demonstration_rows(chat, shown)]
     if not rows:
         raise ConfigError(f"env.name: {type(env).__name__}.demonstrations({seed}) is empty")
-    optim = OptimConfig(lr=config.lr, betas=(0.9, 0.95), warmup_steps=20, grad_clip=1.0)
-    optimizer = Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
-    batches = _batches(rows, config.batch_tokens, seed, policy.device)
-    for step in range(1, config.steps + 1):
+    optimizer = optimizer or sft_optimizer(policy, config)
+    parts = _parts(rows, config.batch_tokens, seed)
+    for step, part in enumerate(islice(parts, done, config.steps), start=done + 1):
         if should_stop():
-            break
-        report(step, update(policy, optimizer, [next(batches)], LossConfig()))
+            return step - 1
+        weight = 1.0 / sum(len(row.targets) for row in part)
+        batch = batch_of(part, [weight], policy.device)
+        report(step, update(policy, optimizer, [batch], LossConfig()))
+    return max(done, config.steps)
+
+
+def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:
+    """AdamW with a short warm-up and a linear decay over `config.steps`."""
+    optim = OptimConfig(lr=config.lr, betas=(0.9, 0.95), warmup_steps=20, grad_clip=1.0)
+    return Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
 
 
 def demonstration_rows(chat: Chat, shown: Demonstration) -> list[Row]:
@@ -84,7 +95,7 @@ def demonstration_rows(chat: Chat, shown: Demonstration) -> list[Row]:
     return rows_of(turns, [1.0] * len(turns), 0)
 
 
-def _batches(rows: Sequence[Row], budget: int, seed: int, device: torch.device) -> Iterator[Batch]:
+def _parts(rows: Sequence[Row], budget: int, seed: int) -> Iterator[list[Row]]:
     """Endless shuffled passes over the rows, cut whenever the budget is full."""
     order = random.Random(seed)
     taken: list[Row] = []
@@ -92,7 +103,7 @@ def _batches(rows: Sequence[Row], budget: int, seed: int, device: torch.device) 
     while True:
         for row in order.sample(rows, len(rows)):
             if taken and size + len(row.tokens) > budget:
-                yield batch_of(taken, [1.0 / sum(len(r.targets) for r in taken)], device)
+                yield taken
                 taken, size = [], 0
             taken.append(row)
             size += len(row.tokens)

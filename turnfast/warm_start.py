@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from .checkpoint import save_checkpoint
 from .config import Config
 from .console import Progress
 from .loss import Update
 from .metrics import RunDir
 from .model import load_policy, pick_device
-from .run import model_folder, open_chat, open_env
-from .sft import sft
+from .run import is_due, model_folder, open_chat, open_env, restore
+from .sft import sft, sft_optimizer
 
 
 def warm_start(
-    config: Config, run_dir: Path, *, should_stop: Callable[[], bool] = lambda: False
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Tune the recipe's model on its environment's demonstrations.
 
+    A checkpoint is left every `train.save_every` steps and when it ends or is stopped; with
+    `resume` the tuning goes on from the newest whole one, as if it had never stopped.
+
     Returns:
-        `run_dir/model`, a Hugging Face folder for `--model.path`.
+        `run_dir/model`, a Hugging Face folder for `--model.path`; after a stop its last checkpoint.
     """
     env = open_env(config)
-    with (
-        RunDir.create(run_dir, config, resumable=False) as directory,
-        Progress(run_dir, config.sft.steps, label="warm start") as progress,
-    ):
+    with RunDir.create(run_dir, config, resume=resume) as directory:
         policy = load_policy(
             config.model, model_folder(config, env, run_dir), pick_device(config.train.device)
         )
+        optimizer = sft_optimizer(policy, config.sft)
+        done = restore(directory, policy, optimizer)[0] if resume else 0
+        save = partial(
+            save_checkpoint,
+            directory.checkpoints,
+            model=policy.model,
+            optimizer=optimizer,
+            tokenizer=policy.tokenizer,
+            state={},  # the order of the data is a function of the seed
+            keep=config.train.keep_checkpoints,
+        )
+        with Progress(run_dir, config.sft.steps, done=done, label="warm start") as progress:
 
-        def report(step: int, done: Update) -> None:
-            figures = {"loss": -done.logprob, "entropy": done.entropy, "grad_norm": done.grad_norm}
-            directory.log(step, figures)
-            progress.step(step, figures)
+            def report(step: int, update: Update) -> None:
+                figures = {
+                    "loss": -update.logprob,
+                    "entropy": update.entropy,
+                    "grad_norm": update.grad_norm,
+                }
+                directory.log(step, figures)
+                progress.step(step, figures)
+                if is_due(step, config.train.save_every, config.sft.steps):
+                    save(step)
 
-        seed = config.train.seed
-        chat = open_chat(policy, env)
-        sft(policy, env, chat, config.sft, seed=seed, report=report, should_stop=should_stop)
+            done = sft(
+                policy,
+                env,
+                open_chat(policy, env),
+                config.sft,
+                seed=config.train.seed,
+                optimizer=optimizer,
+                done=done,
+                report=report,
+                should_stop=should_stop,
+            )
+            kept = save(done)
+        if done < config.sft.steps:
+            return kept
         folder = run_dir / "model"
         policy.model.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
