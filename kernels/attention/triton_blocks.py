@@ -31,6 +31,36 @@ def visible(q, k, ends, depth_q, depth_k, window, HAS_WINDOW: tl.constexpr):
     return seen
 
 
+@triton.jit
+def load_tile(
+    ptr, rows, stride_t, T, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK_D] of a [T, D] tensor whose last dimension is dense; 0 outside."""
+    d = tl.arange(0, BLOCK_D)
+    held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride_t + d[None, :], mask=held, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    ptr, rows, stride_t, tile, T, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_tile`, in the dtype of the tensor."""
+    d = tl.arange(0, BLOCK_D)
+    held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
+    at = rows[:, None].to(tl.int64) * stride_t + d[None, :]
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def load_depth(depth_ptr, rows, T, HAS_WINDOW: tl.constexpr):
+    """Depths of tokens, which only a window asks for."""
+    depth = rows
+    if HAS_WINDOW:
+        depth = tl.load(depth_ptr + rows, mask=rows < T, other=0).to(tl.int32)
+    return depth
+
+
 def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from .block_lists import BlockLists
-from .triton_blocks import LOG2_E, Tile, padded, precision, visible
+from .triton_blocks import (
+    LOG2_E,
+    Tile,
+    load_depth,
+    load_tile,
+    padded,
+    precision,
+    store_tile,
+    visible,
+)
 from .triton_tree_backward import tree_gradients
 
 
@@ -36,20 +45,13 @@ def attend_blocks(
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
     for i in range(begin, stop):
         n = tl.load(items_ptr + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = n < T
-        held = inside[:, None] & (EVEN_D | (d[None, :] < D))
-        k_ND = tl.load(
-            k_ptr + n[:, None].to(tl.int64) * stride_kt + d[None, :], mask=held, other=0.0
-        )
+        k_ND = load_tile(k_ptr, n, stride_kt, T, D, EVEN_D, BLOCK_D)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * (scale * LOG2_E)
         if MASKED:
-            ends_N = tl.load(ends_ptr + n, mask=inside, other=0)
-            depth_k_N = n
-            if HAS_WINDOW:
-                depth_k_N = tl.load(depth_ptr + n, mask=inside, other=0).to(tl.int32)
+            ends_N = tl.load(ends_ptr + n, mask=n < T, other=0)
+            depth_k_N = load_depth(depth_ptr, n, T, HAS_WINDOW)
             seen = visible(
                 q_M[:, None], n[None, :], ends_N[None, :], depth_q_M[:, None], depth_k_N[None, :],
                 window, HAS_WINDOW,
@@ -61,9 +63,7 @@ def attend_blocks(
         p_MN = tl.exp2(score_MN - base_M[:, None])
         shrink_M = tl.exp2(high_M - base_M)
         total_M = total_M * shrink_M + tl.sum(p_MN, 1)
-        v_ND = tl.load(
-            v_ptr + n[:, None].to(tl.int64) * stride_vt + d[None, :], mask=held, other=0.0
-        )
+        v_ND = load_tile(v_ptr, n, stride_vt, T, D, EVEN_D, BLOCK_D)
         acc_MD = acc_MD * shrink_M[:, None]
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
         high_M = new_M
@@ -81,15 +81,10 @@ def forward_kernel(
 ):  # fmt: skip
     block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    held = (m < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    q_ptr += h * stride_qh
     k_ptr += (h // group) * stride_kh
     v_ptr += (h // group) * stride_vh
-    q_MD = tl.load(q_ptr + m[:, None].to(tl.int64) * stride_qt + d[None, :], mask=held, other=0.0)
-    depth_q_M = m
-    if HAS_WINDOW:
-        depth_q_M = tl.load(depth_ptr + m, mask=m < T, other=0).to(tl.int32)
+    q_MD = load_tile(q_ptr + h * stride_qh, m, stride_qt, T, D, EVEN_D, BLOCK_D)
+    depth_q_M = load_depth(depth_ptr, m, T, HAS_WINDOW)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
     high_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -107,9 +102,8 @@ def forward_kernel(
     )  # fmt: skip
     # every token sees itself; only the missing queries of the last block have a total of 0
     total_M = tl.where(m < T, total_M, 1.0)
-    out_ptr += h * stride_oh
-    out_MD = (acc_MD / total_M[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m[:, None].to(tl.int64) * stride_ot + d[None, :], out_MD, mask=held)
+    out_MD = acc_MD / total_M[:, None]
+    store_tile(out_ptr + h * stride_oh, m, stride_ot, out_MD, T, D, EVEN_D, BLOCK_D)
     tl.store(lse_ptr + h * T + m, high_M + tl.log2(total_M), mask=m < T)
 
 

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_lists import BlockLists
-from .triton_blocks import LOG2_E, Tile, padded, precision, visible
+from .triton_blocks import (
+    LOG2_E,
+    Tile,
+    load_depth,
+    load_tile,
+    padded,
+    precision,
+    store_tile,
+    visible,
+)
 
 
 def query_gradient_tile(head_dim: int) -> Tile:
@@ -44,29 +53,20 @@ def query_gradient_blocks(
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
     for i in range(begin, stop):
         n = tl.load(items_ptr + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = n < T
-        held = inside[:, None] & (EVEN_D | (d[None, :] < D))
-        k_ND = tl.load(
-            k_ptr + n[:, None].to(tl.int64) * stride_kt + d[None, :], mask=held, other=0.0
-        )
+        k_ND = load_tile(k_ptr, n, stride_kt, T, D, EVEN_D, BLOCK_D)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * (scale * LOG2_E)
         p_MN = tl.exp2(score_MN - lse_M[:, None])
         if MASKED:
-            ends_N = tl.load(ends_ptr + n, mask=inside, other=0)
-            depth_k_N = n
-            if HAS_WINDOW:
-                depth_k_N = tl.load(depth_ptr + n, mask=inside, other=0).to(tl.int32)
+            ends_N = tl.load(ends_ptr + n, mask=n < T, other=0)
+            depth_k_N = load_depth(depth_ptr, n, T, HAS_WINDOW)
             seen = visible(
                 q_M[:, None], n[None, :], ends_N[None, :], depth_q_M[:, None], depth_k_N[None, :],
                 window, HAS_WINDOW,
             )  # fmt: skip
             p_MN = tl.where(seen, p_MN, 0.0)
-        v_ND = tl.load(
-            v_ptr + n[:, None].to(tl.int64) * stride_vt + d[None, :], mask=held, other=0.0
-        )
+        v_ND = load_tile(v_ptr, n, stride_vt, T, D, EVEN_D, BLOCK_D)
         dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
@@ -84,18 +84,13 @@ def query_gradient_kernel(
 ):  # fmt: skip
     block, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    rows = m[:, None].to(tl.int64)
-    held = (m < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    q_MD = tl.load(q_ptr + h * stride_qh + rows * stride_qt + d[None, :], mask=held, other=0.0)
-    do_MD = tl.load(do_ptr + h * stride_oh + rows * stride_ot + d[None, :], mask=held, other=0.0)
+    q_MD = load_tile(q_ptr + h * stride_qh, m, stride_qt, T, D, EVEN_D, BLOCK_D)
+    do_MD = load_tile(do_ptr + h * stride_oh, m, stride_ot, T, D, EVEN_D, BLOCK_D)
     lse_M = tl.load(lse_ptr + h * T + m, mask=m < T, other=0.0)
     delta_M = tl.load(delta_ptr + h * T + m, mask=m < T, other=0.0)
     k_ptr += (h // group) * stride_kh
     v_ptr += (h // group) * stride_vh
-    depth_q_M = m
-    if HAS_WINDOW:
-        depth_q_M = tl.load(depth_ptr + m, mask=m < T, other=0).to(tl.int32)
+    depth_q_M = load_depth(depth_ptr, m, T, HAS_WINDOW)
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq_MD = query_gradient_blocks(
         dq_MD, q_MD, do_MD, lse_M, delta_M, m, depth_q_M, k_ptr, v_ptr, ends_ptr, depth_ptr,
@@ -109,8 +104,7 @@ def query_gradient_kernel(
         stride_kt, stride_vt, T, D, scale, window,
         True, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    dq_MD = (dq_MD * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + h * stride_dqh + rows * stride_dqt + d[None, :], dq_MD, mask=held)
+    store_tile(dq_ptr + h * stride_dqh, m, stride_dqt, dq_MD * scale, T, D, EVEN_D, BLOCK_D)
 
 
 @triton.jit
@@ -121,17 +115,11 @@ def key_gradient_blocks(
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
     for i in range(begin, stop):
         m = tl.load(items_ptr + i) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = m < T
-        held = inside[:, None] & (EVEN_D | (d[None, :] < D))
-        q_MD = tl.load(
-            q_ptr + m[:, None].to(tl.int64) * stride_qt + d[None, :], mask=held, other=0.0
-        )
-        do_MD = tl.load(
-            do_ptr + m[:, None].to(tl.int64) * stride_ot + d[None, :], mask=held, other=0.0
-        )
+        q_MD = load_tile(q_ptr, m, stride_qt, T, D, EVEN_D, BLOCK_D)
+        do_MD = load_tile(do_ptr, m, stride_ot, T, D, EVEN_D, BLOCK_D)
         # a query that does not exist has p = exp2(0 − inf) = 0
         lse_M = tl.load(lse_ptr + m, mask=inside, other=float("inf"))
         delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
@@ -139,9 +127,7 @@ def key_gradient_blocks(
         score_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * (scale * LOG2_E)
         p_NM = tl.exp2(score_NM - lse_M[None, :])
         if MASKED:
-            depth_q_M = m
-            if HAS_WINDOW:
-                depth_q_M = tl.load(depth_ptr + m, mask=inside, other=0).to(tl.int32)
+            depth_q_M = load_depth(depth_ptr, m, T, HAS_WINDOW)
             seen = visible(
                 m[None, :], k_N[:, None], ends_N[:, None], depth_q_M[None, :], depth_k_N[:, None],
                 window, HAS_WINDOW,
@@ -165,15 +151,10 @@ def key_gradient_kernel(
 ):  # fmt: skip
     block, h_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    rows = n[:, None].to(tl.int64)
-    held = (n < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    k_ND = tl.load(k_ptr + h_kv * stride_kh + rows * stride_kt + d[None, :], mask=held, other=0.0)
-    v_ND = tl.load(v_ptr + h_kv * stride_vh + rows * stride_vt + d[None, :], mask=held, other=0.0)
+    k_ND = load_tile(k_ptr + h_kv * stride_kh, n, stride_kt, T, D, EVEN_D, BLOCK_D)
+    v_ND = load_tile(v_ptr + h_kv * stride_vh, n, stride_vt, T, D, EVEN_D, BLOCK_D)
     ends_N = tl.load(ends_ptr + n, mask=n < T, other=0)
-    depth_k_N = n
-    if HAS_WINDOW:
-        depth_k_N = tl.load(depth_ptr + n, mask=n < T, other=0).to(tl.int32)
+    depth_k_N = load_depth(depth_ptr, n, T, HAS_WINDOW)
     whole_begin, whole_stop = tl.load(whole_at_ptr + block), tl.load(whole_at_ptr + block + 1)
     mixed_begin, mixed_stop = tl.load(mixed_at_ptr + block), tl.load(mixed_at_ptr + block + 1)
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -192,9 +173,8 @@ def key_gradient_kernel(
             mixed_ptr, mixed_begin, mixed_stop, stride_qt, stride_ot, T, D, scale, window,
             True, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    at = h_kv * stride_dh + rows * stride_dt + d[None, :]
-    tl.store(dk_ptr + at, (dk_ND * scale).to(dk_ptr.dtype.element_ty), mask=held)
-    tl.store(dv_ptr + at, dv_ND.to(dv_ptr.dtype.element_ty), mask=held)
+    store_tile(dk_ptr + h_kv * stride_dh, n, stride_dt, dk_ND * scale, T, D, EVEN_D, BLOCK_D)
+    store_tile(dv_ptr + h_kv * stride_dh, n, stride_dt, dv_ND, T, D, EVEN_D, BLOCK_D)
 
 
 def tree_gradients(
