@@ -69,12 +69,11 @@ Head make_head(const Tensor& x, const Tensor& weight, double inv_temperature, do
                     x.scalar_type(), " on the CPU");
   TORCH_CHECK_VALUE(weight.size(0) < std::numeric_limits<int32_t>::max(),
                     "head_weight: expected fewer than 2^31 rows, got ", weight.size(0));
-  return {weight.data_ptr(),
-          type_of(weight),
-          weight.size(0),
-          weight.size(1),
-          static_cast<float>(inv_temperature),
-          static_cast<float>(softcap)};
+  Head head{weight.data_ptr(), type_of(weight), weight.size(0), weight.size(1), {}, {}, false};
+  head.capped = softcap != 0.0;
+  head.scale = split(head.capped ? softcap * inv_temperature : inv_temperature);
+  head.into_cap = split(head.capped ? 1.0 / softcap : 1.0);
+  return head;
 }
 
 // A [C] vector of the wanted type, checked.
@@ -264,7 +263,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
     bonus = padded<float>(vector_of<float>("bonuses", *bonuses, C), C, ld, 0.0f);
   }
   // Where a token's row of dz is one factor times E, the factor acts on the D-wide side.
-  const bool transform = slopes.has_value() || softcap != 0.0;
+  const bool transform = slopes.has_value() || head.capped;
   const std::vector<float> ones(C, 1.0f);
   const float* row_scales = transform ? ones.data() : scale_C;
   const void* x_data = x.const_data_ptr();

@@ -25,12 +25,24 @@ enum class Type { kFloat, kBFloat16, kHalf };
 // Vocabulary rows are worked on in multiples of this, a multiple of every kernel's `rows`.
 constexpr int64_t kBlock = 96;
 
+// A factor in two floats. One float is off by up to 6e-8 in the same direction for all logits,
+// which a difference of logits of 100 would show as 6e-6.
+struct Factor {
+  float high, low;
+};
+
+constexpr Factor split(double x) {
+  const float high = static_cast<float>(x);
+  return {high, static_cast<float>(x - high)};
+}
+
 struct Head {
   const void* weight;  // [V, D], contiguous
   Type type;
   int64_t V, D;
-  float inv_temperature;
-  float softcap;  // 0: none. z = softcap * tanh(x . w / softcap) * inv_temperature
+  // z = scale (x . w), or scale tanh(into_cap (x . w)) with `capped`.
+  Factor scale, into_cap;
+  bool capped;
 };
 
 // Scratch of one worker. Sizes in floats: see Kernel::scratch_floats.

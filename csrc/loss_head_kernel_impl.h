@@ -84,7 +84,8 @@ TF_INLINE F log_normal(F x) {
   const F t = s * s;
   F p = t * 1.4939587e-1f + 1.9988643e-1f;
   p = p * t + 3.3333388e-1f;
-  return (s + s) * (p * t + 1.0f) + __builtin_convertvector(exponent, F) * 0.693147181f;
+  const F n = __builtin_convertvector(exponent, F);
+  return n * kLog2High + ((s + s) * (p * t) + (n * kLog2Low + (s + s)));
 }
 
 TF_INLINE F tanh_clamped(F y) {
@@ -98,9 +99,11 @@ TF_INLINE F tanh_clamped(F y) {
   return select(t < 0.39f, small, large);
 }
 
+TF_INLINE F times(F x, Factor factor) { return x * factor.high + x * factor.low; }
+
 TF_INLINE F logits(const Head& head, F dot) {
-  if (head.softcap != 0.0f) dot = tanh_clamped(dot * (1.0f / head.softcap)) * head.softcap;
-  return dot * head.inv_temperature;
+  if (head.capped) dot = tanh_clamped(times(dot, head.into_cap));
+  return times(dot, head.scale);
 }
 
 // --- element types -------------------------------------------------------------------------------
@@ -187,17 +190,20 @@ TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k
   }
 }
 
-// c[i][lane] (+)= the tile.
+// c[i][lane] (+)= the tile. What is there is added last: sums over the vocabulary then have two
+// levels, and their error grows with the number of blocks instead of the number of terms.
 template <class Mul, bool kAlongK>
 __attribute__((noinline)) void tile(const uint32_t* a, int64_t ld, const float* b, int64_t k,
                                     float* c, int64_t ldc, bool add) {
-  F acc[MR][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-    acc[i][0] = add ? load(c + i * ldc) : F{};
-    acc[i][1] = add ? load(c + i * ldc + L) : F{};
-  }
+  F acc[MR][2]{};
   multiply<Mul, kAlongK>(a, ld, b, k, acc);
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      acc[i][0] += load(c + i * ldc);
+      acc[i][1] += load(c + i * ldc + L);
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     store(c + i * ldc, acc[i][0]);
@@ -337,7 +343,7 @@ int64_t block_rows(const Head& head, int64_t C) {
   constexpr int64_t kFloats = 1 << 16;
   const int64_t longest = head.D > C / 2 ? head.D : C / 2;
   const int64_t rows = kFloats / longest / kBlock * kBlock;
-  return rows < kBlock ? kBlock : rows > 4 * kBlock ? 4 * kBlock : rows;
+  return rows < kBlock ? kBlock : rows > 2 * kBlock ? 2 * kBlock : rows;
 }
 
 // Forward: a copy of MR rows, then block sums. Backward: packed W block, dW block, G in both forms,
@@ -463,8 +469,8 @@ TF_INLINE F coefficient(const Head& head, const BackwardChunk& chunk, F e, int64
   if (chunk.slopes != nullptr) {
     factor += (u + load(chunk.bonuses + n)) * load(chunk.slopes + n);
   }
-  if (head.softcap != 0.0f) {
-    const F t = (u + load(chunk.anchors + n)) * (1.0f / (head.inv_temperature * head.softcap));
+  if (head.capped) {
+    const F t = (u + load(chunk.anchors + n)) * (1.0f / head.scale.high);
     factor *= 1.0f - t * t;
   }
   return e * factor;
