@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .op import logprobs_op, policy_loss_op
+from .op import LogprobsArguments, PolicyArguments, logprobs_op, policy_loss_op
 from .records import LinearLogprobs, PolicyLoss, PolicyRule, PolicyStats
 
 __all__ = [
@@ -108,35 +108,29 @@ def turn_policy_loss(
             "sampler_logprobs: given, but rule.is_cap is None so they would be ignored"
         )
     grads = torch.is_grad_enabled()
-    loss, logprobs, entropies, turn_logprobs, stats, _, _ = policy_loss_op(
-        hidden,
-        head_weight,
-        rows,
-        targets,
-        turns,
-        sequences if rule.ratio == "sequence" else None,
-        advantages.detach(),
-        _constant(old_logprobs),
-        _constant(weights),
-        _constant(ref_logprobs),
-        _constant(sampler_logprobs),
-        rule.clip_low,
-        rule.clip_high,
-        rule.ratio,
-        rule.kind,
-        rule.dual_clip,
-        rule.kl_coef,
-        rule.entropy_coef,
-        rule.is_cap,
-        temperature,
-        softcap,
-        chunk_tokens,
-        _group_name(group),
-        vocab_start,
-        grads and hidden.requires_grad,
-        grads and head_weight.requires_grad,
-        impl,
+    given = PolicyArguments(
+        hidden=hidden,
+        head_weight=head_weight,
+        rows=rows,
+        targets=targets,
+        turns=turns,
+        sequences=sequences if rule.ratio == "sequence" else None,
+        advantages=advantages.detach(),
+        old_logprobs=_constant(old_logprobs),
+        weights=_constant(weights),
+        ref_logprobs=_constant(ref_logprobs),
+        sampler_logprobs=_constant(sampler_logprobs),
+        rule=rule,
+        temperature=temperature,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
+        group=_group_name(group),
+        vocab_start=vocab_start,
+        need_hidden=grads and hidden.requires_grad,
+        need_head=grads and head_weight.requires_grad,
+        impl=impl,
     )
+    loss, logprobs, entropies, turn_logprobs, stats, _, _ = policy_loss_op(*given.flat())
     return PolicyLoss(
         loss=loss,
         logprobs=logprobs.detach(),
@@ -170,18 +164,19 @@ def linear_logprobs(
         p(7)]
     """
     _check_head(hidden, head_weight, rows, targets, temperature, softcap, chunk_tokens)
-    logprobs, entropies = logprobs_op(
-        hidden.detach(),
-        head_weight.detach(),
-        rows,
-        targets,
-        temperature,
-        softcap,
-        chunk_tokens,
-        _group_name(group),
-        vocab_start,
-        impl,
+    given = LogprobsArguments(
+        hidden=hidden.detach(),
+        head_weight=head_weight.detach(),
+        rows=rows,
+        targets=targets,
+        temperature=temperature,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
+        group=_group_name(group),
+        vocab_start=vocab_start,
+        impl=impl,
     )
+    logprobs, entropies = logprobs_op(*given)
     return LinearLogprobs(logprobs=logprobs, entropies=entropies)
 
 

@@ -1,12 +1,15 @@
 """The loss head as torch.library operators: real body, fake body, autograd.
 
 The operators take the arguments of the public functions flattened, so that torch.compile sees one
-opaque node whose output shapes do not depend on values; checks that need values happen inside.
+opaque node whose output shapes do not depend on values; checks that need values happen inside. The
+arguments of each are said once, as a record: its schema is made from the record's annotations.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,51 +19,98 @@ from .problem import Problem, Vocab, check_indices, check_values, compute_dtype
 from .records import PolicyRule
 
 NUM_STATS = 11
+# Of a product that stays in the caches between its two passes.
+BLOCK_ELEMENTS = 1 << 20
+RULE_FIELDS = tuple(get_type_hints(PolicyRule))
 
 
-@torch.library.custom_op("turnfast::turn_policy_loss", mutates_args=())
-def policy_loss_op(
-    hidden: Tensor,
-    head_weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    turns: Tensor,
-    sequences: Tensor | None,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    ratio: str,
-    kind: str,
-    dual_clip: float | None,
-    kl_coef: float,
-    entropy_coef: float,
-    is_cap: float | None,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    group: str,
-    vocab_start: int,
-    need_hidden: bool,
-    need_head: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chosen = implementation(impl, hidden.device, hidden.dtype)
-    dtype = compute_dtype(hidden.dtype)
-    N = rows.shape[0]
-    rule = PolicyRule(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        ratio=ratio,  # type: ignore[arg-type]
-        kind=kind,  # type: ignore[arg-type]
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        is_cap=is_cap,
+class PolicyArguments(NamedTuple):
+    """The arguments of turn_policy_loss as the operator takes them: the rule as its fields."""
+
+    hidden: Tensor
+    head_weight: Tensor
+    rows: Tensor
+    targets: Tensor
+    turns: Tensor
+    sequences: Tensor | None
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    weights: Tensor | None
+    ref_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    rule: PolicyRule
+    temperature: float
+    softcap: float | None
+    chunk_tokens: int | None
+    group: str
+    vocab_start: int
+    need_hidden: bool
+    need_head: bool
+    impl: str
+
+    def flat(self) -> tuple[Any, ...]:
+        at = RULE_PLACE
+        return (*self[:at], *[getattr(self.rule, name) for name in RULE_FIELDS], *self[at + 1 :])
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> PolicyArguments:
+        at, stop = RULE_PLACE, RULE_PLACE + len(RULE_FIELDS)
+        rule = PolicyRule(**dict(zip(RULE_FIELDS, flat[at:stop], strict=True)))
+        return cls(*flat[:at], rule, *flat[stop:])
+
+
+RULE_PLACE = PolicyArguments._fields.index("rule")
+
+
+class LogprobsArguments(NamedTuple):
+    """The arguments of linear_logprobs as the operator takes them."""
+
+    hidden: Tensor
+    head_weight: Tensor
+    rows: Tensor
+    targets: Tensor
+    temperature: float
+    softcap: float | None
+    chunk_tokens: int | None
+    group: str
+    vocab_start: int
+    impl: str
+
+
+def _operator(name: str, body: Callable[..., Any], record: Any, returns: object) -> Any:
+    """The body, of positional arguments, as an operator whose schema is that of the record."""
+    kinds = get_type_hints(record)
+    if kinds.pop("rule", None):
+        # In the place of the rule, as PolicyArguments.flat does.
+        before, after = record._fields[:RULE_PLACE], record._fields[RULE_PLACE + 1 :]
+        rule = get_type_hints(PolicyRule)
+        kinds = {name: (kinds | rule)[name] for name in (*before, *RULE_FIELDS, *after)}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_plain(kind))
+        for name, kind in kinds.items()
+    ]
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        parameters, return_annotation=returns
     )
+    schema = torch.library.infer_schema(prototype, mutates_args=())
+    return torch.library.custom_op(name, body, mutates_args=(), schema=schema)
+
+
+def _plain(kind: Any) -> Any:
+    # A choice of names is a string to an operator.
+    return type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
+
+
+def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
+    given = PolicyArguments.of(flat)
+    hidden, head_weight = given.hidden, given.head_weight
+    chosen = implementation(given.impl, hidden.device, hidden.dtype)
+    dtype = compute_dtype(hidden.dtype)
+    N = given.rows.shape[0]
+    weights = given.weights
     if weights is None:
         weights = torch.full((N,), 1.0 / max(N, 1), dtype=dtype, device=hidden.device)
 
@@ -70,22 +120,22 @@ def policy_loss_op(
     problem = Problem(
         hidden_TD=hidden,
         head_VD=head_weight,
-        vocab=Vocab.of(head_weight, vocab_start, group),
-        rows_N=rows.long(),
-        targets_N=targets.long(),
-        turns_N=turns.long(),
-        sequences_K=None if sequences is None else sequences.long(),
-        advantages_K=advantages.to(dtype),
+        vocab=Vocab.of(head_weight, given.vocab_start, given.group),
+        rows_N=given.rows.long(),
+        targets_N=given.targets.long(),
+        turns_N=given.turns.long(),
+        sequences_K=None if given.sequences is None else given.sequences.long(),
+        advantages_K=given.advantages.to(dtype),
         weights_N=weights.to(dtype),
-        old_N=cast(old_logprobs),
-        ref_N=cast(ref_logprobs),
-        sampler_N=cast(sampler_logprobs),
-        rule=rule,
-        temperature=temperature,
-        softcap=softcap,
-        chunk_tokens=chunk_tokens,
-        need_hidden=need_hidden,
-        need_head=need_head,
+        old_N=cast(given.old_logprobs),
+        ref_N=cast(given.ref_logprobs),
+        sampler_N=cast(given.sampler_logprobs),
+        rule=given.rule,
+        temperature=given.temperature,
+        softcap=given.softcap,
+        chunk_tokens=given.chunk_tokens,
+        need_hidden=given.need_hidden,
+        need_head=given.need_head,
     )
     check_values(problem)
     # The dtypes are chosen here, float32 where it counts: a caller's autocast would undo that.
@@ -102,36 +152,9 @@ def policy_loss_op(
     )
 
 
-@policy_loss_op.register_fake
-def _(
-    hidden: Tensor,
-    head_weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    turns: Tensor,
-    sequences: Tensor | None,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    weights: Tensor | None,
-    ref_logprobs: Tensor | None,
-    sampler_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    ratio: str,
-    kind: str,
-    dual_clip: float | None,
-    kl_coef: float,
-    entropy_coef: float,
-    is_cap: float | None,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    group: str,
-    vocab_start: int,
-    need_hidden: bool,
-    need_head: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
+    given = PolicyArguments.of(flat)
+    hidden, num_tokens = given.hidden, given.rows.shape[0]
     dtype = compute_dtype(hidden.dtype)
 
     def new(*shape: int | torch.SymInt) -> Tensor:
@@ -139,19 +162,19 @@ def _(
 
     return (
         new(),
-        new(rows.shape[0]),
-        new(rows.shape[0]),
-        new(advantages.shape[0]),
+        new(num_tokens),
+        new(num_tokens),
+        new(given.advantages.shape[0]),
         hidden.new_empty(NUM_STATS, dtype=torch.float64),
-        new(*(hidden.shape if need_hidden else (0,))),
-        new(*(head_weight.shape if need_head else (0,))),
+        new(*(hidden.shape if given.need_hidden else (0,))),
+        new(*(given.head_weight.shape if given.need_head else (0,))),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, head_weight = inputs[0], inputs[1]
-    ctx.dtypes = hidden.dtype, head_weight.dtype
-    ctx.needs = inputs[-3], inputs[-2]
+    given = PolicyArguments.of(inputs)
+    ctx.dtypes = given.hidden.dtype, given.head_weight.dtype
+    ctx.needs = given.need_hidden, given.need_head
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(output[5], output[6])
     ctx.set_materialize_grads(False)
@@ -169,51 +192,62 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
 
 
 def _scaled(grad: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    # One pass from float32 to the model's dtype: a float32 product of the head's size, 2 GB for a
-    # vocabulary of 150,000, would only be in the way. Under a compiler that fuses it itself.
-    if torch.compiler.is_compiling():
-        return (grad * d_loss).to(dtype)
-    return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
+    """grad * d_loss in the model's dtype, without another float32 buffer of the head's size.
+
+    A float32 gradient that needs no factor is handed over as it is, if no later backward will ask
+    for it again.
+    """
+    if torch.compiler.is_compiling() or type(grad) is not Tensor:
+        return (grad * d_loss).to(dtype)  # a tracer has no values to ask, and its compiler fuses
+    if grad.device.type != "cpu":
+        # A GPU writes another dtype directly, and would have to wait for the comparison below.
+        return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
+    one = bool(d_loss == 1)
+    if grad.dtype == dtype:
+        return grad.detach() if one and not _graph_is_kept() else grad * d_loss
+    if one:
+        return grad.to(dtype)
+    # On the CPU torch would make the float32 product whole, and convert it then.
+    out = torch.empty_like(grad, dtype=dtype)
+    for to, values in zip(_blocks(out), _blocks(grad), strict=True):
+        to.copy_(values * d_loss)
+    return out
 
 
-policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.view(-1).split(BLOCK_ELEMENTS)
 
 
-@torch.library.custom_op("turnfast::linear_logprobs", mutates_args=())
-def logprobs_op(
-    hidden: Tensor,
-    head_weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    group: str,
-    vocab_start: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    chosen = implementation(impl, hidden.device, hidden.dtype)
-    vocab = Vocab.of(head_weight, vocab_start, group)
-    rows, targets = rows.long(), targets.long()
+def _graph_is_kept() -> bool:
+    """Whether this backward may run again; true where torch does not say."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def _logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
+    given = LogprobsArguments(*flat)
+    hidden, head_weight = given.hidden, given.head_weight
+    chosen = implementation(given.impl, hidden.device, hidden.dtype)
+    vocab = Vocab.of(head_weight, given.vocab_start, given.group)
+    rows, targets = given.rows.long(), given.targets.long()
     check_indices(hidden, vocab, rows, targets)
+    options = given.temperature, given.softcap, given.chunk_tokens
     with torch.autocast(hidden.device.type, enabled=False):
-        return chosen.logprobs(
-            hidden, head_weight, vocab, rows, targets, temperature, softcap, chunk_tokens
-        )
+        return chosen.logprobs(hidden, head_weight, vocab, rows, targets, *options)
 
 
-@logprobs_op.register_fake
-def _(
-    hidden: Tensor,
-    head_weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    group: str,
-    vocab_start: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    out = hidden.new_empty(rows.shape[0], dtype=compute_dtype(hidden.dtype))
+def _fake_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
+    given = LogprobsArguments(*flat)
+    dtype = compute_dtype(given.hidden.dtype)
+    out = given.hidden.new_empty(given.rows.shape[0], dtype=dtype)
     return out, torch.empty_like(out)
+
+
+_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+policy_loss_op = _operator("turnfast::turn_policy_loss", _policy_loss, PolicyArguments, _Seven)
+policy_loss_op.register_fake(_fake_policy_loss)
+policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+logprobs_op = _operator(
+    "turnfast::linear_logprobs", _logprobs, LogprobsArguments, tuple[Tensor, Tensor]
+)
+logprobs_op.register_fake(_fake_logprobs)
