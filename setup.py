@@ -8,6 +8,7 @@ only slower on the CPU.
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,16 @@ def extension() -> dict:
             except Exception as error:  # any compiler or linker fault
                 print(f"turnfast: C++ extension not built, continuing without it: {error}")
 
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+    # What kernels/extension.py compares with the sources it finds.
+    digest = runpy.run_path(str(ROOT / "kernels" / "sources.py"))["digest"](ROOT / "csrc")
+    flags = [
+        f"-DTURNFAST_SOURCES={digest}",
+        "-O3",
+        "-std=c++20",
+        "-fopenmp",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+    ]
     return {
         "ext_modules": [
             CppExtension(
