@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .kernels.packing import pack_rows
-from .kernels.tree import cut_tree, prefix_tree
+from .kernels.tree import cut_tree, prefix_tree, split_over_ranks
 from .types import Batch, Credit, Group, Turn
 
 
@@ -123,6 +123,8 @@ def pack(
     device: torch.device | str = "cpu",
     share_prefixes: bool = True,
     drop_idle: bool = False,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Packed:
     """Pack a step's trajectories.
 
@@ -136,11 +138,15 @@ def pack(
         drop_idle: leave out the rows, and the ends of rows, behind the last turn that has an
             advantage. The gradient is the same if the loss has neither an entropy nor a KL term and
             its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
+        rank, num_ranks: pack only this data-parallel rank's share of the rows, balanced by tokens
+            and attention. The weights are those of the whole step, so the gradients of all ranks
+            add up to that of one; counts are the rank's own, but for `num_idle_tokens`.
     Groups in which no turn has an advantage carry no gradient: they are left out, of the
     denominator too. Failed trajectories are left out of everything.
 
     Raises:
-        ValueError: a row does not fit the budget, or the normaliser is unknown.
+        ValueError: a row does not fit the budget, the normaliser is unknown, or there are more
+            ranks than rows.
     """
     rows: list[Row] = []
     lengths: list[int] = []
@@ -158,7 +164,9 @@ def pack(
     num_whole = sum(len(row.tokens) for row in rows)
     if drop_idle:
         rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
-    num_total = sum(len(row.tokens) for row in rows)
+    num_idle = num_whole - sum(len(row.tokens) for row in rows)
+    if num_ranks > 1 and rows:
+        rows = _share_of(rows, rank, num_ranks)
     _refuse_long_rows(rows, budget)
     batches = tuple(
         batch_of([rows[i] for i in chosen], weights, device, share_prefixes=share_prefixes)
@@ -167,20 +175,33 @@ def pack(
     return Packed(
         batches=batches,
         num_tokens=sum(len(batch.tokens_T) for batch in batches),
-        num_tokens_total=num_total,
+        num_tokens_total=sum(len(row.tokens) for row in rows),
         num_targets=sum(len(row.targets) for row in rows),
-        num_idle_tokens=num_whole - num_total,
+        num_idle_tokens=num_idle,
         zero_signal_groups=silent,
     )
 
 
 def _deal(rows: Sequence[Row], budget: int, share_prefixes: bool) -> list[list[int]]:
     """The rows of each micro-batch."""
-    lengths = [len(row.tokens) for row in rows]
     if not share_prefixes or not rows:
-        return pack_rows(lengths, budget)
+        return pack_rows([len(row.tokens) for row in rows], budget)
+    return cut_tree(*_tree_order(rows), budget)
+
+
+def _share_of(rows: Sequence[Row], rank: int, num_ranks: int) -> list[Row]:
+    if len(rows) < num_ranks:
+        raise ValueError(
+            f"{len(rows)} rows for {num_ranks} ranks: raise rollout.prompts_per_step, or use fewer"
+        )
+    return [rows[i] for i in split_over_ranks(*_tree_order(rows), num_ranks)[rank]]
+
+
+def _tree_order(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int]]:
+    """Lengths of the rows, their order in the prefix tree, and what each shares with the last."""
+    lengths = [len(row.tokens) for row in rows]
     tree = prefix_tree(_flat_tokens(rows), lengths)
-    return cut_tree(lengths, tree.order_S.tolist(), tree.shared_S.tolist(), budget)
+    return lengths, tree.order_S.tolist(), tree.shared_S.tolist()
 
 
 def _without_idle_end(row: Row) -> Row:
