@@ -120,7 +120,7 @@ class Clock(ScriptedSampler):
         draw = random.Random(request.seed)
         mean, deviation, most = THINKING
         thoughts = " ".join(["ida"] * min(most, round(math.exp(draw.gauss(mean, deviation)))))
-        text = self._chat.tokenizer.decode(request.prompt_ids)
+        text = self._chat.text(request.prompt_ids)
         question = text.split("user\n")[1].split("?")[0]
         said = "<answer>Ida</answer>"
         if text.count("<result>") - self._told < self._hops:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -201,7 +202,7 @@ FLAT = tuple(task.id for task in TASKS[:7])
 
 
 def test_groups_without_signal_are_replaced(chat):
-    order = [next(iter([p])) for p, _ in zip(PromptQueue(TASKS, 0).take(), range(30), strict=False)]
+    order = list(islice(PromptQueue(TASKS, 0).take(), 30))
     with collector_of(chat, config_of(refill_waves=6), Talk(FLAT)) as collector:
         gathered = collector.collect(1)
         data = collector.state(1)["data"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,19 @@ def test_steps_and_syncs(sampler, trainer):
         sampler.sleep()
         train_one_step(trainer)
     assert worst_gap(trainer, two_turns(sampler, range(24))) > TOLERANCE
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
+
+
+def test_rollouts_in_a_thread_beside_training(sampler, trainer):
+    """What overlap needs: weights of its own, and an engine that another thread may step."""
+    before = copy.deepcopy(trainer)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(two_turns, sampler, range(24))
+        for _ in range(3):
+            train_one_step(trainer)
+        played = ahead.result()
+    assert worst_gap(before, played) <= TOLERANCE < worst_gap(trainer, played)
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 

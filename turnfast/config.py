@@ -78,7 +78,7 @@ class SamplerConfig(Section):
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
     max_sequences: PositiveInt = 256
     sleep: bool = Field(
-        default=True, description="free the engine's memory while training (CUDA only)"
+        default=True, description="free the engine's memory while training (CUDA, without overlap)"
     )
     probe_tolerance: PositiveFloat | None = Field(
         default=None, description="largest |log-prob| gap of the probe after a sync; None: by dtype"

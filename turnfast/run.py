@@ -60,7 +60,7 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
         done, state = restore(directory, policy, optimizer) if resume else (0, {})
-        sampler = open_sampler(config, policy, chat)
+        sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
         try:
             yield Run(
                 directory=directory,
@@ -128,7 +128,9 @@ def open_chat(policy: Policy, env: Env) -> Chat:
         raise ConfigError(f"model.path: {policy.folder}: {error}") from None
 
 
-def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
+def open_sampler(
+    config: Config, policy: Policy, chat: Chat, *, beside_training: bool = False
+) -> Sampler:
     try:
         return make_sampler(
             config.sampler,
@@ -139,7 +141,7 @@ def open_sampler(config: Config, policy: Policy, chat: Chat) -> Sampler:
             device=policy.device.type,
             dtype=policy.model.dtype,
             seed=config.train.seed,
-            beside_training=config.train.overlap,
+            beside_training=beside_training,
         )
     except NotImplementedError as error:
         raise ConfigError(f"model.path: {policy.folder}: {error}") from None
