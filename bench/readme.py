@@ -93,13 +93,14 @@ def step(record: dict[str, Any]) -> str:
 
 def trl_step(record: dict[str, Any]) -> str:
     best, seconds, errors = record["trl_setting"], record["seconds"], record["errors"]
+    least = min(mib for side, mib in record["peak_memory_mib"].items() if side != "turnfast")
     sides = {
         f"TRL {record['versions']['trl']}": ("trl", best, best),
         "turnfast": ("turnfast", f"turnfast beside {best}", "turnfast"),
     }
     rows = [
         f"| {label} | {record['tokens_computed'][side]:,} | {seconds[timed]['step_s']:.2f} s "
-        f"| {record['peak_memory_mib'][side]:.0f} MiB | {errors[error]['logprob']:.0e} "
+        f"| {record['peak_memory_mib'][error]:.0f} MiB | {errors[error]['logprob']:.0e} "
         f"| {errors[error]['gradient']:.0e} |"
         for label, (side, timed, error) in sides.items()
     ]
@@ -113,8 +114,9 @@ def trl_step(record: dict[str, Any]) -> str:
             f"{record['clock']} time. {record['rollouts']} recorded rollouts, "
             f"{record['tokens_of_rows']:,} tokens, {record['shared_tokens']:.0%} shared; "
             f"{record['parameters'] / 1e6:.1f} M parameters, float32; TRL in micro-batches of "
-            f"{best.removeprefix('trl ')} rows, the fastest of those tried. Errors are against "
-            f"float64. From `{record['command']}`, commit `{record['commit']}`.",
+            f"{best.removeprefix('trl ')} rows, the fastest of those tried (the least that any of "
+            f"them takes is {least:.0f} MiB). Errors are against float64. "
+            f"From `{record['command']}`, commit `{record['commit']}`.",
         ]
     )
 

@@ -334,8 +334,8 @@ def measure(recording: Recording, options: argparse.Namespace, folder: Path) -> 
         "step_speedup": sides[best]["step_s"] / ours["step_s"],
         "train_speedup": sides[best]["train_s"] / ours["train_s"],
         "peak_memory_mib": {
-            "trl": memory_of(best.removeprefix("trl ")),
-            "turnfast": memory_of("turnfast"),
+            side: memory_of(side.removeprefix("trl "))
+            for side in (*(name for name in sides if name.startswith("trl ")), "turnfast")
         },
         "seconds": sides,
         "errors": errors,

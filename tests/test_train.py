@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import turnfast.run
 from turnfast.cli import main
 from turnfast.config import ConfigError
 from turnfast.envs import Demonstration, SearchEnv
@@ -285,6 +286,32 @@ def test_a_failed_start_leaves_the_folder_free(model, tmp_path):
                 train(recipe(model, **wrong), run_dir)
         assert not (run_dir / "config.toml").exists()
     train(recipe(model, train__steps=1), run_dir)
+
+
+def test_a_step_out_of_memory_is_done_in_smaller_parts(model, tmp_path, monkeypatch):
+    """A model that holds 96 tokens at a time, under a budget of 128: halved once, then kept."""
+    seen: list[int] = []
+
+    def check(module, args, kwargs) -> None:
+        if "packed_rows" in kwargs:
+            seen.append(kwargs["input_ids"].shape[1])
+            if seen[-1] > 96:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    load = turnfast.run.load_policy
+
+    def load_cramped(*args):
+        policy = load(*args)
+        policy.model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+        return policy
+
+    monkeypatch.setattr("turnfast.run.load_policy", load_cramped)
+    train(recipe(model, rollout__prompts_per_step=4), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if "budget_halvings" in line]
+    halvings = [line["budget_halvings"] for line in lines]
+    assert len(halvings) == 4 and sum(halvings) == 1
+    assert sum(tokens > 96 for tokens in seen) == 1
+    assert all(line["grad_norm"] > 0 for line in lines)
 
 
 def test_an_environment_without_evaluation_or_training_tasks(model, tmp_path, monkeypatch):
