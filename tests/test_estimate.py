@@ -158,3 +158,10 @@ def test_a_dry_run_finds_what_cannot_run(tmp_path, monkeypatch, capsys):
     assert "model.path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"model\.path.*no model's config"):
         estimate(build_config(recipe(tmp_path)))
+
+
+def test_rows_beyond_the_model_are_refused_with_both_numbers(folder):
+    tree = recipe(folder)
+    tree["rollout"]["max_context"] = 513
+    with pytest.raises(ConfigError, match=r"rollout\.max_context: 513 .* = 512"):
+        estimate(build_config(tree))

@@ -288,6 +288,13 @@ def test_a_failed_start_leaves_the_folder_free(model, tmp_path):
     train(recipe(model, train__steps=1), run_dir)
 
 
+def test_rows_beyond_the_model_are_refused_before_anything_starts(model, tmp_path):
+    config = recipe(model, rollout__max_context=513, train__tokens_per_microbatch=1024)
+    with pytest.raises(ConfigError, match=r"rollout\.max_context: 513 .* = 512"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_step_out_of_memory_is_done_in_smaller_parts(model, tmp_path, monkeypatch):
     """A model that holds 96 tokens at a time, under a budget of 128: halved once, then kept."""
     seen: list[int] = []

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM as AnyModel
 
 from .config import Config, ConfigError
 from .credit import check_rule
-from .model import attention_backends, dtype_of, pick_device
+from .model import attention_backends, dtype_of, pick_device, refuse_long_context
 from .moments import BYTES
 from .run import checked_folder
 from .sampler import choose_backend
@@ -80,6 +80,7 @@ def estimate(config: Config) -> Estimate:
     dtype = dtype_of(config.model, device)
     architecture = _architecture(config)
     attention_backends(config.model, architecture, device)
+    refuse_long_context(architecture, config.rollout.max_context)
     with torch.device("meta"):
         model = AnyModel.from_config(architecture, dtype=dtype, attn_implementation=ATTENTION)
     head = model.get_output_embeddings().weight

@@ -183,6 +183,21 @@ def attention_backends(
         raise ConfigError(f"model.attention: {error}") from None
 
 
+def refuse_long_context(architecture: Any, max_context: int) -> None:
+    """Refuse rows that reach beyond the positions a model was made for.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    most = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max_context > most:
+        raise ConfigError(
+            f"rollout.max_context: {max_context} tokens, but {architecture.model_type} has "
+            f"max_position_embeddings = {most}; lower it, or scale the positions in the model's "
+            "config.json"
+        )
+
+
 def _refuse_unsupported(architecture: Any) -> None:
     name = architecture.model_type
     layers = set(getattr(architecture.get_text_config(), "layer_types", None) or ())

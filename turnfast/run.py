@@ -14,7 +14,7 @@ from .config import Config, ConfigError
 from .credit import check_rule
 from .envs import Demonstrator, Env, load_env
 from .metrics import RunDir, read_metrics
-from .model import Policy, load_policy, pick_device
+from .model import Policy, load_policy, pick_device, refuse_long_context
 from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
 from .sampler import Sampler, make_sampler
@@ -131,6 +131,7 @@ def open_chat(policy: Policy, env: Env) -> Chat:
 def open_sampler(
     config: Config, policy: Policy, chat: Chat, *, beside_training: bool = False
 ) -> Sampler:
+    refuse_long_context(policy.model.config, config.rollout.max_context)
     try:
         return make_sampler(
             config.sampler,
