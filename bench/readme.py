@@ -147,10 +147,45 @@ def rollout_stalls(record: dict[str, Any]) -> str:
     )
 
 
+def credit_bias(record: dict[str, Any]) -> str:
+    worlds = record["worlds"]
+    rules = next(iter(worlds.values()))["rules"]
+    titles = {
+        "nothing to gain": "all lengths earn the same",
+        "every turn costs": "every turn costs 0.1",
+        "a late reward": "the second turn pays 1, later ones cost 0.1",
+    }
+    rows = [
+        f"| `{rule}` | "
+        + " | ".join(
+            f"{row['turns']:.2f} ({row['least']:.2f}–{row['most']:.2f})"
+            for row in (world["rules"][rule] for world in worlds.values())
+        )
+        + " |"
+        for rule in rules
+    ]
+    right = [f"{world['best'] or record['start']:.2f}" for world in worlds.values()]
+    return "\n".join(
+        [
+            f"| turns after training | {' | '.join(titles[world] for world in worlds)} |",
+            "|---|" + "---|" * len(worlds),
+            f"| right would be | {' | '.join(right)} |",
+            *rows,
+            "",
+            f"A table of {record['longest'] - 1} logits, from {record['start']:.2f} turns at the "
+            f"start; mean (least–most) over {record['seeds']} seeds after {record['steps']} steps. "
+            f"From `{record['command']}`, commit `{record['commit']}`.",
+            "",
+            "![turns per rollout over the steps](bench/results/credit_bias.svg)",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning": learning,
     "hops": hops,
     "step": step,
+    "credit_bias": credit_bias,
     "trl_step": trl_step,
     "rollout_stalls": rollout_stalls,
 }

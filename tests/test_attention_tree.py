@@ -152,6 +152,7 @@ def whole_row(tokens: list[int]) -> Row:
         turns=[0] * num,
         logprobs=[0.0] * num,
         advantages=[1.0],
+        places=[0],
         trajectory=0,
     )
 

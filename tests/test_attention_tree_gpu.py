@@ -94,6 +94,7 @@ def test_a_model_over_a_tree_has_the_gradients_of_its_rows():
             turns=[0] * len(tokens),
             logprobs=[0.0] * len(tokens),
             advantages=[1.0],
+            places=[0],
             trajectory=0,
         )
         for tokens in random_rows(3, 12, 300)

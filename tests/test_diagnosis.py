@@ -106,6 +106,14 @@ def test_what_does_not_vary_says_nothing():
     assert success_correlations([flat]) == {}
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_part_that_is_no_number_is_no_figure(bad):
+    one = group(
+        rollout(0, turn(1.0, a=bad, b=1.0), outcome=1.0), rollout(1, turn(0.0, a=0.0), outcome=0.0)
+    )
+    assert success_correlations([one]) == {"b": (pytest.approx(1.0), 2)}
+
+
 def noisy(agreement: float, size: int, seed: int) -> list[Group]:
     draw = random.Random(seed)
     groups = []

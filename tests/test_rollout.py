@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 import time
 from dataclasses import replace
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turnfast.chat import Chat
 from turnfast.config import RolloutConfig
+from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
+from turnfast.metrics import summarise
 from turnfast.packing import pack
 from turnfast.rollout import Interrupted, Prompt, Quota, RolloutError, gather, rollout
 from turnfast.sampler.local import LocalSampler
@@ -315,14 +318,6 @@ async def called_off():
     raise asyncio.CancelledError
 
 
-async def no_number_step():
-    return Step(reward=float("nan"))
-
-
-async def no_number_outcome():
-    return Outcome(reward=float("inf"))
-
-
 def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=everything, **changed):
     sampler = Recorder(chat, lambda prompt: "hm", pick=pick)
     config = CONFIG.model_copy(update=changed)
@@ -358,12 +353,50 @@ def test_an_environment_that_raises_costs_one_trajectory(chat, where, fault, tex
     assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
+def paid(where: str, reward):
+    async def pay():
+        return Step(reward=reward) if where == "step" else Outcome(reward=reward)
+
+    return pay
+
+
 @pytest.mark.parametrize(
-    ("fault", "where"), [(no_number_step, "step"), (no_number_outcome, "finish")]
+    ("where", "reward", "shown"),
+    [
+        ("step", float("nan"), "nan"),
+        ("step", float("-inf"), "-inf"),
+        ("step", 1e300, "1e\\+300"),
+        ("step", "0.5", "'0.5'"),
+        ("finish", float("inf"), "inf"),
+        ("finish", float("nan"), "nan"),
+        ("finish", None, "None"),
+    ],
 )
-def test_a_reward_that_is_no_number_costs_one_trajectory(chat, fault, where):
-    lone = play_fragile(chat, Fragile(fault, where))[1].trajectories[0]
-    assert lone.status == "error" and "reward of" in lone.error
+def test_a_reward_that_is_no_number_costs_one_trajectory(chat, where, reward, shown):
+    groups = play_fragile(chat, Fragile(paid(where, reward), where), group_size=2)
+    for lone in groups[1].trajectories:
+        assert lone.status == "error" and lone.outcome == 0.0
+        assert re.search(f"gave a reward of {shown}; it must be a finite number", lone.error)
+        assert all(turn.reward == 1.0 for turn in lone.turns)
+    # counted, in no baseline, and the step goes on
+    credits = assign_credits(groups)
+    assert not credits[1].has_signal
+    assert summarise(groups, credits)["status/error"] == 2 / 16
+    with pytest.raises(RolloutError, match=r"2 of 16 .* rollout\.max_error_share"):
+        play_fragile(chat, Fragile(paid(where, reward), where), group_size=2, max_error_share=0.1)
+
+
+def test_a_turn_without_a_reward_is_no_fault(chat):
+    groups = play_fragile(chat, Fragile(paid("step", None)))
+    assert [turn.reward for turn in groups[1].trajectories[0].turns] == [None, None]
+    assert not groups[1].trajectories[0].failed
+
+
+def test_an_environment_that_never_ends_is_ended(chat):
+    """It talks on at once and for ever: the limit of turns ends it, and it is scored as it is."""
+    groups = play_fragile(chat, Fragile(paid("step", 0.5)))
+    lone = groups[1].trajectories[0]
+    assert (lone.status, len(lone.turns), lone.outcome) == ("max_turns", 2, 1.0)
 
 
 def test_failed_trajectories_are_trained_on_by_nobody(chat):

@@ -5,6 +5,7 @@
       step_000050/
         config.json model.safetensors tokenizer.json …    what `model.path` takes
         trainer/optimizer.safetensors  trainer/optimizer.json  trainer/state.json
+      trainer/critic.safetensors     for rules with a critic
         manifest.json             size and SHA-256 of every other file
 
 The trainer's part lies in a folder of its own because inference engines load every `*.safetensors`
@@ -59,6 +60,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
+class StatefulTensors(Protocol):
+    """What is asked of a critic: all that it is, as named tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -68,6 +77,7 @@ def save_checkpoint(
     tokenizer: Saves | None,
     state: Mapping[str, Any],
     keep: int,
+    critic: StatefulTensors | None = None,
 ) -> Path:
     """Write `folder/step_000050`, point `latest` at it and drop all but the newest `keep`.
 
@@ -96,6 +106,11 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
         _save_optimizer(optimizer, partial / TRAINER)
+        if critic is not None:
+            tensors = {
+                name: x.cpu().contiguous().clone() for name, x in critic.state_dict().items()
+            }
+            save_file(tensors, _critic_file(partial / TRAINER))
         (partial / TRAINER / "state.json").write_text(document, encoding="utf-8")
         _seal(partial, step)
         _rename(partial, target)
@@ -114,19 +129,27 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Stateful) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: Stateful,
+    critic: StatefulTensors | None = None,
+) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer state and random states in place.
 
     Returns:
         The `state` that was saved, with `step` in it.
     Raises:
-        CheckpointError: incomplete, or made with another model or optimizer.
+        CheckpointError: incomplete, or made with another model or optimizer, or without a critic.
     """
     wrong = fault(path, hashes=False)
     if wrong:
         raise CheckpointError(f"{path}: not a whole checkpoint: {wrong}")
     _load_model(model, path)
     _load_optimizer(optimizer, path / TRAINER)
+    if critic is not None:
+        _load_critic(critic, path / TRAINER)
     document = json.loads((path / TRAINER / "state.json").read_text(encoding="utf-8"))
     set_random_states(document["rng"])
     return {"step": document["step"], **document["state"]}
@@ -223,6 +246,20 @@ def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]
         for name, value in entries.items():
             if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
                 loaded[name] = value.to(loaded[name].device)
+
+
+def _load_critic(critic: StatefulTensors, folder: Path) -> None:
+    try:
+        critic.load_state_dict(load_file(_critic_file(folder)))
+    except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: holds no critic that fits ({error}); resume with the credit and model "
+            "sections of the run that wrote it"
+        ) from error
+
+
+def _critic_file(folder: Path) -> Path:
+    return folder / "critic.safetensors"
 
 
 def _optimizer_file(folder: Path) -> Path:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .config import Config, RolloutConfig
 from .credit import assign_credit
+from .overlong import settle_overlong
 from .rollout import Gathered, Quota, gather
 from .run import Run
 from .types import Group
@@ -90,14 +92,14 @@ class Collector:
             should_stop=lambda: self._closing or self._should_stop(),
         )
         run.prompts.give_back(gathered.dropped)
-        return gathered
+        return replace(gathered, groups=tuple(settle_overlong(gathered.groups, config.rollout)))
 
     def _counts(self, group: Group) -> bool:
-        credit = self._config.credit
-        return (
-            self._config.rollout.refill_waves == 0
-            or assign_credit(group, credit.rule, **credit.options).has_signal
-        )
+        credit, config = self._config.credit, self._config.rollout
+        if config.refill_waves == 0:
+            return True
+        (settled,) = settle_overlong([group], config)
+        return assign_credit(settled, credit.rule, **credit.options).has_signal
 
 
 def _quota(config: RolloutConfig) -> Quota:

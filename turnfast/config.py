@@ -16,6 +16,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
+VALUE_RULES = ("mt_ppo", "turn_ppo")
+"""Credit rules that compare a rollout with a critic's values, not with other rollouts."""
+
+
 class ConfigError(ValueError):
     """A recipe that cannot run. The text names the field, the file and the way out."""
 
@@ -66,6 +70,12 @@ class RolloutConfig(Section):
     refill_waves: Annotated[int, Field(ge=0)] = Field(
         default=0, description="replace groups without signal, by at most so many × prompts"
     )
+    overlong: Literal["train", "mask", "penalty"] = Field(
+        default="train", description="for rollouts cut off by a limit; 'penalty': by length of turn"
+    )
+    overlong_buffer: PositiveInt = Field(
+        default=64, description="tokens before max_new_tokens over which the penalty grows to 1"
+    )
     max_error_share: Share = Field(
         default=0.2, description="more failed rollouts in a step end the run"
     )
@@ -97,6 +107,10 @@ class LossConfig(Section):
     kind: Literal["ppo", "cispo"] = "ppo"
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     entropy_coef: float = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of the k3 KL to the reference; 0 loads no reference"
+    )
+    reference: str = Field(default="start", description="'start', or the folder of a model")
     is_cap: PositiveFloat | None = Field(
         default=None, description="truncated importance weight's cap"
     )
@@ -108,6 +122,18 @@ class LossConfig(Section):
     )
     normalizer: Literal["token", "sequence", "constant"] = "token"
     impl: Literal["auto", "reference", "cpp", "triton"] = "auto"
+
+
+class CriticConfig(Section):
+    """For the rules mt_ppo and turn_ppo; others have no critic."""
+
+    lr_factor: PositiveFloat = Field(default=10.0, description="its rate over optim.lr")
+    coef: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="weight of the value loss beside the policy's"
+    )
+    clip: PositiveFloat | None = Field(
+        default=0.2, description="how far a value may leave its old one within a step"
+    )
 
 
 class OptimConfig(Section):
@@ -162,16 +188,40 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     credit: CreditConfig = CreditConfig()
     loss: LossConfig = LossConfig()
+    critic: CriticConfig = CriticConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
 
     @model_validator(mode="after")
     def _pairs_that_cannot_work(self) -> Config:
-        if self.rollout.group_size < 2:
+        if self.rollout.group_size < 2 and self.credit.rule not in VALUE_RULES:
             raise ValueError(
                 "rollout.group_size: 1 rollout has no baseline, its advantage is always 0; "
-                "set it to 2 or more"
+                "set it to 2 or more, or take a rule with a critic, credit.rule = 'mt_ppo'"
+            )
+        if self.rollout.refill_waves and self.credit.rule in VALUE_RULES:
+            raise ValueError(
+                f"rollout.refill_waves: every rollout teaches the critic of {self.credit.rule}, "
+                "none is without signal; leave it at 0"
+            )
+        if self.credit.rule == "mt_ppo" and self.loss.ratio == "turn":
+            raise ValueError(
+                "loss.ratio: 'turn' needs one advantage per turn, mt_ppo has one per token; take "
+                "'token' or 'sequence', or credit.rule = 'turn_ppo'"
+            )
+        if self.loss.reference != "start" and self.loss.kl_coef == 0.0:
+            raise ValueError(
+                f"loss.reference: {self.loss.reference!r} is never looked at with "
+                "loss.kl_coef = 0; set that, or leave the reference out"
+            )
+        if (
+            self.rollout.overlong == "penalty"
+            and self.rollout.overlong_buffer > self.rollout.max_new_tokens
+        ):
+            raise ValueError(
+                f"rollout.overlong_buffer: {self.rollout.overlong_buffer} is more than "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}; every turn would pay"
             )
         if self.rollout.top_p < 1.0:
             raise ValueError(

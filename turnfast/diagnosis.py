@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, pvariance
 from typing import Any
 
 from .types import Credit, Group, Trajectory
@@ -29,6 +29,8 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, An
         reached/turn_1 …: share of rollouts that got so far.
         tool_call_rate: share of rollouts with at least one attempted call.
         success_correlation/<part>: see `success_correlations`.
+        value, explained_variance: the critic's mean value, and 1 - var(target - V) / var(target);
+            only with a critic, and the latter only where targets vary.
         wrong_way: the names of the parts that point the wrong way; absent when none does.
     """
     whole = [t for group in groups for t in group.trajectories if not t.failed]
@@ -39,7 +41,7 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, An
         (k, a)
         for group, credit in zip(groups, credits, strict=True)
         for t, row in zip(group.trajectories, credit.advantages, strict=True)
-        if not t.failed
+        if not t.left_out
         for k, a in enumerate(row)
     )
     lengths = [len(t.turns) for t in whole]
@@ -54,10 +56,29 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, An
     }
     if whole:
         figures["tool_call_rate"] = fmean(any(turn.tool_calls for turn in t.turns) for t in whole)
+    figures |= _critic_figures(credits)
     correlations = success_correlations(groups)
     figures |= {f"success_correlation/{name}": r for name, (r, _) in correlations.items()}
     if wrong := [name for name, (r, n) in correlations.items() if _is_negative(r, n)]:
         figures["wrong_way"] = wrong
+    return figures
+
+
+def _critic_figures(credits: Sequence[Credit]) -> dict[str, float]:
+    pairs = [
+        (value, target)
+        for credit in credits
+        for tokens in credit.tokens or ()
+        for value, target in zip(tokens.values, tokens.targets, strict=True)
+        if target is not None
+    ]
+    if not pairs:
+        return {}
+    spread = pvariance([target for _, target in pairs])
+    figures = {"value": fmean(value for value, _ in pairs)}
+    if spread > 1e-18:
+        left = pvariance([target - value for value, target in pairs])
+        figures["explained_variance"] = 1.0 - left / spread
     return figures
 
 
@@ -68,7 +89,8 @@ def success_correlations(groups: Sequence[Group]) -> dict[str, tuple[float, int]
     more success, which says nothing about what the reward teaches. A part is the sum over the turns
     of a rollout; an environment that names no parts has one, `turn`. Success is the metric
     exact_match where the environment has it, else the outcome reward. Groups in which success does
-    not vary tell nothing and are left out; so is a part that never varies in the others.
+    not vary tell nothing and are left out; so is a part that never varies in the others, or has
+    values that are no numbers.
 
     Example: one group, part 1, 1, 0, 0 and exact match 0, 0, 1, 1: correlation -1 of 4 rollouts.
     """
@@ -104,6 +126,8 @@ def _is_negative(r: float, n: int) -> bool:
 
 
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    if not all(map(math.isfinite, (*x, *y))):
+        return None
     xx, yy = math.fsum(a * a for a in x), math.fsum(b * b for b in y)
     if xx < 1e-18 or yy < 1e-18:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .config import LossConfig
+from .critic import Critic
 from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from .model import Policy, hidden_states
 from .optim import Optimizer
@@ -26,10 +27,11 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
-    `logprob_gap_max` the largest; ratio, clip and lr figures are of the last update on the data.
-    The token budget was halved `halvings` times for want of memory. `by_turn` has, for every turn
-    index, entropy and KL(sampler || trainer) of the first update and, if there are several,
-    KL(old || new) before the last."""
+    `logprob_gap_max` the largest. Ratio, clip and lr figures are of the last update on the data;
+    so are `kl`, the mean KL(policy || reference) over the trained tokens, and `value_loss`, the
+    critic's (None without a reference or a critic). The token budget was halved `halvings` times
+    for want of memory. `by_turn` has, for every turn index, entropy and KL(sampler || trainer) of
+    the first update and, if there are several, KL(old || new) before the last."""
 
     loss: float = 0.0
     logprob: float = 0.0
@@ -42,6 +44,8 @@ class Update:
     lr: float = 0.0
     num_updates: int = 0
     halvings: int = 0
+    kl: float | None = None
+    value_loss: float | None = None
     by_turn: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -53,13 +57,14 @@ def policy_rule(config: LossConfig) -> PolicyRule:
         kind=config.kind,
         dual_clip=config.dual_clip,
         entropy_coef=config.entropy_coef,
+        kl_coef=config.kl_coef,
         is_cap=config.is_cap,
     )
 
 
 def needs_every_token(config: LossConfig) -> bool:
     """Whether a token without advantage can still change the gradient."""
-    return config.entropy_coef != 0.0 or config.ratio == "sequence"
+    return config.entropy_coef != 0.0 or config.kl_coef != 0.0 or config.ratio == "sequence"
 
 
 def update(
@@ -70,13 +75,15 @@ def update(
     *,
     temperature: float = 1.0,
     num_updates: int = 1,
+    critic: Critic | None = None,
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
 
     With `old_logprobs = "trainer"` the first step is on policy: its ratio is 1, no old-policy pass
     is needed, and the log-probs it computes are the old ones of the steps after it. With "sampler"
     those of the sampler are the old ones from the first step on, so that the ratio also covers what
-    engine and trainer differ by. Where memory runs out, the batches are cut in halves and the same
+    engine and trainer differ by. With a critic each step also updates that, and the policy's layers
+    below it, by the same pass. Where memory runs out, the batches are cut in halves and the same
     step is computed again: see `replayed`.
 
     Raises:
@@ -90,19 +97,22 @@ def update(
         batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
     for i in range(num_updates if batches else 0):
         try:
-            results, batches, halvings = replayed(
-                lambda parts: [_backward(policy, part, config, temperature) for part in parts],
+            passes, batches, halvings = replayed(
+                lambda parts: [
+                    _backward(policy, critic, part, config, temperature) for part in parts
+                ],
                 batches,
-                optimizer.zero_grad,
+                lambda: _zero_grad(optimizer, critic),
                 whole_sequences=config.ratio == "sequence",
             )
         except ValueError as error:  # the loss head refuses hidden states that are not finite
-            optimizer.zero_grad()
+            _zero_grad(optimizer, critic)
             raise TrainingError(f"{error}; {ADVICE}") from error
+        results = [result for result, _ in passes]
         if i == 0:
             done = _first(results, batches)
         if i == 0 and reuse and not done.logprob_gap <= config.max_logprob_gap:
-            optimizer.zero_grad()
+            _zero_grad(optimizer, critic)
             raise TrainingError(
                 f"loss.old_logprobs: the sampler's log-probs differ from the trainer's by "
                 f"{done.logprob_gap:.3g} on average, more than loss.max_logprob_gap = "
@@ -115,20 +125,26 @@ def update(
                 for batch, result in zip(batches, results, strict=True)
             ]
         loss = sum(float(result.loss.detach()) for result in results)
+        value_loss = sum(value_loss for _, value_loss in passes) if critic else None
         lr = optimizer.lr
-        if not math.isfinite(loss):
-            optimizer.zero_grad()
-        norm = optimizer.step() if math.isfinite(loss) else math.nan
+        finite = math.isfinite(loss + (value_loss or 0.0))
+        norm = optimizer.step() if finite else math.nan
         if not math.isfinite(norm):
+            _zero_grad(optimizer, critic)
             raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
+        if critic:
+            critic.step()
         done = _last(done, results, batches, loss, norm, lr)
-        done = replace(done, halvings=done.halvings + halvings)
+        done = replace(done, value_loss=value_loss, halvings=done.halvings + halvings)
     return done
 
 
-def _backward(policy: Policy, batch: Batch, config: LossConfig, temperature: float) -> PolicyLoss:
+def _backward(
+    policy: Policy, critic: Critic | None, batch: Batch, config: LossConfig, temperature: float
+) -> tuple[PolicyLoss, float]:
+    hidden_TD = hidden_states(policy, batch)
     result = turn_policy_loss(
-        hidden_states(policy, batch),
+        hidden_TD,
         policy.head_VD,
         batch.rows_N,
         batch.targets_N,
@@ -136,6 +152,7 @@ def _backward(policy: Policy, batch: Batch, config: LossConfig, temperature: flo
         batch.advantages_K,
         batch.old_logprobs_N,
         weights=batch.weights_N,
+        ref_logprobs=batch.ref_logprobs_N,
         sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
         sequences=batch.sequences_K if config.ratio == "sequence" else None,
         rule=policy_rule(config),
@@ -143,8 +160,18 @@ def _backward(policy: Policy, batch: Batch, config: LossConfig, temperature: flo
         softcap=policy.softcap,
         impl=config.impl,
     )
-    result.loss.backward()
-    return result
+    if critic is None:
+        result.loss.backward()
+        return result, 0.0
+    value_loss = critic.loss(hidden_TD, batch)
+    (result.loss + value_loss).backward()
+    return result, float(value_loss.detach())
+
+
+def _zero_grad(optimizer: Optimizer, critic: Critic | None) -> None:
+    optimizer.zero_grad()
+    if critic:
+        critic.zero_grad()
 
 
 def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
@@ -191,9 +218,14 @@ def _last(
         float(stats.clip_low + stats.clip_high + stats.clip_dual)
         for stats in (result.stats for result in results)
     ]
+    kl = None
+    if any(batch.ref_logprobs_N is not None for batch in batches):
+        kls = [float(result.stats.ref_kl) for result in results]
+        kl = sum(x * n for x, n in zip(kls, trained, strict=True)) / max(1.0, sum(trained))
     return replace(
         before,
         loss=loss,
+        kl=kl,
         ratio_max=max(float(result.stats.ratio_max) for result in results),
         clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True))
         / max(1.0, sum(trained)),

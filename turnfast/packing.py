@@ -21,8 +21,9 @@ from is computed once and predicts a target for each of them::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -31,14 +32,16 @@ from torch import Tensor
 
 from .kernels.packing import pack_rows
 from .kernels.tree import cut_tree, prefix_tree, split_over_ranks
-from .types import Batch, Credit, Group, Turn
+from .types import Batch, Credit, Group, TokenCredit, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One context with its targets: lists over the N targets of this row, K its turns.
 
-    `first_turn` is the place in the trajectory of the first of them.
+    A "turn" is whatever has an advantage of its own, a single token for some rules; `places` says
+    in which turn of the trajectory it is (empty: they are its first ones). `values` and `value_targets` are lists over the N targets
+    (NaN without a target), empty for rules without a critic.
     """
 
     tokens: list[int]
@@ -48,7 +51,9 @@ class Row:
     logprobs: list[float]
     advantages: list[float]
     trajectory: int
-    first_turn: int = 0
+    places: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    value_targets: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +82,16 @@ class Packed:
         return 1.0 - self.num_tokens / total if total else 0.0
 
 
-def rows_of(turns: Sequence[Turn], advantages: Sequence[float], trajectory: int) -> list[Row]:
+def rows_of(
+    turns: Sequence[Turn],
+    advantages: Sequence[float],
+    trajectory: int,
+    credit: TokenCredit | None = None,
+) -> list[Row]:
     """The rows of one trajectory: one, or more where a template rewrote earlier turns."""
     rows: list[Row] = []
     tokens: list[int] = []
+    start = 0
     for k, turn in enumerate(turns):
         if k == 0 or turn.restart:
             tokens = []
@@ -92,8 +103,8 @@ def rows_of(turns: Sequence[Turn], advantages: Sequence[float], trajectory: int)
                     turns=[],
                     logprobs=[],
                     advantages=[],
+                    places=[],
                     trajectory=trajectory,
-                    first_turn=k,
                 )
             )
         row = rows[-1]
@@ -104,8 +115,20 @@ def rows_of(turns: Sequence[Turn], advantages: Sequence[float], trajectory: int)
         row.rows.extend(range(first, first + len(turn.sampled_ids)))
         row.targets.extend(turn.sampled_ids)
         row.logprobs.extend(turn.logprobs)
-        row.turns.extend([len(row.advantages)] * len(turn.sampled_ids))
-        row.advantages.append(advantages[k])
+        end = start + len(turn.sampled_ids)
+        if credit is not None and credit.advantages is not None:
+            row.turns.extend(range(len(row.advantages), len(row.advantages) + end - start))
+            row.advantages.extend(credit.advantages[start:end])
+            row.places.extend([k] * (end - start))
+        else:
+            row.turns.extend([len(row.advantages)] * (end - start))
+            row.advantages.append(advantages[k])
+            row.places.append(k)
+        if credit is not None:
+            row.values.extend(credit.values[start:end])
+            targets = credit.targets[start:end]
+            row.value_targets.extend(math.nan if t is None else t for t in targets)
+        start = end
         tokens.extend(turn.sampled_ids)
     for row in rows:
         # what follows the last hidden state that predicts anything is never computed
@@ -142,7 +165,7 @@ def pack(
             and attention. The weights are those of the whole step, so the gradients of all ranks
             add up to that of one; counts are the rank's own, but for `num_idle_tokens`.
     Groups in which no turn has an advantage carry no gradient: they are left out, of the
-    denominator too. Failed trajectories are left out of everything.
+    denominator too. Failed and masked trajectories are left out of everything.
 
     Raises:
         ValueError: a row does not fit the budget, the normaliser is unknown, or there are more
@@ -155,21 +178,31 @@ def pack(
         if not credit.has_signal:
             silent += 1
             continue
-        for trajectory, advantages in zip(group.trajectories, credit.advantages, strict=True):
-            if trajectory.failed or not trajectory.num_sampled:
+        for i, (trajectory, advantages) in enumerate(
+            zip(group.trajectories, credit.advantages, strict=True)
+        ):
+            if trajectory.left_out or not trajectory.num_sampled:
                 continue
-            rows += rows_of(trajectory.turns, advantages, len(lengths))
+            tokens = credit.tokens[i] if credit.tokens is not None else None
+            rows += rows_of(trajectory.turns, advantages, len(lengths), tokens)
             lengths.append(trajectory.num_sampled)
     weights = _weights(lengths, normalizer, constant)
     num_whole = sum(len(row.tokens) for row in rows)
     if drop_idle:
         rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
     num_idle = num_whole - sum(len(row.tokens) for row in rows)
+    num_value_targets = sum(not math.isnan(t) for row in rows for t in row.value_targets)
     if num_ranks > 1 and rows:
         rows = _share_of(rows, rank, num_ranks)
     _refuse_long_rows(rows, budget)
     batches = tuple(
-        batch_of([rows[i] for i in chosen], weights, device, share_prefixes=share_prefixes)
+        batch_of(
+            [rows[i] for i in chosen],
+            weights,
+            device,
+            share_prefixes=share_prefixes,
+            num_value_targets=num_value_targets,
+        )
         for chosen in _deal(rows, budget, share_prefixes)
     )
     return Packed(
@@ -216,6 +249,8 @@ def _without_idle_end(row: Row) -> Row:
         targets=row.targets[:live],
         turns=row.turns[:live],
         logprobs=row.logprobs[:live],
+        values=row.values[:live],
+        value_targets=row.value_targets[:live],
     )
 
 
@@ -245,8 +280,10 @@ def batch_of(
     device: torch.device | str,
     *,
     share_prefixes: bool = False,
+    num_value_targets: int = 0,
 ) -> Batch:
-    """One micro-batch; `weights[row.trajectory]` is the weight of each target of a row."""
+    """One micro-batch; `weights[row.trajectory]` is the weight of each target of a row, and the
+    reciprocal of `num_value_targets` that of each target for the critic."""
     tokens = _flat_tokens(rows)
     lengths = [len(row.tokens) for row in rows]
     first_token = [0, *accumulate(lengths)]
@@ -270,13 +307,18 @@ def batch_of(
         "targets_N": _each(row.targets for row in rows),
         "turns_N": (_each(row.turns for row in rows) + _repeat(first_turn, num_targets)).int(),
         "advantages_K": torch.tensor([a for row in rows for a in row.advantages]),
-        "places_K": torch.tensor(
-            [row.first_turn + k for row in rows for k in range(len(row.advantages))]
-        ),
+        "places_K": _each(row.places or range(len(row.advantages)) for row in rows),
         "sequences_K": torch.tensor([row.trajectory for row in rows for _ in row.advantages]),
         "weights_N": _repeat([weights[row.trajectory] for row in rows], num_targets),
         "sampler_logprobs_N": torch.tensor([x for row in rows for x in row.logprobs]),
     }
+    if any(row.values for row in rows):
+        targets = torch.tensor([t for row in rows for t in row.value_targets])
+        on_host |= {
+            "values_N": torch.tensor([v for row in rows for v in row.values]),
+            "value_targets_N": targets.nan_to_num(),
+            "value_weights_N": (~targets.isnan()).float() / max(1, num_value_targets),
+        }
     on_device = {name: x if x is None else x.to(device) for name, x in on_host.items()}
     return Batch(max_seqlen=max(lengths), **on_device)  # type: ignore[arg-type]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import time
 from collections.abc import Sequence
+from numbers import Real
 
 from .chat import Chat, Conversation
 from .config import RolloutConfig
 from .envs import Env, Outcome, Step
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
-from .types import Status, Task, Trajectory, Turn
+from .types import LARGEST_REWARD, Status, Task, Trajectory, Turn
 
 
 async def play(
@@ -63,7 +63,8 @@ async def play(
                     context += len(completion.sampled_ids)
                     text = chat.text(completion.sampled_ids)
                     step = await episode.step(text)
-                    _check_reward(step.reward)
+                    if step.reward is not None:
+                        _check_reward(step.reward)
                     turns.append(_turn(talk, completion, text, step))
                     closed = completion.finish == "stop"
                     if not closed and room < config.max_new_tokens:
@@ -73,8 +74,9 @@ async def play(
                         status = "finished"
                         break
                     talk = chat.extend(talk, text, closed, step.messages)
-                outcome = await episode.finish()
-                _check_reward(outcome.reward)
+                scored = await episode.finish()
+                _check_reward(scored.reward)
+                outcome = scored
     except (Exception, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run
         if isinstance(fault, asyncio.CancelledError) and _is_cancelled():
@@ -132,9 +134,12 @@ def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:
     return (*ids, *talk.prompt_ids)
 
 
-def _check_reward(reward: float | None) -> None:
-    if reward is not None and not math.isfinite(reward):
-        raise ValueError(f"the environment gave a reward of {reward}")
+def _check_reward(reward: object) -> None:
+    if not (isinstance(reward, Real) and abs(float(reward)) < LARGEST_REWARD):
+        raise ValueError(
+            f"the environment gave a reward of {reward!r}; it must be a finite number, "
+            f"below {LARGEST_REWARD:g} in size"
+        )
 
 
 def _is_cancelled() -> bool:

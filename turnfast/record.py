@@ -53,6 +53,7 @@ def figures_of(record: StepRecord) -> dict[str, Any]:
         "ratio/max": updated.ratio_max,
         "clip_fraction": updated.clip_fraction,
         **updated.by_turn,
+        **_present(kl=updated.kl, value_loss=updated.value_loss),
         "logprob_gap": updated.logprob_gap,
         "logprob_gap/max": updated.logprob_gap_max,
         "sync_gap": record.synced.gap,
@@ -64,3 +65,7 @@ def figures_of(record: StepRecord) -> dict[str, Any]:
         "shared_prefix": packed.shared_prefix,
         **record.times,
     }
+
+
+def _present(**figures: float | None) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if value is not None}

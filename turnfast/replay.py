@@ -96,7 +96,10 @@ def split_batch(batch: Batch, budget: int, *, whole_sequences: bool = False) -> 
     """
     if len(batch.tokens_T) <= budget:
         return [batch]
-    owners_N = batch.sequences_K[batch.turns_N.long()] if whole_sequences else batch.turns_N
+    owners_K = batch.sequences_K
+    if not whole_sequences:
+        owners_K = owners_K * (1 + batch.places_K.max()) + batch.places_K
+    owners_N = owners_K[batch.turns_N.long()]
     parts: list[Batch] = []
     chosen_N = torch.zeros_like(owners_N, dtype=torch.bool)
     for owner in owners_N.unique().tolist():

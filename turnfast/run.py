@@ -10,13 +10,15 @@ from typing import Any
 
 from .chat import Chat, ChatError
 from .checkpoint import load_checkpoint, newest_whole
-from .config import Config, ConfigError
+from .config import VALUE_RULES, Config, ConfigError
 from .credit import check_rule
+from .critic import Critic
 from .envs import Demonstrator, Env, load_env
 from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device, refuse_long_context
 from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
+from .reference import open_reference
 from .sampler import Sampler, make_sampler
 from .sync import Probe, default_tolerance, make_probe
 from .tiny import write_tiny_model
@@ -33,6 +35,8 @@ class Run:
     chat: Chat
     sampler: Sampler
     optimizer: Optimizer
+    critic: Critic | None
+    reference: Policy | None
     probe: Probe
     tolerance: float
     prompts: PromptQueue
@@ -59,7 +63,13 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
-        done, state = restore(directory, policy, optimizer) if resume else (0, {})
+        critic = None
+        if config.credit.rule in VALUE_RULES:
+            critic = Critic(policy, config.critic, config.optim)
+        reference = open_reference(config.loss, config.model, policy)
+        done, state = 0, {}
+        if resume:
+            done, state = restore(directory, policy, optimizer, critic)
         sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
         try:
             yield Run(
@@ -69,6 +79,8 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
                 chat=chat,
                 sampler=sampler,
                 optimizer=optimizer,
+                critic=critic,
+                reference=reference,
                 probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
                 tolerance=config.sampler.probe_tolerance
                 or default_tolerance(policy.model.dtype, policy.device.type),
@@ -163,7 +175,7 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
 
 
 def restore(
-    directory: RunDir, policy: Policy, optimizer: Optimizer
+    directory: RunDir, policy: Policy, optimizer: Optimizer, critic: Critic | None = None
 ) -> tuple[int, Mapping[str, Any]]:
     """Put the newest whole checkpoint in place; the step that the run goes on after, 0 without a
     checkpoint, and the state that was saved with it."""
@@ -171,7 +183,7 @@ def restore(
     if newest is None:
         directory.rewind(-1)
         return 0, {}
-    state = load_checkpoint(newest, model=policy.model, optimizer=optimizer)
+    state = load_checkpoint(newest, model=policy.model, optimizer=optimizer, critic=critic)
     step = int(state["step"])
     directory.rewind(step)
     return step, state

@@ -16,12 +16,13 @@ from .loss import needs_every_token, update
 from .metrics import Stopwatch
 from .packing import Packed, pack
 from .record import StepRecord, figures_of
+from .reference import with_reference
 from .replay import OutOfMemory
 from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .sync import sync_weights
-from .types import Credit, Group
+from .types import Batch, Credit, Group
 
 
 def train(
@@ -58,17 +59,18 @@ def train(
                     gathered = collector.collect(step)
                     groups = gathered.groups
                 with clock.phase("score"):
-                    credits = assign_credits(groups, config.credit.rule, **config.credit.options)
+                    credits = _credit(config, run, groups, budget)
                 with clock.phase("pack"):
                     packed = _pack(config, run, groups, credits, budget)
                 with clock.phase("train"):
                     updated = update(
                         run.policy,
                         run.optimizer,
-                        packed.batches,
+                        _with_reference(config, run, packed),
                         config.loss,
                         temperature=config.rollout.temperature,
                         num_updates=config.train.updates_per_step,
+                        critic=run.critic,
                     )
                     # what did not fit is not tried again in the next step
                     budget = max(budget >> updated.halvings, config.rollout.max_context)
@@ -102,6 +104,25 @@ def train(
             write_report(run_dir)
 
 
+def _credit(config: Config, run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
+    values = None
+    if run.critic is not None:
+        values = run.critic.values(
+            run.policy,
+            groups,
+            budget=budget,
+            share_prefixes=config.train.share_prefixes,
+        )
+    return assign_credits(groups, config.credit.rule, values=values, **config.credit.options)
+
+
+def _with_reference(config: Config, run: Run, packed: Packed) -> Sequence[Batch]:
+    if run.reference is None:
+        return packed.batches
+    temperature = config.rollout.temperature
+    return with_reference(packed.batches, run.reference, config.loss, temperature=temperature)
+
+
 def _pack(
     config: Config, run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: int
 ) -> Packed:
@@ -113,7 +134,8 @@ def _pack(
         constant=config.rollout.max_new_tokens * config.env.max_turns,
         device=run.policy.device,
         share_prefixes=config.train.share_prefixes,
-        drop_idle=not needs_every_token(config.loss),
+        # a token without advantage still teaches the critic
+        drop_idle=not needs_every_token(config.loss) and run.critic is None,
     )
 
 
@@ -144,5 +166,6 @@ def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
         optimizer=run.optimizer,
         tokenizer=run.policy.tokenizer,
         state=collector.state(step),
+        critic=run.critic,
         keep=config.train.keep_checkpoints,
     )

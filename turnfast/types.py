@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 Finish = Literal["stop", "length"]
-Status = Literal["finished", "max_turns", "context_full", "error", "timeout"]
+Status = Literal["finished", "max_turns", "context_full", "overlong", "error", "timeout"]
+LARGEST_REWARD = 1e100
+"""Rewards stay below it in size: their squares, summed over a group, are still numbers."""
 Message = Mapping[str, Any]
 """One chat message: `role` and `content`, as Hugging Face chat templates take it."""
 
@@ -88,7 +90,8 @@ class Trajectory:
         outcome: weighted outcome reward of the whole trajectory (0.0 when it never answered).
         metrics: unweighted figures for people (`exact_match`, …), averaged in metrics.jsonl.
         status: how it ended. `error` and `timeout` are faults of the world, not of the policy:
-            such a trajectory is counted, but never trained on and never part of a baseline.
+            such a trajectory is counted, but never trained on and never part of a baseline. Nor is
+            an `overlong` one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
     """
 
     task_id: str
@@ -104,6 +107,17 @@ class Trajectory:
     @property
     def failed(self) -> bool:
         return self.status in ("error", "timeout")
+
+    @property
+    def left_out(self) -> bool:
+        """Neither trained on nor part of a baseline."""
+        return self.failed or self.status == "overlong"
+
+    @property
+    def cut_off(self) -> bool:
+        """A limit ended it: no room left in the context, or the last turn ran into its own."""
+        cut = bool(self.turns) and self.turns[-1].finish == "length"
+        return self.status in ("context_full", "overlong") or cut
 
     @property
     def num_sampled(self) -> int:
@@ -132,15 +146,36 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCredit:
+    """What a critic adds for one trajectory; every tuple has one entry per sampled token.
+
+    Attributes:
+        values: the critic's estimate before the token, as it was when credit was given.
+        targets: what it should have been; None where the critic is not trained.
+        advantages: None where all tokens of a turn carry the turn's.
+    """
+
+    values: tuple[float, ...]
+    targets: tuple[float | None, ...]
+    advantages: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """One advantage per turn: `advantages[i][k]` is for turn k of trajectory i of the group."""
+    """One advantage per turn: `advantages[i][k]` is for turn k of trajectory i of the group.
+
+    `tokens`, one per trajectory, is there for rules with a critic; where these give every token its
+    own advantage, a turn's is the mean of its tokens'.
+    """
 
     rule: str
     advantages: tuple[tuple[float, ...], ...]
+    tokens: tuple[TokenCredit, ...] | None = None
 
     @property
     def has_signal(self) -> bool:
-        return any(a != 0.0 for row in self.advantages for a in row)
+        """Whether there is anything to learn; a critic always has."""
+        return self.tokens is not None or any(a != 0.0 for row in self.advantages for a in row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +196,8 @@ class Batch:
         sampler_logprobs_N: float32, what the sampler reported when it drew the token.
         old_logprobs_N: float32 log-probs of the policy before the step's first update, or None
             while the policy is still the one that sampled (ratio 1).
+        values_N, value_targets_N, value_weights_N: float32, for rules with a critic: its old
+            values, what they should be, and the weight of that error (0 where there is no target).
         ends_T: None for plain rows. int32 for prefix trees: tokens that several rows begin with
             are there once, every token is followed by all its descendants, and `ends_T[t]` is the
             place after the last of those of t. Then positions_T are depths, cu_seqlens are the
@@ -183,3 +220,6 @@ class Batch:
     old_logprobs_N: torch.Tensor | None = None
     ref_logprobs_N: torch.Tensor | None = None
     ends_T: torch.Tensor | None = None
+    values_N: torch.Tensor | None = None
+    value_targets_N: torch.Tensor | None = None
+    value_weights_N: torch.Tensor | None = None

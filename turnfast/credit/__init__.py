@@ -15,6 +15,9 @@ no baseline, and get zeros; so does a group with fewer than two rollouts left. E
 
 and those that normalise also take `epsilon`, `std` and `baseline` (see `baseline.Norm`). A turn
 reward of None adds nothing to a return; `mt_grpo`, which compares single rewards, has a choice.
+
+`mt_ppo` and `turn_ppo` compare with a critic's values instead (`with_values.py`): they need no
+peers and give, beside the advantages, targets for those values.
 """
 
 from __future__ import annotations
@@ -32,13 +35,16 @@ from turnfast.credit import (
     hybrid,
     mt_grpo,
     mt_grpo_unbiased,
+    mt_ppo,
     return_to_go,
     rloo,
     tree,
+    turn_ppo,
 )
 from turnfast.credit.baseline import Rows
 from turnfast.credit.frame import with_failed
 from turnfast.credit.options import split_options, suggest
+from turnfast.credit.with_values import ValueRule, Values, credit_with_values
 from turnfast.types import Credit, Group
 
 BatchRule = Callable[..., list[Rows]]
@@ -67,18 +73,27 @@ RULES: dict[str, BatchRule] = {
     "tree": per_group(tree.advantages),
 }
 
+VALUE_RULES: dict[str, ValueRule] = {
+    "mt_ppo": ValueRule(estimate=mt_ppo.estimate, per="token"),
+    "turn_ppo": ValueRule(estimate=turn_ppo.estimate, per="turn"),
+}
+
 
 def assign_credit(group: Group, rule: str = "mt_grpo", **options: Any) -> Credit:
     """The advantage of every turn of one group: `assign_credits` for a batch of one."""
     return assign_credits([group], rule, **options)[0]
 
 
-def assign_credits(groups: Sequence[Group], rule: str = "mt_grpo", **options: Any) -> list[Credit]:
+def assign_credits(
+    groups: Sequence[Group], rule: str = "mt_grpo", *, values: Values | None = None, **options: Any
+) -> list[Credit]:
     """The advantage of every turn of a batch, one `Credit` per group, in order.
 
     Args:
         groups: ragged, empty, failed and equal-reward groups are ordinary input.
-        rule: a name in `RULES`. options: those of the rule, and those of every rule.
+        rule: a name in `RULES` or `VALUE_RULES`.
+        values: a critic's, for the rules in `VALUE_RULES`; others do not look at them.
+        options: those of the rule, and those of every rule.
     Raises:
         ConfigError: unknown rule or option, or a value out of range.
         ValueError: a reward that is NaN or infinite, with its task, trajectory and turn.
@@ -89,6 +104,10 @@ def assign_credits(groups: Sequence[Group], rule: str = "mt_grpo", **options: An
     """
     function = _find(rule)
     frame, arguments = split_options(rule, function, options)
+    if rule in VALUE_RULES:
+        if values is None:
+            raise ValueError(f"credit.rule: {rule!r} needs the values of a critic")
+        return credit_with_values(rule, VALUE_RULES[rule], groups, values, frame, arguments)
     rows_by_group = function([frame.before(group) for group in groups], **arguments)
     return [
         Credit(rule=rule, advantages=with_failed(group, rows))
@@ -101,7 +120,10 @@ def check_rule(rule: str, options: Mapping[str, Any]) -> None:
     split_options(rule, _find(rule), options)
 
 
-def _find(rule: str) -> BatchRule:
+def _find(rule: str) -> Callable[..., Any]:
+    if rule in VALUE_RULES:
+        return VALUE_RULES[rule].estimate
     if rule not in RULES:
-        raise ConfigError(f"credit.rule: no rule is called {rule!r}{suggest(rule, RULES)}")
+        known = [*RULES, *VALUE_RULES]
+        raise ConfigError(f"credit.rule: no rule is called {rule!r}{suggest(rule, known)}")
     return RULES[rule]

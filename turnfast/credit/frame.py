@@ -8,9 +8,7 @@ from numbers import Real
 
 from turnfast.config import PositiveFloat
 from turnfast.credit.baseline import NORM, Rows, episode_returns
-from turnfast.types import Group, Trajectory
-
-LARGEST = 1e100  # its square, summed over a group, is still a number
+from turnfast.types import LARGEST_REWARD, Group, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +19,9 @@ class Frame:
     whiten: bool = False
     flatten: bool = False
 
-    def before(self, group: Group) -> Group:
+    def before(self, group: Group, *, at_least: int = 2) -> Group:
         """What the rule gets to see of a group: the rollouts that count."""
-        seen = counted(group)
+        seen = counted(group, at_least)
         return flattened(seen) if self.flatten else seen
 
     def apply(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
@@ -33,16 +31,16 @@ class Frame:
         return [[[min(max(a, -c), c) for a in row] for row in rows] for rows in result]
 
 
-def counted(group: Group) -> Group:
-    """The rollouts that count; none if fewer than two: one alone has no peer to compare with.
+def counted(group: Group, at_least: int = 2) -> Group:
+    """The rollouts that count; none if fewer than `at_least`: one alone has no peer to be compared.
 
     Raises:
         ValueError: a reward that is no finite number, with its task, trajectory and turn.
     """
-    healthy = tuple(t for t in group.trajectories if not t.failed)
+    healthy = tuple(t for t in group.trajectories if not t.left_out)
     for trajectory in healthy:
         _check_finite(trajectory)
-    return replace(group, trajectories=healthy if len(healthy) > 1 else ())
+    return replace(group, trajectories=healthy if len(healthy) >= at_least else ())
 
 
 def flattened(group: Group) -> Group:
@@ -62,7 +60,7 @@ def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
     """The rows of the rollouts that counted, in the group's order, and zeros for the others."""
     remaining = iter(rows)
     return tuple(
-        tuple(map(float, next(remaining))) if rows and not t.failed else (0.0,) * len(t.turns)
+        tuple(map(float, next(remaining))) if rows and not t.left_out else (0.0,) * len(t.turns)
         for t in group.trajectories
     )
 
@@ -71,10 +69,11 @@ def _check_finite(trajectory: Trajectory) -> None:
     named = [(f"turn {k}", turn.reward) for k, turn in enumerate(trajectory.turns)]
     for place, reward in [*named, ("outcome", trajectory.outcome)]:
         missing = reward is None and place != "outcome"
-        if not missing and not (isinstance(reward, Real) and abs(float(reward)) < LARGEST):
+        if not missing and not (isinstance(reward, Real) and abs(float(reward)) < LARGEST_REWARD):
             raise ValueError(
                 f"task {trajectory.task_id!r}, trajectory {trajectory.index}, {place}: "
-                f"reward is {reward!r}; it must be a finite number, below {LARGEST:g} in size"
+                f"reward is {reward!r}; it must be a finite number, "
+                f"below {LARGEST_REWARD:g} in size"
             )
 
 

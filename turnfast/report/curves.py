@@ -104,6 +104,11 @@ def curves(lines: Lines) -> list[Chart]:
             [_series(lines, "kl", "kl", 1, noisy=True)],
         ),
         _chart(
+            "Critic",
+            "Share of the variance of its targets that the values explain; 0 is a constant guess.",
+            [_series(lines, "explained_variance", "explained", 1, noisy=True)],
+        ),
+        _chart(
             "Largest ratio",
             "New over old probability of one token, before clipping.",
             [_series(lines, "ratio/max", "max", 1)],

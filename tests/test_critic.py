@@ -1,0 +1,231 @@
+"""The critic on packed rows: its values, the gradient of its loss, and its state."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from turnfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from turnfast.config import CriticConfig, LossConfig, ModelConfig, OptimConfig
+from turnfast.credit import assign_credits
+from turnfast.critic import Critic
+from turnfast.loss import update
+from turnfast.model import Policy, hidden_states, load_policy
+from turnfast.optim import Optimizer
+from turnfast.packing import pack
+from turnfast.types import Group, Status, Task, Trajectory, Turn
+
+OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=1e9)
+
+
+@pytest.fixture
+def policy(tiny_folder) -> Policy:
+    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
+
+
+def make_groups(seed: int) -> list[Group]:
+    """Ragged groups with a failed rollout, a turn without tokens and restarts."""
+    draw = random.Random(seed)
+
+    def ids(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 280) for _ in range(draw.randrange(least, most)))
+
+    groups = []
+    for name in "ab":
+        prompt, rollouts = ids(5, 9), []
+        for index in range(3):
+            turns = []
+            for k in range(draw.randrange(1, 4)):
+                sampled = ids(0 if k == 1 else 1, 6)
+                turns.append(
+                    Turn(
+                        prompt_ids=prompt if k == 0 else ids(1, 5),
+                        sampled_ids=sampled,
+                        logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
+                        text="",
+                        finish="stop",
+                        reward=draw.random(),
+                        restart=k > 0 and draw.random() < 0.3,
+                    )
+                )
+            status: Status = "error" if (name, index) == ("a", 1) else "finished"
+            rollouts.append(
+                Trajectory(
+                    task_id=name,
+                    index=index,
+                    turns=tuple(turns),
+                    status=status,
+                    outcome=draw.random(),
+                )
+            )
+        groups.append(Group(task=Task(id=name, question=""), trajectories=tuple(rollouts)))
+    return groups
+
+
+def taught(policy: Policy, config: CriticConfig | None = None, seed: int = 0) -> Critic:
+    """A critic whose layer is not 0."""
+    critic = Critic(policy, config or CriticConfig(), OPTIM)
+    torch.manual_seed(seed)
+    state = critic.state_dict()
+    state["head.weight"] = torch.randn_like(state["head.weight"])
+    state["head.bias"] = torch.randn_like(state["head.bias"])
+    critic.load_state_dict(state)
+    return critic
+
+
+def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list[torch.Tensor]:
+    """The head on the model's own hidden states of each context alone."""
+    weight, bias = critic._head.weight, critic._head.bias
+    ids: list[int] = []
+    values: list[torch.Tensor] = []
+    for turn in trajectory.turns:
+        if turn.restart:
+            ids = []
+        ids += turn.prompt_ids
+        for token in turn.sampled_ids:
+            hidden = policy.model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            values.append(hidden.float() @ weight[0] + bias[0])
+            ids.append(token)
+    return values
+
+
+@pytest.mark.parametrize("budget", [32, 4096])
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
+    groups, critic = make_groups(1), taught(policy)
+    values = critic.values(policy, groups, budget=budget, share_prefixes=share_prefixes)
+    assert [len(row) for row in values] == [3, 3]
+    for group, rows in zip(groups, values, strict=True):
+        for trajectory, row in zip(group.trajectories, rows, strict=True):
+            with torch.no_grad():
+                expected = plain_values(policy, critic, trajectory)
+            wanted = () if trajectory.left_out else tuple(map(float, expected))
+            assert row == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_new_critic_knows_nothing(policy):
+    values = Critic(policy, CriticConfig(), OPTIM).values(
+        policy, make_groups(1), budget=64, share_prefixes=True
+    )
+    assert {v for rows in values for row in rows for v in row} == {0.0}
+
+
+@pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
+    groups = make_groups(2)
+    critic = taught(policy, CriticConfig(clip=clip, coef=0.7))
+    values = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    shifted = [[tuple(v + 0.1 * (-1) ** i for i, v in enumerate(r)) for r in g] for g in values]
+    credits = assign_credits(groups, rule, values=shifted)
+    gradients = []
+    for budget, share in ((4096, True), (32, False)):
+        policy.model.zero_grad()
+        critic.zero_grad()
+        packed = pack(groups, credits, budget=budget, share_prefixes=share)
+        losses = [critic.loss(hidden_states(policy, b), b) for b in packed.batches]
+        sum(losses).backward()
+        gradients.append(_gradients(policy, critic))
+
+    policy.model.zero_grad()
+    critic.zero_grad()
+    errors = []
+    for group, credit in zip(groups, credits, strict=True):
+        for trajectory, tokens in zip(group.trajectories, credit.tokens, strict=True):
+            if trajectory.left_out:
+                continue
+            now = plain_values(policy, critic, trajectory)
+            for v, old, target in zip(now, tokens.values, tokens.targets, strict=True):
+                if target is None:
+                    continue
+                error = (v - target) ** 2
+                if clip is not None:
+                    held = old + (v - old).clamp(-clip, clip)
+                    error = torch.maximum(error, (held - target) ** 2)
+                errors.append(error)
+    loss = 0.5 * 0.7 * torch.stack(errors).mean()
+    loss.backward()
+    assert float(sum(losses).detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    truth = _gradients(policy, critic)
+    assert float(truth[-1].abs().max()) > 1e-3
+    for found in gradients:
+        for ours, theirs in zip(found, truth, strict=True):
+            assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def _gradients(policy: Policy, critic: Critic) -> list[torch.Tensor]:
+    every = (*policy.model.parameters(), *critic._head.parameters())
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in every]
+
+
+@pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
+def test_updates_teach_the_critic_its_targets(policy, rule):
+    groups = make_groups(3)
+    critic = Critic(policy, CriticConfig(clip=None), OPTIM)
+    optimizer = Optimizer(policy.model.parameters(), OPTIM)
+    values = critic.values(policy, groups, budget=64, share_prefixes=True)
+    credits = assign_credits(groups, rule, values=values)
+    packed = pack(groups, credits, budget=64)
+    sampled = sum(t.num_sampled for g in groups for t in g.trajectories if not t.left_out)
+    assert packed.num_targets == sampled
+    losses = [
+        update(policy, optimizer, packed.batches, LossConfig(), critic=critic).value_loss
+        for _ in range(25)
+    ]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
+    groups, critic = make_groups(4), taught(policy)
+    values = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    credits = assign_credits(groups, "mt_ppo", values=values)
+    (batch,) = pack(groups, credits, budget=4096, share_prefixes=False).batches
+    expected = [
+        a for credit in credits for tokens in credit.tokens for a in tokens.advantages or ()
+    ]
+    got = batch.advantages_K[batch.turns_N.long()].tolist()
+    assert sorted(got) == pytest.approx(sorted(expected), rel=1e-6)
+    assert float(batch.value_weights_N.sum()) == pytest.approx(1.0)
+
+
+def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
+    groups, critic = make_groups(5), taught(policy)
+    optimizer = Optimizer(policy.model.parameters(), OPTIM)
+
+    def step(critic: Critic) -> None:
+        values = critic.values(policy, groups, budget=64, share_prefixes=True)
+        credits = assign_credits(groups, "mt_ppo", values=values)
+        update(
+            policy, optimizer, pack(groups, credits, budget=64).batches, LossConfig(), critic=critic
+        )
+
+    step(critic)
+    path = save_checkpoint(
+        tmp_path, 1, model=policy.model, optimizer=optimizer, tokenizer=None, state={}, keep=1,
+        critic=critic,
+    )  # fmt: skip
+    step(critic)
+    there = critic.state_dict()
+    fresh = Critic(policy, CriticConfig(), OPTIM)
+    load_checkpoint(path, model=policy.model, optimizer=optimizer, critic=fresh)
+    step(fresh)
+    again = fresh.state_dict()
+    assert again.keys() == there.keys() and len(again) == 9
+    assert all(torch.equal(a, there[name]) for name, a in again.items())
+
+
+def test_a_checkpoint_without_a_critic_is_refused(policy, tmp_path):
+    optimizer = Optimizer(policy.model.parameters(), OPTIM)
+    path = save_checkpoint(
+        tmp_path, 1, model=policy.model, optimizer=optimizer, tokenizer=None, state={}, keep=1
+    )
+    with pytest.raises(CheckpointError, match=r"no critic that fits.*credit and model sections"):
+        load_checkpoint(
+            path,
+            model=policy.model,
+            optimizer=optimizer,
+            critic=Critic(policy, CriticConfig(), OPTIM),
+        )

@@ -1,0 +1,205 @@
+"""Advantages against a critic: the plain double sum, Monte Carlo, and faults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turnfast.config import ConfigError
+from turnfast.credit import VALUE_RULES, assign_credits, check_rule
+from turnfast.credit.gae import gae
+from turnfast.types import Credit, Group, Task, Trajectory, Turn
+
+number = st.floats(-3, 3)
+share = st.sampled_from([0.0, 0.3, 0.9, 1.0])
+
+
+def turn(tokens: int, reward: float | None) -> Turn:
+    return Turn(
+        prompt_ids=(1,),
+        sampled_ids=(2,) * tokens,
+        logprobs=(-0.5,) * tokens,
+        text="",
+        finish="stop",
+        reward=reward,
+    )
+
+
+@st.composite
+def trajectories(draw: st.DrawFn, index: int = 0) -> Trajectory:
+    pairs = st.tuples(st.integers(0, 4), st.one_of(st.none(), number))
+    return Trajectory(
+        task_id="q",
+        index=index,
+        turns=tuple(turn(n, r) for n, r in draw(st.lists(pairs, max_size=5))),
+        status=draw(st.sampled_from(["finished", "finished", "max_turns", "error", "overlong"])),
+        outcome=draw(number),
+    )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[Group], list[list[list[float]]]]:
+    """Ragged groups, of one too, and values for them."""
+    groups, values = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        rollouts = [draw(trajectories(i)) for i in range(draw(st.integers(1, 4)))]
+        groups.append(Group(task=Task(id="q", question=""), trajectories=tuple(rollouts)))
+        values.append(
+            [
+                [] if t.left_out else draw(st.lists(number, min_size=n, max_size=n))
+                for t in rollouts
+                for n in [t.num_sampled]
+            ]
+        )
+    return groups, values
+
+
+def paid_to(trajectory: Trajectory) -> list[float]:
+    """The reward after each sampled token: a turn's with its last one, the outcome at the end."""
+    paid = [0.0] * trajectory.num_sampled
+    place = -1
+    for each in trajectory.turns:
+        place += len(each.sampled_ids)
+        if place >= 0:
+            paid[place] += each.reward or 0.0
+    if paid:
+        paid[-1] += trajectory.outcome
+    return paid
+
+
+def double_sum(paid, values, gamma: float, lam: float) -> list[float]:
+    """sum_l (gamma lambda)^l delta_{t+l}, term by term."""
+    after = [*values[1:], 0.0][: len(values)]
+    deltas = [r + gamma * b - a for r, a, b in zip(paid, values, after, strict=True)]
+    return [
+        sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas)))
+        for t in range(len(deltas))
+    ]
+
+
+def per_turn(trajectory: Trajectory, values) -> tuple[list[float], list[float]]:
+    """Rewards and values of the turns that sampled something."""
+    sizes = [len(t.sampled_ids) for t in trajectory.turns]
+    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+    paid = paid_to(trajectory)
+    acting = [(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
+    return [sum(paid[a:b]) for a, b in acting], [values[a] for a, _ in acting]
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=batches(), gamma=share, lam=share)
+def test_mt_ppo_is_the_double_sum_over_tokens(batch, gamma, lam):
+    groups, values = batch
+    credits = assign_credits(groups, "mt_ppo", values=values, gamma=gamma, gae_lambda=lam)
+    for group, credit, known in zip(groups, credits, values, strict=True):
+        assert credit.tokens is not None
+        rows = zip(group.trajectories, credit.tokens, credit.advantages, known, strict=True)
+        for t, tokens, by_turn, v in rows:
+            assert len(by_turn) == len(t.turns)
+            if t.left_out:
+                assert tokens.values == tokens.targets == () and not any(by_turn)
+                continue
+            expected = double_sum(paid_to(t), v, gamma, lam)
+            assert tokens.advantages == pytest.approx(expected, abs=1e-9)
+            assert tokens.targets == pytest.approx(
+                [a + b for a, b in zip(expected, v, strict=True)]
+            )
+            assert tokens.values == tuple(v)
+            total = sum(a * len(x.sampled_ids) for a, x in zip(by_turn, t.turns, strict=True))
+            assert total == pytest.approx(sum(expected), abs=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=batches(), gamma=share, lam=share)
+def test_turn_ppo_is_the_double_sum_over_turns(batch, gamma, lam):
+    groups, values = batch
+    credits = assign_credits(groups, "turn_ppo", values=values, gamma=gamma, gae_lambda=lam)
+    for group, credit, known in zip(groups, credits, values, strict=True):
+        assert credit.tokens is not None
+        rows = zip(group.trajectories, credit.tokens, credit.advantages, known, strict=True)
+        for t, tokens, by_turn, v in rows:
+            if t.left_out:
+                continue
+            rewards, before = per_turn(t, v)
+            expected = double_sum(rewards, before, gamma, lam)
+            acting = [a for a, x in zip(by_turn, t.turns, strict=True) if x.sampled_ids]
+            assert acting == pytest.approx(expected, abs=1e-9)
+            found = [target for target in tokens.targets if target is not None]
+            assert found == pytest.approx([a + b for a, b in zip(expected, before, strict=True)])
+            assert tokens.advantages is None and len(tokens.targets) == t.num_sampled
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=batches(), rule=st.sampled_from(["mt_ppo", "turn_ppo"]))
+def test_gamma_and_lambda_of_one_are_the_return_minus_the_value(batch, rule):
+    groups, values = batch
+    credits = assign_credits(groups, rule, values=values, gamma=1.0, gae_lambda=1.0)
+    for group, credit in zip(groups, credits, strict=True):
+        assert credit.tokens is not None
+        for t, tokens in zip(group.trajectories, credit.tokens, strict=True):
+            if t.left_out:
+                continue
+            paid = paid_to(t)
+            for place, target in enumerate(tokens.targets):
+                assert target is None or target == pytest.approx(sum(paid[place:]), abs=1e-9)
+
+
+def test_by_hand():
+    t = Trajectory(
+        task_id="q", index=0, turns=(turn(2, 1.0), turn(1, None)), status="finished", outcome=2.0
+    )
+    group = Group(task=Task(id="q", question=""), trajectories=(t,))
+    (mt,) = assign_credits([group], "mt_ppo", values=[[[0.5, 1.0, 3.0]]])
+    assert mt.tokens and mt.tokens[0].advantages == (2.5, 2.0, -1.0)
+    assert mt.advantages == ((2.25, -1.0),) and mt.tokens[0].targets == (3.0, 3.0, 2.0)
+    (each,) = assign_credits(
+        [group], "turn_ppo", values=[[[0.5, 1.0, 3.0]]], gamma=0.5, gae_lambda=1.0
+    )
+    # turn 1: 2 - 3; turn 0: 1 + 0.5 * 2 - 0.5
+    assert each.advantages == ((1.5, -1.0),) and each.tokens
+    assert each.tokens[0].targets == (2.0, None, 2.0)
+    assert gae([0.0, 1.0], [0.5, 0.5], 1.0, 1.0) == [0.5, 0.5]
+    flat: dict[str, Any] = {"values": [[[0.0] * 3]], "flatten": True}
+    (late,) = assign_credits([group], "mt_ppo", **flat, gae_lambda=0.0)
+    assert late.tokens and late.tokens[0].advantages == (0.0, 0.0, 3.0)
+
+
+def test_clip_and_whiten_hold_for_tokens_too():
+    t = Trajectory(task_id="q", index=0, turns=(turn(3, 5.0),), status="finished")
+    group = Group(task=Task(id="q", question=""), trajectories=(t,))
+    values = [[[0.0, 4.0, 9.0]]]
+    (clipped,) = assign_credits([group], "mt_ppo", values=values, clip=2.0)
+    assert clipped.tokens and clipped.tokens[0].advantages == (2.0, 1.0, -2.0)
+    assert clipped.tokens[0].targets == (5.0, 5.0, 5.0)
+    (white,) = assign_credits([group], "mt_ppo", values=values, whiten=True)
+    assert white.tokens and sum(white.tokens[0].advantages or ()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_critic_always_has_something_to_learn():
+    assert Credit(rule="r", advantages=((0.0,),), tokens=()).has_signal
+    assert not Credit(rule="r", advantages=((0.0,),)).has_signal
+
+
+@pytest.mark.parametrize("rule", VALUE_RULES)
+def test_what_does_not_fit_is_named(rule):
+    t = Trajectory(task_id="q", index=4, turns=(turn(2, 1.0),), status="finished")
+    group = Group(task=Task(id="q", question=""), trajectories=(t,))
+    with pytest.raises(ValueError, match="needs the values of a critic"):
+        assign_credits([group], rule)
+    with pytest.raises(ValueError, match=r"'q', trajectory 4: 1 values for 2 sampled tokens"):
+        assign_credits([group], rule, values=[[[0.0]]])
+    with pytest.raises(ValueError, match=r"value of token 1 is nan; lower critic\.lr_factor"):
+        assign_credits([group], rule, values=[[[0.0, math.nan]]])
+    bad = Group(task=group.task, trajectories=(replace(t, outcome=math.inf),))
+    with pytest.raises(ValueError, match=r"outcome: reward is inf"):
+        assign_credits([bad], rule, values=[[[0.0, 0.0]]])
+    with pytest.raises(ConfigError, match=r"credit\.options\.gamma"):
+        check_rule(rule, {"gamma": 1.5})
+    with pytest.raises(ConfigError, match=r"credit\.options\.std"):
+        check_rule(rule, {"std": "none"})
+    check_rule(rule, {"gamma": 0.9, "gae_lambda": 0.5, "clip": 3, "whiten": True, "flatten": True})

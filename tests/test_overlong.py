@@ -1,0 +1,88 @@
+"""Rollouts that ran into a limit: trained, set aside, or made to pay turn by turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from turnfast.config import Config, RolloutConfig
+from turnfast.credit import assign_credit
+from turnfast.diagnosis import diagnose
+from turnfast.metrics import summarise
+from turnfast.overlong import settle_overlong
+from turnfast.packing import pack
+from turnfast.types import Credit, Group, Task, Trajectory, Turn
+
+
+def turn(tokens: int, reward=None, finish="stop") -> Turn:
+    return Turn(
+        prompt_ids=(1,),
+        sampled_ids=(2,) * tokens,
+        logprobs=(-0.5,) * tokens,
+        text="",
+        finish=finish,
+        reward=reward,
+        reward_parts={} if reward is None else {"tool": reward},
+    )
+
+
+def rollout(index, *turns, status="finished", outcome=0.0) -> Trajectory:
+    return Trajectory(task_id="q", index=index, turns=turns, status=status, outcome=outcome)
+
+
+GROUP = Group(
+    task=Task(id="q", question=""),
+    trajectories=(
+        rollout(0, turn(4, 0.5), turn(100, finish="length"), outcome=5.0),
+        rollout(1, turn(100, finish="length"), turn(3), outcome=1.0),
+        rollout(2, turn(75, 0.2), status="context_full", outcome=3.0),
+        rollout(3, turn(50), outcome=0.0),
+        rollout(4, turn(9, finish="length"), status="timeout"),
+    ),
+)
+
+
+def config(overlong: str) -> RolloutConfig:
+    return RolloutConfig(overlong=overlong, overlong_buffer=50, max_new_tokens=100)
+
+
+def test_train_leaves_all_as_it_is():
+    assert settle_overlong([GROUP], config("train")) == [GROUP]
+
+
+def test_mask_sets_aside_what_a_limit_cut_off_and_counts_it():
+    (group,) = settle_overlong([GROUP], config("mask"))
+    statuses = [t.status for t in group.trajectories]
+    # a turn cut short in the middle is the agent's to recover from
+    assert statuses == ["overlong", "finished", "overlong", "finished", "timeout"]
+    credit = assign_credit(group, "dr")
+    # the mean is that of the two that count: 1 and 0
+    assert credit.advantages == ((0.0, 0.0), (0.5, 0.5), (0.0,), (-0.5,), (0.0,))
+    packed = pack([group], [credit], budget=999)
+    assert packed.num_targets == 100 + 3 + 50
+    figures = summarise([group], [credit])
+    assert figures["status/overlong"] == 2 / 5 and figures["failed"] == 1 / 5
+    # what they earned is still how well the policy does
+    assert figures["reward/outcome"] == (5 + 1 + 3 + 0) / 4
+    assert diagnose([group], [credit])["advantage/turn_1"] == 0.0
+
+
+def test_penalty_falls_on_the_turn_that_was_long():
+    (group,) = settle_overlong([GROUP], config("penalty"))
+    rewards = [[turn.reward for turn in t.turns] for t in group.trajectories]
+    assert rewards == [[0.5, -1.0], [-1.0, None], [pytest.approx(-0.3)], [None], [None]]
+    parts = group.trajectories[2].turns[0].reward_parts
+    assert parts == {"tool": 0.2, "overlong": -0.5}
+    assert [t.status for t in group.trajectories] == [t.status for t in GROUP.trajectories]
+
+
+def test_all_cut_off_is_no_signal():
+    group = Group(task=GROUP.task, trajectories=GROUP.trajectories[:3:2])
+    (masked,) = settle_overlong([group], config("mask"))
+    credit = assign_credit(masked)
+    assert not credit.has_signal and pack([masked], [credit], budget=99).batches == ()
+    assert Credit(rule="", advantages=()).tokens is None
+
+
+def test_a_buffer_beyond_the_limit_is_refused():
+    with pytest.raises(ValueError, match=r"rollout\.overlong_buffer: 64 is more than"):
+        Config(rollout=RolloutConfig(overlong="penalty", max_new_tokens=32))

@@ -1,0 +1,110 @@
+"""Credit that is measured against a critic's values instead of the other rollouts of the group.
+
+A value rule is one file with one pure function `estimate(trajectory, values, *, options)`, which
+gives one advantage per token or per turn and a target for the value of every token that has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from turnfast.credit.baseline import Rows
+from turnfast.credit.frame import Frame
+from turnfast.types import Credit, Group, TokenCredit, Trajectory
+
+Values = Sequence[Sequence[Sequence[float]]]
+"""values[g][i][t]: before sampled token t of rollout i of group g; none for failed rollouts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueRule:
+    """`per` says what has an advantage of its own."""
+
+    estimate: Callable[..., tuple[list[float], list[float | None]]]
+    per: Literal["token", "turn"]
+
+
+def credit_with_values(
+    name: str,
+    rule: ValueRule,
+    groups: Sequence[Group],
+    values: Values,
+    frame: Frame,
+    arguments: dict[str, Any],
+) -> list[Credit]:
+    """One `Credit` per group, in order; a rollout needs no peers, so groups of one count.
+
+    Raises:
+        ValueError: a reward that is no finite number, or values that do not fit the rollouts.
+    """
+    rows_by_group: list[Rows] = []
+    targets: list[list[float | None]] = []
+    for g, group in enumerate(groups):
+        seen = iter(frame.before(group, at_least=1).trajectories)
+        rows: Rows = []
+        for i, trajectory in enumerate(group.trajectories):
+            if trajectory.left_out:
+                continue
+            _check_values(trajectory, values[g][i])
+            row, target = rule.estimate(next(seen), values[g][i], **arguments)
+            rows.append(row)
+            targets.append(target)
+        rows_by_group.append(rows)
+    rest = iter(targets)
+    return [
+        _credit(name, rule.per, group, values[g], rows, rest)
+        for g, (group, rows) in enumerate(zip(groups, frame.apply(rows_by_group), strict=True))
+    ]
+
+
+def _credit(
+    name: str,
+    per: Literal["token", "turn"],
+    group: Group,
+    values: Sequence[Sequence[float]],
+    rows: Rows,
+    targets: Iterator[list[float | None]],
+) -> Credit:
+    remaining = iter(rows)
+    turns, tokens = [], []
+    for trajectory, known in zip(group.trajectories, values, strict=True):
+        if trajectory.left_out:
+            turns.append((0.0,) * len(trajectory.turns))
+            tokens.append(TokenCredit(values=(), targets=()))
+            continue
+        row = next(remaining)
+        turns.append(tuple(row) if per == "turn" else _means(trajectory, row))
+        tokens.append(
+            TokenCredit(
+                values=tuple(known),
+                targets=tuple(next(targets)),
+                advantages=tuple(row) if per == "token" else None,
+            )
+        )
+    return Credit(rule=name, advantages=tuple(turns), tokens=tuple(tokens))
+
+
+def _means(trajectory: Trajectory, row: Sequence[float]) -> tuple[float, ...]:
+    means, start = [], 0
+    for turn in trajectory.turns:
+        end = start + len(turn.sampled_ids)
+        means.append(math.fsum(row[start:end]) / max(1, end - start))
+        start = end
+    return tuple(means)
+
+
+def _check_values(trajectory: Trajectory, values: Sequence[float]) -> None:
+    if len(values) != trajectory.num_sampled:
+        raise ValueError(
+            f"task {trajectory.task_id!r}, trajectory {trajectory.index}: {len(values)} values for "
+            f"{trajectory.num_sampled} sampled tokens; one per token is needed"
+        )
+    for t, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"task {trajectory.task_id!r}, trajectory {trajectory.index}: the critic's value "
+                f"of token {t} is {value}; lower critic.lr_factor or optim.lr"
+            )
