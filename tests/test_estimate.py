@@ -51,7 +51,7 @@ CHILD = """
                     tokens=ids, rows=list(range(len(prompt), context - 1)),
                     targets=ids[len(prompt) + 1:], turns=[0] * (fresh - 1),
                     logprobs=[-5.0] * (fresh - 1), advantages=[1.0 - len(rows) % 3],
-                    trajectory=len(rows),
+                    places=[0], trajectory=len(rows),
                 )
             )
         weights = [1e-3] * len(rows)
