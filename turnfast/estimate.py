@@ -87,6 +87,7 @@ def estimate(config: Config) -> Estimate:
     if config.model.freeze_head:
         head.requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = 2 if config.loss.kl_coef else 1  # the reference is a model of its own
     masters = 0 if dtype == torch.float32 else 4
     tokens = config.train.tokens_per_microbatch
     V, D = head.shape
@@ -99,7 +100,7 @@ def estimate(config: Config) -> Estimate:
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=tokens,
-        weights=_size(model.parameters()) + _size(model.buffers()),
+        weights=(_size(model.parameters()) + _size(model.buffers())) * copies,
         gradients=trained * dtype.itemsize,
         optimizer=int(trained * (masters + 2 * BYTES[config.optim.state])),
         activations=_activations(model, config, device),
