@@ -179,7 +179,7 @@ CHILD = """
                 Row(
                     tokens=ids, rows=list(range(length - 9, length - 1)), targets=ids[-8:],
                     turns=[0] * 8, logprobs=[-5.0] * 8, advantages=[1.0 - index % 3],
-                    trajectory=index,
+                    places=[0], trajectory=index,
                 )
             )
         return batch_of(made, [1 / (8 * rows)] * rows, "cpu", share_prefixes=True)
