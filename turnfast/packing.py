@@ -40,8 +40,8 @@ class Row:
     """One context with its targets: lists over the N targets of this row, K its turns.
 
     A "turn" is whatever has an advantage of its own, a single token for some rules; `places` says
-    in which turn of the trajectory it is (empty: they are its first ones). `values` and `value_targets` are lists over the N targets
-    (NaN without a target), empty for rules without a critic.
+    in which turn of the trajectory it is (empty: they are its first ones). `values` and
+    `value_targets` are lists over the N targets (NaN without a target), empty without a critic.
     """
 
     tokens: list[int]
