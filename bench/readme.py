@@ -92,8 +92,8 @@ def trl_step(record: dict[str, Any]) -> str:
             f"{record['clock']} time. {record['rollouts']} recorded rollouts, "
             f"{record['tokens_of_rows']:,} tokens, {record['shared_tokens']:.0%} shared; "
             f"{record['parameters'] / 1e6:.1f} M parameters, float32; TRL in micro-batches of "
-            f"{best.removeprefix('trl ')} rows, the fastest of those tried (the least that any of "
-            f"them takes is {least:.0f} MiB). Errors are against float64. "
+            f"{best.removeprefix('trl ')} rows, the fastest of those tried (row by row, slower, "
+            f"it takes {least:.0f} MiB). Errors are against float64. "
             f"From `{record['command']}`, commit `{record['commit']}`.",
         ]
     )
