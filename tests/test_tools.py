@@ -28,7 +28,7 @@ from turnfast.tools import (
     run_tool,
     tool,
 )
-from turnfast.tools import run as run_room
+from turnfast.tools import deadline as deadline_room
 
 
 @tool
@@ -363,8 +363,8 @@ def test_cancelling_the_caller_reaches_an_async_tool():
 
 
 def test_hanging_threads_are_limited(monkeypatch):
-    monkeypatch.setattr(run_room, "MAX_ABANDONED_THREADS", 3)
-    monkeypatch.setattr(run_room, "_ABANDONED", [])
+    monkeypatch.setattr(deadline_room, "MAX_ABANDONED_THREADS", 3)
+    monkeypatch.setattr(deadline_room, "_ABANDONED", [])
     release = threading.Event()
 
     @tool
@@ -377,7 +377,7 @@ def test_hanging_threads_are_limited(monkeypatch):
         "3 earlier calls are still hanging"
     ]
     release.set()
-    for thread in run_room._ABANDONED:
+    for thread in deadline_room._ABANDONED:
         thread.join(10)
     assert play(add, a=1) == ToolResult(text="2")
 

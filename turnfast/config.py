@@ -46,11 +46,27 @@ class ModelConfig(Section):
     compile: bool = Field(default=False, description="torch.compile of the model's body")
 
 
+class RewardConfig(Section):
+    """One entry of `[[env.rewards]]`: a function that adds to the rewards of the environment."""
+
+    function: str = Field(description="a built-in one, or 'module:function' of your own")
+    on: Literal["turn", "call", "outcome"] = Field(
+        default="outcome", description="scores every turn, turns with tool calls, or the whole"
+    )
+    weight: float = 1.0
+    deadline_s: PositiveFloat = 10.0
+    name: str = Field(default="", description="its name in the metrics; default the function's")
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the function")
+
+
 class EnvConfig(Section):
     name: str = Field(
         default="lookup", description="'lookup', 'search', or 'module:Class' of your own"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
+    rewards: tuple[RewardConfig, ...] = Field(
+        default=(), description="further reward functions, [[env.rewards]]"
+    )
     max_turns: PositiveInt = 4
     tool_timeout_s: PositiveFloat = 10.0
 

@@ -6,14 +6,13 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from numbers import Real
 
 from .chat import Chat, Conversation
 from .config import RolloutConfig
-from .envs import Env, Outcome, Step
+from .envs import Env, Outcome, RewardFault, Step, check_reward
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
-from .types import LARGEST_REWARD, Status, Task, Trajectory, Turn
+from .types import Status, Task, Trajectory, Turn
 
 
 async def play(
@@ -64,7 +63,7 @@ async def play(
                     text = chat.text(completion.sampled_ids)
                     step = await episode.step(text)
                     if step.reward is not None:
-                        _check_reward(step.reward)
+                        check_reward(step.reward, "the environment's turn reward")
                     turns.append(_turn(talk, completion, text, step))
                     closed = completion.finish == "stop"
                     if not closed and room < config.max_new_tokens:
@@ -75,7 +74,7 @@ async def play(
                         break
                     talk = chat.extend(talk, text, closed, step.messages)
                 scored = await episode.finish()
-                _check_reward(scored.reward)
+                check_reward(scored.reward, "the environment's outcome")
                 outcome = scored
     except (Exception, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run
@@ -83,6 +82,8 @@ async def play(
             raise
         if isinstance(fault, TimeoutError) and limit.expired():
             status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
+        elif isinstance(fault, RewardFault):
+            status, error = "reward_error", str(fault)
         else:
             status, error = "error", f"{type(fault).__name__}: {fault}"
     return Trajectory(
@@ -132,14 +133,6 @@ def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:
         ids.extend(turn.prompt_ids)
         ids.extend(turn.sampled_ids)
     return (*ids, *talk.prompt_ids)
-
-
-def _check_reward(reward: object) -> None:
-    if not (isinstance(reward, Real) and abs(float(reward)) < LARGEST_REWARD):
-        raise ValueError(
-            f"the environment gave a reward of {reward!r}; it must be a finite number, "
-            f"below {LARGEST_REWARD:g} in size"
-        )
 
 
 def _is_cancelled() -> bool:

@@ -101,6 +101,7 @@ def open_env(config: Config) -> Env:
     return load_env(
         config.env.name,
         config.env.options,
+        rewards=config.env.rewards,
         max_turns=config.env.max_turns,
         tool_timeout_s=config.env.tool_timeout_s,
     )

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 Finish = Literal["stop", "length"]
-Status = Literal["finished", "max_turns", "context_full", "overlong", "error", "timeout"]
+Status = Literal[
+    "finished", "max_turns", "context_full", "overlong", "error", "reward_error", "timeout"
+]
 LARGEST_REWARD = 1e100
 """Rewards stay below it in size: their squares, summed over a group, are still numbers."""
 Message = Mapping[str, Any]
@@ -89,9 +91,10 @@ class Trajectory:
     Attributes:
         outcome: weighted outcome reward of the whole trajectory (0.0 when it never answered).
         metrics: unweighted figures for people (`exact_match`, …), averaged in metrics.jsonl.
-        status: how it ended. `error` and `timeout` are faults of the world, not of the policy:
-            such a trajectory is counted, but never trained on and never part of a baseline. Nor is
-            an `overlong` one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
+        status: how it ended. `error`, `reward_error` (a reward function that raised, hung or gave
+            no number) and `timeout` are faults of the world, not of the policy: such a trajectory
+            is counted, but never trained on and never part of a baseline. Nor is an `overlong`
+            one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
     """
 
     task_id: str
@@ -106,7 +109,7 @@ class Trajectory:
 
     @property
     def failed(self) -> bool:
-        return self.status in ("error", "timeout")
+        return self.status in ("error", "reward_error", "timeout")
 
     @property
     def left_out(self) -> bool:

@@ -2,12 +2,23 @@
 
 from ..tools import Tool, tool
 from ..types import Message, Task
-from .base import Demonstration, Demonstrator, Env, Episode, Outcome, Split, Step
+from .base import (
+    CallResult,
+    Demonstration,
+    Demonstrator,
+    Env,
+    Episode,
+    Outcome,
+    PlayedTurn,
+    Split,
+    Step,
+)
 from .load import load_env
 from .lookup import LookupEnv
+from .reward import Reward, RewardFault, RewardFunction, check_reward, with_rewards
 from .rewards import contains_answer, exact_match, f1, normalize_answer
 from .search import SearchEnv
-from .tool_env import CallResult, PlayedTurn, ToolEnv, ToolEpisode
+from .tool_env import ToolEnv, ToolEpisode
 
 __all__ = [
     "CallResult",
@@ -19,6 +30,9 @@ __all__ = [
     "Message",
     "Outcome",
     "PlayedTurn",
+    "Reward",
+    "RewardFault",
+    "RewardFunction",
     "SearchEnv",
     "Split",
     "Step",
@@ -26,10 +40,12 @@ __all__ = [
     "Tool",
     "ToolEnv",
     "ToolEpisode",
+    "check_reward",
     "contains_answer",
     "exact_match",
     "f1",
     "load_env",
     "normalize_answer",
     "tool",
+    "with_rewards",
 ]

@@ -10,10 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-from ..tools import Tool
+from ..tools import MalformedCall, Tool, ToolCall, ToolError, ToolResult
 from ..types import Message, Task
 
 Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallResult:
+    """One call of a turn and what came of it."""
+
+    call: ToolCall | MalformedCall
+    result: ToolResult | ToolError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlayedTurn:
+    """One turn as the scoring sees it: the agent's text, its calls, and the environment's reply."""
+
+    text: str
+    calls: tuple[CallResult, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +42,7 @@ class Step:
         reward: weighted reward of the turn, the sum of `reward_parts`; None when it has none.
         tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt,
             and neither an error nor an empty result is a success.
+        calls: the calls themselves and their results, for reward functions.
     """
 
     messages: tuple[Message, ...] = ()
@@ -32,6 +50,7 @@ class Step:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     tool_calls: int = 0
     tool_successes: int = 0
+    calls: tuple[CallResult, ...] = ()
     done: bool = False
 
 

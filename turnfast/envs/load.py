@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, RewardConfig
 from .base import Env
+from .importing import import_named
 from .lookup import LookupEnv
+from .named_rewards import load_rewards
 from .options import check_options, suggest
+from .reward import with_rewards
 from .search import SearchEnv
 from .tool_env import ToolEnv
 
@@ -20,7 +19,12 @@ BUILT_IN: Mapping[str, Callable[..., Env]] = {"lookup": LookupEnv, "search": Sea
 
 
 def load_env(
-    name: str, options: Mapping[str, Any], *, max_turns: int = 4, tool_timeout_s: float = 10.0
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    rewards: Sequence[RewardConfig] = (),
+    max_turns: int = 4,
+    tool_timeout_s: float = 10.0,
 ) -> Env:
     """Make the environment of a run.
 
@@ -28,6 +32,7 @@ def load_env(
         name: "lookup", "search", or "module:Class" of the user's own, where `module` is a file in
             the current directory (`capitals` for capitals.py) or anything that can be imported.
         options: arguments of the class, checked against its signature.
+        rewards: `env.rewards`, functions whose rewards are added to those of the environment.
         max_turns, tool_timeout_s: `env.max_turns` and `env.tool_timeout_s`, in turns and seconds;
             taken by environments that are a `ToolEnv`.
     Raises:
@@ -39,6 +44,7 @@ def load_env(
         'Who is the teacher of the author of Sorime?'
     """
     make = BUILT_IN.get(name) or _find(name)
+    added = load_rewards(rewards)
     check_options(make, options)
     try:
         env = make(**options)
@@ -58,40 +64,19 @@ def load_env(
         if type(env).tasks is ToolEnv.tasks:
             raise ConfigError(f"env.name: {name} must define tasks(self, split)")
         env.set_limits(max_turns=max_turns, tool_timeout_s=tool_timeout_s)
-    return env
+        for reward in added:
+            if reward.name in env.weights:
+                raise ConfigError(
+                    f"env.rewards: {name} has a part {reward.name!r} of its own; set its weight "
+                    "with env.options.weights, or give this one another name"
+                )
+    return with_rewards(env, added) if added else env
 
 
 def _find(name: str) -> Callable[..., Env]:
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         hint = suggest(name, BUILT_IN)
         raise ConfigError(
             f"env.name: no environment is called {name!r}{hint} (your own is given as module:Class)"
         )
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        raise ConfigError(f"env.name: {name!r} is not of the form module:Class")
-    folder = os.getcwd()
-    if folder not in sys.path:
-        # last, so that no file in the user's folder can take the place of an installed package
-        sys.path.append(folder)
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"env.name: {module_name} needs {error.name!r}: {error}") from error
-        raise ConfigError(
-            f"env.name: no module {module_name!r} in {folder} or among the installed packages"
-        ) from None
-    except Exception as error:
-        raise ConfigError(
-            f"env.name: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        ) from error
-    if getattr(module, "__file__", None) is None:  # a folder without Python code
-        raise ConfigError(f"env.name: {module_name!r} is no Python module")
-    found = getattr(module, class_name, None)
-    if not callable(found):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        hint = suggest(class_name, classes)
-        raise ConfigError(f"env.name: {module.__file__} has no {class_name!r}{hint}")
-    return cast("Callable[..., Env]", found)
+    return import_named(name, field="env.name", form="module:Class")

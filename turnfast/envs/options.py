@@ -6,6 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -13,18 +14,28 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from ..config import ConfigError
 
 
-def check_options(make: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(
+    make: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    field: str = "env.options",
+    given: int = 0,
+) -> None:
     """Refuse options that the constructor would not take: unknown, missing, or of the wrong type.
+
+    Args:
+        field: what the options are called in the recipe.
+        given: leading parameters that are no options, since the caller passes them.
 
     Where a constructor hands `**options` on to its base class, the base's arguments count as well.
 
     Raises:
-        ConfigError: names `env.options.<option>` and what would do instead.
+        ConfigError: names `<field>.<option>` and what would do instead.
     """
     fields: dict[str, Any] = {}
     known: list[str] = []
     open_ended = False
-    for parameter, hint in _parameters(make):
+    for parameter, hint in islice(_parameters(make), given, None):
         open_ended = parameter.kind is parameter.VAR_KEYWORD
         if open_ended or parameter.kind is parameter.VAR_POSITIONAL or parameter.name in known:
             continue
@@ -38,7 +49,7 @@ def check_options(make: Callable[..., Any], options: Mapping[str, Any]) -> None:
     try:
         create_model("Options", __config__=config, **fields).model_validate(dict(options))
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item, known) for item in error.errors())
+        lines = dict.fromkeys(_explain(item, known, field) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -69,11 +80,11 @@ def _parameters(make: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, A
             return
 
 
-def _explain(item: Any, known: list[str]) -> str:
+def _explain(item: Any, known: list[str], field: str) -> str:
     where = ".".join(str(part) for part in item["loc"])
     option = str(item["loc"][0]) if item["loc"] else ""
     if item["type"] == "extra_forbidden":
-        return f"env.options.{where}: no such option{suggest(option, known)}"
+        return f"{field}.{where}: no such option{suggest(option, known)}"
     if item["type"] == "missing":
-        return f"env.options.{where}: this option must be given"
-    return f"env.options.{option}: {item['msg']} (got {item['input']!r})"
+        return f"{field}.{where}: this option must be given"
+    return f"{field}.{option}: {item['msg']} (got {item['input']!r})"

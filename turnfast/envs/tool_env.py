@@ -50,7 +50,6 @@ import asyncio
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from ..config import ConfigError
@@ -60,12 +59,11 @@ from ..tools import (
     Tool,
     ToolCall,
     ToolError,
-    ToolResult,
     parse_calls,
     run_tool,
 )
 from ..types import Message, Task
-from .base import Outcome, Split, Step
+from .base import CallResult, Outcome, PlayedTurn, Split, Step
 from .options import suggest
 from .rewards import (
     DEFAULT_WEIGHTS,
@@ -81,22 +79,6 @@ from .rewards import (
 
 CallFormat = Literal["xml", "native"]
 TOO_MANY_CALLS = "too many calls in one turn"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallResult:
-    """One call of a turn and what came of it."""
-
-    call: ToolCall | MalformedCall
-    result: ToolResult | ToolError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlayedTurn:
-    """One turn as the scoring sees it: the agent's text and its calls."""
-
-    text: str
-    calls: tuple[CallResult, ...] = ()
 
 
 class ToolEnv:
@@ -279,15 +261,17 @@ class ToolEpisode:
         error = ToolError(kind="malformed", text=refused.reason)
         calls = [CallResult(call=c, result=r) for c, r in zip(attempts, results, strict=False)]
         calls += [CallResult(call=refused, result=error)] * bool(attempts[env.max_calls :])
-        turn = PlayedTurn(text=text, calls=tuple(calls))
+        replies = env.reply(calls)
+        turn = PlayedTurn(text=text, calls=tuple(calls), messages=replies)
         parts = weigh(env.score_turn(self._task, turn, self._turns), env.weights)
         self._turns.append(turn)
         return Step(
-            messages=env.reply(calls),
+            messages=replies,
             reward=math.fsum(parts.values()),
             reward_parts=parts,
             tool_calls=len(calls),
             tool_successes=sum(call.result.success for call in calls),
+            calls=turn.calls,
         )
 
 

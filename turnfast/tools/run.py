@@ -1,26 +1,19 @@
 """Run one tool call under a deadline; whatever goes wrong ends this call and nothing else.
 
-Plain functions run in a daemon thread of their own, so a hanging one blocks neither the event
-loop, nor other calls, nor the interpreter's exit. `async` functions run in the caller's loop and
-are cancelled; one that never awaits cannot be interrupted: blocking work belongs in a plain
-function.
+How a deadline is kept, for plain and for `async` functions, is in deadline.py.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import inspect
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .deadline import Late, Raised, Returned, call_within
 from .parse import MalformedCall, ToolCall
 from .tool import BadArguments, Tool
 
 MAX_RESULT_CHARS = 16_384
-MAX_ABANDONED_THREADS = 256
 
 Fault = Literal[
     "malformed", "unknown_tool", "bad_arguments", "raised", "timeout", "flood", "bad_output"
@@ -101,72 +94,18 @@ async def run_tool(
     if isinstance(checked, ToolError):
         return checked
     tool, arguments = checked
-    if inspect.iscoroutinefunction(tool.function):
-        running = asyncio.ensure_future(_guard_coroutine(tool.function, arguments))
-    else:
-        started = _start_thread(tool, arguments)
-        if isinstance(started, ToolError):
-            return started
-        running = started
-    try:
-        # not wait_for: a result that is there when the deadline passes must count, even if the
-        # loop was busy sampling meanwhile
-        done, _ = await asyncio.wait({running}, timeout=timeout_s)
-    finally:
-        running.cancel()
-    if not done:
-        return ToolError(kind="timeout", text=f"{tool.name} gave no result in {timeout_s:g} s")
-    if running.cancelled():
-        return ToolError(kind="raised", text="CancelledError")
-    return _check_output(tool, running.result(), max_chars)
-
-
-async def _guard_coroutine(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    try:
-        return await function(**arguments)
-    except (Exception, SystemExit) as error:
-        return _raised(error)
-
-
-_ABANDONED: list[threading.Thread] = []
-_ABANDONED_LOCK = threading.Lock()
-
-
-def _start_thread(tool: Tool, arguments: dict[str, Any]) -> asyncio.Future[Any] | ToolError:
-    """Run a plain function in its own daemon thread; the future belongs to the running loop."""
-    with _ABANDONED_LOCK:
-        _ABANDONED[:] = [thread for thread in _ABANDONED if thread.is_alive()]
-        if len(_ABANDONED) >= MAX_ABANDONED_THREADS:
-            count = len(_ABANDONED)
-            return ToolError(kind="timeout", text=f"{count} earlier calls are still hanging")
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def work() -> None:
-        try:
-            value = context.run(tool.function, **arguments)
-        except BaseException as error:  # a tool may call sys.exit, which must end only its own call
-            value = _raised(error)
-        try:
-            loop.call_soon_threadsafe(deliver, value)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits for this result any more
-
-    def deliver(value: Any) -> None:
-        if not future.done():
-            future.set_result(value)
-
-    thread = threading.Thread(target=work, name=f"tool-{tool.name}", daemon=True)
-
-    def abandon(done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
-            with _ABANDONED_LOCK:
-                _ABANDONED.append(thread)
-
-    future.add_done_callback(abandon)
-    thread.start()
-    return future
+    ended = await call_within(
+        tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
+    )
+    match ended:
+        case Returned(value=value):
+            return _check_output(tool, value, max_chars)
+        case Raised(error=error):
+            return _raised(error)
+        case Late(hanging=0):
+            return ToolError(kind="timeout", text=f"{tool.name} gave no result in {timeout_s:g} s")
+        case Late(hanging=hanging):
+            return ToolError(kind="timeout", text=f"{hanging} earlier calls are still hanging")
 
 
 def _check_output(tool: Tool, value: Any, max_chars: int) -> ToolResult | ToolError:

@@ -1,0 +1,358 @@
+"""Reward functions of the user: what they are handed, how they count, and how they fail."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+
+import pytest
+from transformers import AutoTokenizer
+
+from turnfast.chat import Chat
+from turnfast.config import ConfigError, RewardConfig, RolloutConfig
+from turnfast.credit import assign_credit
+from turnfast.envs import (
+    Demonstrator,
+    LookupEnv,
+    Reward,
+    RewardFault,
+    Task,
+    ToolEnv,
+    check_reward,
+    load_env,
+    tool,
+    with_rewards,
+)
+from turnfast.metrics import summarise
+from turnfast.recipe import load_config, to_toml
+from turnfast.rollout import RolloutError, rollout
+from turnfast.sampler.scripted import ScriptedSampler
+
+TASK = Task(
+    id="q", question="Who wrote Ulm?", answers=("Ida",), data={"supporting_titles": ("Ulm", "Rom")}
+)
+
+
+class Books(ToolEnv):
+    def __init__(self) -> None:
+        super().__init__(instructions="", weights={"tool_executed": 0.0, "answer_in_result": 0.0})
+
+    def tasks(self, split):
+        return [TASK]
+
+    @tool
+    def search(self, query: str) -> str:
+        """Find one passage."""
+        return {"Ulm": "Ulm: by Ida.", "Rom": "Rom: by Ole."}.get(query, "")
+
+
+def call(query: str) -> str:
+    return f'<tool>{{"name": "search", "args": {{"query": "{query}"}}}}</tool>'
+
+
+ANSWER = "<answer>Ida</answer>"
+
+
+def play(env, *texts):
+    async def run():
+        episode = env.episode(TASK)
+        await episode.start()
+        return [await episode.step(text) for text in texts], await episode.finish()
+
+    return asyncio.run(run())
+
+
+def words(task, turns) -> float:
+    return len(turns[-1].text.split())
+
+
+async def turns_so_far(task, turns) -> float:
+    await asyncio.sleep(0)
+    return float(len(turns))
+
+
+def test_weights_and_places_of_plain_and_async_functions():
+    env = with_rewards(
+        Books(),
+        [
+            Reward(name="words", function=words, on="turn", weight=-0.5),
+            Reward(name="calls", function=turns_so_far, on="call", weight=0.25),
+            Reward(name="length", function=turns_so_far, on="outcome", weight=2.0),
+        ],
+    )
+    plain_steps, plain = play(Books(), call("Ulm"), ANSWER)
+    (first, second), outcome = play(env, call("Ulm"), ANSWER)
+    num_words = len(call("Ulm").split())
+    assert first.reward_parts == {
+        **plain_steps[0].reward_parts,
+        "words": -0.5 * num_words,
+        "calls": 0.25,
+    }
+    assert first.reward == pytest.approx(sum(first.reward_parts.values()))
+    assert (second.reward, second.reward_parts) == (-0.5, {"words": -0.5})
+    assert outcome.reward == pytest.approx(plain.reward + 4.0)
+    assert outcome.reward_parts == {**plain.reward_parts, "length": 4.0}
+    assert (first.messages, second.done) == (plain_steps[0].messages, True)
+
+
+def test_functions_see_calls_results_and_replies():
+    seen = []
+
+    def look(task, turns):
+        seen.append((task, turns))
+        return 0.0
+
+    env = with_rewards(Books(), [Reward(name="look", function=look, on="turn")])
+    play(env, call("Rom"), "<tool>rubbish</tool>", ANSWER)
+    task, turns = seen[-1]
+    assert task is TASK and [turn.text for turn in turns][2] == ANSWER
+    assert turns[0].calls[0].call.arguments == {"query": "Rom"}
+    assert turns[0].calls[0].result.text == "Rom: by Ole."
+    assert not turns[1].calls[0].result.success
+    assert turns[0].messages[0]["content"] == "<result>Rom: by Ole.</result>"
+
+
+def configs(*entries):
+    return tuple(RewardConfig(**entry) for entry in entries)
+
+
+def test_built_in_functions_count_as_those_of_the_environment(tmp_path):
+    named = configs(
+        {"function": "exact_match", "name": "em"},
+        {"function": "f1"},
+        {"function": "answer_contained", "name": "inside"},
+        {"function": "tool_executed", "on": "call", "name": "executed"},
+        {"function": "answer_in_result", "on": "call", "name": "found"},
+        {"function": "retrieval", "on": "call"},
+        {"function": "format", "on": "turn", "name": "form", "options": {"reasoning": False}},
+        {"function": "tags_once", "on": "turn", "name": "tags", "options": {"reasoning": False}},
+    )
+    from turnfast.envs.named_rewards import load_rewards
+
+    env = with_rewards(Books(), load_rewards(named))
+    steps, outcome = play(env, call("Rom"), call("Ulm"), call("Ulm"), call("void"), ANSWER)
+    parts = [dict(step.reward_parts) for step in steps]
+    assert [p.get("executed") for p in parts] == [1.0, 1.0, 1.0, 0.0, None]
+    assert [p.get("found") for p in parts] == [0.0, 1.0, 0.0, 0.0, None]
+    assert [p.get("retrieval") for p in parts] == [0.5, 0.5, 0.0, 0.0, None]
+    assert [(p["form"], p["tags"]) for p in parts] == [(1.0, 1.0)] * 5
+    assert [outcome.reward_parts[name] for name in ("em", "f1", "inside")] == [1.0, 1.0, 1.0]
+    _, beside = play(env, call("Ulm") + ANSWER)
+    assert [beside.reward_parts[name] for name in ("em", "f1", "inside")] == [0.0, 0.0, 0.0]
+    _, wrong = play(env, "<answer>Ida Berg</answer>")
+    assert (wrong.reward_parts["em"], wrong.reward_parts["f1"]) == (0.0, pytest.approx(2 / 3))
+
+
+def raises(task, turns):
+    raise ZeroDivisionError("by nought")
+
+
+def exits(task, turns):
+    raise SystemExit(3)
+
+
+def hangs(task, turns):
+    threading.Event().wait(60)
+
+
+async def hangs_async(task, turns):
+    await asyncio.sleep(60)
+
+
+FAULTS = [
+    (raises, "raised", "raised ZeroDivisionError: by nought"),
+    (exits, "raised", "raised SystemExit: 3"),
+    (hangs, "timeout", "gave nothing in 0.2 s"),
+    (hangs_async, "timeout", "gave nothing in 0.2 s"),
+    (lambda task, turns: None, "missing", "is None"),
+    (lambda task, turns: "1.0", "not_a_number", "is a str"),
+    (lambda task, turns: math.nan, "not_finite", "is nan"),
+    (lambda task, turns: -math.inf, "not_finite", "is -inf"),
+]
+
+
+@pytest.mark.parametrize(("function", "kind", "text"), FAULTS)
+@pytest.mark.parametrize("on", ["turn", "outcome"])
+def test_what_is_no_reward_is_a_typed_fault(function, kind, text, on):
+    bad = Reward(name="bad", function=function, on=on, deadline_s=0.2)
+    env = with_rewards(Books(), [Reward(name="good", function=words, on=on), bad])
+    begin = time.perf_counter()
+    with pytest.raises(RewardFault) as caught:
+        play(env, ANSWER)
+    assert caught.value.kind == kind
+    assert "reward 'bad'" in str(caught.value) and text in str(caught.value)
+    assert time.perf_counter() - begin < 30
+
+
+def test_numbers_of_other_kinds_are_taken():
+    import numpy
+
+    assert check_reward(True, "it") == 1.0
+    assert check_reward(numpy.float32(0.5), "it") == 0.5
+    assert type(check_reward(numpy.int64(2), "it")) is float
+
+
+def test_functions_of_a_turn_run_at_the_same_time():
+    everybody = threading.Barrier(8)
+
+    def meet(task, turns):
+        everybody.wait(timeout=5)  # raises unless all eight are here
+        return 1.0
+
+    env = with_rewards(
+        Books(), [Reward(name=f"meet{i}", function=meet, on="turn") for i in range(8)]
+    )
+    (step,), _ = play(env, ANSWER)
+    assert step.reward == 8.0
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_folder):
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+def roll(chat, env, *, share):
+    config = RolloutConfig(
+        prompts_per_step=1,
+        group_size=6,
+        max_new_tokens=100,
+        max_context=400,
+        max_error_share=share,
+        trajectory_timeout_s=60,
+    )
+    sampler = ScriptedSampler(lambda prompt_ids: chat.encode_reply(ANSWER))
+    return rollout([TASK], env, chat, sampler, config, max_turns=3, seed=0)
+
+
+def test_a_failed_reward_is_counted_and_stays_out_of_the_baseline(chat):
+    calls = []
+
+    def moody(task, turns):
+        calls.append(len(calls))
+        return [1.0, math.nan, 2.0, 6.0, None, 3.0][calls[-1]]
+
+    env = with_rewards(Books(), [Reward(name="moody", function=moody, weight=1.0)])
+    (group,) = roll(chat, env, share=0.5)
+    statuses = [t.status for t in group.trajectories]
+    assert statuses.count("reward_error") == 2 and statuses.count("finished") == 4
+    failed = [t for t in group.trajectories if t.failed]
+    assert all(t.error.startswith("reward 'moody' is") for t in failed)
+    credit = assign_credit(group, rule="grpo_or")
+    for t, advantages in zip(group.trajectories, credit.advantages, strict=True):
+        assert not t.failed or advantages == (0.0,)
+    healthy = [
+        a[0] for t, a in zip(group.trajectories, credit.advantages, strict=True) if not t.failed
+    ]
+    assert sum(healthy) == pytest.approx(0.0, abs=1e-6) and max(healthy) > 1.0
+    figures = summarise([group])
+    assert figures["status/reward_error"] == pytest.approx(2 / 6) == figures["failed"]
+    assert figures["reward_part/moody"] == pytest.approx(3.0)
+
+
+def test_too_many_failed_rewards_end_the_run_in_words(chat):
+    env = with_rewards(Books(), [Reward(name="bad", function=raises)])
+    with pytest.raises(RolloutError, match=r"6 of 6 .*reward 'bad' raised ZeroDivisionError"):
+        roll(chat, env, share=0.5)
+
+
+def test_a_demonstrator_stays_one():
+    small = LookupEnv(people=40, held_out_people=40, popular_questions=4, eval_tasks=8, demos=300)
+    reward = Reward(name="words", function=words)
+    env = with_rewards(small, [reward])
+    assert isinstance(env, Demonstrator) and env.demonstrations(0) == small.demonstrations(0)
+    assert env.corpus() == small.corpus() and env.tools == small.tools
+    assert not isinstance(with_rewards(Books(), [reward]), Demonstrator)
+
+
+MODULE = """
+def brevity(task, turns, *, scale: float = 1.0):
+    return scale / (1 + len(turns[-1].text))
+
+class Counting:
+    def __init__(self, *, start: int) -> None:
+        self.start = start
+    async def __call__(self, task, turns):
+        return self.start + len(turns)
+
+def three(task, turns, more):
+    return 0.0
+
+number = 3
+"""
+
+RECIPE = """
+[env]
+name = "lookup"
+options = {people = 40, held_out_people = 40, popular_questions = 4, eval_tasks = 8, demos = 300}
+[[env.rewards]]
+function = "my_rewards_of_a_test:brevity"
+on = "turn"
+weight = 0.5
+options = { scale = 3.0 }
+[[env.rewards]]
+function = "my_rewards_of_a_test:Counting"
+name = "count"
+options = { start = 10 }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards_of_a_test.py").write_text(MODULE)
+    return tmp_path
+
+
+def test_from_a_recipe_and_back(folder):
+    (folder / "r.toml").write_text(RECIPE)
+    config = load_config("r.toml")
+    (folder / "again.toml").write_text(to_toml(config))
+    assert load_config("again.toml") == config
+    env = load_env(config.env.name, config.env.options, rewards=config.env.rewards)
+    (step,), outcome = play_lookup(env, "x" * 5)
+    assert step.reward_parts == {"brevity": 0.5 * 3.0 / 6}
+    assert outcome.reward_parts == {"count": 11.0}
+
+
+def play_lookup(env, *texts):
+    async def run():
+        episode = env.episode(env.tasks("train")[0])
+        await episode.start()
+        return [await episode.step(text) for text in texts], await episode.finish()
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"function": "f2"}, r"env.rewards\[0\].function: no reward is called 'f2'.*'f1'"),
+        ({"function": "no_such_room:f"}, r"function: no module 'no_such_room'"),
+        ({"function": "my_rewards_of_a_test:brevety"}, r"did you mean 'brevity'"),
+        ({"function": "my_rewards_of_a_test:number"}, r"has no 'number'"),
+        ({"function": "my_rewards_of_a_test:three"}, r"options.more: this option must be given"),
+        (
+            {"function": "my_rewards_of_a_test:brevity", "options": {"scle": 1.0}},
+            r"env.rewards\[0\].options.scle: no such option; did you mean 'scale'",
+        ),
+        (
+            {"function": "my_rewards_of_a_test:Counting", "options": {"start": "1"}},
+            r"options.start: Input should be a valid integer",
+        ),
+        ({"function": "exact_match"}, r"lookup has a part 'exact_match' of its own"),
+    ],
+)
+def test_a_bad_entry_is_refused_by_name(folder, entry, message):
+    options = {"people": 40, "held_out_people": 40, "popular_questions": 4, "eval_tasks": 8}
+    with pytest.raises(ConfigError, match=message):
+        load_env("lookup", {**options, "demos": 10}, rewards=configs(entry))
+
+
+def test_two_of_one_name_are_refused():
+    twice = configs({"function": "f1"}, {"function": "f1", "on": "turn"})
+    with pytest.raises(ConfigError, match=r"env.rewards\[1\].name: there is a 'f1' already"):
+        load_env("lookup", {}, rewards=twice)
+    with pytest.raises(ValueError, match="two rewards are called 'f'"):
+        with_rewards(Books(), [Reward(name="f", function=words)] * 2)
