@@ -167,7 +167,7 @@ FAULTS = [
     (hangs, "timeout", "gave nothing in 0.2 s"),
     (hangs_async, "timeout", "gave nothing in 0.2 s"),
     (lambda task, turns: None, "missing", "is None"),
-    (lambda task, turns: "1.0", "not_a_number", "is a str"),
+    (lambda task, turns: "1.0", "not_a_number", "is '1.0'"),
     (lambda task, turns: math.nan, "not_finite", "is nan"),
     (lambda task, turns: -math.inf, "not_finite", "is -inf"),
 ]

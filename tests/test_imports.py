@@ -18,7 +18,8 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 LEVELS = [
     ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness"],
     ["kernels"],
-    ["tools", "sinks", "tiny", "liger", "moments"],
+    ["tools", "sinks", "tiny", "liger", "moments", "sandbox"],
+    ["judge"],
     [
         "credit",
         "packing",

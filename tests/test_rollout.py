@@ -375,13 +375,13 @@ def paid(where: str, reward):
 def test_a_reward_that_is_no_number_costs_one_trajectory(chat, where, reward, shown):
     groups = play_fragile(chat, Fragile(paid(where, reward), where), group_size=2)
     for lone in groups[1].trajectories:
-        assert lone.status == "error" and lone.outcome == 0.0
-        assert re.search(f"gave a reward of {shown}; it must be a finite number", lone.error)
+        assert lone.status == "reward_error" and lone.outcome == 0.0
+        assert re.search(f"the environment's .* is {shown}; it must be a finite", lone.error)
         assert all(turn.reward == 1.0 for turn in lone.turns)
     # counted, in no baseline, and the step goes on
     credits = assign_credits(groups)
     assert not credits[1].has_signal
-    assert summarise(groups, credits)["status/error"] == 2 / 16
+    assert summarise(groups, credits)["status/reward_error"] == 2 / 16
     with pytest.raises(RolloutError, match=r"2 of 16 .* rollout\.max_error_share"):
         play_fragile(chat, Fragile(paid(where, reward), where), group_size=2, max_error_share=0.1)
 

@@ -60,9 +60,7 @@ class RewardConfig(Section):
 
 
 class EnvConfig(Section):
-    name: str = Field(
-        default="lookup", description="'lookup', 'search', or 'module:Class' of your own"
-    )
+    name: str = Field(default="lookup", description="a built-in one, or 'module:Class' of your own")
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
     rewards: tuple[RewardConfig, ...] = Field(
         default=(), description="further reward functions, [[env.rewards]]"

@@ -6,16 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config import ConfigError, RewardConfig
+from .adapters.gymnasium import GymnasiumEnv
+from .adapters.mcp import McpEnv
+from .adapters.textarena import TextArenaEnv
 from .base import Env
+from .calculator import CalculatorEnv
+from .frozen_lake import FrozenLakeEnv
 from .importing import import_named
 from .lookup import LookupEnv
 from .named_rewards import load_rewards
 from .options import check_options, suggest
+from .python import PythonEnv
 from .reward import with_rewards
 from .search import SearchEnv
 from .tool_env import ToolEnv
+from .wordle import WordleEnv
 
-BUILT_IN: Mapping[str, Callable[..., Env]] = {"lookup": LookupEnv, "search": SearchEnv}
+BUILT_IN: Mapping[str, Callable[..., Env]] = {
+    "lookup": LookupEnv,
+    "search": SearchEnv,
+    "calculator": CalculatorEnv,
+    "python": PythonEnv,
+    "frozen_lake": FrozenLakeEnv,
+    "wordle": WordleEnv,
+    "gymnasium": GymnasiumEnv,
+    "textarena": TextArenaEnv,
+    "mcp": McpEnv,
+}
 
 
 def load_env(
@@ -29,7 +46,7 @@ def load_env(
     """Make the environment of a run.
 
     Args:
-        name: "lookup", "search", or "module:Class" of the user's own, where `module` is a file in
+        name: one of `BUILT_IN`, or "module:Class" of the user's own, where `module` is a file in
             the current directory (`capitals` for capitals.py) or anything that can be imported.
         options: arguments of the class, checked against its signature.
         rewards: `env.rewards`, functions whose rewards are added to those of the environment.

@@ -5,6 +5,7 @@
     retrieval                            share of the task's `supporting_titles` that  call
                                          a result of this turn names for the first time
     format tags_once                     the form of the turn                          turn
+    judge                                a language model's opinion (judge_reward.py)  any
 
 A class in place of a function is made once, with `options` as its arguments, and then called.
 """
@@ -21,6 +22,7 @@ from ..types import Task
 from . import rewards
 from .base import PlayedTurn
 from .importing import import_named
+from .judge_reward import Judge
 from .options import check_options, suggest
 from .reward import Reward
 
@@ -74,7 +76,7 @@ def tags_once(
     return rewards.tags_score(turns[-1].text, native=native, reasoning=reasoning)
 
 
-BUILT_IN: Mapping[str, Callable[..., Any]] = {
+BUILT_IN: Mapping[str, Callable[..., Any]] = {"judge": Judge} | {
     function.__name__: function
     for function in (
         exact_match,

@@ -70,15 +70,17 @@ class Reward:
 def check_reward(value: Any, what: str) -> float:
     """The value as a float; raises RewardFault for None, NaN, what is infinite or
     above LARGEST_REWARD, and what is no number."""
+    kind: FaultKind | None = None
     if value is None:
-        raise RewardFault("missing", f"{what} is None, not a number")
-    if not isinstance(value, Real):
-        raise RewardFault("not_a_number", f"{what} is a {type(value).__name__}, not a number")
-    if not abs(float(value)) < LARGEST_REWARD:
-        raise RewardFault(
-            "not_finite",
-            f"{what} is {float(value)}; it must be finite, and below {LARGEST_REWARD:g} in size",
-        )
+        kind = "missing"
+    elif not isinstance(value, Real):
+        kind = "not_a_number"
+    elif not abs(float(value)) < LARGEST_REWARD:
+        kind = "not_finite"
+    if kind is not None:
+        shown = repr(value)[:80]
+        text = f"it must be a finite number, below {LARGEST_REWARD:g} in size"
+        raise RewardFault(kind, f"{what} is {shown}; {text}")
     return float(value)
 
 

@@ -21,7 +21,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..tools import without_thoughts
+from ..tools import ToolCall, read_calls, without_thoughts
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "tool_executed": 0.2,
@@ -35,7 +35,6 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", flags=re.DOTALL)
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
 
 
@@ -75,8 +74,13 @@ def contains_answer(text: str, accepted: Iterable[str]) -> float:
 
 def read_answer(text: str) -> str | None:
     """The content of the last <answer> of a turn, outside of its reasoning; None without one."""
-    answers = _ANSWER.findall(without_thoughts(text))
-    return answers[-1].strip() if answers else None
+    return read_tag(text, "answer")
+
+
+def read_tag(text: str, tag: str) -> str | None:
+    """The same for any tag; `<move>up</move>` holds "up"."""
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", without_thoughts(text), flags=re.DOTALL)
+    return found[-1].strip() if found else None
 
 
 def format_score(text: str, *, native: bool, reasoning: bool) -> float:
@@ -84,6 +88,8 @@ def format_score(text: str, *, native: bool, reasoning: bool) -> float:
     thought = "think" if native else "reasoning"
     head = rf"\s*(<{thought}>(?:(?!</{thought}>).)*</{thought}>\s*)"
     head += "" if reasoning and not native else "?"
+    if native and _is_untagged_call(text):
+        return 1.0
     call = _pair("tool_call") + r"(\s*" + _pair("tool_call") + ")*" if native else _pair("tool")
     pattern = head + rf"({call}|{_pair('answer')})\s*"
     return float(re.fullmatch(pattern, text, flags=re.DOTALL) is not None)
@@ -93,8 +99,11 @@ def tags_score(text: str, *, native: bool, reasoning: bool) -> float:
     """The share of the expected tag pairs of a turn that occur exactly once.
 
     Expected are the call's tags, or the answer's where the turn has no trace of a call, and before
-    it the reasoning's where reasoning is asked for. In native form several calls are one's right.
+    it the reasoning's where reasoning is asked for. In native form several calls are one's right,
+    and calls of Llama 3 and Mistral, which have no tags, count as 1.
     """
+    if native and _is_untagged_call(text):
+        return 1.0
     call = "tool_call" if native else "tool"
     action = call if f"<{call}>" in text or f"</{call}>" in text else "answer"
     expected = [action, *(["reasoning"] if reasoning and not native else [])]
@@ -119,6 +128,13 @@ def _f1(said: str, right: str) -> float:
     if not common:
         return float(said == right)
     return 2 * common / (len(said.split()) + len(right.split()))
+
+
+def _is_untagged_call(text: str) -> bool:
+    """Whether a turn is well-formed calls of Llama 3 or Mistral, and nothing else but thoughts."""
+    calls, rest = read_calls(text)
+    whole = all(isinstance(call, ToolCall) for call in calls)
+    return bool(calls) and whole and not rest.strip() and "<tool" not in without_thoughts(text)
 
 
 def _pair(tag: str) -> str:

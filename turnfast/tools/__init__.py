@@ -1,7 +1,10 @@
 """Tools: typed Python functions that an agent may call."""
 
+from .arithmetic import calculate, show_number
+from .background import BackgroundLoop
 from .deadline import Late, Raised, Returned, call_within
-from .parse import MalformedCall, ToolCall, parse_call, parse_calls, without_thoughts
+from .formats import CallFormat, MalformedCall, ToolCall, write_calls
+from .parse import parse_call, parse_calls, read_calls, without_thoughts
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
 from .search_index import STOP_WORDS, Hit, Passage, SearchIndex
 from .tool import BadArguments, Tool, tool
@@ -9,7 +12,9 @@ from .tool import BadArguments, Tool, tool
 __all__ = [
     "MAX_RESULT_CHARS",
     "STOP_WORDS",
+    "BackgroundLoop",
     "BadArguments",
+    "CallFormat",
     "Hit",
     "Late",
     "MalformedCall",
@@ -21,11 +26,15 @@ __all__ = [
     "ToolCall",
     "ToolError",
     "ToolResult",
+    "calculate",
     "call_within",
     "check_call",
     "parse_call",
     "parse_calls",
+    "read_calls",
     "run_tool",
+    "show_number",
     "tool",
     "without_thoughts",
+    "write_calls",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .deadline import Late, Raised, Returned, call_within
-from .parse import MalformedCall, ToolCall
+from .formats import MalformedCall, ToolCall
 from .tool import BadArguments, Tool
 
 MAX_RESULT_CHARS = 16_384

@@ -1,0 +1,363 @@
+"""Environments and tools of other libraries, against the real packages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import sys
+from itertools import permutations
+
+import pytest
+from transformers import AutoTokenizer
+
+from turnfast.chat import Chat
+from turnfast.config import ConfigError, RolloutConfig
+from turnfast.envs import ToolEnv, load_env
+from turnfast.envs.adapters import door
+from turnfast.envs.adapters.mcp import McpServer
+from turnfast.rollout import rollout
+from turnfast.sampler.scripted import ScriptedSampler, shuffled
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_folder):
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+def roll(chat, env, say, *, max_turns, num_tasks=3):
+    config = RolloutConfig(
+        prompts_per_step=num_tasks,
+        group_size=2,
+        max_new_tokens=100,
+        max_context=6000,
+        max_error_share=0.0,
+        trajectory_timeout_s=120,
+    )
+    sampler = ScriptedSampler(
+        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
+    )
+    tasks = env.tasks("train")[:num_tasks]
+    return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
+
+
+def play(env, task, *texts):
+    async def run():
+        episode = env.episode(task)
+        first = await episode.start()
+        return first, [await episode.step(text) for text in texts], await episode.finish()
+
+    return asyncio.run(run())
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(door.importlib, "import_module", missing)
+    for make in (
+        lambda: load_env("gymnasium", {"id": "FrozenLake-v1"}),
+        lambda: load_env("textarena", {"id": "Mastermind-v0"}),
+        lambda: McpServer("python", ["server.py"]),
+    ):
+        with pytest.raises(ConfigError, match=r"needs the package \w+ .* 'turnfast\[adapters\]'"):
+            make()
+
+
+def missing(name):
+    raise ImportError(f"No module named {name!r}")
+
+
+# gymnasium
+
+LAKE = {
+    "id": "FrozenLake-v1",
+    "kwargs": {"is_slippery": False},
+    "actions": ["left", "down", "right", "up"],
+}
+
+
+def act(word: str) -> str:
+    return f"<action>{word}</action>"
+
+
+def test_gymnasium_text_rendering_rewards_and_end():
+    pytest.importorskip("gymnasium")
+    env = load_env("gymnasium", LAKE)
+    way = ["down", "Down", "right", "right", "down", "right"]
+    first, steps, outcome = play(env, env.tasks("train")[0], *map(act, way))
+    assert "the actions are left, down, right, up." in first[0]["content"]
+    assert "[S]FFF\nFHFH\nFFFH\nHFFG" in first[0]["content"]
+    assert steps[0].messages[0]["content"].endswith("SFFF\n[F]HFH\nFFFH\nHFFG")
+    assert [step.reward for step in steps] == [0.0] * 5 + [1.0]
+    assert [step.done for step in steps] == [False] * 5 + [True]
+    assert outcome.reward == 0.0
+    assert outcome.metrics == {"return": 1.0, "terminated": 1.0}
+
+
+def test_gymnasium_turns_without_an_action_and_rewards_at_the_end():
+    pytest.importorskip("gymnasium")
+    env = load_env("gymnasium", {**LAKE, "malformed": -0.25, "rewards_on": "outcome"})
+    task = env.tasks("train")[0]
+    _, steps, outcome = play(env, task, "right", act("north"), act("right"), act("down"))
+    assert [step.reward for step in steps] == [-0.25, -0.25, None, None]
+    assert [step.tool_successes for step in steps] == [0, 0, 1, 1]
+    assert steps[-1].done and outcome.reward == 0.0  # fell into a hole
+    way = ["down", "down", "right", "right", "down", "right"]
+    assert play(env, task, *map(act, way))[2].reward == 1.0
+
+
+def test_gymnasium_numbers_seeds_and_plain_observations():
+    pytest.importorskip("gymnasium")
+    env = load_env("gymnasium", {"id": "CartPole-v1", "train_tasks": 4, "eval_tasks": 2})
+    first = [play(env, task)[0] for task in (*env.tasks("train"), *env.tasks("eval"))]
+    assert len({str(messages) for messages in first}) == 6
+    assert first[0] == play(env, env.tasks("train")[0])[0]
+    _, steps, _ = play(env, env.tasks("train")[0], act("0"), act("2"), act("1"))
+    assert [step.tool_successes for step in steps] == [1, 0, 1] and steps[0].reward == 1.0
+
+
+TEXT_ENV = '''
+import gymnasium
+from gymnasium.spaces import Text
+
+class Echo(gymnasium.Env):
+    """Ends when told the word it was given."""
+    observation_space = Text(max_length=50)
+    action_space = Text(max_length=10)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.word = "abc"[int(self.np_random.integers(3))]
+        return f"Say {self.word}.", {}
+    def step(self, action):
+        return f"You said {action}.", float(action == self.word), action == self.word, False, {}
+
+class Hang(Echo):
+    def step(self, action):
+        import time
+        time.sleep(60)
+
+gymnasium.register("Echo-v0", entry_point=Echo)
+gymnasium.register("Hang-v0", entry_point=Hang)
+'''
+
+
+@pytest.fixture
+def text_env(tmp_path, monkeypatch):
+    (tmp_path / "text_env_of_a_test.py").write_text(TEXT_ENV)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_gymnasium_text_in_and_out(chat, text_env):
+    pytest.importorskip("gymnasium")
+    env = load_env("gymnasium", {"id": "text_env_of_a_test:Echo-v0"})
+
+    def say(seen: str) -> str:
+        return act(re.findall(r"Say (\w)\.", seen)[-1]) if "You said" in seen else act("hello")
+
+    for group in roll(chat, env, say, max_turns=5):
+        for t in group.trajectories:
+            assert [turn.reward for turn in t.turns] == [0.0, 1.0] and t.status == "finished"
+            assert t.turns[0].reply == "You said hello."
+    _, (step,), _ = play(env, env.tasks("train")[0], act("far too long a word"))
+    assert step.tool_successes == 0
+
+
+def test_gymnasium_a_hanging_step_fails_its_trajectory(text_env):
+    pytest.importorskip("gymnasium")
+    env = load_env("gymnasium", {"id": "text_env_of_a_test:Hang-v0", "step_timeout_s": 0.5})
+    with pytest.raises(TimeoutError, match="no step within"):
+        play(env, env.tasks("train")[0], act("a"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"id": "NoSuch-v0"}, r"env.options.id: gymnasium cannot make 'NoSuch-v0'"),
+        ({"id": "no_such_module:X-v0"}, r"env.options.id: gymnasium cannot make"),
+        ({"id": "Pendulum-v1"}, r"env.options.id: the actions of 'Pendulum-v1' are Box"),
+        ({"id": "FrozenLake-v1", "actions": ["a"]}, r"env.options.actions: 1 names for the 4"),
+        ({"id": "FrozenLake-v1", "kwargs": {"x": 1}}, r"gymnasium cannot make.*'x'"),
+    ],
+)
+def test_gymnasium_refusals(options, message):
+    pytest.importorskip("gymnasium")
+    with pytest.raises(ConfigError, match=message):
+        load_env("gymnasium", options)
+
+
+# textarena
+
+
+def test_textarena_a_game_from_seed_to_reward(chat):
+    pytest.importorskip("textarena")
+    env = load_env("textarena", {"id": "Mastermind-v0"})
+
+    def crack(seen: str) -> str:
+        """The first code that agrees with all pegs so far."""
+        said = re.findall(r"\[(\d) (\d) (\d) (\d)\][^\[]*?(\d) black peg.*?(\d) white peg", seen)
+        for code in permutations("123456", 4):
+            if all(pegs(code, s[:4]) == (int(s[4]), int(s[5])) for s in said):
+                return f"<think>[1]</think>[{' '.join(code)}]"
+        raise AssertionError("no code agrees")
+
+    state = random.getstate()
+    groups = roll(chat, env, crack, max_turns=20)
+    assert random.getstate() == state  # the games' dice are their own
+    for group in groups:
+        one, two = group.trajectories
+        assert one.status == "finished" and one.outcome == 1.0
+        assert one.metrics["invalid_move"] == 0.0 and one.metrics["moves"] == len(one.turns)
+        assert [t.text for t in one.turns] == [t.text for t in two.turns]
+        assert all("You are playing" not in turn.reply for turn in one.turns)
+    assert len({group.trajectories[0].turns[-1].text for group in groups}) > 1
+
+
+def pegs(code, said) -> tuple[int, int]:
+    black = sum(a == b for a, b in zip(code, said, strict=True))
+    return black, len(set(code) & set(said)) - black
+
+
+def test_textarena_a_game_cut_short_and_an_invalid_one():
+    pytest.importorskip("textarena")
+    env = load_env("textarena", {"id": "Mastermind-v0"})
+    first, steps, outcome = play(env, env.tasks("eval")[0], "[1 2 3 4]")
+    assert "You are playing Mastermind" in first[0]["content"]
+    assert steps[0].messages[0]["role"] == "user" and "peg" in steps[0].messages[0]["content"]
+    assert steps[0].done or outcome.reward == 0.0
+    _, steps, outcome = play(env, env.tasks("eval")[0], "hello", "hello")
+    assert steps[-1].done and outcome.metrics["invalid_move"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["NoSuch-v0", "Chess-v0"])
+def test_textarena_refusals(name):
+    pytest.importorskip("textarena")
+    with pytest.raises(ConfigError, match=f"env.options.id: '{name}' cannot be played by one"):
+        load_env("textarena", {"id": name})
+
+
+# MCP
+
+SERVER = '''
+import os, sys
+try:
+    from mcp.server.mcpserver import MCPServer as Server
+except ImportError:
+    from mcp.server.fastmcp import FastMCP as Server
+
+server = Server("notes")
+
+@server.tool()
+def look_up(title: str, lines: int = 1) -> str:
+    """Find a note
+    by its title."""
+    if title == "crash":
+        raise ValueError("no such note")
+    if title == "exit":
+        os._exit(3)
+    return "\\n".join([f"{title} was written by Ida."] * lines)
+
+@server.tool()
+async def wait(seconds: float) -> str:
+    """Wait."""
+    import asyncio
+    await asyncio.sleep(seconds)
+    return os.environ.get("NOTES_KEY", "none")
+
+server.run(transport="stdio")
+'''
+
+
+@pytest.fixture
+def notes(tmp_path):
+    pytest.importorskip("mcp")
+    (tmp_path / "server.py").write_text(SERVER)
+    lines = [{"id": str(i), "question": f"Who wrote Ulm{i}?", "answers": ["Ida"]} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {
+        "command": sys.executable,
+        "args": [str(tmp_path / "server.py")],
+        "questions": str(tmp_path / "q.jsonl"),
+        "env": {"NOTES_KEY": "opensesame"},
+        "start_timeout_s": 120.0,
+    }
+    env = load_env("mcp", options, tool_timeout_s=20.0)
+    yield env
+    env.server.close()
+
+
+def call(name: str, **args) -> str:
+    return f"<tool>{json.dumps({'name': name, 'args': args})}</tool>"
+
+
+def test_mcp_tools_schemas_results_and_faults(notes):
+    assert [tool.name for tool in notes.tools] == ["look_up", "wait"]
+    assert notes.tools[0].description == "Find a note by its title."
+    assert notes.tools[0].parameters["required"] == ["title"]
+    assert '"look_up"' in notes.describe()
+    _, (step,), _ = play(
+        notes,
+        notes.tasks("train")[0],
+        call("look_up", title="Ulm")
+        + call("look_up", title="crash")
+        + call("look_up", title=3)
+        + call("look_up", name="Ulm"),
+    )
+    shown = step.messages[0]["content"].split("\n")
+    assert shown[0] == "<result>Ulm was written by Ida.</result>"
+    assert "Error: " in shown[1] and "no such note" in shown[1]
+    assert "Error: title: Input should be a valid string" in shown[2]
+    assert "title: missing" in shown[3] and "name: no such argument" in shown[3]
+    assert (step.tool_calls, step.tool_successes) == (4, 1)
+    _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=0.0))
+    assert step.messages[0]["content"] == "<result>opensesame</result>"
+
+
+def test_mcp_calls_have_a_deadline_and_a_dead_server_is_an_error(notes):
+    notes.set_limits(max_turns=4, tool_timeout_s=0.3)
+    _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=60.0))
+    assert "gave no result in 0.3 s" in step.messages[0]["content"]
+    notes.set_limits(max_turns=4, tool_timeout_s=20.0)
+    _, (step,), _ = play(notes, notes.tasks("train")[0], call("look_up", title="Rom", lines=2))
+    assert step.messages[0]["content"].count("Rom was written") == 2
+    _, steps, _ = play(
+        notes, notes.tasks("train")[0], call("look_up", title="exit"), call("wait", seconds=0.0)
+    )
+    assert all("Error: " in step.messages[0]["content"] for step in steps)
+
+
+def test_mcp_tools_in_whole_rollouts(chat, notes):
+    def say(seen: str) -> str:
+        title = re.findall(r"Who wrote (\w+)\?", seen)[-1]
+        done = "was written by" in seen
+        return "<answer>Ida</answer>" if done else call("look_up", title=title)
+
+    for group in roll(chat, notes, say, max_turns=4, num_tasks=4):
+        for t in group.trajectories:
+            assert (t.status, t.metrics["exact_match"], len(t.turns)) == ("finished", 1.0, 2)
+            assert t.turns[0].tool_successes == 1
+
+
+def test_mcp_a_program_that_is_no_server_is_refused(tmp_path):
+    pytest.importorskip("mcp")
+    (tmp_path / "q.jsonl").write_text(
+        "\n".join(json.dumps({"id": str(i), "question": "?", "answers": ["a"]}) for i in range(3))
+    )
+    options = {"questions": str(tmp_path / "q.jsonl"), "start_timeout_s": 20.0}
+    with pytest.raises(ConfigError, match=r"env.options.command: 'no-such-program-here'"):
+        load_env("mcp", {**options, "command": "no-such-program-here"})
+    silent = {"command": sys.executable, "args": ["-c", "import time; time.sleep(60)"]}
+    with pytest.raises(ConfigError, match=r"did not list its tools in 1 s"):
+        load_env("mcp", {**options, **silent, "start_timeout_s": 1.0})
+
+
+def test_mcp_tools_beside_ones_own(notes):
+    class Desk(ToolEnv):
+        def __init__(self):
+            super().__init__()
+            self.tools = (*self.tools, *notes.tools)
+
+        def tasks(self, split):
+            return notes.tasks(split)
+
+    env = Desk()
+    _, (step,), _ = play(env, env.tasks("train")[0], call("look_up", title="Ulm"))
+    assert step.tool_successes == 1

@@ -1,0 +1,159 @@
+"""Code that nobody has read: what it may not do, and the refusal to run it in the open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from turnfast import sandbox
+from turnfast.config import ConfigError
+from turnfast.envs import load_env
+from turnfast.sandbox import (
+    MAX_CODE_BYTES,
+    UNSAFE,
+    Limits,
+    SandboxError,
+    require_sandbox,
+    run_python,
+    sandbox_fault,
+)
+
+needs_sandbox = pytest.mark.skipif(bool(sandbox_fault()), reason=f"no sandbox: {sandbox_fault()}")
+PATIENT = Limits(wall_s=60.0, cpu_s=30)
+
+
+def run(code: str, limits: Limits = PATIENT):
+    return run_python(code, limits=limits)
+
+
+@needs_sandbox
+def test_a_program_prints_and_its_code_and_errors_come_back():
+    assert (run("print(6 * 7)").code, run("print(6 * 7)").output) == (0, "42\n")
+    failed = run("import sys; print('so far'); sys.exit(3)")
+    assert (failed.code, failed.output) == (3, "so far\n")
+    assert "ZeroDivisionError" in run("1 / 0").output
+    assert run("print(chr(0x1f600))").output == "\U0001f600\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("open('/x', 'w')", "Read-only file system"),
+        ("open('/usr/x', 'w')", "Read-only file system"),
+        ("open('/etc/passwd')", "No such file"),
+        ("import os; os.listdir('/home')", "No such file"),
+        ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "Network is unreachable"),
+        ("x = bytearray(1 << 30)", "MemoryError"),
+        ("open('/tmp/x', 'wb').write(bytes(64 << 20))", "File too large"),
+        (
+            "for i in range(20): open(f'/tmp/{i}', 'wb').write(bytes(8 << 20))",
+            "No space left on device",
+        ),
+        ("import torch", "No module named 'torch'"),
+        ("import os; os.kill(os.getppid(), 9); os.kill(1, 9); os.stat('/nope')", "nope"),
+    ],
+)
+def test_what_it_may_not_do(code, error):
+    ended = run(code)
+    assert ended.code != 0 and error in ended.output
+
+
+@needs_sandbox
+def test_it_sees_no_secret_no_process_and_nothing_of_an_earlier_run(monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    shown = run(
+        "import os, json\n"
+        "print(json.dumps([dict(os.environ), [p for p in os.listdir('/proc') if p.isdigit()]]))"
+    ).output
+    environment, processes = json.loads(shown)
+    assert "SECRET_KEY" not in environment and "hunter2" not in shown
+    assert len(processes) <= 2 and str(os.getpid()) not in processes
+    assert run("open('/tmp/note', 'w').write('x')").code == 0
+    assert run("import os; print(os.listdir('/tmp'))").output == "[]\n"
+
+
+@needs_sandbox
+def test_limits_are_set_before_the_program_begins():
+    code = (
+        "import resource as r\n"
+        "print([r.getrlimit(x)[1] for x in (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_FSIZE)])"
+    )
+    limits = Limits(wall_s=60.0, cpu_s=7, memory_bytes=256 << 20, disk_bytes=1 << 20)
+    assert run(code, limits).output == f"[7, {256 << 20}, {1 << 20}]\n"
+
+
+@needs_sandbox
+def test_the_clock_and_the_output_are_limited():
+    ended = run("import time; print('begun', flush=True); time.sleep(600)", Limits(wall_s=5.0))
+    assert (ended.timed_out, ended.code) == (True, -signal.SIGKILL)
+    flood = run("print('y' * 10**6)", Limits(wall_s=60.0, output_chars=100))
+    assert flood.output == "y" * 100 + "\n[output cut]"
+    with pytest.raises(ValueError, match="more than 100000 bytes"):
+        run("#" * (MAX_CODE_BYTES + 1))
+
+
+@needs_sandbox
+def test_what_a_program_leaves_behind_dies_with_it():
+    # a child that holds the output open must not hold up the next call
+    ended = run("import os, time\nif os.fork() == 0: time.sleep(600)\nprint('done')")
+    assert ended.output == "done\n" and not ended.timed_out
+    assert not [line for line in command_lines() if "if os.fork() == 0: time.sleep(600)" in line]
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            lines.append(path.read_text(errors="replace"))
+    return lines
+
+
+def test_without_a_sandbox_nothing_is_run_unless_the_words_are_said(monkeypatch):
+    monkeypatch.setattr(sandbox, "sandbox_fault", lambda: "bwrap is not installed")
+    for words in ("", "yes", "true", "i understand"):
+        with pytest.raises(SandboxError, match=r"no sandbox .* bwrap is not installed"):
+            require_sandbox(words)
+    assert require_sandbox(UNSAFE) is False
+    with pytest.raises(ConfigError, match=r"unsafe_without_sandbox = \"I understand that"):
+        load_env("python", {"train_tasks": 4, "eval_tasks": 2})
+    env = load_env("python", {"train_tasks": 4, "eval_tasks": 2, "unsafe_without_sandbox": UNSAFE})
+    assert play(env, "print(2 + 2)") == "<result>4</result>"
+
+
+def test_a_missing_bwrap_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "bwrap is not installed" in sandbox_fault.__wrapped__()
+
+
+def play(env, code: str) -> str:
+    async def one():
+        episode = env.episode(env.tasks("train")[0])
+        await episode.start()
+        call = json.dumps({"name": "python", "args": {"code": code}})
+        return await episode.step(f"<tool>{call}</tool>")
+
+    return asyncio.run(one()).messages[0]["content"]
+
+
+@needs_sandbox
+def test_the_environment_shows_results_errors_and_the_end_of_time():
+    options = {"train_tasks": 4, "eval_tasks": 2, "wall_s": 30.0}
+    env = load_env("python", options, tool_timeout_s=60.0)
+    assert play(env, "print('a', 1)") == "<result>a 1</result>"
+    assert "Error: Traceback" in play(env, "nope") and "NameError" in play(env, "nope")
+    assert play(env, "pass") == "<result>No result.</result>"
+    short = load_env("python", {**options, "wall_s": 1.0})
+    assert play(short, "import time; time.sleep(60)") == "<result>Error: no end after 1 s</result>"
+
+
+@needs_sandbox
+def test_limits_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"env.options.wall_s: 5 s must be less than .* = 3 s"):
+        load_env("python", {"train_tasks": 4, "eval_tasks": 2}, tool_timeout_s=3.0)

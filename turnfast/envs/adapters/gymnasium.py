@@ -1,0 +1,197 @@
+"""Gymnasium environments whose actions are text or one of a few, one step per turn.
+
+    [env]
+    name = "gymnasium"
+    options = { id = "FrozenLake-v1", kwargs = { is_slippery = false },
+                actions = ["left", "down", "right", "up"] }
+
+The agent reads the observation: the text itself where it is one, else the "ansi" rendering where
+there is one (what it highlights stands in square brackets), else the observation as Python shows
+it. It acts with <action>right</action>. Each reward goes to the turn that earned it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...tools import Late, Raised, Returned, call_within
+from ...types import Message, Task
+from ..base import Outcome, Split, Step
+from ..rewards import read_tag
+from .door import require
+
+_HIGHLIGHT = re.compile(r"\x1b\[[1-9][\d;]*m(.*?)\x1b\[0?m", flags=re.DOTALL)
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+class GymnasiumEnv:
+    """One registered environment, reset with another seed for every task.
+
+    Args:
+        id: as for `gymnasium.make`, "package:Name-v0" imports a package first.
+        kwargs: further arguments of `gymnasium.make`.
+        actions: names of the discrete actions in order; [] takes their numbers.
+        instructions: what the agent is told before the first observation; "" says how to act.
+        malformed: turn reward of a turn without an action that exists; it makes no step.
+        rewards_on: "turn", or "outcome" to pay their sum at the end.
+        seed, train_tasks, eval_tasks: task i of train is reset with seed + i, and those of eval
+            with the numbers after.
+        step_timeout_s: of a reset or a step; a longer one fails the trajectory.
+    Raises:
+        ConfigError: the package or the environment is missing, or an action space is neither
+            discrete nor text.
+    """
+
+    tools = ()
+    native_calls = False
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        kwargs: dict[str, Any] | None = None,
+        actions: list[str] | None = None,
+        instructions: str = "",
+        malformed: float = 0.0,
+        rewards_on: Literal["turn", "outcome"] = "turn",
+        seed: int = 0,
+        train_tasks: PositiveInt = 1024,
+        eval_tasks: PositiveInt = 64,
+        step_timeout_s: PositiveFloat = 30.0,
+    ) -> None:
+        self._gymnasium = require("gymnasium", env="gymnasium")
+        self._id, self._kwargs = id, dict(kwargs or {})
+        self.malformed, self.rewards_on = malformed, rewards_on
+        self.step_timeout_s = step_timeout_s
+        self._first_seed, self._counts = seed, {"train": train_tasks, "eval": eval_tasks}
+        game = self.make()
+        self.read_action, self.help = self._reader(game.action_space, actions or [])
+        game.close()
+        self.instructions = instructions or self.help
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        begin = self._first_seed + (self._counts["train"] if split == "eval" else 0)
+        return [
+            Task(id=f"{split}-{i}", question=self.instructions, data={"seed": begin + i})
+            for i in range(self._counts[split])
+        ]
+
+    def episode(self, task: Task) -> GymnasiumEpisode:
+        return GymnasiumEpisode(self, task)
+
+    def make(self) -> Any:
+        """A new instance, that renders as text where it can."""
+        errors = (self._gymnasium.error.Error, ImportError, TypeError, ValueError, KeyError)
+        try:
+            spec = self._gymnasium.spec(self._id)
+            modes = ()
+            with contextlib.suppress(*errors):  # an entry point that says nothing on rendering
+                entry = self._gymnasium.envs.registration.load_env_creator(spec.entry_point)
+                modes = getattr(entry, "metadata", {}).get("render_modes", ())
+            style = {"render_mode": "ansi"} if "ansi" in modes else {}
+            return self._gymnasium.make(self._id, **{**style, **self._kwargs})
+        except errors as error:
+            raise ConfigError(
+                f"env.options.id: gymnasium cannot make {self._id!r}: {error}"
+            ) from None
+
+    def _reader(
+        self, space: Any, names: Sequence[str]
+    ) -> tuple[Callable[[str], int | str | None], str]:
+        """From the agent's word to an action or None, and how to act."""
+        spaces = self._gymnasium.spaces
+        if isinstance(space, spaces.Text):
+            help = "Act with <action>text</action>."
+            return lambda word: word if space.contains(word) else None, help
+        if not isinstance(space, spaces.Discrete):
+            raise ConfigError(
+                f"env.options.id: the actions of {self._id!r} are {space}, neither discrete nor "
+                "text"
+            )
+        count, start = int(space.n), int(space.start)
+        if names and len(names) != count:
+            raise ConfigError(
+                f"env.options.actions: {len(names)} names for the {count} actions of {self._id!r}"
+            )
+        words = [name.lower() for name in names] or [str(start + i) for i in range(count)]
+        numbers = {word: start + i for i, word in enumerate(words)}
+        help = f"Act with <action>{words[0]}</action>; the actions are {', '.join(words)}."
+        return lambda word: numbers.get(word.lower()), help
+
+
+class GymnasiumEpisode:
+    def __init__(self, env: GymnasiumEnv, task: Task) -> None:
+        self._env = env
+        self._task = task
+        self._game: Any = None
+        self._return = 0.0
+        self._ended: Literal["", "terminated", "truncated"] = ""
+
+    async def start(self) -> Sequence[Message]:
+        text = await self._within(self._reset)
+        return [{"role": "user", "content": f"{self._task.question}\n{text}"}]
+
+    async def step(self, text: str) -> Step:
+        env = self._env
+        action = env.read_action(read_tag(text, "action") or "")
+        if action is None:
+            return Step(
+                messages=({"role": "user", "content": env.help},),
+                reward=env.malformed,
+                reward_parts={"malformed": env.malformed},
+                tool_calls=1,
+            )
+        shown, reward = await self._within(self._act, action)
+        self._return += reward
+        now = env.rewards_on == "turn"
+        return Step(
+            messages=() if self._ended else ({"role": "user", "content": shown},),
+            reward=reward if now else None,
+            reward_parts={"reward": reward} if now else {},
+            tool_calls=1,
+            tool_successes=1,
+            done=bool(self._ended),
+        )
+
+    async def finish(self) -> Outcome:
+        if self._game is not None:
+            self._game.close()
+        paid = self._return if self._env.rewards_on == "outcome" else 0.0
+        return Outcome(
+            reward=paid,
+            reward_parts={"return": paid} if paid else {},
+            metrics={"return": self._return, "terminated": float(self._ended == "terminated")},
+        )
+
+    def _reset(self) -> str:
+        self._game = self._env.make()
+        observation, _ = self._game.reset(seed=self._task.data["seed"])
+        return self._show(observation)
+
+    def _act(self, action: int | str) -> tuple[str, float]:
+        observation, reward, terminated, truncated, _ = self._game.step(action)
+        if terminated or truncated:
+            self._ended = "terminated" if terminated else "truncated"
+        return self._show(observation), float(reward)
+
+    def _show(self, observation: Any) -> str:
+        if isinstance(observation, str):
+            return observation
+        if self._game.render_mode == "ansi":
+            drawn = _HIGHLIGHT.sub(r"[\1]", str(self._game.render()))
+            return _COLOUR.sub("", drawn).strip("\n")
+        return str(observation)
+
+    async def _within(self, function: Callable[..., Any], *args: Any) -> Any:
+        seconds = self._env.step_timeout_s
+        match await call_within(function, args, timeout_s=seconds, label="gymnasium"):
+            case Returned(value=value):
+                return value
+            case Raised(error=error):
+                raise error
+            case Late():
+                raise TimeoutError(f"{self._task.id}: no step within {seconds:g} s")

@@ -1,0 +1,222 @@
+"""Tools of an MCP server, over stdio, as tools of a `ToolEnv`.
+
+    [env]
+    name = "mcp"
+    options = { command = "python", args = ["server.py"], questions = "questions.jsonl" }
+
+or in an environment of one's own::
+
+    class Notes(ToolEnv):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.tools = McpServer("python", ["server.py"]).tools
+
+One server serves all rollouts; calls run at the same time, each under `env.tool_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, create_model
+
+from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...tools import BackgroundLoop, Tool, ToolError
+from ...types import Task
+from ..base import Split
+from ..qa_files import read_questions
+from ..search import split_records
+from ..tool_env import ToolEnv
+from .door import require
+
+_TYPES: Mapping[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
+_ABSENT = object()
+
+
+class McpServer:
+    """A server process and the session with it; both end with `close`, or with this process.
+
+    Args:
+        command, args: the program. env: environment variables in addition to the usual few.
+        start_timeout_s: for starting it and listing its tools.
+    Raises:
+        ConfigError: the package is missing, or the program does not start or speak MCP.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        args: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        start_timeout_s: float = 30.0,
+    ) -> None:
+        self._mcp = require("mcp", env="mcp")
+        stdio = require("mcp.client.stdio", env="mcp")
+        parameters = self._mcp.StdioServerParameters(
+            command=command, args=list(args), env=dict(env) if env else None
+        )
+        self._open = lambda: stdio.stdio_client(parameters)
+        self._background = BackgroundLoop("mcp")
+        self._session: Any = None
+        shown = " ".join([command, *args])
+        try:
+            listed = self._background.run_blocking(self._start(), timeout_s=start_timeout_s)
+        except TimeoutError:
+            raise ConfigError(
+                f"env.options.command: {shown!r} did not list its tools in {start_timeout_s:g} s"
+            ) from None
+        except Exception as error:
+            raise ConfigError(f"env.options.command: {shown!r}: {_root(error)}") from None
+        self.tools: tuple[Tool, ...] = tuple(self._tool(found) for found in listed)
+
+    def close(self) -> None:
+        """End the session and the process."""
+        self._background.run_blocking(self._stop(), timeout_s=10.0)
+
+    async def _start(self) -> list[Any]:
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closing = asyncio.Event()
+        self._serving = asyncio.create_task(self._serve(ready))
+        try:
+            await ready
+            return await self._list()
+        except BaseException:
+            self._serving.cancel()
+            raise
+
+    async def _serve(self, ready: asyncio.Future[None]) -> None:
+        # opened and closed in one task, as the library's cancel scopes want it
+        try:
+            async with self._open() as streams, self._mcp.ClientSession(*streams) as session:
+                await session.initialize()
+                self._session = session
+                ready.set_result(None)
+                await self._closing.wait()
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(_root(error))
+            elif not isinstance(error, Exception):
+                raise
+        finally:
+            self._session = None
+
+    async def _list(self) -> list[Any]:
+        found, cursor = [], None
+        while True:
+            page = await self._session.list_tools(**({"cursor": cursor} if cursor else {}))
+            found += page.tools
+            cursor = _either(page, "next_cursor", "nextCursor")
+            if not cursor:
+                return found
+
+    async def _stop(self) -> None:
+        self._closing.set()
+        await asyncio.wait({self._serving}, timeout=5.0)
+        self._serving.cancel()
+
+    async def _call(self, name: str, arguments: Mapping[str, Any]) -> str | ToolError:
+        if self._session is None:
+            return ToolError(kind="raised", text="the tool server has ended")
+        result = await self._session.call_tool(name, dict(arguments))
+        text = "\n".join(
+            item.text if item.type == "text" else f"[{item.type}]" for item in result.content
+        )
+        if _either(result, "is_error", "isError"):
+            return ToolError(kind="raised", text=text[:500] or f"{name} failed")
+        return text
+
+    def _tool(self, found: Any) -> Tool:
+        async def call(**arguments: Any) -> str | ToolError:
+            given = {key: value for key, value in arguments.items() if value is not _ABSENT}
+            return await self._background.run(self._call(found.name, given))
+
+        schema = dict(_either(found, "input_schema", "inputSchema") or {})
+        return Tool(
+            name=found.name,
+            description=" ".join((found.description or "").split()),
+            parameters=schema,
+            function=call,
+            arguments=_model(found.name, schema),
+        )
+
+
+class McpEnv(ToolEnv):
+    """Questions from a file, and the tools of a server to answer them.
+
+    Args:
+        command, args, env, start_timeout_s: the server, as in `McpServer`.
+        questions: JSONL file of questions, as for env "search".
+        eval_share: share of them that is set aside, chosen by `seed`.
+        call_format, reasoning, missing_answer, weights, max_calls, instructions: as in `ToolEnv`.
+    """
+
+    def __init__(
+        self,
+        *,
+        command: str,
+        questions: str,
+        args: list[str] | None = None,
+        env: dict[str, str] | None = None,
+        start_timeout_s: PositiveFloat = 30.0,
+        eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        seed: int = 0,
+        call_format: Literal["xml", "native"] = "xml",
+        reasoning: bool = True,
+        missing_answer: Literal["end", "remind"] = "end",
+        weights: dict[str, float] | None = None,
+        max_calls: PositiveInt = 4,
+        instructions: str | None = None,
+    ) -> None:
+        super().__init__(
+            call_format=call_format,
+            reasoning=reasoning,
+            missing_answer=missing_answer,
+            weights=weights,
+            max_calls=max_calls,
+            instructions=instructions,
+        )
+        self._records = split_records(read_questions(Path(questions)), share=eval_share, seed=seed)
+        self.server = McpServer(command, args or (), env=env, start_timeout_s=start_timeout_s)
+        self.tools = self.server.tools
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return [
+            Task(id=record.id, question=record.question, answers=record.answers)
+            for record in self._records[split]
+        ]
+
+
+def _model(name: str, schema: Mapping[str, Any]) -> Any:
+    """A check of names and plain types; the rest of the schema is the server's to check."""
+    required = set(schema.get("required", ()))
+    fields: dict[str, Any] = {}
+    for i, (key, value) in enumerate(dict(schema.get("properties", {})).items()):
+        kind = value.get("type") if isinstance(value, dict) else None
+        hint = _TYPES.get(kind, Any) if isinstance(kind, str) else Any
+        default = Field(alias=key) if key in required else Field(default=_ABSENT, alias=key)
+        fields[f"p{i}"] = (hint, default)
+    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    return create_model(name, __config__=config, **fields)
+
+
+def _either(value: Any, new: str, old: str) -> Any:
+    """An attribute under its name in version 2 of the package, or in version 1."""
+    return getattr(value, new, None) or getattr(value, old, None)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause inside of exception groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

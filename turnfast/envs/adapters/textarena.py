@@ -1,0 +1,130 @@
+"""Single-player games of TextArena, one move per turn.
+
+    [env]
+    name = "textarena"
+    options = { id = "Mastermind-v0" }
+
+The agent is shown what the game says since its last move, and its whole turn, without thoughts, is
+the move. The game's own reward, given at the end, is the outcome.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...config import ConfigError, PositiveInt
+from ...tools import without_thoughts
+from ...types import Message, Task
+from ..base import Outcome, Split, Step
+from .door import require
+
+
+class TextArenaEnv:
+    """One game, started with another seed for every task.
+
+    Args:
+        id: as for `textarena.make`.
+        kwargs: further arguments of `textarena.make`.
+        seed, train_tasks, eval_tasks: task i of train has the seed + i, and those of eval the
+            numbers after.
+    Raises:
+        ConfigError: the package or the game is missing, or the game is for several players.
+    """
+
+    tools = ()
+    native_calls = False
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+        train_tasks: PositiveInt = 1024,
+        eval_tasks: PositiveInt = 64,
+    ) -> None:
+        self._textarena = require("textarena", env="textarena")
+        self._id, self._kwargs = id, dict(kwargs or {})
+        self._first_seed, self._counts = seed, {"train": train_tasks, "eval": eval_tasks}
+        try:
+            # to learn now, not in the first rollout, whether it can be played alone
+            _Dice(seed).throw(lambda: self.make().reset(num_players=1, seed=seed))
+        except Exception as error:
+            raise ConfigError(
+                f"env.options.id: {id!r} cannot be played by one: {type(error).__name__}: {error}"
+            ) from None
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        begin = self._first_seed + (self._counts["train"] if split == "eval" else 0)
+        return [
+            Task(id=f"{split}-{i}", question=self._id, data={"seed": begin + i})
+            for i in range(self._counts[split])
+        ]
+
+    def episode(self, task: Task) -> TextArenaEpisode:
+        return TextArenaEpisode(self, task)
+
+    def make(self) -> Any:
+        """A new instance without wrappers: those for players repeat the whole game each turn."""
+        raw = self._id if self._id.endswith("-raw") else f"{self._id}-raw"
+        return self._textarena.make(raw, **self._kwargs)
+
+
+class TextArenaEpisode:
+    def __init__(self, env: TextArenaEnv, task: Task) -> None:
+        self._env = env
+        self._seed: int = task.data["seed"]
+        self._dice = _Dice(self._seed)
+        self._game: Any = None
+        self._done = False
+        self._num_moves = 0
+
+    async def start(self) -> Sequence[Message]:
+        self._game = self._env.make()
+        self._dice.throw(lambda: self._game.reset(num_players=1, seed=self._seed))
+        return [{"role": "user", "content": self._news()}]
+
+    async def step(self, text: str) -> Step:
+        move = without_thoughts(text).strip()
+        self._done, _ = self._dice.throw(lambda: self._game.step(action=move))
+        self._num_moves += 1
+        return Step(
+            messages=() if self._done else ({"role": "user", "content": self._news()},),
+            done=self._done,
+        )
+
+    async def finish(self) -> Outcome:
+        rewards, info = self._game.close() if self._done else (None, {})
+        reward = float((rewards or {}).get(0, 0.0))
+        return Outcome(
+            reward=reward,
+            reward_parts={"game": reward},
+            metrics={
+                "moves": float(self._num_moves),
+                "invalid_move": float(bool(info.get(0, {}).get("invalid_move", False))),
+            },
+        )
+
+    def _news(self) -> str:
+        """What the game said since it was last asked, without the agent's own moves."""
+        _, observations = self._game.get_observation()
+        return "\n".join(str(message) for sender, message, *_ in observations if sender != 0)
+
+
+class _Dice:
+    """The games draw from Python's global generator: each gets its own state for the time of a
+    call, so that episodes do not disturb each other, or anybody else."""
+
+    def __init__(self, seed: int) -> None:
+        self._state = random.Random(seed).getstate()
+
+    def throw(self, call: Callable[[], Any]) -> Any:
+        outside = random.getstate()
+        random.setstate(self._state)
+        try:
+            return call()
+        finally:
+            self._state = random.getstate()
+            random.setstate(outside)
