@@ -125,3 +125,52 @@ def test_no_template_is_refused(tiny_folder):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(ChatError, match="special token"):
         Chat(tokenizer)
+
+
+# like Mistral's: a tool's result only after a turn with calls, matched by ids of nine characters
+STRICT = (
+    "{% for m in messages if m.role != 'tool' and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{{ ', ' if not loop.last }}{% endfor %}]{{ eos_token }}"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    '[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}'
+    "[/TOOL_RESULTS]{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}}]',
+        '[TOOL_CALLS][{"arguments":{},"name":"search"}, {"name": "search", "arguments": {}}]',
+        "[TOOL_CALLS] rubbish",
+    ],
+)
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_template_that_wants_ids_is_given_them_and_the_sample_is_kept(tiny_folder, said, closed):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = STRICT
+    chat = Chat(tokenizer, [{"type": "function", "function": {"name": "search"}}])
+    results = [
+        {"role": "tool", "name": "search", "content": f"<|im_end|>{i}"}
+        for i in range(said.count("search") or 1)
+    ]
+    talk = chat.open([{"role": "user", "content": "Who?"}])
+    after = chat.extend(talk, said, closed, results)
+    assert not after.restart
+    appended = tokenizer.decode(after.prompt_ids)
+    assert appended == tokenizer.eos_token * (not closed) + "".join(
+        f'[TOOL_RESULTS] {{"content": {result["content"]}, "call_id": "c0001{i:04d}"}}'
+        "[/TOOL_RESULTS]"
+        for i, result in enumerate(results)
+    )
+    assert after.prompt_ids.count(chat.end_id) == int(not closed)
+    last = chat.extend(after, "Ida", True, [{"role": "user", "content": "Sure?"}])
+    assert not last.restart
+    assert tokenizer.decode(last.prompt_ids) == "[INST] Sure?[/INST]"
+    again = chat.extend(last, said, True, results)
+    assert not again.restart and '"call_id": "c0005' in tokenizer.decode(again.prompt_ids)

@@ -279,12 +279,12 @@ def notes(tmp_path):
         "env": {"NOTES_KEY": "opensesame"},
         "start_timeout_s": 120.0,
     }
-    env = load_env("mcp", options, tool_timeout_s=20.0)
+    env = load_env("mcp", options, tool_timeout_s=120.0)
     yield env
     env.server.close()
 
 
-def call(name: str, **args) -> str:
+def call(name: str, /, **args) -> str:
     return f"<tool>{json.dumps({'name': name, 'args': args})}</tool>"
 
 
@@ -315,7 +315,7 @@ def test_mcp_calls_have_a_deadline_and_a_dead_server_is_an_error(notes):
     notes.set_limits(max_turns=4, tool_timeout_s=0.3)
     _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=60.0))
     assert "gave no result in 0.3 s" in step.messages[0]["content"]
-    notes.set_limits(max_turns=4, tool_timeout_s=20.0)
+    notes.set_limits(max_turns=4, tool_timeout_s=120.0)
     _, (step,), _ = play(notes, notes.tasks("train")[0], call("look_up", title="Rom", lines=2))
     assert step.messages[0]["content"].count("Rom was written") == 2
     _, steps, _ = play(
@@ -341,7 +341,7 @@ def test_mcp_a_program_that_is_no_server_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text(
         "\n".join(json.dumps({"id": str(i), "question": "?", "answers": ["a"]}) for i in range(3))
     )
-    options = {"questions": str(tmp_path / "q.jsonl"), "start_timeout_s": 20.0}
+    options = {"questions": str(tmp_path / "q.jsonl"), "start_timeout_s": 120.0}
     with pytest.raises(ConfigError, match=r"env.options.command: 'no-such-program-here'"):
         load_env("mcp", {**options, "command": "no-such-program-here"})
     silent = {"command": sys.executable, "args": ["-c", "import time; time.sleep(60)"]}

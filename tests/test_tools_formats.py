@@ -161,7 +161,8 @@ def test_mistrals_own_tokenizer_writes_what_is_read():
         written = tokenizer.instruct_tokenizer.tokenizer.decode(
             ids, special_token_policy=SpecialTokenPolicy.KEEP
         )
-        turn = written.split("[/INST]")[1].split("</s>")[0]
+        # pieces of the sentencepiece tokenizer spell a space as U+2581
+        turn = written.replace("\u2581", " ").split("[/INST]")[1].split("</s>")[0]
         assert turn.startswith("[TOOL_CALLS]")
         assert parse_calls(turn) == (ULM, ROM)
 

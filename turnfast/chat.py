@@ -9,7 +9,9 @@ assistant's text (end of turn, the environment's messages, the next assistant he
     appended   ⏎ <|im_start|>user ⏎ Ida wrote Ulm.<|im_end|> ⏎ <|im_start|>assistant ⏎
 
 Some templates rewrite earlier turns (they drop old reasoning, say). Then no appended text can
-reproduce the context, and `Conversation.restart` says that the next turn begins a new row.
+reproduce the context, and `Conversation.restart` says that the next turn begins a new row. Others,
+Mistral's for one, take a tool's result only after a turn with `tool_calls` and ids that match: the
+turn is shown to them in that form, and only what they put after it is used.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
+from .tools import ToolCall, parse_calls
 from .types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_EOM = "<|eom_id|>"
 _PLACE = "\ue000{}\ue001"  # private-use characters, which no template inspects
 
 
@@ -67,12 +73,16 @@ class Chat:
         if not tokenizer.chat_template:
             raise ChatError("the tokenizer has no chat template; use an instruction-tuned model")
         self.end_id = self._find_end_of_turn()
+        self._wants_structure = self._tools is not None and not self._takes_plain_turns()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a turn; the one that was drawn is part of the sample and is trained."""
         eos = self.tokenizer.eos_token_id
-        return (self.end_id,) if eos in (None, self.end_id) else (self.end_id, eos)
+        # Llama 3 ends some calls with a token of their own
+        calls = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content == _EOM]
+        ids = (self.end_id, *([] if eos is None else [eos]), *calls)
+        return tuple(dict.fromkeys(ids))
 
     def open(self, messages: Sequence[Message]) -> Conversation:
         """The first prompt: messages, then the header of the assistant's turn."""
@@ -90,6 +100,8 @@ class Chat:
             closed: whether the end-of-turn token was sampled; if the turn was cut off, the
                 environment supplies it, and it is not trained.
         """
+        if self._wants_structure and any(message["role"] == "tool" for message in messages):
+            return self._extend_structured(before, text, closed, messages)
         said: Message = {"role": "assistant", "content": text}
         history = (*before.messages, said, *messages)
         rendered = self._render(history)
@@ -107,6 +119,25 @@ class Chat:
         if closed and ids and ids[0] == self.end_id:
             ids = ids[1:]
         return Conversation(messages=history, rendered=rendered, prompt_ids=ids)
+
+    def _extend_structured(
+        self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
+    ) -> Conversation:
+        """As `extend`, for templates that want calls and results matched by ids."""
+        place = len(before.messages)
+        said, replies = _match(text, messages, place)
+        rendered = self._render((*before.messages, said), prompt=False)
+        history = (*before.messages, said, *replies)
+        whole = self._render(history)
+        if not (rendered.startswith(before.rendered) and whole.startswith(rendered)):
+            ids = self._encode(history, whole, skip=0, first=0)
+            return Conversation(messages=history, rendered=whole, prompt_ids=ids, restart=True)
+        end = str(self.tokenizer.decode([self.end_id]))
+        skip = rendered.rindex(end) + len(end)
+        ids = self._encode(history, whole, skip=skip, first=place + 1)
+        if not closed:
+            ids = (self.end_id, *ids)
+        return Conversation(messages=history, rendered=whole, prompt_ids=ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """Sampled ids as text, without the end-of-turn token."""
@@ -137,12 +168,16 @@ class Chat:
         # A content that spells a special token must not become one: the template is rendered with
         # placeholders, and each content is tokenised by itself.
         placed = [
-            message if i < first else {**message, "content": _PLACE.format(i - first)}
+            message
+            if i < first or not message["content"]
+            else {**message, "content": _PLACE.format(i - first)}
             for i, message in enumerate(messages)
         ]
         rest = self._render(placed)[skip:]
         ids: list[int] = []
         for i, content in enumerate(contents):
+            if not content:
+                continue
             literal, found, rest = rest.partition(_PLACE.format(i))
             if not found:
                 raise ChatError(f"the chat template leaves out or reorders message {first + i}")
@@ -152,6 +187,20 @@ class Chat:
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _takes_plain_turns(self) -> bool:
+        """Whether a tool's result may follow a turn that is text alone, and a turn follow that."""
+        talk: list[Message] = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": "."},
+            {"role": "tool", "name": "tool", "content": "."},
+            {"role": "assistant", "content": "."},
+        ]
+        try:
+            self._render(talk, prompt=False)
+        except TemplateError:
+            return False
+        return True
 
     def _find_end_of_turn(self) -> int:
         mark = _PLACE.format("end")
@@ -164,3 +213,25 @@ class Chat:
                 "end of a turn could not be trained; use an instruction-tuned model's template"
             )
         return ids[0]
+
+
+def _match(
+    text: str, messages: Sequence[Message], place: int
+) -> tuple[Message, tuple[Message, ...]]:
+    """The turn with its calls spelt out, and the replies, matched by ids of nine characters."""
+    attempts = iter(parse_calls(text))
+    calls: list[dict[str, Any]] = []
+    replies: list[Message] = []
+    for message in messages:
+        if message["role"] != "tool":
+            replies.append(message)
+            continue
+        call, call_id = next(attempts, None), f"c{place:04d}{len(calls):04d}"
+        known = isinstance(call, ToolCall)
+        function = {
+            "name": call.name if known else str(message.get("name", "unknown")),
+            "arguments": dict(call.arguments) if known else {},
+        }
+        calls.append({"id": call_id, "type": "function", "function": function})
+        replies.append({**message, "tool_call_id": call_id})
+    return {"role": "assistant", "content": "", "tool_calls": calls}, tuple(replies)

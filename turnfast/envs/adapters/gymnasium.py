@@ -12,7 +12,7 @@ it. It acts with <action>right</action>. Each reward goes to the turn that earne
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -86,14 +86,16 @@ class GymnasiumEnv:
     def make(self) -> Any:
         """A new instance, that renders as text where it can."""
         errors = (self._gymnasium.error.Error, ImportError, TypeError, ValueError, KeyError)
+        module, _, name = self._id.rpartition(":")
         try:
-            spec = self._gymnasium.spec(self._id)
-            modes = ()
-            with contextlib.suppress(*errors):  # an entry point that says nothing on rendering
-                entry = self._gymnasium.envs.registration.load_env_creator(spec.entry_point)
-                modes = getattr(entry, "metadata", {}).get("render_modes", ())
+            if module:
+                importlib.import_module(module)
+            entry = self._gymnasium.spec(name).entry_point
+            if isinstance(entry, str):
+                entry = self._gymnasium.envs.registration.load_env_creator(entry)
+            modes = getattr(entry, "metadata", {}).get("render_modes", ())
             style = {"render_mode": "ansi"} if "ansi" in modes else {}
-            return self._gymnasium.make(self._id, **{**style, **self._kwargs})
+            return self._gymnasium.make(name, **{**style, **self._kwargs})
         except errors as error:
             raise ConfigError(
                 f"env.options.id: gymnasium cannot make {self._id!r}: {error}"

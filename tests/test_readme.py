@@ -1,0 +1,70 @@
+"""The README's environment and rewards, as they stand there, are run."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from turnfast.config import EnvConfig
+from turnfast.envs import load_env
+from turnfast.envs.load import BUILT_IN
+from turnfast.recipe import build_config
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(heading: str) -> list[str]:
+    """The indented blocks of one section."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    found = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", section, flags=re.MULTILINE)
+    return [textwrap.dedent(block).strip("\n") + "\n" for block in found if block.strip()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("An environment is one file")[0]
+    assert code.startswith("# capitals.py") and "class Capitals(ToolEnv)" in code
+    (tmp_path / "capitals.py").write_text(code)
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(task, turns) -> float:\n    return 1.0 / len(turns[-1].text.split())\n"
+    )
+    return tmp_path
+
+
+def test_the_environment_of_the_readme_plays_and_pays(folder):
+    rewards = build_config(tomllib.loads(blocks("An environment is one file")[1])).env.rewards
+    env = load_env("capitals:Capitals", {}, rewards=rewards)
+    asked = {split: {t.question for t in env.tasks(split)} for split in ("train", "eval")}
+    assert asked["train"] and asked["eval"] and not asked["train"] & asked["eval"]
+    task = env.tasks("train")[0]
+    country = task.question.removeprefix("What is the capital of ").rstrip("?")
+
+    async def play():
+        episode = env.episode(task)
+        first = await episode.start()
+        call = f'{{"name": "atlas", "args": {{"country": "{country}"}}}}'
+        steps = [
+            await episode.step(f"<reasoning>Look.</reasoning><tool>{call}</tool>"),
+            await episode.step(f"<reasoning>So.</reasoning><answer>{task.answers[0]}</answer>"),
+        ]
+        return first, steps, await episode.finish()
+
+    first, steps, outcome = asyncio.run(play())
+    assert "Look up the capital of a country." in first[0]["content"]
+    assert steps[0].messages[0]["content"] == f"<result>{task.answers[0]}</result>"
+    assert steps[0].reward_parts.keys() == {"tool_executed", "answer_in_result", "brevity"}
+    assert steps[0].reward > 0.7 and 0 < steps[1].reward <= 0.1
+    assert outcome.reward == pytest.approx(1.9) and outcome.metrics["exact_match"] == 1.0
+
+
+def test_the_table_names_every_built_in_environment_and_no_other():
+    section = README.split("| `env.name` |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in section.splitlines()[2:]]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(BUILT_IN)
+    assert EnvConfig().name in BUILT_IN
