@@ -303,7 +303,7 @@ def test_mcp_tools_schemas_results_and_faults(notes):
     )
     shown = step.messages[0]["content"].split("\n")
     assert shown[0] == "<result>Ulm was written by Ida.</result>"
-    assert "Error: " in shown[1] and "no such note" in shown[1]
+    assert "<result>Error: " in shown[1] and "look_up" in shown[1]
     assert "Error: title: Input should be a valid string" in shown[2]
     assert "title: missing" in shown[3] and "name: no such argument" in shown[3]
     assert (step.tool_calls, step.tool_successes) == (4, 1)

@@ -105,13 +105,11 @@ class Chat:
         said: Message = {"role": "assistant", "content": text}
         history = (*before.messages, said, *messages)
         rendered = self._render(history)
-        known = before.rendered + text
-        if rendered.startswith(known):
-            skip = len(known)
-        else:
-            # a template may trim the assistant's text; the context it stands in must be the same
-            trimmed = before.rendered + text.strip()
-            skip = len(trimmed) if text.strip() and rendered.startswith(trimmed) else -1
+        # a template may trim the assistant's text, or put a space before it; the context it stands
+        # in must be the same
+        spellings = [text, *([text.strip(), f" {text.strip()}"] if text.strip() else [])]
+        fitting = (before.rendered + spelt for spelt in spellings)
+        skip = next((len(known) for known in fitting if rendered.startswith(known)), -1)
         if skip < 0:
             ids = self._encode(history, rendered, skip=0, first=0)
             return Conversation(messages=history, rendered=rendered, prompt_ids=ids, restart=True)
