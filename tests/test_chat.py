@@ -173,4 +173,5 @@ def test_a_template_that_wants_ids_is_given_them_and_the_sample_is_kept(tiny_fol
     assert not last.restart
     assert tokenizer.decode(last.prompt_ids) == "[INST] Sure?[/INST]"
     again = chat.extend(last, said, True, results)
-    assert not again.restart and '"call_id": "c0005' in tokenizer.decode(again.prompt_ids)
+    number = f'"call_id": "c{len(last.messages):04d}'  # ids tell the exchanges apart
+    assert not again.restart and number in tokenizer.decode(again.prompt_ids)
