@@ -245,6 +245,7 @@ def test_summarise_by_hand():
         "status/finished": 1 / 4,
         "status/max_turns": 2 / 4,
         "status/context_full": 0,
+        "status/overlong": 0,
         "status/error": 1 / 4,
         "status/overlong": 0,
         "status/reward_error": 0,
