@@ -1,7 +1,8 @@
 """The loss head against its floor and its peers: forward and both gradients.
 
-    python bench/loss_head.py [--device cuda|cpu] [--shapes 2048x896x151936,...] [--dtype bf16]
-                              [--peers torch-eager,trl,cpp,...] [--rounds 5] [--table FILE]
+    python bench/loss_head.py [--device cuda|cpu] [--shapes 2048x896x151936,...]
+                              [--dtypes fp32,bf16] [--peers torch-eager,trl,cpp,...]
+                              [--rounds 5] [--table FILE]
 
 A shape is N x D x V: tokens, hidden width, vocabulary. First the correctness gate: log-probs and
 gradients of a few tokens of the same shape against float64; a turnfast implementation that fails
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ def main() -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
     parser.add_argument("--shapes", help="NxDxV, comma separated")
-    parser.add_argument("--dtype", default="bf16" if here == "cuda" else "fp32", choices=DTYPES)
+    parser.add_argument("--dtypes", help="of bf16, fp16, fp32, comma separated; CPU: fp32,bf16")
     parser.add_argument("--peers", help="comma separated; all that can be imported by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
@@ -48,12 +51,15 @@ def main() -> None:
     device = torch.device(options.device)
     wanted = set(options.peers.split(",")) if options.peers else None
     rows: list[dict[str, Any]] = []
+    dtypes = options.dtypes or {"cuda": "bf16", "cpu": "fp32,bf16"}[options.device]
     for text in (options.shapes or SHAPES[options.device]).split(","):
         N, D, V = (int(n) for n in text.split("x"))
-        rows += bench_shape(N, D, V, options.dtype, device, wanted, options.rounds)
-    record = {"environment": environment(device), "rows": rows}
+        for dtype in dtypes.split(","):
+            rows += bench_shape(N, D, V, dtype, device, wanted, options.rounds)
+    command = f"python bench/loss_head.py {shlex.join(sys.argv[1:])}".strip()
+    record = {"command": command, "environment": environment(device), "rows": rows}
     print(table(record))
-    print(save(f"loss_head_{options.device}_{options.dtype}", record))
+    print(save(f"loss_head_{options.device}", record))
 
 
 def bench_shape(

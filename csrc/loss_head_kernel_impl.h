@@ -546,12 +546,22 @@ void add_d_x(const Head& head, const BackwardChunk& chunk, const uint32_t* g, co
 
 template <class Mul>
 void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g, int64_t ldg,
-                 int64_t n, float* block) {
+                 int64_t first_row, int64_t n, float* block) {
   const int64_t width = round_up(head.D, NR);
   const int64_t k = units(head, chunk.C);
   const auto* x = static_cast<const float*>(chunk.x_panels);
+  constexpr int64_t kLine = 16;  // floats
   for (int64_t j = 0; j < width; j += NR) {
     for (int64_t v = 0; v < n; v += MR) {
+      if (!chunk.first) {
+        // What the block will be added to arrives from memory behind the products.
+        const int64_t stop = v + MR < n ? v + MR : n, edge = j + NR < head.D ? j + NR : head.D;
+        for (int64_t row = first_row + v; row < first_row + stop; ++row) {
+          for (int64_t d = j; d < edge; d += kLine) {
+            __builtin_prefetch(chunk.d_head + row * head.D + d, 1, 2);
+          }
+        }
+      }
       tile<Mul, true>(g + v * ldg, ldg, x + j * k, k, block + v * width + j, width, false);
     }
   }
@@ -606,9 +616,9 @@ void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64
     }
     if (chunk.d_head != nullptr) {
       if (pairs) {
-        make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, n, block);
+        make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, v, n, block);
       } else {
-        make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, n, block);
+        make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, v, n, block);
       }
       merge_d_head(head, chunk, v, n, block);
     }
