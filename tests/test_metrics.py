@@ -247,7 +247,6 @@ def test_summarise_by_hand():
         "status/context_full": 0,
         "status/overlong": 0,
         "status/error": 1 / 4,
-        "status/overlong": 0,
         "status/reward_error": 0,
         "status/timeout": 0,
         "cut/context": 0,
