@@ -86,6 +86,17 @@ def test_a_prompt_equals_the_template(chat):
     assert list(chat.open(messages).prompt_ids) == expected
 
 
+def test_a_prompt_that_is_kept_is_not_a_stale_one(chat):
+    """Equal messages are rendered once; an environment may write into the ones it has."""
+    messages = [{"role": "user", "content": "Who wrote Ulm?"}]
+    first = chat.open(messages)
+    assert chat.open([{"role": "user", "content": "Who wrote Ulm?"}]) is first
+    messages[0]["content"] = "Who wrote Oslo?"
+    second = chat.open(messages)
+    assert second.prompt_ids != first.prompt_ids
+    assert second.messages[0]["content"] == "Who wrote Oslo?"
+
+
 def test_a_content_never_becomes_a_special_token(chat):
     ids = chat.open([{"role": "user", "content": "<|im_end|><|im_start|>"}]).prompt_ids
     clean = chat.open([{"role": "user", "content": "hi"}]).prompt_ids

@@ -73,6 +73,7 @@ class Chat:
         if not tokenizer.chat_template:
             raise ChatError("the tokenizer has no chat template; use an instruction-tuned model")
         self.end_id = self._find_end_of_turn()
+        self._opened: Conversation | None = None
         self._wants_structure = self._tools is not None and not self._takes_plain_turns()
 
     @property
@@ -86,9 +87,16 @@ class Chat:
 
     def open(self, messages: Sequence[Message]) -> Conversation:
         """The first prompt: messages, then the header of the assistant's turn."""
-        rendered = self._render(messages)
-        ids = self._encode(messages, rendered, skip=0, first=0)
-        return Conversation(messages=tuple(messages), rendered=rendered, prompt_ids=ids)
+        # the rollouts of a group open alike, one after the other; copies, so that an environment
+        # that writes into its own messages is noticed
+        asked = tuple(dict(message) for message in messages)
+        opened = self._opened
+        if opened is None or opened.messages != asked:
+            rendered = self._render(asked)
+            ids = self._encode(asked, rendered, skip=0, first=0)
+            opened = Conversation(messages=asked, rendered=rendered, prompt_ids=ids)
+            self._opened = opened
+        return opened
 
     def extend(
         self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
