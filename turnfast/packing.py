@@ -88,7 +88,11 @@ def rows_of(
     trajectory: int,
     credit: TokenCredit | None = None,
 ) -> list[Row]:
-    """The rows of one trajectory: one, or more where a template rewrote earlier turns."""
+    """The rows of one trajectory: one, or more where a template rewrote earlier turns.
+
+    All have the trajectory's number, so a ratio of whole sequences spans those that are in one
+    micro-batch. Where the token budget parts them, the ratio is that of each part.
+    """
     rows: list[Row] = []
     tokens: list[int] = []
     start = 0

@@ -18,7 +18,7 @@ class PolicyRule:
 
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (2503.14476).
     ratio: "token"; "turn", the geometric mean over the loss-bearing tokens of a turn; "sequence",
-        the same over all turns of a sequence (GSPO, 2507.18071).
+        the same over all turns of a sequence in one call (GSPO, 2507.18071).
     kind: "ppo"; "cispo" (2506.13585), -sg(min(ratio, 1 + clip_high)) * A * logprob, which has no
         lower clip and leaves clip_low unused.
     dual_clip: bound c > 1 on -loss / |A| for negative advantages (1912.09729), PPO only.
