@@ -66,6 +66,8 @@ def bench_shape(
     N: int, D: int, V: int, dtype: str, device: torch.device, wanted: set[str] | None, rounds: int
 ) -> list[dict[str, Any]]:
     """The rows of one shape."""
+    # Else the compiled peers run into the compiler's limit of shapes, and run eagerly from there.
+    torch.compiler.reset()
     found, missing = contenders(device, wanted)
     print("\n".join(missing))
     errors = {}
