@@ -47,6 +47,28 @@ def learning(record: dict[str, Any]) -> str:
     )
 
 
+def hops(record: dict[str, Any]) -> str:
+    rows = [
+        f"| `{rule}` | {_spread(row['eval/exact_match'])} | {_spread(row['eval/tool_success'])} "
+        f"| {_spread(row['eval/turns'])} | {_steps(row['steps_to_80'])} |"
+        for rule, row in record["rules"].items()
+    ]
+    start = record["start"]
+    return "\n".join(
+        [
+            "| rule | exact match | tool success | turns used | steps until exact match is 0.8 |",
+            "|---|---|---|---|---|",
+            f"| the common start | {start['eval/exact_match']:.2f} "
+            f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} | |",
+            *rows,
+            "",
+            f"{_seeds(record)}; the last column per seed. {_source(record)}",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
+        ]
+    )
+
+
 def step(record: dict[str, Any]) -> str:
     names = {"rows": "rows, each whole", "trees": "prefix trees", "lean": "and no idle tokens"}
     rows = [
@@ -198,6 +220,7 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning": learning,
+    "hops": hops,
     "step": step,
     "credit_bias": credit_bias,
     "trl_step": trl_step,

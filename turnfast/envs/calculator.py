@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -38,7 +38,7 @@ class CalculatorEnv(ToolEnv):
         largest: of the numbers in it.
         max_operations: what one call may hold; more is an error.
         train_tasks, eval_tasks: sums per split.
-        call_format, reasoning, missing_answer, weights, max_calls, instructions: as in `ToolEnv`.
+        options: those of `ToolEnv`.
     """
 
     def __init__(
@@ -50,21 +50,9 @@ class CalculatorEnv(ToolEnv):
         max_operations: PositiveInt = 8,
         train_tasks: PositiveInt = 4096,
         eval_tasks: PositiveInt = 256,
-        call_format: Literal["xml", "native"] = "xml",
-        reasoning: bool = True,
-        missing_answer: Literal["end", "remind"] = "end",
-        weights: dict[str, float] | None = None,
-        max_calls: PositiveInt = 4,
-        instructions: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            call_format=call_format,
-            reasoning=reasoning,
-            missing_answer=missing_answer,
-            weights=weights,
-            max_calls=max_calls,
-            instructions=instructions,
-        )
+        super().__init__(**options)
         self.operations = (operations,) if isinstance(operations, int) else tuple(operations)
         if not self.operations:
             raise ConfigError("env.options.operations: an empty list; give 1 to 8, or some of them")

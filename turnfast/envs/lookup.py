@@ -76,7 +76,7 @@ class LookupEnv(ToolEnv):
             exchange had driven it out.
         demo_spaced: write "<answer> Ulm", as a byte-level tokenizer then spells the answer with the
             same tokens as the sentence it is copied from; scoring ignores the space.
-        call_format, reasoning, missing_answer, weights, max_calls: as in `ToolEnv`.
+        reasoning, options: those of `ToolEnv`.
 
     "From memory" is right for popular questions (after a call as `demo_recall_after_call` says),
     and otherwise a random name of the right kind.
@@ -109,19 +109,10 @@ class LookupEnv(ToolEnv):
         demo_echo: Share = 0.1,
         demo_recall_after_call: Share = 0.0,
         demo_spaced: bool = True,
-        call_format: Literal["xml", "native"] = "xml",
         reasoning: bool = False,
-        missing_answer: Literal["end", "remind"] = "end",
-        weights: dict[str, float] | None = None,
-        max_calls: PositiveInt = 4,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            call_format=call_format,
-            reasoning=reasoning,
-            missing_answer=missing_answer,
-            weights=weights,
-            max_calls=max_calls,
-        )
+        super().__init__(reasoning=reasoning, **options)
         self.hops: tuple[int, ...] = (hops,) if isinstance(hops, int) else tuple(hops)
         if not self.hops:
             raise ConfigError("env.options.hops: an empty list; give 1 to 4, or some of them")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -39,7 +39,7 @@ class PythonEnv(ToolEnv):
         wall_s: one run, less than `env.tool_timeout_s`. memory_mib: address space of a process.
         unsafe_without_sandbox: runs the code without a sandbox where none can be had, if it says so
             in the words of the refusal. The limits hold, but it can read files and use the network.
-        call_format, reasoning, missing_answer, weights, max_calls, instructions: as in `ToolEnv`.
+        options: those of `ToolEnv`.
     Raises:
         ConfigError: no sandbox, or a file that is missing or malformed.
     """
@@ -55,21 +55,9 @@ class PythonEnv(ToolEnv):
         wall_s: PositiveFloat = 5.0,
         memory_mib: Annotated[int, Field(ge=64)] = 512,
         unsafe_without_sandbox: str = "",
-        call_format: Literal["xml", "native"] = "xml",
-        reasoning: bool = True,
-        missing_answer: Literal["end", "remind"] = "end",
-        weights: dict[str, float] | None = None,
-        max_calls: PositiveInt = 4,
-        instructions: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            call_format=call_format,
-            reasoning=reasoning,
-            missing_answer=missing_answer,
-            weights=weights,
-            max_calls=max_calls,
-            instructions=instructions,
-        )
+        super().__init__(**options)
         try:
             self._sandboxed = require_sandbox(unsafe_without_sandbox)
         except SandboxError as error:

@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -50,7 +50,7 @@ class SearchEnv(ToolEnv):
         stem: match English words by their stem.
         index_folder: keep the index there and take it from there the next time; without it the
             index is built in memory, about 2 s for 100,000 passages.
-        call_format, reasoning, missing_answer, weights, max_calls, instructions: as in `ToolEnv`.
+        options: those of `ToolEnv`.
     Raises:
         ConfigError: a file that is missing or malformed (file, line, reason), or options that do
             not go together.
@@ -72,21 +72,9 @@ class SearchEnv(ToolEnv):
         title_weight: Annotated[float, Field(ge=0)] = 1.0,
         stem: bool = True,
         index_folder: str | None = None,
-        call_format: Literal["xml", "native"] = "xml",
-        reasoning: bool = True,
-        missing_answer: Literal["end", "remind"] = "end",
-        weights: dict[str, float] | None = None,
-        max_calls: PositiveInt = 4,
-        instructions: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            call_format=call_format,
-            reasoning=reasoning,
-            missing_answer=missing_answer,
-            weights=weights,
-            max_calls=max_calls,
-            instructions=instructions,
-        )
+        super().__init__(**options)
         passages: Sequence[Passage] = read_corpus(Path(corpus)) if corpus is not None else ()
         if dataset is not None:
             if questions is not None or eval_questions is not None:

@@ -52,7 +52,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..config import ConfigError
+from ..config import ConfigError, PositiveInt
 from ..tools import (
     MAX_RESULT_CHARS,
     MalformedCall,
@@ -110,7 +110,7 @@ class ToolEnv:
         reasoning: bool = True,
         missing_answer: Literal["end", "remind"] = "end",
         weights: dict[str, float] | None = None,
-        max_calls: int = 4,
+        max_calls: PositiveInt = 4,
         max_result_chars: int = MAX_RESULT_CHARS,
         instructions: str | None = None,
     ) -> None:

@@ -19,11 +19,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...config import ConfigError, PositiveFloat
 from ...tools import BackgroundLoop, Tool, ToolError
 from ...types import Task
 from ..base import Split
@@ -158,7 +158,7 @@ class McpEnv(ToolEnv):
         command, args, env, start_timeout_s: the server, as in `McpServer`.
         questions: JSONL file of questions, as for env "search".
         eval_share: share of them that is set aside, chosen by `seed`.
-        call_format, reasoning, missing_answer, weights, max_calls, instructions: as in `ToolEnv`.
+        options: those of `ToolEnv`.
     """
 
     def __init__(
@@ -171,21 +171,9 @@ class McpEnv(ToolEnv):
         start_timeout_s: PositiveFloat = 30.0,
         eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         seed: int = 0,
-        call_format: Literal["xml", "native"] = "xml",
-        reasoning: bool = True,
-        missing_answer: Literal["end", "remind"] = "end",
-        weights: dict[str, float] | None = None,
-        max_calls: PositiveInt = 4,
-        instructions: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            call_format=call_format,
-            reasoning=reasoning,
-            missing_answer=missing_answer,
-            weights=weights,
-            max_calls=max_calls,
-            instructions=instructions,
-        )
+        super().__init__(**options)
         self._records = split_records(read_questions(Path(questions)), share=eval_share, seed=seed)
         self.server = McpServer(command, args or (), env=env, start_timeout_s=start_timeout_s)
         self.tools = self.server.tools
