@@ -134,13 +134,13 @@ def test_all_mistakes_are_told_at_once(recipe):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--loss.clip-hihg", "0.3"], "--loss.clip_hihg: loss.clip_hihg: no such field; did you"),
-        (["--rollout.group-size=1"], "--rollout.group_size: rollout.group_size: 1 rollout has no"),
-        (["--train.steps", "many"], "--train.steps: train.steps: Input should be a valid integer"),
+        (["--loss.clip-hihg", "0.3"], "--loss.clip_hihg: no such field; did you"),
+        (["--rollout.group-size=1"], "--rollout.group_size: 1 rollout has no"),
+        (["--train.steps", "many"], "--train.steps: Input should be a valid integer"),
         (["--train.steps"], "--train.steps: a value is missing"),
         (["train.steps", "3"], "train.steps: expected a dotted flag such as"),
         (["--train.steps.more", "3"], "'steps' is a value, not a section"),
-        (["--train", "3"], "--train: train: "),
+        (["--train", "3"], "--train: "),
     ],
 )
 def test_a_wrong_flag_is_told_from_a_wrong_file(recipe, flags, said):

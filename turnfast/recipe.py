@@ -74,7 +74,7 @@ def build_config(
         for item in error.errors():
             line = _explain(item)
             flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
-            lines.append(f"{source}: {line}" if flag is None else f"--{flag}: {line}")
+            lines.append(f"{source}: {line}" if flag is None else f"--{line}")
         raise ConfigError("\n".join(lines)) from None
 
 
