@@ -131,6 +131,10 @@ def _row(runs: list[list[dict]]) -> dict:
     for name in FIGURES:
         last = [_evaluations(lines)[-1][name] for lines in runs]
         row[name] = {"mean": fmean(last), "spread": pstdev(last), "seeds": last}
+    row["exact_match_by_step"] = {
+        step: fmean(e["eval/exact_match"] for lines in runs for e in _at(lines, step))
+        for step in (e["step"] for e in _evaluations(runs[0]))
+    }
     row["steps_to_80"] = [
         next((e["step"] for e in _evaluations(lines) if e["eval/exact_match"] >= 0.8), None)
         for lines in runs
@@ -160,6 +164,10 @@ def _evaluations(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "eval/exact_match" in line]
 
 
+def _at(lines: list[dict], step: int) -> list[dict]:
+    return [line for line in _evaluations(lines) if line["step"] == step]
+
+
 def _start(
     options: argparse.Namespace, flags: list[str], start: Path, rules: list[str], seeds: list[int]
 ) -> dict:
@@ -179,7 +187,7 @@ def _start(
     return {
         **{name: first[name] for name in FIGURES},
         "sampled/calls": len(called) / len(rollouts),
-        "sampled/calls_that_fail": 1 - _right(called, "tool_success"),
+        "sampled/calls_that_fail": 1 - (_right(called, "tool_success") or 0.0),
         "sampled/exact_match": _right(rollouts),
         "sampled/exact_match_after_a_call": _right(called),
         "sampled/exact_match_without_a_call": _right(silent),
@@ -188,10 +196,10 @@ def _start(
     }
 
 
-def _right(rollouts: list[dict], name: str = "exact_match") -> float:
-    """Mean of a figure over the rollouts that have it."""
+def _right(rollouts: list[dict], name: str = "exact_match") -> float | None:
+    """Mean of a figure over the rollouts that have it; None where none has."""
     values = [float({**r["metrics"], **r}[name]) for r in rollouts if name in {**r["metrics"], **r}]
-    return fmean(values) if values else float("nan")
+    return fmean(values) if values else None
 
 
 def _versions() -> dict[str, str]:

@@ -49,16 +49,18 @@ def learning(record: dict[str, Any]) -> str:
 
 def hops(record: dict[str, Any]) -> str:
     rows = [
-        f"| `{rule}` | {_spread(row['eval/exact_match'])} | {_spread(row['eval/tool_success'])} "
-        f"| {_spread(row['eval/turns'])} | {_steps(row['steps_to_80'])} |"
+        f"| `{rule}` | {row['exact_match_by_step']['10']:.2f} | {_spread(row['eval/exact_match'])} "
+        f"| {_spread(row['eval/tool_success'])} | {_spread(row['eval/turns'])} "
+        f"| {_steps(row['steps_to_80'])} |"
         for rule, row in record["rules"].items()
     ]
     start = record["start"]
     return "\n".join(
         [
-            "| rule | exact match | tool success | turns used | steps until exact match is 0.8 |",
-            "|---|---|---|---|---|",
-            f"| the common start | {start['eval/exact_match']:.2f} "
+            "| rule | exact match at step 10 | at the end | tool success | turns used "
+            "| steps until exact match is 0.8 |",
+            "|---|---|---|---|---|---|",
+            f"| the common start | | {start['eval/exact_match']:.2f} "
             f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} | |",
             *rows,
             "",
