@@ -1,0 +1,107 @@
+"""Folders that are either whole or not there: sealed with a manifest, flushed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINER = "trainer"
+
+
+def fault(path: Path, *, hashes: bool = True) -> str | None:
+    """The first thing wrong with a checkpoint, in words, or None when it is whole.
+
+    Args:
+        hashes: also read every byte; without it only names and sizes are compared.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, this version reads {FORMAT}"
+        if f"step_{manifest['step']:06d}" != path.name:
+            return f"{MANIFEST} is of step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["size_bytes"]:
+                return f"{name} has {file.stat().st_size} of {expected['size_bytes']} bytes"
+            if hashes and _sha256(file) != expected["sha256"]:
+                return f"{name} is damaged (SHA-256 differs)"
+        if f"{TRAINER}/state.json" not in manifest["files"]:
+            return f"{MANIFEST} does not list {TRAINER}/state.json"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error!r})"
+    return None
+
+
+def seal(folder: Path, step: int) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        str(path.relative_to(folder)): {
+            "size_bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in files
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(
+        json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1), encoding="utf-8"
+    )
+    for path in (*files, manifest, folder / TRAINER, folder):
+        _flush(path)
+
+
+def move_in(partial: Path, target: Path) -> None:
+    if target.exists():
+        target.rename(_retired(target))
+    partial.rename(target)
+    _flush(target.parent)
+
+
+def point_latest(folder: Path, name: str) -> None:
+    partial = folder / ".latest.partial"
+    partial.write_text(name + "\n", encoding="utf-8")
+    _flush(partial)
+    partial.replace(folder / "latest")
+    _flush(folder)
+
+
+def retire(folder: Path, step: int, keep: int) -> None:
+    """Drop what is older than the newest `keep` up to this step. Folders of later steps were passed
+    over by a resume and incomplete ones hold no state: neither may push a good one out."""
+    steps = (path for path in folder.glob("step_*") if path.name <= f"step_{step:06d}")
+    usable = sorted((p for p in steps if fault(p, hashes=False) is None), reverse=True)
+    for path in usable[max(keep, 1) :]:
+        path.rename(_retired(path))
+    sweep(folder)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.retired")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for path in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.retired")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

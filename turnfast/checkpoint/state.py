@@ -1,0 +1,141 @@
+"""The state of a training run as safetensors and JSON: weights, optimizer, critic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read. The text names the file and the way out."""
+
+
+class Stateful(Protocol):
+    """What is asked of an optimizer: torch's two methods, `state` and `param_groups` in them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+class StatefulTensors(Protocol):
+    """What is asked of a critic: all that it is, as named tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+
+def save_optimizer(optimizer: Stateful, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    saved = optimizer.state_dict()
+    for index, entries in saved["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().to("cpu").contiguous()
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    document = {"groups": saved["param_groups"], "plain": plain}
+    (folder / "optimizer.json").write_text(to_json(document, "optimizer"), encoding="utf-8")
+    # a copy each: optimizers may let several entries share memory, the format does not
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, _optimizer_file(folder))
+
+
+def load_optimizer(optimizer: Stateful, folder: Path) -> None:
+    document = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entries) for index, entries in document["plain"].items()
+    }
+    for key, tensor in load_file(_optimizer_file(folder)).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in document["groups"]
+    ]
+    try:
+        optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: the optimizer state belongs to other parameters ({error}); resume with "
+            "the model and optim sections of the run that wrote it"
+        ) from error
+    if isinstance(optimizer, Optimizer):
+        _restore_dtypes(optimizer, state)
+
+
+def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    # load_state_dict casts moments to the parameter's dtype, which would round float32 moments of
+    # bfloat16 weights
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        loaded = optimizer.state[parameters[index]]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
+                loaded[name] = value.to(loaded[name].device)
+
+
+def save_critic(critic: StatefulTensors, folder: Path) -> None:
+    tensors = {name: x.cpu().contiguous().clone() for name, x in critic.state_dict().items()}
+    save_file(tensors, _critic_file(folder))
+
+
+def load_critic(critic: StatefulTensors, folder: Path) -> None:
+    try:
+        critic.load_state_dict(load_file(_critic_file(folder)))
+    except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: holds no critic that fits ({error}); resume with the credit and model "
+            "sections of the run that wrote it"
+        ) from error
+
+
+def _critic_file(folder: Path) -> Path:
+    return folder / "critic.safetensors"
+
+
+def _optimizer_file(folder: Path) -> Path:
+    return folder / "optimizer.safetensors"
+
+
+def load_model(model: nn.Module, path: Path) -> None:
+    wanted = model.state_dict()
+    loaded: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        loaded |= load_file(file)
+    if not _fits(wanted, loaded):
+        # files of some architectures name and cut the tensors otherwise than the module does
+        fresh = type(model).from_pretrained(path, dtype="auto")  # pyright: ignore
+        loaded = fresh.state_dict()
+    if not _fits(wanted, loaded):
+        raise CheckpointError(
+            f"{path}: its tensors do not fit the model; resume with the model section of the run "
+            "that wrote it"
+        )
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            wanted[name].copy_(tensor)
+
+
+def _fits(wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:
+    """Every loaded tensor has its place, and what is missing shares memory with what is there."""
+    if any(name not in wanted or wanted[name].shape != t.shape for name, t in loaded.items()):
+        return False
+    filled = {wanted[name].data_ptr() for name in loaded}
+    return all(tensor.data_ptr() in filled for tensor in wanted.values())
+
+
+def to_json(document: Mapping[str, Any], what: str) -> str:
+    try:
+        return json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's {what} is not JSON: {error}") from error
