@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -28,123 +29,149 @@ RESULTS = Path(__file__).parent / "results"
 FIGURES = ("eval/tool_success", "eval/exact_match", "eval/turns")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Runs of several rules and seeds from one start: a recipe, flags beside it, and a folder."""
+
+    recipe: str
+    flags: tuple[str, ...]
+    runs: Path
+    threads: int | None  # of each process; None leaves it to torch
+    model: Path  # the start
+
+    def folder(self, rule: str, seed: int) -> Path:
+        return self.runs / f"{rule}-{seed}"
+
+    def metrics(self, rule: str, seed: int) -> list[dict]:
+        return read_metrics(self.folder(rule, seed))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, runs="runs/learning", out="learning.json")
+    parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
+    options, flags = parser.parse_known_args()
+    rules, seeds = options.rules.split(","), [int(seed) for seed in options.seeds.split(",")]
+
+    study = Study(
+        recipe=options.recipe,
+        flags=tuple(flags),
+        runs=options.runs,
+        threads=1 if options.jobs > 1 else None,
+        model=options.warm_start or options.runs / "warm-start" / "model",
+    )
+    if options.warm_start is None:
+        warm_start(study)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda cell: train(study, *cell), [(r, s) for s in seeds for r in rules]))
+
+    table = {rule: row([study.metrics(rule, seed) for seed in seeds]) for rule in rules}
+    first = study.metrics(rules[0], seeds[0])
+    write(
+        options.out,
+        {
+            **provenance("learning", options.recipe),
+            "seeds": seeds,
+            "start": portrait(study, first),
+            "rules": table,
+        },
+    )
+    paths = {rule: [study.folder(rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules}
+    learning_plot(paths, options.out.with_suffix(".svg"))
+    for rule, figures in table.items():
+        show(rule, figures)
+
+
+def arguments(text: str, *, runs: str, out: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--rules", default="grpo_or,grpo_mr,mt_grpo")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "learning.json")
+    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, one thread each if > 1"
     )
-    parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
-    options, flags = parser.parse_known_args()
-    rules = options.rules.split(",")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-
-    start = options.warm_start or _warm_start(options, flags)
-    cells = [(rule, seed) for seed in seeds for rule in rules]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda cell: _train(options, flags, start, *cell), cells))
-
-    table = {rule: _row([_metrics(options, rule, seed) for seed in seeds]) for rule in rules}
-    record = {
-        "command": " ".join(["python bench/learning.py", *sys.argv[1:]]),
-        "recipe": options.recipe,
-        "seeds": seeds,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": _versions(),
-        "commit": _commit(),
-        "start": _start(options, flags, start, rules, seeds),
-        "rules": table,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    paths = {
-        rule: [_folder(options, rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules
-    }
-    learning_plot(paths, options.out.with_suffix(".svg"))
-    for rule, row in table.items():
-        figures = "  ".join(f"{n} {row[n]['mean']:.3f} ± {row[n]['spread']:.3f}" for n in FIGURES)
-        print(f"{rule:<18} {figures}")
+    return parser
 
 
-def _warm_start(options: argparse.Namespace, flags: list[str]) -> Path:
-    folder = options.runs / "warm-start"
-    if not (folder / "model" / "config.json").exists():
-        _turnfast("sft", options.recipe, "--run-dir", str(folder), *flags, log=None)
-    return folder / "model"
+def warm_start(study: Study, *, seed: int = 0, threads: int | None = None) -> None:
+    """Make the start where it is missing."""
+    if not (study.model / "config.json").exists():
+        study.runs.mkdir(parents=True, exist_ok=True)
+        _turnfast(
+            *("sft", study.recipe, "--run-dir", str(study.model.parent), *study.flags),
+            *("--train.seed", str(seed)),
+            log=study.runs / "warm-start.log",
+            threads=threads,
+        )
 
 
-def _train(
-    options: argparse.Namespace, flags: list[str], start: Path, rule: str, seed: int
-) -> None:
-    folder = _folder(options, rule, seed)
-    if (folder / "metrics.jsonl").exists() and _finished(folder):
+def train(study: Study, rule: str, seed: int) -> None:
+    """One run, unless it is there already."""
+    folder = study.folder(rule, seed)
+    if (folder / "report.html").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     _turnfast(
-        "train",
-        options.recipe,
-        "--run-dir",
-        str(folder),
-        "--model.path",
-        str(start),
-        "--credit.rule",
-        rule,
-        "--train.seed",
-        str(seed),
-        *flags,
+        *("train", study.recipe, "--run-dir", str(folder), "--model.path", str(study.model)),
+        *(*study.flags, "--credit.rule", rule, "--train.seed", str(seed)),
         log=folder.with_suffix(".log"),
-        threads=1 if options.jobs > 1 else None,
+        threads=study.threads,
     )
-    print(f"{rule} seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{folder}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
-def _turnfast(*words: str, log: Path | None, threads: int | None = None) -> None:
+def _turnfast(*words: str, log: Path, threads: int | None = None) -> None:
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     program = str(Path(sys.executable).with_name("turnfast"))
-    if log is None:
-        subprocess.run([program, *words], check=True, env=environment)
-        return
     with log.open("w", encoding="utf-8") as file:
         subprocess.run([program, *words], check=True, env=environment, stdout=file, stderr=file)
 
 
-def _folder(options: argparse.Namespace, rule: str, seed: int) -> Path:
-    return options.runs / f"{rule}-{seed}"
+def provenance(script: str, recipe: str) -> dict:
+    return {
+        "command": " ".join([f"python bench/{script}.py", *sys.argv[1:]]),
+        "recipe": recipe,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": _versions(),
+        "commit": _commit(),
+    }
 
 
-def _finished(folder: Path) -> bool:
-    return (folder / "report.html").exists()
+def write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _metrics(options: argparse.Namespace, rule: str, seed: int) -> list[dict]:
-    return read_metrics(_folder(options, rule, seed))
+def show(name: str, figures: dict) -> None:
+    print(
+        f"{name:<18}",
+        *(f"{n} {figures[n]['mean']:.3f} ± {figures[n]['spread']:.3f}" for n in FIGURES),
+        sep="  ",
+    )
 
 
-def _row(runs: list[list[dict]]) -> dict:
+def row(runs: list[list[dict]]) -> dict:
     """Last evaluation of every seed, and the steps to 80 % exact match."""
-    row: dict = {}
+    figures: dict = {}
     for name in FIGURES:
         last = [_evaluations(lines)[-1][name] for lines in runs]
-        row[name] = {"mean": fmean(last), "spread": pstdev(last), "seeds": last}
-    row["exact_match_by_step"] = {
+        figures[name] = {"mean": fmean(last), "spread": pstdev(last), "seeds": last}
+    figures["exact_match_by_step"] = {
         step: fmean(e["eval/exact_match"] for lines in runs for e in _at(lines, step))
         for step in (e["step"] for e in _evaluations(runs[0]))
     }
-    row["steps_to_80"] = [
+    figures["steps_to_80"] = [
         next((e["step"] for e in _evaluations(lines) if e["eval/exact_match"] >= 0.8), None)
         for lines in runs
     ]
-    row["steps_to_tool"] = [_steps_to_tool(lines) for lines in runs]
-    row["lowest_tool"] = [min(_sampled_tool(lines).values()) for lines in runs]
+    figures["steps_to_tool"] = [_steps_to_tool(lines) for lines in runs]
+    figures["lowest_tool"] = [min(_sampled_tool(lines).values()) for lines in runs]
     times = [line["time/step"] for lines in runs for line in lines if "time/step" in line]
-    row["seconds_per_step"] = fmean(times)
-    row["steps"] = _evaluations(runs[0])[-1]["step"]
-    return row
+    figures["seconds_per_step"] = fmean(times)
+    figures["steps"] = _evaluations(runs[0])[-1]["step"]
+    return figures
 
 
 def _sampled_tool(lines: list[dict], window: int = 5) -> dict[int, float]:
@@ -168,24 +195,21 @@ def _at(lines: list[dict], step: int) -> list[dict]:
     return [line for line in _evaluations(lines) if line["step"] == step]
 
 
-def _start(
-    options: argparse.Namespace, flags: list[str], start: Path, rules: list[str], seeds: list[int]
-) -> dict:
-    """What the common warm start does before any rule has touched it: greedily on held-out tasks,
-    and in 1,024 rollouts drawn as in training, on training tasks."""
-    first = _evaluations(_metrics(options, rules[0], seeds[0]))[0]
-    drawn = options.runs / "start.jsonl"
+def portrait(study: Study, run: list[dict]) -> dict:
+    """What a start does before any rule has touched it: greedily on held-out tasks, by the first
+    evaluation of a run from it, and in 1,024 rollouts drawn as in training, on training tasks."""
+    drawn = study.runs / "start.jsonl"
     _turnfast(
-        *("eval", options.recipe, "--model.path", str(start), "--split", "train", "--sampled"),
-        *("--train.eval-tasks", "1024", "--out", str(drawn), *flags),
-        log=options.runs / "start.log",
+        *("eval", study.recipe, "--model.path", str(study.model), "--split", "train", "--sampled"),
+        *(*study.flags, "--train.eval-tasks", "1024", "--out", str(drawn)),
+        log=study.runs / "start.log",
     )
     lines = drawn.read_text(encoding="utf-8").splitlines()
     rollouts = [rollout for line in lines for rollout in json.loads(line)["rollouts"]]
     called = [r for r in rollouts if any(turn["tool_calls"] for turn in r["turns"])]
     silent = [r for r in rollouts if r not in called]
     return {
-        **{name: first[name] for name in FIGURES},
+        **{name: _evaluations(run)[0][name] for name in FIGURES},
         "sampled/calls": len(called) / len(rollouts),
         "sampled/calls_that_fail": 1 - (_right(called, "tool_success") or 0.0),
         "sampled/exact_match": _right(rollouts),

@@ -1,0 +1,60 @@
+"""Does what the rules do from one start hold from others? Every start named here, none left out.
+
+    python bench/starts.py [--rules grpo_or,grpo_mr,mt_grpo] [--seeds 0] [--jobs 2]
+
+A start has its own seed: of the world, of the demonstrations and of the small model's weights and
+vocabulary. The recipe is bench/learning.py's. STARTS was written before any of them was trained
+and is not a choice: a start that fails, or a rule that fails on it, stays in the table. Writes
+bench/results/starts.json; `bench/readme.py` makes the README's table from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+
+from learning import Study, arguments, portrait, provenance, row, show, train, warm_start, write
+
+STARTS = (1, 2, 3, 4, 5)
+
+
+def main() -> None:
+    parser = arguments(__doc__, runs="runs/starts", out="starts.json")
+    parser.set_defaults(seeds="0")
+    options, flags = parser.parse_known_args()
+    rules, seeds = options.rules.split(","), [int(seed) for seed in options.seeds.split(",")]
+    studies = {start: _study(options, flags, start) for start in STARTS}
+    threads = 1 if options.jobs > 1 else None
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(
+            pool.map(lambda start: warm_start(studies[start], seed=start, threads=threads), STARTS)
+        )
+        cells = [(studies[n], rule, seed) for n in STARTS for seed in seeds for rule in rules]
+        list(pool.map(lambda cell: train(*cell), cells))
+
+    starts = {}
+    for start, study in studies.items():
+        table = {rule: row([study.metrics(rule, seed) for seed in seeds]) for rule in rules}
+        starts[start] = {
+            "start": portrait(study, study.metrics(rules[0], seeds[0])),
+            "rules": table,
+        }
+        for rule, figures in table.items():
+            show(f"start {start} {rule}", figures)
+    record = {**provenance("starts", options.recipe), "seeds": seeds, "starts": starts}
+    write(options.out, record)
+
+
+def _study(options: argparse.Namespace, flags: list[str], start: int) -> Study:
+    runs = options.runs / f"start-{start}"
+    return Study(
+        recipe=options.recipe,
+        flags=(*flags, "--env.options.seed", str(start)),
+        runs=runs,
+        threads=1 if options.jobs > 1 else None,
+        model=runs / "warm-start" / "model",
+    )
+
+
+if __name__ == "__main__":
+    main()
