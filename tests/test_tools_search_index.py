@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.tools import Passage, SearchIndex
+from turnfast.tools.search_index import match_expression
 
 PASSAGES = [
     Passage(title="Ulm", text="Ulm was written by Ida."),
@@ -119,6 +120,58 @@ def test_ten_thousand_passages_long_queries_and_eight_threads():
         thread.join()
     assert wrong == []
     assert len(index.search(" ".join(words), 5)) == 5  # 3,000 words, of which 64 are looked up
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh"]), max_size=6),
+        max_size=30,
+    ),
+    st.lists(
+        st.sampled_from(["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh", "ii"]),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 6),
+    st.sampled_from([0.5, 1.0, 3.0]),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_passed_over_is_never_a_hit(texts, query, k, title_weight):
+    """Against the index's own scores of every passage."""
+    passages = [Passage(title=" ".join(text[:2]), text=" ".join(text[2:])) for text in texts]
+    index = SearchIndex(passages, title_weight=title_weight)
+    match = match_expression(dict.fromkeys(query))
+    everything = index._connection.execute(
+        "SELECT rowid - 1, -bm25(passages, ?, 1.0) AS score FROM passages"
+        " WHERE passages MATCH ? ORDER BY score DESC, rowid LIMIT ?",
+        (title_weight, match, k),
+    ).fetchall()
+    hits = index.search(" ".join(query), k)
+    assert [hit.score for hit in hits] == pytest.approx([score for _, score in everything])
+    # scores that rounding alone tells apart may change places
+    ranked = {row: round(score, 9) for row, score in everything}
+    expected = sorted(ranked, key=lambda row: (-ranked[row], row))
+    if len({round(score, 9) for _, score in everything}) == len(everything):
+        assert [hit.row for hit in hits] == expected
+
+
+def test_few_passages_are_scored(monkeypatch):
+    passages = [Passage(title=f"t{i}", text="the author of something") for i in range(2000)]
+    index = SearchIndex([*passages, Passage(title="Ulm", text="The author of Ulm is Ida.")])
+    asked: list[tuple[str, ...]] = []
+    best = index._best
+
+    def watched(words, needed, k):
+        asked.append(needed)
+        return best(words, needed, k)
+
+    monkeypatch.setattr(index, "_best", watched)
+    assert index.search("author of Ulm")[0].title == "Ulm" and asked == [("Ulm",)]
+    asked.clear()
+    assert len(index.search("author of Ulm", 3)) == 3 and asked[-1] == ("Ulm", "author")
+    asked.clear()
+    # two words that are in the same passage, and three hits asked for
+    assert len(index.search("author of Ulm Ida", 3)) == 3 and asked[-1] == ("Ida", "Ulm", "author")
 
 
 def test_an_index_in_a_file(tmp_path):

@@ -3,11 +3,16 @@
 Any text is a valid query: it is cut into words here, each word is quoted, and so nothing in it can
 reach the query language of the index. Words that say nothing are dropped, because each of them
 would make the index score nearly every passage.
+
+A score is a sum over the words of the query, and a common word adds little. So the passages with
+the rarest words are scored first, and the others only if what the remaining words could give them
+is as much as the best have already. The hits are those of scoring everything.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import sqlite3
@@ -18,6 +23,11 @@ from pathlib import Path
 
 MAX_QUERY_WORDS = 64
 MAX_CACHED_QUERIES = 2048
+MAX_CACHED_WORDS = 65536
+
+BM25_K1 = 1.2
+"""Of the index's bm25(): a word that is in n of N passages adds less to a score than
+(K1 + 1) log((N - n + 1/2) / (n + 1/2)), however often it occurs in one."""
 
 _STOP_TEXT = """
 a about after all also an and any are as at be because been before being between both but by can
@@ -85,43 +95,87 @@ class SearchIndex:
             if path is not None and path.exists():
                 raise FileExistsError(f"{path} exists; open it without passages, or remove it")
             self._connection = _build(passages, path, stem)
-        # the rollouts of a group ask much the same, and scoring is most of a call's time
+        # the rollouts of a group ask much the same
         self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
+        self._num_with = functools.lru_cache(maxsize=MAX_CACHED_WORDS)(self._count)
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
         """The `k` best passages, best first, ties in corpus order; empty without a match."""
-        match = match_expression(query)
-        return list(self._cached(match, k)) if match and k >= 1 else []
+        words = query_words(query)
+        return list(self._cached(words, k)) if words and k >= 1 else []
 
-    def _look_up(self, match: str, k: int) -> tuple[Hit, ...]:
+    def _look_up(self, words: tuple[str, ...], k: int) -> tuple[Hit, ...]:
         with self._lock:
-            rows = self._connection.execute(
-                "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
-                " WHERE passages MATCH ? ORDER BY score, rowid LIMIT ?",
-                (self._title_weight, match, k),
-            ).fetchall()
+            found = sorted((count, word) for word in words if (count := self._num_with(word)))
+            words = tuple(word for _, word in found)
+            if not words:
+                return ()
+            counts = [count for count, _ in found]
+            # what the words from the i-th on can add to a score at most
+            rest = [math.fsum(map(self._most, counts[i:])) for i in range(len(words) + 1)]
+            every = len(words)
+            taken = next((i for i in range(1, every) if sum(counts[:i]) >= k), every)
+            while True:
+                hits = self._best(words, words[:taken], k)
+                least = hits[-1].score if len(hits) == k else 0.0
+                if taken == every or least > rest[taken]:
+                    return hits
+                taken = next((i for i in range(taken + 1, every) if least > rest[i]), every)
+
+    def _best(self, words: tuple[str, ...], needed: tuple[str, ...], k: int) -> tuple[Hit, ...]:
+        """The `k` best by all words among the passages with one of those that are needed."""
+        only, values = "", [self._title_weight, match_expression(words)]
+        if len(needed) < len(words):
+            # the plus sign: rows are filtered before they are scored, and not looked up one by one
+            only = " AND +rowid IN (SELECT rowid FROM passages WHERE passages MATCH ?)"
+            values.append(match_expression(needed))
+        rows = self._connection.execute(
+            "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
+            f" WHERE passages MATCH ?{only} ORDER BY score, rowid LIMIT ?",
+            (*values, k),
+        ).fetchall()
         return tuple(
             Hit(row=row - 1, title=title, text=text, score=-score)
             for row, title, text, score in rows
         )
+
+    def _count(self, word: str) -> int:
+        counted = self._connection.execute(
+            "SELECT count(*) FROM passages WHERE passages MATCH ?", (match_expression((word,)),)
+        )
+        return counted.fetchone()[0]
+
+    def _most(self, count: int) -> float:
+        odds = (self.num_passages - count + 0.5) / (count + 0.5)
+        return (BM25_K1 + 1) * max(math.log(odds), 1e-6)
 
     def close(self) -> None:
         with self._lock:
             self._connection.close()
 
 
-def match_expression(query: str) -> str:
-    """The query in the index's own language: quoted words, any of which may match.
+def query_words(query: str) -> tuple[str, ...]:
+    """The words that are looked up, at most `MAX_QUERY_WORDS`.
 
     Example:
-        >>> match_expression('who wrote "Ulm" OR NEAR(x)?')
-        '"wrote" OR "Ulm" OR "NEAR" OR "x"'
+        >>> query_words('who wrote "Ulm" OR NEAR(x)?')
+        ('wrote', 'Ulm', 'NEAR', 'x')
     """
     # case and accents are left to the index, so that it folds query and passage alike
     words = {word.lower(): word for word in _WORD.findall(query)}
     telling = [word for low, word in words.items() if low not in STOP_WORDS] or [*words.values()]
-    return " OR ".join(f'"{word}"' for word in telling[:MAX_QUERY_WORDS])
+    return tuple(telling[:MAX_QUERY_WORDS])
+
+
+def match_expression(words: Iterable[str]) -> str:
+    """Words in the index's own language: quoted, and any of them may match.
+
+    Example:
+        >>> match_expression(("wrote", "Ulm", "NEAR", "x"))
+        '"wrote" OR "Ulm" OR "NEAR" OR "x"'
+    """
+    return " OR ".join(f'"{word}"' for word in words)
 
 
 def _build(passages: Iterable[Passage], path: Path | None, stem: bool) -> sqlite3.Connection:
