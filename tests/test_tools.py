@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import Annotated, Literal
 
 import pytest
@@ -377,9 +378,62 @@ def test_hanging_threads_are_limited(monkeypatch):
         "3 earlier calls are still hanging"
     ]
     release.set()
-    for thread in deadline_room._ABANDONED:
-        thread.join(10)
+    for call in deadline_room._ABANDONED:
+        assert call.ended.wait(10)
     assert play(add, a=1) == ToolResult(text="2")
+
+
+def test_a_thread_takes_the_next_call_unless_it_hangs(monkeypatch):
+    monkeypatch.setattr(deadline_room, "_IDLE", [])
+    release, threads = threading.Event(), []
+
+    @tool
+    def note(hangs: bool) -> str:
+        threads.append(threading.get_ident())
+        return "late" if hangs and release.wait(30) else "done"
+
+    def settled() -> None:
+        # a call's result is there a moment before its thread is free again
+        while not deadline_room._IDLE:
+            time.sleep(0.001)
+
+    async def run() -> list[ToolResult | ToolError]:
+        call = partial(ToolCall, name="note")
+        results = []
+        for hangs in (False, False, True, False, False):
+            results.append(await run_tool([note], call(arguments={"hangs": hangs}), timeout_s=0.2))
+            if not hangs:
+                settled()
+        return results
+
+    results = asyncio.run(run())
+    assert [result.success for result in results] == [True, True, False, True, True]
+    assert threads[0] == threads[1] == threads[2] != threads[3] == threads[4]
+    release.set()
+    while len(deadline_room._IDLE) < 2:  # the one that hung is of use again
+        time.sleep(0.001)
+
+
+def test_idle_threads_are_limited(monkeypatch):
+    monkeypatch.setattr(deadline_room, "_IDLE", [])
+    monkeypatch.setattr(deadline_room, "MAX_IDLE_THREADS", 2)
+    together = threading.Barrier(6)
+
+    @tool
+    def meet() -> str:
+        together.wait(10)
+        return "met"
+
+    async def run() -> list[ToolResult | ToolError]:
+        call = ToolCall(name="meet", arguments={})
+        return await asyncio.gather(*(run_tool([meet], call, timeout_s=10) for _ in range(6)))
+
+    before = threading.active_count()
+    assert all(result.success for result in asyncio.run(run()))
+    end = time.monotonic() + 10
+    while threading.active_count() > before + 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    assert len(deadline_room._IDLE) == 2 and threading.active_count() <= before + 2
 
 
 def test_a_hanging_tool_does_not_hold_up_the_end_of_the_program():

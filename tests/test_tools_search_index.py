@@ -122,16 +122,12 @@ def test_ten_thousand_passages_long_queries_and_eight_threads():
     assert len(index.search(" ".join(words), 5)) == 5  # 3,000 words, of which 64 are looked up
 
 
+WORDS = ["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh"]
+
+
 @given(
-    st.lists(
-        st.lists(st.sampled_from(["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh"]), max_size=6),
-        max_size=30,
-    ),
-    st.lists(
-        st.sampled_from(["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh", "ii"]),
-        min_size=1,
-        max_size=5,
-    ),
+    st.lists(st.lists(st.sampled_from(WORDS), max_size=6), max_size=30),
+    st.lists(st.sampled_from([*WORDS, "nowhere"]), min_size=1, max_size=5),
     st.integers(1, 6),
     st.sampled_from([0.5, 1.0, 3.0]),
 )

@@ -57,6 +57,9 @@ class Chat:
         tokenizer: a Hugging Face tokenizer with a chat template.
         tools: JSON schemas offered through the template; empty when the environment describes its
             tools itself.
+    Attributes:
+        end_id: ends a turn in the template.
+        stop_ids: end a turn when drawn; the one that was is part of the sample and is trained.
     Raises:
         ChatError: no template, or a turn that does not end in one special token.
     """
@@ -73,17 +76,9 @@ class Chat:
         if not tokenizer.chat_template:
             raise ChatError("the tokenizer has no chat template; use an instruction-tuned model")
         self.end_id = self._find_end_of_turn()
+        self.stop_ids = self._find_stop_ids()
         self._opened: Conversation | None = None
         self._wants_structure = self._tools is not None and not self._takes_plain_turns()
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a turn; the one that was drawn is part of the sample and is trained."""
-        eos = self.tokenizer.eos_token_id
-        # Llama 3 ends some calls with a token of their own
-        calls = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content == _EOM]
-        ids = (self.end_id, *([] if eos is None else [eos]), *calls)
-        return tuple(dict.fromkeys(ids))
 
     def open(self, messages: Sequence[Message]) -> Conversation:
         """The first prompt: messages, then the header of the assistant's turn."""
@@ -207,6 +202,13 @@ class Chat:
         except TemplateError:
             return False
         return True
+
+    def _find_stop_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        # Llama 3 ends some calls with a token of their own
+        calls = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content == _EOM]
+        ids = (self.end_id, *([] if eos is None else [eos]), *calls)
+        return tuple(dict.fromkeys(ids))
 
     def _find_end_of_turn(self) -> int:
         mark = _PLACE.format("end")

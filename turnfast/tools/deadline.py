@@ -1,22 +1,27 @@
 """Call somebody else's function under a deadline; a hanging one blocks nothing.
 
-Plain functions run in a daemon thread of their own, so a hanging one blocks neither the event
-loop, nor other calls, nor the interpreter's exit. `async` functions run in the caller's loop and
-are cancelled; one that never awaits cannot be interrupted: blocking work belongs in a plain
+Plain functions run in a daemon thread that they have to themselves, so a hanging one blocks neither
+the event loop, nor other calls, nor the interpreter's exit. A thread whose call has ended takes the
+next one: to start a thread costs more than most calls. `async` functions run in the caller's loop
+and are cancelled; one that never awaits cannot be interrupted: blocking work belongs in a plain
 function.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 MAX_ABANDONED_THREADS = 256
+MAX_IDLE_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ async def call_within(
         hanging = _count_hanging()
         if hanging >= MAX_ABANDONED_THREADS:
             return Late(hanging=hanging)
-        running = _start_thread(function, args, kwargs, label)
+        running = _begin(partial(function, *args, **kwargs), label)
     try:
         # not wait_for: a result that is there when the deadline passes must count, even if the
         # loop was busy sampling meanwhile
@@ -81,46 +86,73 @@ async def _guard(
         return Raised(error=error)
 
 
-_ABANDONED: list[threading.Thread] = []
-_ABANDONED_LOCK = threading.Lock()
+class _Call:
+    """A plain function that runs in another thread; `future` belongs to the running loop."""
+
+    def __init__(self, function: Callable[[], Any], label: str) -> None:
+        self._function = function
+        self._context = contextvars.copy_context()
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Returned | Raised] = self._loop.create_future()
+        self.label = label
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        ended: Returned | Raised
+        try:
+            ended = Returned(value=self._context.run(self._function))
+        except BaseException as error:  # a sys.exit in it must end only its own call
+            ended = Raised(error=error)
+        self.ended.set()
+        # where the loop is closed, nobody waits for this result any more
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._deliver, ended)
+
+    def _deliver(self, ended: Returned | Raised) -> None:
+        if not self.future.done():
+            self.future.set_result(ended)
+
+
+class _Worker:
+    """A daemon thread that makes one call after the other, until too many of its kind are idle."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            call = self.calls.get()
+            threading.current_thread().name = call.label
+            call.run()
+            del call  # what it holds must not live until the next one
+            with _LOCK:
+                if len(_IDLE) >= MAX_IDLE_THREADS:
+                    return
+                _IDLE.append(self)
+
+
+_IDLE: list[_Worker] = []
+_ABANDONED: list[_Call] = []
+_LOCK = threading.Lock()
 
 
 def _count_hanging() -> int:
-    with _ABANDONED_LOCK:
-        _ABANDONED[:] = [thread for thread in _ABANDONED if thread.is_alive()]
+    with _LOCK:
+        _ABANDONED[:] = [call for call in _ABANDONED if not call.ended.is_set()]
         return len(_ABANDONED)
 
 
-def _start_thread(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], label: str
-) -> asyncio.Future[Returned | Raised]:
-    """Run a plain function in its own daemon thread; the future belongs to the running loop."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Returned | Raised] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def work() -> None:
-        ended: Returned | Raised
-        try:
-            ended = Returned(value=context.run(function, *args, **kwargs))
-        except BaseException as error:  # a sys.exit in it must end only its own call
-            ended = Raised(error=error)
-        try:
-            loop.call_soon_threadsafe(deliver, ended)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits for this result any more
-
-    def deliver(ended: Returned | Raised) -> None:
-        if not future.done():
-            future.set_result(ended)
-
-    thread = threading.Thread(target=work, name=label, daemon=True)
+def _begin(function: Callable[[], Any], label: str) -> asyncio.Future[Returned | Raised]:
+    call = _Call(function, label)
 
     def abandon(done: asyncio.Future[Any]) -> None:
         if done.cancelled():
-            with _ABANDONED_LOCK:
-                _ABANDONED.append(thread)
+            with _LOCK:
+                _ABANDONED.append(call)
 
-    future.add_done_callback(abandon)
-    thread.start()
-    return future
+    call.future.add_done_callback(abandon)
+    with _LOCK:
+        worker = _IDLE.pop() if _IDLE else None
+    (worker or _Worker()).calls.put(call)
+    return call.future
