@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,29 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(
         tmp_path_factory.mktemp("tiny"), corpus, seed=0, layers=2, width=64, max_context=512
     )
+
+
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny model whose first samples in the letters environment differ in reward."""
+    from turnfast.tiny import write_tiny_model
+
+    corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
+    return write_tiny_model(
+        tmp_path_factory.mktemp("letters"),
+        corpus,
+        seed=0,
+        vocab_size=300,
+        layers=2,
+        width=64,
+        max_context=512,
+    )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums on several threads are not repeated bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

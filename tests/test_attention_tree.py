@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, policy_of, whole_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
 from turnfast.kernels.attention.tree import reference
 from turnfast.kernels.tree import prefix_tree
 
-from turnfast.model import ATTENTION, Policy, hidden_states
-from turnfast.packing import Row, batch_of
+from turnfast.model import hidden_states
+from turnfast.packing import batch_of
 
 
 def random_rows(seed: int, *, rows: int = 9, vocab: int = 97, longest: int = 60) -> list[list[int]]:
@@ -120,54 +112,10 @@ def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
         pick_tree_backend(cpu, "flash")
 
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen2-sliding": Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1
-    ),
-    "qwen3": Qwen3Config(**SMALL),
-    "mistral-sliding": MistralConfig(**SMALL, sliding_window=5),
-    "gemma": GemmaConfig(**SMALL),
-}
-
-
-def whole_row(tokens: list[int]) -> Row:
-    """Every token of the row predicts the next one, so every hidden state is looked at."""
-    num = len(tokens)
-    return Row(
-        tokens=tokens,
-        rows=list(range(num)),
-        targets=[1] * num,
-        turns=[0] * num,
-        logprobs=[0.0] * num,
-        advantages=[1.0],
-        places=[0],
-        trajectory=0,
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_over_a_tree_equals_the_model_over_each_row(family):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=ATTENTION)
-    policy = Policy(
-        model=model,
-        tokenizer=None,  # type: ignore[arg-type]
-        folder=Path(),
-        device=torch.device("cpu"),
-        attention="sdpa",
-    )
+    policy = policy_of(FAMILIES[family])
+    model = policy.model
     rows = random_rows(3, rows=12)
     batch = batch_of([whole_row(row) for row in rows], [1.0], "cpu", share_prefixes=True)
     assert len(batch.tokens_T) < sum(len(row) for row in rows)

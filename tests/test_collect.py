@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from training_runs import recipe, training_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import turnfast.train
@@ -18,14 +19,14 @@ from turnfast.chat import Chat
 from turnfast.collect import Collector
 from turnfast.config import Config, ConfigError
 from turnfast.envs import Outcome, Step, Task
-from turnfast.metrics import read_metrics
 from turnfast.prompts import PromptQueue, open_queue
 from turnfast.recipe import build_config
 from turnfast.rollout import Interrupted
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sync import teacher_forced_logprobs
-from turnfast.tiny import write_tiny_model
 from turnfast.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASKS = [Task(id=f"task {i}", question=f"Number {i}.") for i in range(10)]
 
@@ -236,54 +237,8 @@ def test_a_cut_and_replacements_together(chat):
 
 # --- through the loop -----------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
-    folder = tmp_path_factory.mktemp("model")
-    return write_tiny_model(
-        folder, corpus, seed=0, vocab_size=300, layers=2, width=64, max_context=512
-    )
-
-
-@pytest.fixture
-def letters(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def recipe(model: Path, **sections) -> Config:
-    tree = {
-        "model": {"path": str(model)},
-        "env": {"name": "letters:Letters", "max_turns": 2},
-        "rollout": {
-            "prompts_per_step": 2,
-            "group_size": 3,
-            "max_new_tokens": 8,
-            "max_context": 96,
-        },
-        "sampler": {"backend": "local"},
-        "optim": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": 1.0},
-        "train": {
-            "steps": 4,
-            "eval_every": 0,
-            "eval_tasks": 2,
-            "save_every": 1,
-            "keep_checkpoints": 9,
-            "tokens_per_microbatch": 128,
-            "device": "cpu",
-        },
-    }
-    for name, fields in sections.items():
-        tree[name] = {**tree.get(name, {}), **fields}
-    return build_config(tree)
-
-
-def steps_of(run_dir: Path) -> list[dict]:
-    return [line for line in read_metrics(run_dir) if "loss" in line]
+KEPT = {"train__eval_every": 0, "train__save_every": 1, "train__keep_checkpoints": 9}
+OVERLAPPED = {**KEPT, "train__overlap": True, "loss__is_cap": 2.0}
 
 
 def weights_after(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -291,21 +246,21 @@ def weights_after(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_a_cut_run_on_two_legs_is_the_run_on_one(model, letters, tmp_path):
+def test_a_cut_run_on_two_legs_is_the_run_on_one(letters_model, tmp_path):
     """Two slots for nine rollouts: groups end one after the other, and some are dropped."""
-    changes = {"rollout": {"oversample": 0.5}, "sampler": {"backend": "local", "max_sequences": 2}}
-    train(recipe(model, **changes), tmp_path / "straight")
-    assert sum(line["groups_dropped"] for line in steps_of(tmp_path / "straight")) >= 3
+    changes = {**KEPT, "rollout__oversample": 0.5, "sampler__max_sequences": 2}
+    train(recipe(letters_model, **changes), tmp_path / "straight")
+    assert sum(line["groups_dropped"] for line in training_lines(tmp_path / "straight")) >= 3
     legs = tmp_path / "legs"
-    train(recipe(model, **changes, train={"steps": 2}), legs)
-    train(recipe(model, **changes), legs, resume=True)
+    train(recipe(letters_model, **changes, train__steps=2), legs)
+    train(recipe(letters_model, **changes), legs, resume=True)
     expected, found = weights_after(tmp_path / "straight", 4), weights_after(legs, 4)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_overlap_needs_an_importance_weight(model):
+def test_overlap_needs_an_importance_weight(letters_model):
     with pytest.raises(ConfigError, match=r"train\.overlap: .*set loss\.is_cap"):
-        recipe(model, train={"overlap": True})
+        recipe(letters_model, train__overlap=True)
 
 
 @pytest.fixture
@@ -323,11 +278,10 @@ def packed_groups(monkeypatch) -> list:
 
 
 def test_overlapped_rollouts_are_of_the_weights_of_one_step_before(
-    model, letters, tmp_path, packed_groups
+    letters_model, tmp_path, packed_groups
 ):
-    overlapped = {"train": {"overlap": True}, "loss": {"is_cap": 2.0}}
-    train(recipe(model, **overlapped), tmp_path / "run")
-    policy = AutoModelForCausalLM.from_pretrained(model)
+    train(recipe(letters_model, **OVERLAPPED), tmp_path / "run")
+    policy = AutoModelForCausalLM.from_pretrained(letters_model)
     first = policy.state_dict()
     weights = [{name: value.clone() for name, value in first.items()}]
     weights += [weights_after(tmp_path / "run", step) for step in (1, 2, 3, 4)]
@@ -349,51 +303,54 @@ def test_overlapped_rollouts_are_of_the_weights_of_one_step_before(
     for step in (2, 3, 4):
         assert gap(step, step - 2) <= 1e-4  # the weights before the last sync
         assert gap(step, step - 1) > 1e-2  # not those that are trained
-    lines = steps_of(tmp_path / "run")
+    lines = training_lines(tmp_path / "run")
     assert lines[0]["logprob_gap/max"] <= 1e-4
     assert all(line["logprob_gap/max"] > 1e-3 for line in lines[1:])
     assert all(line["sync_gap"] <= 1e-4 for line in lines)
 
 
-def test_training_with_overlap_learns(model, letters, tmp_path):
+def test_training_with_overlap_learns(letters_model, tmp_path):
     config = recipe(
-        model,
-        loss={"is_cap": 2.0},
-        rollout={"prompts_per_step": 4, "group_size": 8},
-        optim={"lr": 5e-3},
-        train={"overlap": True, "steps": 30, "save_every": 0},
+        letters_model,
+        **{**OVERLAPPED, "train__save_every": 0},
+        rollout__prompts_per_step=4,
+        rollout__group_size=8,
+        optim__lr=5e-3,
+        train__steps=30,
     )
     train(config, tmp_path / "run")
-    rewards = [line["reward/outcome"] + line["reward/turn"] for line in steps_of(tmp_path / "run")]
+    rewards = [
+        line["reward/outcome"] + line["reward/turn"] for line in training_lines(tmp_path / "run")
+    ]
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.3
 
 
-def test_a_stop_redoes_the_step_that_was_rolled_out_ahead(model, letters, tmp_path, packed_groups):
-    overlapped = {"train": {"overlap": True}, "loss": {"is_cap": 2.0}}
+def test_a_stop_redoes_the_step_that_was_rolled_out_ahead(letters_model, tmp_path, packed_groups):
     run_dir = tmp_path / "run"
 
     def after_two_steps() -> bool:
         return (run_dir / "checkpoints" / "step_000002").exists()
 
-    train(recipe(model, **overlapped), run_dir, should_stop=after_two_steps)
-    assert [line["step"] for line in steps_of(run_dir)] == [1, 2]
-    train(recipe(model, **overlapped), run_dir, resume=True)
-    assert [line["step"] for line in steps_of(run_dir)] == [1, 2, 3, 4]
-    train(recipe(model, train={"steps": 4}), tmp_path / "plain")
+    train(recipe(letters_model, **OVERLAPPED), run_dir, should_stop=after_two_steps)
+    assert [line["step"] for line in training_lines(run_dir)] == [1, 2]
+    train(recipe(letters_model, **OVERLAPPED), run_dir, resume=True)
+    assert [line["step"] for line in training_lines(run_dir)] == [1, 2, 3, 4]
+    train(recipe(letters_model, **KEPT), tmp_path / "plain")
     tasks = [[group.task.id for group in groups] for groups in packed_groups]
     assert tasks[:4] == tasks[4:]  # no prompt is lost or trained twice
 
 
-def test_an_error_in_the_training_ends_the_rollout_ahead(model, letters, tmp_path, monkeypatch):
+def test_an_error_in_the_training_ends_the_rollout_ahead(letters_model, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no such gradient")
 
     monkeypatch.setattr(turnfast.train, "update", fail)
-    overlapped = {"train": {"overlap": True}, "loss": {"is_cap": 2.0}}
-    env = {"name": "letters:Letters", "max_turns": 2, "options": {"wait_s": 60.0}}
-    config = recipe(model, **overlapped, env=env, rollout={"trajectory_timeout_s": 0.3})
-    config = config.model_copy(
-        update={"rollout": config.rollout.model_copy(update={"max_error_share": 1.0})}
+    config = recipe(
+        letters_model,
+        **OVERLAPPED,
+        env__options={"wait_s": 60.0},
+        rollout__trajectory_timeout_s=0.3,
+        rollout__max_error_share=1.0,
     )
     with pytest.raises(RuntimeError, match="no such gradient"):
         train(config, tmp_path / "run")

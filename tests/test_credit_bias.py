@@ -13,9 +13,10 @@ from itertools import product
 from typing import Any
 
 import pytest
+from by_hand import group_of, rollout, turn
 
 from turnfast.credit import assign_credit
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group
 
 G = 3
 STOP = (0.3, 0.6, 1.0)
@@ -39,24 +40,9 @@ def chance(length: int) -> float:
     return p
 
 
-def group_of(lengths: tuple[int, ...], scheme: Scheme) -> Group:
-    def turn(reward: float) -> Turn:
-        return Turn(
-            prompt_ids=(1,),
-            sampled_ids=(2,),
-            logprobs=(0.0,),
-            text="",
-            finish="stop",
-            reward=reward,
-        )
-
-    trajectories = (
-        Trajectory(
-            task_id="q", index=i, status="finished", turns=tuple(turn(r) for r in scheme(length))
-        )
-        for i, length in enumerate(lengths)
-    )
-    return Group(task=Task(id="q", question=""), trajectories=tuple(trajectories))
+def group_with(lengths: tuple[int, ...], scheme: Scheme) -> Group:
+    rewards = [scheme(length) for length in lengths]
+    return group_of(*(rollout(i, [turn(reward=r) for r in row]) for i, row in enumerate(rewards)))
 
 
 def every_group(
@@ -68,7 +54,7 @@ def every_group(
         probability = 1.0
         for length in lengths:
             probability *= chance(length)
-        credit = assign_credit(group_of(lengths, scheme), rule, **options)
+        credit = assign_credit(group_with(lengths, scheme), rule, **options)
         result.append((probability, lengths, credit.advantages[0]))
     return result
 

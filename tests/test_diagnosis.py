@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import random
 
+import by_hand
 import pytest
+from by_hand import group_of
 
 from turnfast.credit import assign_credits
 from turnfast.diagnosis import diagnose, success_correlations
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Trajectory, Turn
 
 
 def turn(reward=None, calls=0, **parts) -> Turn:
-    return Turn(
-        prompt_ids=(1,),
-        sampled_ids=(2,),
-        logprobs=(-0.5,),
-        text="",
-        finish="stop",
-        reward=reward,
-        reward_parts=parts,
-        tool_calls=calls,
-    )
+    return by_hand.turn(reward=reward, reward_parts=parts, tool_calls=calls)
 
 
 def rollout(index, *turns, outcome=0.0, match=None, status="finished") -> Trajectory:
     metrics = {} if match is None else {"exact_match": match}
-    return Trajectory(
-        task_id="q", index=index, turns=turns, status=status, outcome=outcome, metrics=metrics
-    )
-
-
-def group(*rollouts) -> Group:
-    return Group(task=Task(id="q", question=""), trajectories=rollouts)
+    return by_hand.rollout(index, turns, status, outcome=outcome, metrics=metrics)
 
 
 def test_turns_by_hand():
     groups = [
-        group(
+        group_of(
             rollout(0, turn(1.0, calls=1), turn(None)),
             rollout(1, turn(0.0)),
             rollout(2, turn(9.0), turn(9.0), turn(9.0), status="error"),
@@ -59,19 +46,21 @@ def test_turns_by_hand():
 
 
 def test_nothing_left_is_no_figure():
-    assert diagnose([group(rollout(0, status="error"))], [Credit(rule="r", advantages=((),))]) == {}
+    assert (
+        diagnose([group_of(rollout(0, status="error"))], [Credit(rule="r", advantages=((),))]) == {}
+    )
     assert diagnose([], []) == {}
 
 
 def test_correlation_is_taken_within_groups():
     # an easy task with much of the part and an easy success, a hard one with neither: pooled the
     # part looks helpful, within each group it goes with failure
-    easy = group(
+    easy = group_of(
         rollout(0, turn(5.0, hint=5.0), match=1.0),
         rollout(1, turn(6.0, hint=6.0), match=0.0),
         rollout(2, turn(5.0, hint=5.0), match=1.0),
     )
-    hard = group(
+    hard = group_of(
         rollout(0, turn(0.0, hint=0.0), match=1.0),
         rollout(1, turn(1.0, hint=1.0), match=0.0),
         rollout(2, turn(1.0, hint=1.0), match=0.0),
@@ -80,35 +69,35 @@ def test_correlation_is_taken_within_groups():
 
 
 def test_success_is_the_outcome_without_a_match_and_a_part_is_summed_over_turns():
-    one = group(
+    one = group_of(
         rollout(0, turn(0.2, tool=0.2), turn(0.2, tool=0.2), outcome=1.0),
         rollout(1, turn(0.2, tool=0.2), outcome=0.5),
         rollout(2, turn(0.0), outcome=0.0),
     )
     found = success_correlations([one])
     assert found["tool"] == (pytest.approx(1.0), 3)
-    unnamed = group(rollout(0, turn(1.0), outcome=1.0), rollout(1, turn(0.0), outcome=0.0))
+    unnamed = group_of(rollout(0, turn(1.0), outcome=1.0), rollout(1, turn(0.0), outcome=0.0))
     assert success_correlations([unnamed]) == {"turn": (pytest.approx(1.0), 2)}
 
 
 def test_a_part_met_late_counts_as_nothing_before():
-    first = group(rollout(0, turn(), outcome=1.0), rollout(1, turn(), outcome=0.0))
-    second = group(rollout(0, turn(1.0, late=1.0), outcome=1.0), rollout(1, turn(), outcome=0.0))
+    first = group_of(rollout(0, turn(), outcome=1.0), rollout(1, turn(), outcome=0.0))
+    second = group_of(rollout(0, turn(1.0, late=1.0), outcome=1.0), rollout(1, turn(), outcome=0.0))
     # x = (0, 0, .5, -.5), y = (.5, -.5, .5, -.5)
     assert success_correlations([first, second])["late"] == (pytest.approx(0.5**0.5), 4)
     assert success_correlations([second, first])["late"] == (pytest.approx(0.5**0.5), 4)
 
 
 def test_what_does_not_vary_says_nothing():
-    equal = group(rollout(0, turn(1.0, a=1.0), outcome=1.0), rollout(1, turn(), outcome=1.0))
+    equal = group_of(rollout(0, turn(1.0, a=1.0), outcome=1.0), rollout(1, turn(), outcome=1.0))
     assert success_correlations([equal]) == {}
-    flat = group(rollout(0, turn(1.0, a=1.0), outcome=1.0), rollout(1, turn(1.0, a=1.0)))
+    flat = group_of(rollout(0, turn(1.0, a=1.0), outcome=1.0), rollout(1, turn(1.0, a=1.0)))
     assert success_correlations([flat]) == {}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_part_that_is_no_number_is_no_figure(bad):
-    one = group(
+    one = group_of(
         rollout(0, turn(1.0, a=bad, b=1.0), outcome=1.0), rollout(1, turn(0.0, a=0.0), outcome=0.0)
     )
     assert success_correlations([one]) == {"b": (pytest.approx(1.0), 2)}
@@ -125,7 +114,7 @@ def noisy(agreement: float, size: int, seed: int) -> list[Group]:
             rollouts.append(
                 rollout(i, turn(0.2, tool=success if agrees else 1 - success), match=success)
             )
-        groups.append(group(*rollouts))
+        groups.append(group_of(*rollouts))
     return groups
 
 

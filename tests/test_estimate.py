@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import SMALL
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from turnfast.cli import main
@@ -116,15 +117,7 @@ def test_the_estimate_is_near_the_peak(folder, changed):
     "architecture", [LlamaConfig, Qwen2Config, MistralConfig, GemmaConfig], ids=lambda c: c.__name__
 )
 def test_every_family_is_counted(architecture, tmp_path):
-    config = architecture(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    config = architecture(**{**SMALL, "max_position_embeddings": 512})
     config.save_pretrained(tmp_path)
     tree = recipe(tmp_path)
     found = estimate(build_config(tree))

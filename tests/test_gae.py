@@ -7,27 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from by_hand import group_of, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.config import ConfigError
 from turnfast.credit import VALUE_RULES, assign_credits, check_rule
 from turnfast.credit.gae import gae
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Task, Trajectory
 
 number = st.floats(-3, 3)
 share = st.sampled_from([0.0, 0.3, 0.9, 1.0])
-
-
-def turn(tokens: int, reward: float | None) -> Turn:
-    return Turn(
-        prompt_ids=(1,),
-        sampled_ids=(2,) * tokens,
-        logprobs=(-0.5,) * tokens,
-        text="",
-        finish="stop",
-        reward=reward,
-    )
 
 
 @st.composite
@@ -48,7 +38,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Group], list[list[list[float]]]]:
     groups, values = [], []
     for _ in range(draw(st.integers(1, 3))):
         rollouts = [draw(trajectories(i)) for i in range(draw(st.integers(1, 4)))]
-        groups.append(Group(task=Task(id="q", question=""), trajectories=tuple(rollouts)))
+        groups.append(group_of(*rollouts))
         values.append(
             [
                 [] if t.left_out else draw(st.lists(number, min_size=n, max_size=n))

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tomllib
 
+import by_hand
 import pytest
+from by_hand import rollout
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,23 +18,12 @@ from turnfast.config import Config, ConfigError
 from turnfast.jsonl import append_line, read_lines, to_strict
 from turnfast.metrics import RunDir, Stopwatch, read_metrics, summarise
 from turnfast.recipe import build_config
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Task, Turn
 
 
 def turn(text="", reward=None, tokens=3, **more) -> Turn:
     ids = tuple(range(tokens))
-    return Turn(
-        prompt_ids=(1, 2),
-        sampled_ids=ids,
-        logprobs=(-0.5,) * tokens,
-        text=text,
-        reward=reward,
-        **{"finish": "stop", **more},
-    )
-
-
-def rollout(index=0, turns=(), status="finished", **more) -> Trajectory:
-    return Trajectory(task_id="q", index=index, turns=tuple(turns), status=status, **more)
+    return by_hand.turn(tokens, reward, text=text, prompt_ids=(1, 2), sampled_ids=ids, **more)
 
 
 def group(*trajectories) -> Group:

@@ -7,50 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, SMALL, policy_of, whole_row
 from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
     LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from turnfast.config import ConfigError, ModelConfig
-from turnfast.model import ATTENTION, Policy, attention_backends, hidden_states, load_policy
-from turnfast.packing import Row, batch_of
+from turnfast.model import attention_backends, hidden_states, load_policy
+from turnfast.packing import batch_of
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen2-sliding": Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1
-    ),
-    "qwen3": Qwen3Config(**SMALL),
-    "mistral-sliding": MistralConfig(**SMALL, sliding_window=5),
-    "gemma": GemmaConfig(**SMALL),
-}
 LENGTHS = (1, 23, 2, 23, 9, 40)
-
-
-def policy_of(config) -> Policy:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    return Policy(
-        model=model, tokenizer=None, folder=None, device=torch.device("cpu"), attention="sdpa"
-    )
 
 
 def pack_of(lengths, vocab_size):
@@ -165,18 +133,7 @@ def test_a_compiled_body_equals_the_eager_one(tiny_folder):
     torch.manual_seed(0)
     for lengths, shared in (((5, 20, 9), 0), ((30, 31), 4), ((7, 7, 40), 6)):
         tokens = [torch.randint(3, 90, (n,)).tolist() for n in lengths]
-        rows = [
-            Row(
-                tokens=[1] * shared + ids,
-                rows=list(range(shared + len(ids))),
-                targets=[1] * (shared + len(ids)),
-                turns=[0] * (shared + len(ids)),
-                logprobs=[0.0] * (shared + len(ids)),
-                advantages=[1.0],
-                trajectory=0,
-            )
-            for ids in tokens
-        ]
+        rows = [whole_row([1] * shared + ids) for ids in tokens]
         batch = batch_of(rows, [1.0], "cpu", share_prefixes=bool(shared))
         gradients = []
         for policy in (eager, compiled):

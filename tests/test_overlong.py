@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from by_hand import group_of, rollout, turn
 
 from turnfast.config import Config, RolloutConfig
 from turnfast.credit import assign_credit
@@ -10,34 +11,19 @@ from turnfast.diagnosis import diagnose
 from turnfast.metrics import summarise
 from turnfast.overlong import settle_overlong
 from turnfast.packing import pack
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Turn
 
 
-def turn(tokens: int, reward=None, finish="stop") -> Turn:
-    return Turn(
-        prompt_ids=(1,),
-        sampled_ids=(2,) * tokens,
-        logprobs=(-0.5,) * tokens,
-        text="",
-        finish=finish,
-        reward=reward,
-        reward_parts={} if reward is None else {"tool": reward},
-    )
+def paid(tokens: int, reward: float) -> Turn:
+    return turn(tokens, reward, reward_parts={"tool": reward})
 
 
-def rollout(index, *turns, status="finished", outcome=0.0) -> Trajectory:
-    return Trajectory(task_id="q", index=index, turns=turns, status=status, outcome=outcome)
-
-
-GROUP = Group(
-    task=Task(id="q", question=""),
-    trajectories=(
-        rollout(0, turn(4, 0.5), turn(100, finish="length"), outcome=5.0),
-        rollout(1, turn(100, finish="length"), turn(3), outcome=1.0),
-        rollout(2, turn(75, 0.2), status="context_full", outcome=3.0),
-        rollout(3, turn(50), outcome=0.0),
-        rollout(4, turn(9, finish="length"), status="timeout"),
-    ),
+GROUP = group_of(
+    rollout(0, [paid(4, 0.5), turn(100, finish="length")], outcome=5.0),
+    rollout(1, [turn(100, finish="length"), turn(3)], outcome=1.0),
+    rollout(2, [paid(75, 0.2)], "context_full", outcome=3.0),
+    rollout(3, [turn(50)]),
+    rollout(4, [turn(9, finish="length")], "timeout"),
 )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from families import SMALL, policy_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import Qwen3Config
 from turnfast.kernels import turn_policy_loss
 
-from turnfast.model import ATTENTION, Policy, hidden_states
+from turnfast.model import Policy, hidden_states
 from turnfast.packing import pack, rows_of
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
 
@@ -21,24 +21,7 @@ VOCAB = 61
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-    )
-    return Policy(
-        model=AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION),
-        tokenizer=None,  # type: ignore[arg-type]
-        folder=Path(),
-        device=torch.device("cpu"),
-        attention="sdpa",
-    )
+    return policy_of(Qwen3Config(**{**SMALL, "vocab_size": VOCAB}))
 
 
 def turn(prompt, sampled, *, restart=False) -> Turn:

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from by_hand import group_of, rollout, turn
 
 from turnfast import credit
 from turnfast.credit import assign_credit, check_rule, per_group
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -20,22 +21,8 @@ def blocks() -> list[str]:
     return re.findall(r"```python\n(# turnfast/credit/.*?)```", text, re.DOTALL)
 
 
-def group_of(*rewards: float) -> Group:
-    def turn(reward: float) -> Turn:
-        return Turn(
-            prompt_ids=(1,),
-            sampled_ids=(2,),
-            logprobs=(0.0,),
-            text="",
-            finish="stop",
-            reward=reward,
-        )
-
-    rollouts = (
-        Trajectory(task_id="q", index=i, status="finished", turns=(turn(reward), turn(reward)))
-        for i, reward in enumerate(rewards)
-    )
-    return Group(task=Task(id="q", question=""), trajectories=tuple(rollouts))
+def group_with(*rewards: float) -> Group:
+    return group_of(*(rollout(i, [turn(reward=r)] * 2) for i, r in enumerate(rewards)))
 
 
 @pytest.fixture
@@ -56,9 +43,9 @@ def rank(tmp_path, monkeypatch) -> str:
 def test_the_rule_of_the_readme_runs(rank):
     assert len(rank.splitlines()) <= 60
     options = {"std": "biased", "epsilon": 0.0}
-    rows = assign_credit(group_of(0.0, 1.0, 1000.0), "rank", **options).advantages
+    rows = assign_credit(group_with(0.0, 1.0, 1000.0), "rank", **options).advantages
     assert [row[0] for row in rows] == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
-    tied = assign_credit(group_of(2.0, 2.0, 0.0), "rank", std="none").advantages
+    tied = assign_credit(group_with(2.0, 2.0, 0.0), "rank", std="none").advantages
     assert [row[0] for row in tied] == pytest.approx([0.5, 0.5, -1.0])
     check_rule("rank", {"clip": 1.0, "whiten": True, "flatten": True, "baseline": "leave_one_out"})
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from two_turns import VOCAB, finish_all, request, two_turns, worst_gap
+from transformers import Qwen3ForCausalLM
+from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_gap
 
 from turnfast.config import SamplerConfig
 from turnfast.sampler import make_sampler
@@ -42,24 +42,9 @@ PROBE = make_probe(VOCAB, CONTEXT)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=STOP,
-    )
     path = tmp_path_factory.mktemp("tiny-qwen3")
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    model = tiny_qwen3(head_dim=32, pad_token_id=0, bos_token_id=None, eos_token_id=STOP)
+    model.save_pretrained(path)
     return path
 
 

@@ -9,7 +9,8 @@ import copy
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
+from two_turns import VOCAB, tiny_qwen3
 
 from turnfast.sampler import Request
 from turnfast.sampler.local import LocalSampler
@@ -23,26 +24,13 @@ from turnfast.sync import (
     teacher_forced_logprobs,
 )
 
-VOCAB, CONTEXT, TOLERANCE = 600, 256, 1e-4
+CONTEXT, TOLERANCE = 256, 1e-4
 PROBE = make_probe(VOCAB, CONTEXT)
 
 
 @pytest.fixture
 def trainer() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config)
+    return tiny_qwen3(head_dim=16)
 
 
 def own_sampler(model: torch.nn.Module) -> LocalSampler:

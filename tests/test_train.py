@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import LETTERS, logged, recipe, stop_after, training_lines, weights
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import turnfast.run
@@ -20,34 +20,16 @@ from turnfast.cli import main
 from turnfast.config import ConfigError
 from turnfast.envs import Demonstration, SearchEnv
 from turnfast.metrics import read_metrics
-from turnfast.recipe import build_config, to_toml
+from turnfast.recipe import to_toml
 from turnfast.report.trajectories import read_rollouts
 from turnfast.rollout import RolloutError
 from turnfast.tiny import write_tiny_model
 from turnfast.train import train
 from turnfast.warm_start import warm_start
 
-DATA = Path(os.environ.get("TURNFAST_TEST_DATA", "/nonexistent")) / "hotpotqa"
-LETTERS = {
-    "env": {"name": "letters:Letters", "max_turns": 2},
-    "rollout": {
-        "prompts_per_step": 2,
-        "group_size": 3,
-        "max_new_tokens": 8,
-        "max_context": 96,
-    },
-    "sampler": {"backend": "local"},
-    "optim": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": 1.0},
-    "train": {
-        "steps": 4,
-        "eval_every": 2,
-        "eval_tasks": 2,
-        "save_every": 2,
-        "tokens_per_microbatch": 128,
-        "device": "cpu",
-    },
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
+DATA = Path(os.environ.get("TURNFAST_TEST_DATA", "/nonexistent")) / "hotpotqa"
 NAMED = {
     *("step", "loss", "reward/outcome", "reward/turn", "tool_success", "exact_match"),
     *("grad_norm", "ratio/max", "logprob_gap", "tokens", "tokens_trained", "padding"),
@@ -56,67 +38,7 @@ NAMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A model whose first samples already differ in reward."""
-    corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
-    folder = tmp_path_factory.mktemp("model")
-    return write_tiny_model(
-        folder, corpus, seed=0, vocab_size=300, layers=2, width=64, max_context=512
-    )
-
-
-@pytest.fixture(autouse=True)
-def letters_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def recipe(model: Path | str, base: dict = LETTERS, **changed: object):
-    """The base recipe with dotted fields changed, `train__steps=2`."""
-    tree = {section: dict(fields) for section, fields in base.items()}
-    tree["model"] = {"path": str(model), **tree.get("model", {})}
-    for name, value in changed.items():
-        section, field = name.split("__")
-        tree.setdefault(section, {})[field] = value
-    return build_config(tree)
-
-
-def stop_after(count: int):
-    """A should_stop that says yes from the `count`-th question on."""
-    asked = iter(range(count))
-    return lambda: next(asked, None) is None
-
-
-def weights(run_dir: Path, step: int) -> str:
-    folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    names = ("model.safetensors", "trainer/optimizer.safetensors")
-    return "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
-
-
-def timeless(node):
-    if isinstance(node, dict):
-        return {
-            key: timeless(value)
-            for key, value in node.items()
-            if not key.startswith(("time/", "rollout/")) and key != "time_s"
-        }
-    return [timeless(value) for value in node] if isinstance(node, list) else node
-
-
-def logged(run_dir: Path) -> list:
-    lines = [run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl"]
-    return [timeless([json.loads(line) for line in file.open()]) for file in lines]
-
-
-def steps_of(run_dir: Path) -> list[tuple[int, str]]:
+def lines_of(run_dir: Path) -> list[tuple[int, str]]:
     return [
         (line["step"], "eval" if "eval/rollouts" in line else "train")
         for line in read_metrics(run_dir)
@@ -124,12 +46,10 @@ def steps_of(run_dir: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def straight(model, tmp_path_factory) -> Path:
+def straight(letters_model, tmp_path_factory) -> Path:
     """Four steps without a break."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        train(recipe(model), run_dir)
+    train(recipe(letters_model), run_dir)
     return run_dir
 
 
@@ -162,7 +82,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
 
     run_dir = tmp_path / "run"
     train(recipe(warm, base), run_dir)
-    steps = [line for line in read_metrics(run_dir) if "loss" in line]
+    steps = training_lines(run_dir)
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert set(line) >= NAMED and "nonfinite" not in line
@@ -187,29 +107,31 @@ def test_three_steps_on_the_built_in_world(tmp_path):
     train(recipe(run_dir / "checkpoints" / "step_000003", base, train__steps=1), tmp_path / "next")
 
 
-def test_steps_change_the_weights_and_carry_signal(straight, model):
-    steps = [line for line in read_metrics(straight) if "loss" in line]
+def test_steps_change_the_weights_and_carry_signal(straight, letters_model):
+    steps = training_lines(straight)
     assert all(line["grad_norm"] > 0 and line["tokens_trained"] > 0 for line in steps)
     assert all(line["ratio/max"] == 1.0 for line in steps)
     assert weights(straight, 2) != weights(straight, 4)
     assert [line["lr"] for line in steps] == [1e-2] * 4
 
 
-def test_a_run_on_two_legs_is_the_run_on_one(straight, model, tmp_path):
+def test_a_run_on_two_legs_is_the_run_on_one(straight, letters_model, tmp_path):
     run_dir = tmp_path / "run"
-    train(recipe(model, train__steps=2), run_dir)
-    train(recipe(model), run_dir, resume=True)
+    train(recipe(letters_model, train__steps=2), run_dir)
+    train(recipe(letters_model), run_dir, resume=True)
     assert weights(run_dir, 4) == weights(straight, 4)
     assert logged(run_dir) == logged(straight)
     assert (run_dir / "config.1.toml").exists()
 
 
-def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(straight, model, tmp_path):
+def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(straight, letters_model, tmp_path):
     """The stops fall into evaluations and rollouts, the first, a middle and the last ones."""
     run_dir = tmp_path / "run"
     reached = []
     for count in (3, 20, 9, 26, 14, 11, 40, 17, 1, 30, 25, 10**6):
-        train(recipe(model), run_dir, resume=run_dir.exists(), should_stop=stop_after(count))
+        train(
+            recipe(letters_model), run_dir, resume=run_dir.exists(), should_stop=stop_after(count)
+        )
         newest = (run_dir / "checkpoints" / "latest").read_text().strip()
         reached.append(int(newest.removeprefix("step_")))
     assert reached == sorted(reached) and reached[0] == 0 and reached[-1] == 4
@@ -219,57 +141,57 @@ def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(straight, model, tmp_
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_an_evaluation_that_was_cut_short_is_made_up_for(steps, straight, model, tmp_path):
+def test_an_evaluation_that_was_cut_short_is_made_up_for(steps, straight, letters_model, tmp_path):
     """Also the last one, after which there is no step left."""
-    config = recipe(model, train__steps=steps)
+    config = recipe(letters_model, train__steps=steps)
     run_dir = tmp_path / "run"
     done = []
 
     def in_the_evaluation_after_the_last_step() -> bool:
         metrics = run_dir / "metrics.jsonl"
-        done.append(metrics.exists() and steps_of(run_dir)[-1] == (steps, "train"))
+        done.append(metrics.exists() and lines_of(run_dir)[-1] == (steps, "train"))
         return done[-1]
 
     train(config, run_dir, should_stop=in_the_evaluation_after_the_last_step)
-    assert steps_of(run_dir)[-1] == (steps, "train")
+    assert lines_of(run_dir)[-1] == (steps, "train")
     assert (run_dir / "checkpoints" / f"step_{steps:06d}").exists()
     train(config, run_dir, resume=True)
-    assert steps_of(run_dir)[-1] == (steps, "eval")
+    assert lines_of(run_dir)[-1] == (steps, "eval")
     train(config, run_dir, resume=True)
-    assert steps_of(run_dir).count((steps, "eval")) == 1
-    assert logged(run_dir)[0] == logged(straight)[0][: len(steps_of(run_dir))]
+    assert lines_of(run_dir).count((steps, "eval")) == 1
+    assert logged(run_dir)[0] == logged(straight)[0][: len(lines_of(run_dir))]
 
 
-def test_a_damaged_checkpoint_is_passed_over(straight, model, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over(straight, letters_model, tmp_path, caplog):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
     file = run_dir / "checkpoints" / "step_000004" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    train(recipe(model), run_dir, resume=True)
+    train(recipe(letters_model), run_dir, resume=True)
     assert "step_000004" in caplog.text and "damaged" in caplog.text
     assert weights(run_dir, 4) == weights(straight, 4)
     assert logged(run_dir) == logged(straight)
 
 
-def test_a_run_directory_is_not_used_twice(straight, model, tmp_path, capsys):
+def test_a_run_directory_is_not_used_twice(straight, letters_model, tmp_path, capsys):
     before = logged(straight)
     recipe_file = tmp_path / "letters.toml"
-    recipe_file.write_text(to_toml(recipe(model)))
+    recipe_file.write_text(to_toml(recipe(letters_model)))
     assert main(["train", str(recipe_file), "--run-dir", str(straight)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert logged(straight) == before
 
 
-def test_resume_of_nothing_starts_at_the_beginning(straight, model, tmp_path):
+def test_resume_of_nothing_starts_at_the_beginning(straight, letters_model, tmp_path):
     run_dir = tmp_path / "run"
-    train(recipe(model, train__steps=2), run_dir, resume=True)
-    assert steps_of(run_dir) == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+    train(recipe(letters_model, train__steps=2), run_dir, resume=True)
+    assert lines_of(run_dir) == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
     assert weights(run_dir, 2) == weights(straight, 2)
 
 
-def test_a_failed_start_leaves_the_folder_free(model, tmp_path):
+def test_a_failed_start_leaves_the_folder_free(letters_model, tmp_path):
     run_dir = tmp_path / "run"
     for wrong, text in (
         ({"model__path": "./no/such/model"}, "model.path: there is no folder"),
@@ -280,22 +202,22 @@ def test_a_failed_start_leaves_the_folder_free(model, tmp_path):
     ):
         if text is None:
             with pytest.raises(RolloutError, match=r"first prompt has \d+ tokens.*max_context"):
-                train(recipe(model, **wrong), run_dir)
+                train(recipe(letters_model, **wrong), run_dir)
         else:
             with pytest.raises(ConfigError, match=text):
-                train(recipe(model, **wrong), run_dir)
+                train(recipe(letters_model, **wrong), run_dir)
         assert not (run_dir / "config.toml").exists()
-    train(recipe(model, train__steps=1), run_dir)
+    train(recipe(letters_model, train__steps=1), run_dir)
 
 
-def test_rows_beyond_the_model_are_refused_before_anything_starts(model, tmp_path):
-    config = recipe(model, rollout__max_context=513, train__tokens_per_microbatch=1024)
+def test_rows_beyond_the_model_are_refused_before_anything_starts(letters_model, tmp_path):
+    config = recipe(letters_model, rollout__max_context=513, train__tokens_per_microbatch=1024)
     with pytest.raises(ConfigError, match=r"rollout\.max_context: 513 .* = 512"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_step_out_of_memory_is_done_in_smaller_parts(model, tmp_path, monkeypatch):
+def test_a_step_out_of_memory_is_done_in_smaller_parts(letters_model, tmp_path, monkeypatch):
     """A model that holds 96 tokens at a time, under a budget of 128: halved once, then kept."""
     seen: list[int] = []
 
@@ -313,7 +235,7 @@ def test_a_step_out_of_memory_is_done_in_smaller_parts(model, tmp_path, monkeypa
         return policy
 
     monkeypatch.setattr("turnfast.run.load_policy", load_cramped)
-    train(recipe(model, rollout__prompts_per_step=4), tmp_path / "run")
+    train(recipe(letters_model, rollout__prompts_per_step=4), tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run") if "budget_halvings" in line]
     halvings = [line["budget_halvings"] for line in lines]
     assert len(halvings) == 4 and sum(halvings) == 1
@@ -321,32 +243,33 @@ def test_a_step_out_of_memory_is_done_in_smaller_parts(model, tmp_path, monkeypa
     assert all(line["grad_norm"] > 0 for line in lines)
 
 
-def test_an_environment_without_evaluation_or_training_tasks(model, tmp_path, monkeypatch):
-    config = recipe(model, train__steps=1, env__options={"eval_words": 0})
+def test_an_environment_without_evaluation_or_training_tasks(letters_model, tmp_path, monkeypatch):
+    config = recipe(letters_model, train__steps=1, env__options={"eval_words": 0})
     train(config, tmp_path / "run")
-    assert steps_of(tmp_path / "run") == [(1, "train")]
+    assert lines_of(tmp_path / "run") == [(1, "train")]
     monkeypatch.setattr("letters.WORDS", ())
     with pytest.raises(ConfigError, match="no tasks in its split 'train'"):
         train(config, tmp_path / "none")
 
 
-def test_too_many_failures_keep_the_steps_that_were_done(straight, model, tmp_path, monkeypatch):
+def test_too_many_failures_keep_the_steps_that_were_done(
+    straight, letters_model, tmp_path, monkeypatch
+):
     from letters import Spelling
 
     async def refuse(self):
         raise ConnectionError("no route to the search server")
 
     def after_two_steps() -> bool:
-        if (run_dir / "metrics.jsonl").exists() and (2, "eval") in steps_of(run_dir):
+        if (run_dir / "metrics.jsonl").exists() and (2, "eval") in lines_of(run_dir):
             monkeypatch.setattr(Spelling, "finish", refuse)
         return False
 
     run_dir = tmp_path / "run"
-    config = recipe(model, train__save_every=0, rollout__max_error_share=0.5)
+    config = recipe(letters_model, train__save_every=0, rollout__max_error_share=0.5)
     with pytest.raises(RolloutError, match=r"6 of 6 rollouts failed.*no route to the search"):
         train(config, run_dir, should_stop=after_two_steps)
     monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     train(config, run_dir, resume=True)
     assert weights(run_dir, 4) == weights(straight, 4)
     assert logged(run_dir) == logged(straight)
@@ -356,12 +279,12 @@ CHILD = "from turnfast.cli import main; raise SystemExit(main())"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_in_order(number, straight, model, tmp_path):
+def test_a_signal_ends_a_run_in_order(number, straight, letters_model, tmp_path):
     """The signal falls into a rollout whose trajectories all wait for the environment."""
     run_dir = tmp_path / "run"
     recipe_file = tmp_path / "slow.toml"
     options = {"wait_s": 0.2}
-    recipe_file.write_text(to_toml(recipe(model, env__options=options)))
+    recipe_file.write_text(to_toml(recipe(letters_model, env__options=options)))
     words = ["train", str(recipe_file), "--run-dir", str(run_dir)]
     with subprocess.Popen(
         [sys.executable, "-c", CHILD, *words],
@@ -384,13 +307,13 @@ def test_a_signal_ends_a_run_in_order(number, straight, model, tmp_path):
     assert errors.count("\n") == 1 and number.name in errors and "--resume" in errors
     assert (run_dir / "checkpoints" / "step_000001" / "manifest.json").exists()
     assert (run_dir / "report.html").exists()
-    train(recipe(model, env__options=options), run_dir, resume=True)
+    train(recipe(letters_model, env__options=options), run_dir, resume=True)
     assert weights(run_dir, 4) == weights(straight, 4)
 
 
-def test_another_family_and_bfloat16(model, tmp_path):
+def test_another_family_and_bfloat16(letters_model, tmp_path):
     """A Llama with a head of its own, trained in bfloat16 with float32 masters."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(letters_model)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -411,7 +334,7 @@ def test_another_family_and_bfloat16(model, tmp_path):
     for dtype, gap in (("float32", 1e-4), ("bfloat16", 0.25)):
         run_dir = tmp_path / dtype
         train(recipe(folder, model__dtype=dtype, train__steps=1, train__eval_every=0), run_dir)
-        (step,) = (line for line in read_metrics(run_dir) if "loss" in line)
+        (step,) = training_lines(run_dir)
         assert step["grad_norm"] > 0 and step["logprob_gap/max"] <= gap
         saved = LlamaForCausalLM.from_pretrained(run_dir / "checkpoints" / "step_000001")
         assert any(
@@ -420,9 +343,9 @@ def test_another_family_and_bfloat16(model, tmp_path):
         )
 
 
-def test_several_updates_per_step_see_a_ratio(model, tmp_path):
+def test_several_updates_per_step_see_a_ratio(letters_model, tmp_path):
     config = recipe(
-        model,
+        letters_model,
         train__steps=1,
         train__updates_per_step=2,
         loss__ratio="turn",
@@ -430,7 +353,7 @@ def test_several_updates_per_step_see_a_ratio(model, tmp_path):
         loss__normalizer="constant",
     )
     train(config, tmp_path / "run")
-    (step,) = (line for line in read_metrics(tmp_path / "run") if "loss" in line)
+    (step,) = training_lines(tmp_path / "run")
     assert step["ratio/max"] > 1.0
 
 
@@ -477,7 +400,7 @@ def test_two_steps_on_real_questions(tmp_path):
         shown = {**base["env"], "name": f"{__name__}:Shown"}
         warm = warm_start(recipe(folder, {**base, "env": shown}), tmp_path / "warm")
     train(recipe(warm, base), tmp_path / "run")
-    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    steps = training_lines(tmp_path / "run")
     assert [line["step"] for line in steps] == [1, 2]
     assert sum(line["grad_norm"] for line in steps) > 0
     assert sum(line["tool_success"] for line in steps) > 0

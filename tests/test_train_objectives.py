@@ -7,55 +7,27 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
-from test_train import logged, recipe, weights
+from training_runs import logged, recipe, training_lines, weights
 
 from turnfast.cli import main
 from turnfast.config import ConfigError
-from turnfast.metrics import read_metrics
 from turnfast.recipe import build_config
-from turnfast.tiny import write_tiny_model
 from turnfast.train import train
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
-    folder = tmp_path_factory.mktemp("model")
-    return write_tiny_model(
-        folder, corpus, seed=0, vocab_size=300, layers=2, width=64, max_context=512
-    )
-
-
-@pytest.fixture(autouse=True)
-def letters_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def steps_of(run_dir: Path) -> list[dict]:
-    return [line for line in read_metrics(run_dir) if "loss" in line]
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = {"train__steps": 16, "train__eval_every": 0, "train__save_every": 0}
 ALONE = {"rollout__prompts_per_step": 16, "rollout__group_size": 1}
 
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
-def test_a_critic_raises_the_reward_without_groups(model, tmp_path, rule):
+def test_a_critic_raises_the_reward_without_groups(letters_model, tmp_path, rule):
     config = recipe(
-        model, credit__rule=rule, credit__options={"whiten": True}, **ALONE, **LONG,
+        letters_model, credit__rule=rule, credit__options={"whiten": True}, **ALONE, **LONG,
         train__tokens_per_microbatch=512,
     )  # fmt: skip
     train(config, tmp_path / "run")
-    lines = steps_of(tmp_path / "run")
+    lines = training_lines(tmp_path / "run")
     rewards = [line["reward/turn"] + line["reward/outcome"] for line in lines]
     assert fmean(rewards[-4:]) > fmean(rewards[:4]) + 0.15, rewards
     assert all(line["value_loss"] >= 0 and "nonfinite" not in line for line in lines)
@@ -69,10 +41,10 @@ def test_a_critic_raises_the_reward_without_groups(model, tmp_path, rule):
     assert first["rule"] == rule and first["rollouts"][0]["turns"][0]["advantage"] is not None
 
 
-def test_a_critic_survives_a_stop(model, tmp_path):
+def test_a_critic_survives_a_stop(letters_model, tmp_path):
     def run(name: str, *, steps: int, resume: bool = False) -> Path:
         train(
-            recipe(model, credit__rule="mt_ppo", train__steps=steps),
+            recipe(letters_model, credit__rule="mt_ppo", train__steps=steps),
             tmp_path / name,
             resume=resume,
         )
@@ -87,8 +59,8 @@ def test_a_critic_survives_a_stop(model, tmp_path):
     assert logged(straight) == logged(legs)
 
 
-def test_resume_with_a_critic_that_was_never_saved_is_refused(model, tmp_path, capsys):
-    train(recipe(model, train__steps=1), tmp_path / "run")
+def test_resume_with_a_critic_that_was_never_saved_is_refused(letters_model, tmp_path, capsys):
+    train(recipe(letters_model, train__steps=1), tmp_path / "run")
     text = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "again.toml").write_text(text)
     code = main(
@@ -98,22 +70,22 @@ def test_resume_with_a_critic_that_was_never_saved_is_refused(model, tmp_path, c
     assert code and "no critic that fits" in capsys.readouterr().err
 
 
-def test_a_reference_is_measured_from_the_start_of_the_run(model, tmp_path):
+def test_a_reference_is_measured_from_the_start_of_the_run(letters_model, tmp_path):
     kl = {"loss__kl_coef": 0.1}
-    train(recipe(model, **kl), tmp_path / "straight")
-    lines = steps_of(tmp_path / "straight")
+    train(recipe(letters_model, **kl), tmp_path / "straight")
+    lines = training_lines(tmp_path / "straight")
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert lines[-1]["kl"] > 1e-4
-    train(recipe(model, train__steps=2, **kl), tmp_path / "legs")
-    train(recipe(model, **kl), tmp_path / "legs", resume=True)
+    train(recipe(letters_model, train__steps=2, **kl), tmp_path / "legs")
+    train(recipe(letters_model, **kl), tmp_path / "legs", resume=True)
     assert weights(tmp_path / "legs", 4) == weights(tmp_path / "straight", 4)
 
 
-def test_masked_rollouts_are_counted_and_cost_nothing(model, tmp_path):
+def test_masked_rollouts_are_counted_and_cost_nothing(letters_model, tmp_path):
     # turns of two tokens never end by themselves: everything is cut off
     changed = {"rollout__overlong": "mask", "rollout__max_new_tokens": 2, "train__steps": 1}
-    train(recipe(model, **changed), tmp_path / "run")
-    (line,) = steps_of(tmp_path / "run")
+    train(recipe(letters_model, **changed), tmp_path / "run")
+    (line,) = training_lines(tmp_path / "run")
     assert line["status/overlong"] > 0.5 and line["failed"] == 0.0
 
 

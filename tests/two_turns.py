@@ -6,11 +6,30 @@ import random
 from collections.abc import Sequence
 
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.sampler import Completion, Request, Sampler
 from turnfast.sync import teacher_forced_logprobs
 
 VOCAB = 600
+
+
+def tiny_qwen3(head_dim: int, **fields) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        **fields,
+    )
+    return Qwen3ForCausalLM(config)
 
 
 def request(id: int, prompt_ids: Sequence[int], **changes) -> Request:
