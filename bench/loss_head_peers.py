@@ -7,6 +7,7 @@ advantages, token mean. What a peer cannot express is said in its note, and it i
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -160,11 +161,40 @@ def liger_triton() -> Contender:
     return Contender(name="liger triton_grpo_loss", loss=loss, note="holds all logits")
 
 
+def arranger(function: Any, names: set[str]) -> Callable[[dict[str, Any]], list[Any]]:
+    """Values by name -> the arguments of an autograd function as the installed version orders them.
+
+    The peers have moved their arguments between versions. ImportError names a required one that is
+    not among the names.
+    """
+    parameters = list(inspect.signature(function.forward).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.name not in names and parameter.default is inspect.Parameter.empty:
+            where = f"{function.__module__}.{function.__qualname__}"
+            raise ImportError(f"{where} of this version needs {parameter.name!r}")
+    return lambda values: [values.get(each.name, each.default) for each in parameters]
+
+
 def trl() -> Contender:
-    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    try:
+        function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    except ImportError:
+        module = importlib.import_module("trl.trainer.utils")
+        function = getattr(module, "_ChunkedLogProbFunction", None)
+        if function is None:
+            raise ImportError("this trl has no chunked log-prob function") from None
+    fixed = {
+        "bias": None,
+        "temperature": 1.0,
+        "chunk_size": 4096,
+        "final_logit_softcapping": None,
+        "logit_scale": 1.0,
+    }
+    arranged = arranger(function, {"last_hidden", "weight", "targets", *fixed})
 
     def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
-        logprobs_N = function.apply(hidden, head, None, data.targets_N, 1.0, 4096)[0]
+        given = {"last_hidden": hidden, "weight": head, "targets": data.targets_N}
+        logprobs_N = function.apply(*arranged(given | fixed))[0]
         return ppo(logprobs_N, data), logprobs_N
 
     return Contender(name="trl chunked log-prob", loss=loss, note="loss outside")
@@ -172,9 +202,12 @@ def trl() -> Contender:
 
 def verl() -> Contender:
     module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    fixed = {"temperature": 1.0, "reduction": "none", "dist_process_group": None}
+    arranged = arranger(module.LinearCrossEntropy, {"hidden", "weight", "labels", *fixed})
 
     def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, Tensor]:
-        logprobs_N, _ = module.linear_cross_entropy(hidden, head, data.targets_N, 1.0, "none")
+        given = {"hidden": hidden, "weight": head, "labels": data.targets_N}
+        logprobs_N = module.LinearCrossEntropy.apply(*arranged(given | fixed))[0]
         return ppo(logprobs_N, data), logprobs_N
 
     return Contender(name="verl linear_cross_entropy", loss=loss, note="loss outside")

@@ -186,10 +186,11 @@ def credit_bias(record: dict[str, Any]) -> str:
 def loss_head_cpu(record: dict[str, Any]) -> str:
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
-        case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"]), {})
+        threads = row.get("threads", record["environment"]["threads"])
+        case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"], threads), {})
         case[row["what"]] = row
     lines = []
-    for (N, D, V, dtype), whats in cases.items():
+    for (N, D, V, dtype, threads), whats in cases.items():
         ours, floor = whats["turnfast cpp"], whats["floor: three products"]
         best = min((row for what, row in whats.items() if "torch" in what), key=lambda r: r["ms"])
         liger = whats.get("liger chunked grpo")
@@ -197,7 +198,7 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
         cells = [f"{ms:,.1f}" if ms else "–" for ms in times]
         cells[2] += f" ({best['what'].removeprefix('torch ')})"
         lines.append(
-            f"| {N:,} × {D} × {V:,} | {dtype} | {' | '.join(cells)} "
+            f"| {N:,} × {D} × {V:,} | {dtype} | {threads} | {' | '.join(cells)} "
             f"| {ours['peak MB']:,.0f} / {best['peak MB']:,.0f} "
             f"| {ours['log-prob error']:.0e} / {best['log-prob error']:.0e} "
             f"| {ours['gradient error']:.0e} / {best['gradient error']:.0e} |"
@@ -206,14 +207,14 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
     return "\n".join(
         [
-            "| N × D × V | dtype | turnfast, ms | its three products alone | best of PyTorch "
-            "| Liger chunked GRPO | peak MB | log-prob error | gradient error |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| N × D × V | dtype | threads | turnfast, ms | its three products alone "
+            "| best of PyTorch | Liger chunked GRPO | peak MB | log-prob error | gradient error |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *lines,
             "",
             "Forward and both gradients of a clipped policy loss; pairs are turnfast / the best of "
             "PyTorch eager, chunked and compiled; errors are against float64. "
-            f"{env['device']}, {env['threads']} thread{'s' * (env['threads'] > 1)}, load average "
+            f"{env['device']}, {record.get('clock', 'wall')} time, load average "
             f"{env['load_average']}, {packages}. "
             f"From `{record['command']}`, commit `{env['commit']}`.",
         ]

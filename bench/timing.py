@@ -26,8 +26,14 @@ PACKAGES = ("torch", "triton", "liger-kernel", "trl", "verl", "cut-cross-entropy
 FLUSH_BYTES = 256 << 20
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def medians_s(
-    calls: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each call, rounds interleaved so that drift hits every contender alike.
 
@@ -49,9 +55,9 @@ def medians_s(
                 end.synchronize()
                 times[name].append(begin.elapsed_time(end) / 1e3)
             else:
-                start = time.perf_counter()
+                start = clock()
                 call()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
