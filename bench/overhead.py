@@ -2,11 +2,17 @@
 
     python bench/overhead.py --model runs/demo/warm-start/model [--recipe demo] [--steps 12]
 
-A recipe is trained for some steps by the real loop, on one thread. Its metrics.jsonl splits every
-step into phases that add up to it; of `time/rollout` this script also measures what the sampler's
-own calls take. Generation is those calls, `time/train` is model, loss and optimizer. The rest is
-overhead: tools, environment, chat and bookkeeping inside the rollout, credit, packing, weight sync,
-and logging. Medians over the steps, the first one left out. Writes bench/results/overhead.json.
+A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
+Its metrics.jsonl splits every step into phases that add up to it; of `time/rollout` this script
+also measures what the sampler's own calls take. Generation is those calls, `time/train` is model,
+loss and optimizer. The rest is overhead: environment, chat and bookkeeping inside the rollout,
+credit, packing, weight sync, and logging. Tools run in threads of their own, beside the generation
+where there are two cores.
+
+With `--clock cpu` seconds are those of the processor, of the loop's thread and of the tools, each
+counted in full: a busy machine does not change them. With `--clock wall` tools that run beside the
+generation cost nothing. Medians over the steps, the first one left out. Writes
+bench/results/overhead.json.
 """
 
 from __future__ import annotations
@@ -17,6 +23,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,25 +34,40 @@ from step import RESULTS, commit
 
 import turnfast.collect
 import turnfast.run
+import turnfast.tools.deadline
 import turnfast.train
-from turnfast.metrics import read_metrics
+from turnfast.metrics import Stopwatch, read_metrics
 from turnfast.recipe import load_config
+from turnfast.signals import stop_on_signals
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+class Watch:
+    """Seconds in the sampler, in tools and in logging, of each step as it is done."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.sampler = self.tools = 0.0
+        self.generation: list[float] = []
+        self.tool_calls: list[float] = []
+        self.logging: list[float] = []
 
 
 class Timed:
     """A sampler whose work is timed; everything else is the engine's own."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, watch: Watch) -> None:
         self._engine = engine
-        self.seconds = 0.0
+        self._watch = watch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def step(self) -> Any:
-        begin = time.perf_counter()
+        begin = self._watch.clock()
         done = self._engine.step()
-        self.seconds += time.perf_counter() - begin
+        self._watch.sampler += self._watch.clock() - begin
         return done
 
 
@@ -54,8 +77,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
     parser.add_argument("--backend", default="auto", choices=["auto", "local", "vllm"])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
-    options = parser.parse_args()
+    options, fields = parser.parse_known_args()
     torch.set_num_threads(1)
     flags = {
         "model.path": options.model,
@@ -66,65 +90,71 @@ def main() -> None:
         "train.save-every": "0",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    generation, logging = watch()
-    with tempfile.TemporaryDirectory() as folder:
-        turnfast.train.train(load_config(options.recipe, words), Path(folder) / "run")
-        lines = [line for line in read_metrics(Path(folder) / "run") if "time/step" in line]
-    result = summarise(lines[1:], generation[1:], logging[1:], options)
+    seen = Watch(CLOCKS[options.clock])
+    watch(seen)
+    with tempfile.TemporaryDirectory() as folder, stop_on_signals() as stop:
+        run_dir = Path(folder) / "run"
+        config = load_config(options.recipe, [*words, *fields])
+        turnfast.train.train(config, run_dir, should_stop=stop)
+        lines = [line for line in read_metrics(run_dir) if "time/step" in line]
+    result = summarise(lines, seen, options)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
-def watch() -> tuple[list[float], list[float]]:
-    """Seconds in the sampler, and in logging, of each step, filled in as the steps are done."""
-    generation: list[float] = []
-    logging: list[float] = []
-    engines: list[Timed] = []
-    make, gather, log = (
+def watch(seen: Watch) -> None:
+    """Have the loop tell what the seconds of its phases are spent on."""
+    make, gather, log, call = (
         turnfast.run.make_sampler,
         turnfast.collect.gather,
         turnfast.train._log,
+        turnfast.tools.deadline._Call.run,
     )
 
     def make_timed(*args: Any, **kwargs: Any) -> Timed:
-        engines.append(Timed(make(*args, **kwargs)))
-        return engines[-1]
+        return Timed(make(*args, **kwargs), seen)
 
     def gather_timed(*args: Any, **kwargs: Any) -> Any:
-        before = engines[-1].seconds
+        before = seen.sampler, seen.tools
         gathered = gather(*args, **kwargs)
-        generation.append(engines[-1].seconds - before)
+        seen.generation.append(seen.sampler - before[0])
+        seen.tool_calls.append(seen.tools - before[1])
         return gathered
 
     def log_timed(*args: Any) -> None:
-        begin = time.perf_counter()
+        begin = seen.clock()
         log(*args)
-        logging.append(time.perf_counter() - begin)
+        seen.logging.append(seen.clock() - begin)
+
+    def call_timed(self: Any) -> None:
+        begin = time.thread_time()
+        call(self)
+        seen.tools += time.thread_time() - begin
 
     turnfast.run.make_sampler = make_timed  # type: ignore[assignment]
     turnfast.collect.gather = gather_timed
     turnfast.train._log = log_timed
-    return generation, logging
+    turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]
+    turnfast.tools.deadline._Call.run = call_timed  # type: ignore[method-assign]
 
 
 def summarise(
-    lines: list[dict[str, float]],
-    generation: list[float],
-    logging: list[float],
-    options: argparse.Namespace,
+    lines: list[dict[str, float]], seen: Watch, options: argparse.Namespace
 ) -> dict[str, Any]:
+    columns = (lines, seen.generation, seen.tool_calls, seen.logging)
     steps = [
         {
             "generation": sampled,
             "train": line["time/train"],
             "rollout besides generation": line["time/rollout"] - sampled,
+            "tools": called if options.clock == "cpu" else 0.0,
             "score": line["time/score"],
             "pack": line["time/pack"],
             "sync": line["time/sync"],
             "other": line["time/other"],
             "log": logged,
         }
-        for line, sampled, logged in zip(lines, generation, logging, strict=True)
+        for line, sampled, called, logged in list(zip(*columns, strict=True))[1:]
     ]
     shares = {name: median(step[name] / sum(step.values()) for step in steps) for name in steps[0]}
     work = {"generation", "train"}
@@ -132,8 +162,13 @@ def summarise(
         "command": " ".join(["python bench/overhead.py", *sys.argv[1:]]),
         "machine": platform.machine(),
         "commit": commit(),
+        "clock": options.clock,
         "steps": len(steps),
+        "rollouts": median(line["rollouts"] for line in lines[1:]),
+        "tool_calls": median(line["tool_calls"] * line["rollouts"] for line in lines[1:]),
+        "tokens": median(line["tokens"] for line in lines[1:]),
         "step_s": median(sum(step.values()) for step in steps),
+        "tool_s": median(seen.tool_calls[1:]),
         "overhead": median(
             sum(s for name, s in step.items() if name not in work) / sum(step.values())
             for step in steps

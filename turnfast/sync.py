@@ -2,7 +2,8 @@
 
 Every failure of this hand-over that others have met is silent: the engine answers, with the weights
 of yesterday or with keys and values computed by them. So after every sync the engine continues a
-fixed probe, and its log-probabilities are compared with the trainer's own of the same ids.
+fixed probe, and its log-probabilities are compared with the trainer's own of the same ids. A run
+starts with a long probe; after a step, when only the weights can have gone wrong, a short one does.
 
 What the probe cannot see: a tensor that none of its tokens feels, such as the embedding row of an
 id that does not occur in it, and a change smaller than the tolerance (a bfloat16 policy at lr 1e-6
@@ -26,6 +27,11 @@ NUM_PROMPTS = 8
 PROMPT_TOKENS = 80
 """Two blocks of vLLM's prefix cache at least, so that stale blocks would be used."""
 NEW_TOKENS = 8
+
+SHORT_PROMPTS = 4
+SHORT_TOKENS = 40
+"""A whole block of vLLM's prefix cache, and the token behind it that is always computed."""
+SHORT_NEW_TOKENS = 2
 PROBE_ID = -1
 
 
@@ -39,6 +45,14 @@ class Probe:
 
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int = NEW_TOKENS
+
+    @property
+    def short(self) -> Probe:
+        """The beginnings of some of its prompts, a tenth of its tokens."""
+        return Probe(
+            prompts=tuple(prompt_ids[:SHORT_TOKENS] for prompt_ids in self.prompts[:SHORT_PROMPTS]),
+            max_new_tokens=SHORT_NEW_TOKENS,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +95,8 @@ def sync_weights(
 ) -> SyncReport:
     """Push the model's parameters into the sampler and compare the two on the probe.
 
-    While the sampler is awake it answers the probe once before the push, so that a prefix cache
-    which survives the push is hit, and found.
+    While the sampler is awake it is asked for one prompt of the probe before the push, so that a
+    prefix cache which survives the push is hit, and found.
 
     Raises:
         SyncError: the sampler refused the tensors, still uses its old prefix cache, or differs by
@@ -90,7 +104,7 @@ def sync_weights(
     """
     begin = time.perf_counter()
     if not sampler.asleep:
-        _continue(sampler, probe.prompts, max_new_tokens=1)
+        _continue(sampler, probe.prompts[:1], max_new_tokens=1)
     sampler.wake()
     try:
         sampler.load_weights(model.named_parameters())

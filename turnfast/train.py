@@ -43,12 +43,12 @@ def train(
         Progress(run_dir, config.train.steps, done=run.first_step - 1) as show,
         Collector(run, config, should_stop) as collector,
     ):
-        sync = partial(sync_weights, run.policy.model, run.sampler, run.probe, run.tolerance)
+        sync = partial(sync_weights, run.policy.model, run.sampler, tolerance=run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         budget = config.train.tokens_per_microbatch
         try:
-            sync()
+            sync(run.probe)
             if not run.evaluated:
                 _evaluate(config, run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
@@ -77,7 +77,7 @@ def train(
                 with clock.phase("rollout"):
                     collector.settle()
                 with clock.phase("sync"):
-                    synced = sync()
+                    synced = sync(run.probe.short)
                 done = step
                 record = StepRecord(
                     step=step,
