@@ -414,6 +414,29 @@ def test_a_thread_takes_the_next_call_unless_it_hangs(monkeypatch):
         time.sleep(0.001)
 
 
+def test_an_inline_tool_runs_in_the_thread_that_asks():
+    seen: list[int] = []
+
+    @tool(inline=True)
+    def note(slow: bool = False, fails: bool = False) -> str:
+        seen.append(threading.get_ident())
+        if fails:
+            raise ValueError("no")
+        time.sleep(0.05 * slow)
+        return "noted"
+
+    assert play(note) == ToolResult(text="noted") and seen == [threading.get_ident()]
+    assert play(note, fails=True).kind == "raised"
+    late = play(note, timeout_s=0.02, slow=True)
+    assert (late.kind, late.text) == ("timeout", "note gave no result in 0.02 s")
+
+    async def wait() -> str:
+        return "waited"
+
+    with pytest.raises(TypeError, match="'wait': an async function may wait"):
+        tool(inline=True)(wait)
+
+
 def test_idle_threads_are_limited(monkeypatch):
     monkeypatch.setattr(deadline_room, "_IDLE", [])
     monkeypatch.setattr(deadline_room, "MAX_IDLE_THREADS", 2)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .deadline import Late, Raised, Returned, call_within
+from .deadline import Late, Raised, Returned, call_here, call_within
 from .formats import MalformedCall, ToolCall
 from .tool import BadArguments, Tool
 
@@ -94,9 +94,12 @@ async def run_tool(
     if isinstance(checked, ToolError):
         return checked
     tool, arguments = checked
-    ended = await call_within(
-        tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
-    )
+    if tool.inline:
+        ended = call_here(tool.function, arguments, timeout_s=timeout_s)
+    else:
+        ended = await call_within(
+            tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
+        )
     match ended:
         case Returned(value=value):
             return _check_output(tool, value, max_chars)

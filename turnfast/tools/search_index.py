@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MAX_QUERY_WORDS = 64
 MAX_CACHED_QUERIES = 2048
@@ -102,26 +103,23 @@ class SearchIndex:
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
         """The `k` best passages, best first, ties in corpus order; empty without a match."""
-        words = query_words(query)
+        counted = ((word, self._num_with(word)) for word in query_words(query))
+        # rarest first; what is nowhere says nothing, and leaves much the same query to many
+        words = tuple(sorted((pair for pair in counted if pair[1]), key=lambda pair: pair[1]))
         return list(self._cached(words, k)) if words and k >= 1 else []
 
-    def _look_up(self, words: tuple[str, ...], k: int) -> tuple[Hit, ...]:
-        with self._lock:
-            found = sorted((count, word) for word in words if (count := self._num_with(word)))
-            words = tuple(word for _, word in found)
-            if not words:
-                return ()
-            counts = [count for count, _ in found]
-            # what the words from the i-th on can add to a score at most
-            rest = [math.fsum(map(self._most, counts[i:])) for i in range(len(words) + 1)]
-            every = len(words)
-            taken = next((i for i in range(1, every) if sum(counts[:i]) >= k), every)
-            while True:
-                hits = self._best(words, words[:taken], k)
-                least = hits[-1].score if len(hits) == k else 0.0
-                if taken == every or least > rest[taken]:
-                    return hits
-                taken = next((i for i in range(taken + 1, every) if least > rest[i]), every)
+    def _look_up(self, counted: tuple[tuple[str, int], ...], k: int) -> tuple[Hit, ...]:
+        words, counts = zip(*counted, strict=True)
+        # what the words from the i-th on can add to a score at most
+        rest = [math.fsum(map(self._most, counts[i:])) for i in range(len(words) + 1)]
+        every = len(words)
+        taken = next((i for i in range(1, every) if sum(counts[:i]) >= k), every)
+        while True:
+            hits = self._best(words, words[:taken], k)
+            least = hits[-1].score if len(hits) == k else 0.0
+            if taken == every or least > rest[taken]:
+                return hits
+            taken = next((i for i in range(taken + 1, every) if least > rest[i]), every)
 
     def _best(self, words: tuple[str, ...], needed: tuple[str, ...], k: int) -> tuple[Hit, ...]:
         """The `k` best by all words among the passages with one of those that are needed."""
@@ -130,21 +128,24 @@ class SearchIndex:
             # the plus sign: rows are filtered before they are scored, and not looked up one by one
             only = " AND +rowid IN (SELECT rowid FROM passages WHERE passages MATCH ?)"
             values.append(match_expression(needed))
-        rows = self._connection.execute(
+        rows = self._fetch(
             "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
             f" WHERE passages MATCH ?{only} ORDER BY score, rowid LIMIT ?",
-            (*values, k),
-        ).fetchall()
+            *values,
+            k,
+        )
         return tuple(
             Hit(row=row - 1, title=title, text=text, score=-score)
             for row, title, text, score in rows
         )
 
     def _count(self, word: str) -> int:
-        counted = self._connection.execute(
-            "SELECT count(*) FROM passages WHERE passages MATCH ?", (match_expression((word,)),)
-        )
-        return counted.fetchone()[0]
+        counted = "SELECT count(*) FROM passages WHERE passages MATCH ?"
+        return self._fetch(counted, match_expression((word,)))[0][0]
+
+    def _fetch(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._connection.execute(statement, values).fetchall()
 
     def _most(self, count: int) -> float:
         odds = (self.num_passages - count + 0.5) / (count + 0.5)

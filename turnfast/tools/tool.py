@@ -29,6 +29,8 @@ from typing import Any, overload
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema
 
+from .deadline import is_async
+
 
 class BadArguments(ValueError):
     """Arguments that do not fit the tool's signature; the text is meant for the agent."""
@@ -43,6 +45,7 @@ class Tool:
         function: what is called, with keyword arguments; plain or `async`.
         arguments: the pydantic model that checks a call: strict types, no unknown names.
         is_method: True in a class body; read from an instance, the tool has `self` bound.
+        inline: a call runs between two steps of the sampler, not in a thread beside them.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Tool:
     function: Callable[..., Any]
     arguments: type[BaseModel]
     is_method: bool = False
+    inline: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def tool(function: Callable[..., Any], /) -> Tool: ...
 
 @overload
 def tool(
-    *, name: str | None = None, description: str | None = None
+    *, name: str | None = None, description: str | None = None, inline: bool = False
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
 
@@ -105,14 +109,19 @@ def tool(
     *,
     name: str | None = None,
     description: str | None = None,
+    inline: bool = False,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a `Tool` of a typed function; with or without arguments, on functions and methods.
 
     The name is the function's, the description the first paragraph of its docstring, and the lines
     under `Args:` describe the parameters.
 
+    Args:
+        inline: the function computes for less than about a millisecond and never waits, so a thread
+            would cost more than it does. Its deadline cannot interrupt it.
     Raises:
-        TypeError: a parameter without a type, or `*args`/`**kwargs`, which have no schema.
+        TypeError: a parameter without a type, or `*args`/`**kwargs`, which have no schema; an
+            `async` function that is to be inline.
 
     Example:
         >>> @tool
@@ -124,8 +133,8 @@ def tool(
 'additionalProperties': False}
     """
     if function is None:
-        return lambda inner: _make_tool(inner, name, description)
-    return _make_tool(function, name, description)
+        return lambda inner: _make_tool(inner, name, description, inline)
+    return _make_tool(function, name, description, inline)
 
 
 def signature_model(
@@ -156,8 +165,12 @@ def signature_model(
     return create_model(label, __config__=config, **fields), is_method
 
 
-def _make_tool(function: Callable[..., Any], name: str | None, description: str | None) -> Tool:
+def _make_tool(
+    function: Callable[..., Any], name: str | None, description: str | None, inline: bool
+) -> Tool:
     label = name or getattr(function, "__name__", "")
+    if inline and is_async(function):
+        raise TypeError(f"tool {label!r}: an async function may wait, so it cannot be inline")
     if not re.fullmatch(r"\w[\w.-]{0,63}", label):
         raise TypeError(f"tool {label!r}: needs a name of letters, digits, '_', '.' or '-'")
     summary, described = _read_docstring(inspect.getdoc(function) or "")
@@ -172,6 +185,7 @@ def _make_tool(function: Callable[..., Any], name: str | None, description: str 
         function=function,
         arguments=model,
         is_method=is_method,
+        inline=inline,
     )
 
 
