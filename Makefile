@@ -1,6 +1,7 @@
 # make demo   environment, a small model, MT-GRPO on the built-in search world, a report
 # make test   environment, then every test
-# Both start from nothing but Python 3.11+; everything they install is in .venv.
+# make test-verifiers   the adapter for verifiers<0.4, whose dependencies exclude those of vLLM
+# All start from nothing but Python 3.11+; everything they install is in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types env clean
+.PHONY: demo test test-verifiers lint types env clean
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -34,6 +35,20 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED) -m "not vllm"
 	$(BIN)/pytest tests -m vllm
 
+# On top of the environment, in one of its own.
+VERIFIERS := .venv-verifiers
+SITE = import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))
+
+test-verifiers: export OMP_NUM_THREADS = 1
+test-verifiers: $(VERIFIERS)/.installed
+	$(VERIFIERS)/bin/python -P -m pytest tests/test_envs_verifiers.py
+
+$(VERIFIERS)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(VERIFIERS)
+	$(BIN)/python -c '$(SITE)' > $$(echo $(VERIFIERS)/lib/python3*/site-packages)/base.pth
+	$(VERIFIERS)/bin/pip install -q "verifiers>=0.3,<0.4"
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +57,7 @@ types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build *.egg-info turnfast/_C*.so
+	rm -rf $(VENV) $(VERIFIERS) build *.egg-info turnfast/_C*.so
 
 ifeq ($(CUDA),)
 # CPU: torch's CPU build where an index offers it, else the ordinary one. vLLM's CPU build pulls CUDA

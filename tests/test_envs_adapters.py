@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import time
 from itertools import permutations
 
 import pytest
@@ -225,6 +226,24 @@ def test_textarena_a_game_cut_short_and_an_invalid_one():
     assert steps[0].done or outcome.reward == 0.0
     _, steps, outcome = play(env, env.tasks("eval")[0], "hello", "hello")
     assert steps[-1].done and outcome.metrics["invalid_move"] == 1.0
+
+
+def test_textarena_a_hanging_game_fails_its_trajectory_and_frees_the_next(monkeypatch):
+    pytest.importorskip("textarena")
+    env = load_env("textarena", {"id": "Mastermind-v0", "step_timeout_s": 0.5})
+    make = env.make
+
+    def slow():
+        game = make()
+        game.step = lambda action: time.sleep(2.0)
+        return game
+
+    monkeypatch.setattr(env, "make", slow)
+    with pytest.raises(TimeoutError, match=r"textarena, train-0: no step within 0.5 s"):
+        play(env, env.tasks("train")[0], "[1 2 3 4]")
+    time.sleep(2.0)
+    monkeypatch.undo()
+    assert play(env, env.tasks("train")[0], "[1 2 3 4]")[1][0].messages
 
 
 @pytest.mark.parametrize("name", ["NoSuch-v0", "Chess-v0"])

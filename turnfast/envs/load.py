@@ -9,6 +9,7 @@ from ..config import ConfigError, RewardConfig
 from .adapters.gymnasium import GymnasiumEnv
 from .adapters.mcp import McpEnv
 from .adapters.textarena import TextArenaEnv
+from .adapters.verifiers import VerifiersEnv
 from .base import Env
 from .calculator import CalculatorEnv
 from .frozen_lake import FrozenLakeEnv
@@ -32,6 +33,7 @@ BUILT_IN: Mapping[str, Callable[..., Env]] = {
     "gymnasium": GymnasiumEnv,
     "textarena": TextArenaEnv,
     "mcp": McpEnv,
+    "verifiers": VerifiersEnv,
 }
 
 

@@ -3,7 +3,7 @@
 from .arithmetic import calculate, show_number
 from .background import BackgroundLoop
 from .deadline import Late, Raised, Returned, call_within
-from .formats import CallFormat, MalformedCall, ToolCall, write_calls
+from .formats import Attempt, CallFormat, MalformedCall, ToolCall, write_calls
 from .parse import parse_call, parse_calls, read_calls, without_thoughts
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
 from .search_index import STOP_WORDS, Hit, Passage, SearchIndex
@@ -12,6 +12,7 @@ from .tool import BadArguments, Tool, tool
 __all__ = [
     "MAX_RESULT_CHARS",
     "STOP_WORDS",
+    "Attempt",
     "BackgroundLoop",
     "BadArguments",
     "CallFormat",

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ...config import ConfigError, PositiveFloat, PositiveInt
-from ...tools import Late, Raised, Returned, call_within
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
 from ..rewards import read_tag
 from .door import require
+from .games import seeded_tasks, within
 
 _HIGHLIGHT = re.compile(r"\x1b\[[1-9][\d;]*m(.*?)\x1b\[0?m", flags=re.DOTALL)
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -67,18 +67,15 @@ class GymnasiumEnv:
         self._id, self._kwargs = id, dict(kwargs or {})
         self.malformed, self.rewards_on = malformed, rewards_on
         self.step_timeout_s = step_timeout_s
-        self._first_seed, self._counts = seed, {"train": train_tasks, "eval": eval_tasks}
         game = self.make()
         self.read_action, self.help = self._reader(game.action_space, actions or [])
         game.close()
-        self.instructions = instructions or self.help
+        self._tasks = seeded_tasks(
+            instructions or self.help, seed=seed, train=train_tasks, eval=eval_tasks
+        )
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        begin = self._first_seed + (self._counts["train"] if split == "eval" else 0)
-        return [
-            Task(id=f"{split}-{i}", question=self.instructions, data={"seed": begin + i})
-            for i in range(self._counts[split])
-        ]
+        return self._tasks[split]
 
     def episode(self, task: Task) -> GymnasiumEpisode:
         return GymnasiumEpisode(self, task)
@@ -190,10 +187,4 @@ class GymnasiumEpisode:
 
     async def _within(self, function: Callable[..., Any], *args: Any) -> Any:
         seconds = self._env.step_timeout_s
-        match await call_within(function, args, timeout_s=seconds, label="gymnasium"):
-            case Returned(value=value):
-                return value
-            case Raised(error=error):
-                raise error
-            case Late():
-                raise TimeoutError(f"{self._task.id}: no step within {seconds:g} s")
+        return await within(function, *args, timeout_s=seconds, label="gymnasium", task=self._task)

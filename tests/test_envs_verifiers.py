@@ -1,0 +1,259 @@
+"""Environments of Prime Intellect's verifiers, against the real package.
+
+Its dependencies exclude those of vLLM, so it is tested in an environment of its own:
+`make test-verifiers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from turnfast.chat import Chat
+from turnfast.config import ConfigError, RolloutConfig
+from turnfast.envs import RewardFault, load_env
+from turnfast.rollout import rollout
+from turnfast.sampler.scripted import ScriptedSampler, shuffled
+
+try:
+    from verifiers import MultiTurnEnv  # noqa: F401
+except (ImportError, AttributeError):
+    pytest.skip("verifiers<0.4 is missing: make test-verifiers", allow_module_level=True)
+
+MODULE = '''
+import asyncio
+import verifiers as vf
+from datasets import Dataset
+
+ROWS = [{"question": f"Guess a number below {n}.", "answer": str(n // 2)} for n in range(4, 16)]
+
+async def solved(completion, answer):
+    return float(answer in completion[-1]["content"])
+
+def boom(completion):
+    raise KeyError("no such column")
+
+def nan(completion):
+    return float("nan")
+
+class Guess(vf.MultiTurnEnv):
+    """Higher or lower; a guess is worth more the nearer it is."""
+
+    def __init__(self, rewrite=False, fail=False, slow=0.0, **kwargs):
+        self.rewrite, self.fail, self.slow = rewrite, fail, slow
+        super().__init__(dataset=Dataset.from_list(ROWS), system_prompt="Say a number.", **kwargs)
+
+    async def add_trajectory_step(self, state, step):
+        said = step["completion"][-1].content
+        if said.isdigit():
+            step["reward"] = -abs(int(said) - int(state["answer"])) / 10
+        await super().add_trajectory_step(state, step)
+
+    async def get_prompt_messages(self, state):
+        messages = await super().get_prompt_messages(state)
+        return messages[1:] if self.rewrite and state["trajectory"] else messages
+
+    async def env_response(self, messages, state, **kwargs):
+        if self.fail:
+            raise vf.InfraError("the box is gone")
+        await asyncio.sleep(self.slow)
+        said, answer = messages[-1]["content"], state["answer"]
+        if not said.isdigit():
+            return [{"role": "user", "content": "A number, please."}]
+        if said == answer:
+            state["final_env_response"] = [{"role": "user", "content": "Yes."}]
+            return state["final_env_response"]
+        word = "Higher." if int(said) < int(answer) else "Lower."
+        return [{"role": "user", "content": word}]
+
+async def square(number: int) -> str:
+    """Square a number.
+
+    Args:
+        number: the number.
+    """
+    if number > 100:
+        raise ValueError("too large")
+    return str(number * number)
+
+def group_score(completions) -> list[float]:
+    return [0.0] * len(completions)
+
+def load_environment(kind="guess", **kwargs):
+    data = Dataset.from_list(ROWS)
+    if kind == "single":
+        rubric = vf.Rubric(funcs=[solved], weights=[2.0])
+        return vf.SingleTurnEnv(dataset=data, eval_dataset=data.select(range(3)), rubric=rubric)
+    if kind == "tools":
+        rows = [{"question": f"What is {n} squared?", "answer": str(n * n)} for n in range(10)]
+        return vf.ToolEnv(
+            dataset=Dataset.from_list(rows), tools=[square], rubric=vf.Rubric(funcs=[solved])
+        )
+    if kind == "guess":
+        return Guess(rubric=vf.Rubric(funcs=[solved]), **kwargs)
+    function = {"boom": boom, "nan": nan, "group": group_score}[kind]
+    return vf.SingleTurnEnv(dataset=data, rubric=vf.Rubric(funcs=[solved, function]))
+'''
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_folder):
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    (tmp_path / "guess_of_a_test.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("guess_of_a_test", None)
+
+
+def make(kind: str, **args):
+    options = {key: args.pop(key) for key in ("eval_tasks", "step_timeout_s") if key in args}
+    return load_env(
+        "verifiers",
+        {"id": "guess-of-a-test", "args": {"kind": kind, **args}, "eval_tasks": 3, **options},
+    )
+
+
+def play(env, task, *texts):
+    async def run():
+        episode = env.episode(task)
+        first = await episode.start()
+        return first, [await episode.step(text) for text in texts], await episode.finish()
+
+    return asyncio.run(run())
+
+
+def test_a_single_turn_is_scored_by_the_rubric():
+    env = make("single")
+    assert len(env.tasks("train")) == 12 and len(env.tasks("eval")) == 3
+    task = env.tasks("train")[0]
+    first, (step,), outcome = play(env, task, f"It is {task.answers[0]}.")
+    assert first == ({"role": "user", "content": task.question},)
+    assert step.done and step.reward is None and step.messages == ()
+    assert outcome.reward == 2.0 and outcome.reward_parts == {"rubric": 2.0}
+    assert outcome.metrics["solved"] == 1.0 and outcome.metrics["exact_match"] == 1.0
+    assert outcome.metrics["num_turns"] == 1.0
+    assert play(env, task, "I do not know.")[2].reward == 0.0
+
+
+def test_turns_replies_and_rewards_of_steps():
+    env = make("guess")
+    assert {t.id for t in env.tasks("eval")}.isdisjoint(t.id for t in env.tasks("train"))
+    assert len(env.tasks("eval")) == 3 and len(env.tasks("train")) == 9
+    task = next(task for task in env.tasks("train") if task.answers[0] != "2")
+    answer = int(task.answers[0])
+    first, steps, outcome = play(env, task, "eh", "2", str(answer))
+    assert [message["role"] for message in first] == ["system", "user"]
+    assert [s.messages[0]["content"] for s in steps[:2]] == ["A number, please.", "Higher."]
+    assert [s.reward for s in steps] == [None, -(answer - 2) / 10, 0.0]
+    assert [s.done for s in steps] == [False, False, True]
+    assert outcome.reward == 0.0  # its last message is the environment's
+    assert outcome.metrics["num_turns"] == 3.0
+
+
+def test_a_rollout_that_is_cut_off_is_scored_too():
+    env = make("guess")
+    task = env.tasks("train")[0]
+    _, (step,), outcome = play(env, task, "12 or so")
+    assert not step.done and outcome.metrics["num_turns"] == 1.0
+    env = make("guess", max_turns=1)
+    assert play(env, task, "12 or so")[1][0].done
+
+
+def call(name: str, /, **args) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': args})}\n</tool_call>"
+
+
+def test_tools_are_offered_called_and_counted():
+    env = make("tools")
+    assert env.native_calls and [tool.name for tool in env.tools] == ["square"]
+    assert env.tools[0].schema["function"]["parameters"]["required"] == ["number"]
+    _, steps, outcome = play(
+        env,
+        env.tasks("train")[0],
+        "<think>7?</think>" + call("square", number=7) + call("square", number=101),
+        call("cube", number=2) + "<tool_call>{</tool_call>",
+        "It is 49.",
+    )
+    assert steps[0].messages == (
+        {"role": "tool", "name": "square", "content": "49"},
+        {"role": "tool", "name": "square", "content": "too large"},
+    )
+    assert [message["name"] for message in steps[1].messages] == ["cube", "unknown"]
+    assert [(s.tool_calls, s.tool_successes) for s in steps] == [(2, 1), (2, 0), (0, 0)]
+    assert steps[2].done and outcome.metrics["square_calls"] == 2.0
+
+
+def test_whole_rollouts_of_groups_at_the_same_time(chat):
+    def say(seen: str) -> str:
+        below = int(re.findall(r"below (\d+)", seen)[-1])
+        low, high = 0, below
+        talk = seen.rpartition("below")[2]
+        for number, word in re.findall(r"\b(\d+)\b(?=\D*(Higher|Lower)\.)", talk):
+            low, high = (int(number) + 1, high) if word == "Higher" else (low, int(number))
+        return str((low + high) // 2)
+
+    env = make("guess")
+    config = RolloutConfig(
+        prompts_per_step=4, group_size=2, max_new_tokens=20, max_context=3000, max_error_share=0.0
+    )
+    sampler = ScriptedSampler(
+        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
+    )
+    for _ in range(2):  # each in an event loop of its own
+        groups = rollout(env.tasks("train")[:4], env, chat, sampler, config, max_turns=8, seed=0)
+        for group in groups:
+            one, two = group.trajectories
+            assert (one.status, one.error) == ("finished", "")
+            assert [turn.text for turn in one.turns] == [turn.text for turn in two.turns]
+            assert one.turns[-1].reward == 0.0 and one.metrics["num_turns"] == len(one.turns)
+
+
+def test_faults_are_typed():
+    task = make("guess").tasks("train")[0]
+    with pytest.raises(RewardFault, match=r"'boom' raised KeyError: 'no such column'") as fault:
+        play(make("boom"), task, "1")
+    assert fault.value.kind == "raised"
+    with pytest.raises(RuntimeError, match="only one that grows can be trained on"):
+        play(make("guess", rewrite=True), task, "1")
+    with pytest.raises(RuntimeError, match="InfraError: the box is gone"):
+        play(make("guess", fail=True), task, "1")
+    with pytest.raises(TimeoutError, match=r"verifiers, \S+: no step within 0.5 s"):
+        play(make("guess", slow=60.0, step_timeout_s=0.5), task, "1")
+
+
+def test_a_reward_that_is_no_number_ends_as_a_reward_error(chat):
+    config = RolloutConfig(prompts_per_step=1, group_size=2, max_new_tokens=20, max_context=3000)
+    sampler = ScriptedSampler(lambda ids: chat.encode_reply("4"), pick=shuffled(0))
+    env = make("nan")
+    (group,) = rollout(
+        env.tasks("train")[:1],
+        env,
+        chat,
+        sampler,
+        config.model_copy(update={"max_error_share": 1.0}),
+        max_turns=2,
+        seed=0,
+    )
+    assert {t.status for t in group.trajectories} == {"reward_error"}
+
+
+def test_refusals_and_the_signals_stay_ours():
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ConfigError, match=r"env.options.id: verifiers cannot load 'no-such-env'"):
+        load_env("verifiers", {"id": "no-such-env"})
+    with pytest.raises(ConfigError, match=r"'guess-of-a-test' scores the rollouts of a group"):
+        make("group")
+    with pytest.raises(ConfigError, match=r"env.options.eval_tasks: .* leaves none to train on"):
+        make("guess", eval_tasks=12)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
