@@ -1,1 +1,1 @@
-"""Environments and tools of other libraries; each needs its package, from the extra `adapters`."""
+"""Environments and tools of other libraries; each needs its own package."""

@@ -63,12 +63,12 @@ class VerifiersEnv:
         seed: int = 0,
         step_timeout_s: PositiveFloat = 60.0,
     ) -> None:
-        verifiers = require("verifiers", env="verifiers")
+        verifiers = require("verifiers", env="verifiers", install="verifiers<0.4")
         if not hasattr(verifiers, "MultiTurnEnv"):
             raise ConfigError(
                 "env.name: this release of verifiers has no MultiTurnEnv; install 'verifiers<0.4'"
             )
-        self.types = require("verifiers.types", env="verifiers")
+        self.types = require("verifiers.types", env="verifiers", install="verifiers<0.4")
         self.cut_off = verifiers.OverlongPromptError
         self.client = policy_client(verifiers.Client)
         self.background = BackgroundLoop("verifiers")
