@@ -47,6 +47,36 @@ def learning(record: dict[str, Any]) -> str:
     )
 
 
+def starts(record: dict[str, Any]) -> str:
+    rules = next(iter(record["starts"].values()))["rules"]
+    rows = []
+    for name, study in record["starts"].items():
+        drawn = {what.removeprefix("sampled/"): share for what, share in study["start"].items()}
+        portrait = (
+            f"{drawn['calls']:.0%} | {drawn['calls_that_fail']:.0%} "
+            f"| {drawn['exact_match_after_a_call']:.0%} | {drawn['exact_match_without_a_call']:.0%}"
+        )
+        reached = [
+            f"{row['eval/tool_success']['mean']:.2f} / {row['eval/exact_match']['mean']:.2f}"
+            for row in study["rules"].values()
+        ]
+        rows.append(f"| {name} | {portrait} | {' | '.join(reached)} |")
+    seeds = len(record["seeds"])
+    return "\n".join(
+        [
+            "| start | calls | of them in vain | right after a call | right from memory | "
+            + " | ".join(f"`{rule}`" for rule in rules)
+            + " |",
+            "|---" * (5 + len(rules)) + "|",
+            *rows,
+            "",
+            "Left, what the start does in sampled rollouts; right, what each rule makes of it, "
+            f"tool success / exact match, greedy and held out, {seeds} run{'s' * (seeds > 1)} of "
+            f"{next(iter(rules.values()))['steps']} steps. {_source(record)}",
+        ]
+    )
+
+
 def hops(record: dict[str, Any]) -> str:
     rows = [
         f"| `{rule}` | {row['exact_match_by_step']['10']:.2f} | {_spread(row['eval/exact_match'])} "
@@ -223,6 +253,7 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "learning": learning,
+    "starts": starts,
     "hops": hops,
     "step": step,
     "credit_bias": credit_bias,

@@ -27,12 +27,15 @@ def write_tiny_model(
     corpus: Iterable[str],
     *,
     seed: int,
-    vocab_size: int = 600,
+    vocab_size: int = 520,
     layers: int = 4,
     width: int = 128,
     max_context: int = 1024,
 ) -> Path:
     """Train a tokenizer on `corpus`, draw random weights, write both to `folder`.
+
+    The vocabulary ends where merges of syllables end and those of whole names would begin: a token
+    that occurs in one name only is hardly ever copied, so copying it is not learned.
 
     config.json comes last: a folder that has it is whole, whenever the process ended.
     """
@@ -61,7 +64,7 @@ def write_tiny_model(
 
 def tiny_architecture(
     *,
-    vocab_size: int = 600,
+    vocab_size: int = 520,
     layers: int = 4,
     width: int = 128,
     max_context: int = 1024,
