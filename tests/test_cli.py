@@ -141,6 +141,14 @@ def test_small_commands(words, capsys):
         (["eval", "small.toml", "--model.path", "/none/here"], "there is no folder /none/here"),
         (["sft", "small.toml", "--env.options.eval_words=x"], "env.options.eval_words: "),
         (["report", "nowhere"], "nowhere"),
+        (["report", "small.toml"], "small.toml: there is no such run directory"),
+        (["train", "small.toml", "--.x", "1"], "--.x: expected a section and a field"),
+        (["train", "small.toml", "--env.rewards", "judge"], "env.rewards: expected a list"),
+        (
+            ["train", "small.toml", "--env.rewards=[{function='f1', wieght=1}]"],
+            "did you mean 'weight'?",
+        ),
+        (["train", "small.toml", "--loss.impl", "triton"], "loss.impl: 'triton' is not available"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_and_a_word_on_each(run, recipe, words, said):
@@ -154,6 +162,9 @@ def test_a_mistake_in_the_file_names_the_file(run, here):
     code, errors = run("train", "wrong.toml")
     assert code == 2
     assert errors == "turnfast: wrong.toml: trian: no such field; did you mean 'train'?\n"
+    (here / "flat.toml").write_text("train = 3\n")
+    code, errors = run("train", "flat.toml")
+    assert code == 2 and "flat.toml: train: expected a section, [train]" in errors
     (here / "torn.toml").write_text("[train\n")
     code, errors = run("train", "torn.toml")
     assert code == 2 and "torn.toml: not valid TOML" in errors and errors.count("\n") == 1
@@ -195,6 +206,75 @@ def test_the_search_world_needs_a_model_that_is_named(run, here):
     assert code == 2 and "model.path: empty cannot be loaded as a model" in errors
     code, errors = run("train", "search.toml", "--env.options.corpus=corpus.jsonl")
     assert code == 2 and "env.options.questions" in errors
+
+
+WORLD = """
+from turnfast.envs import Outcome, Step, Task
+
+class World:
+    tools = ()
+    native_calls = False
+
+    def tasks(self, split):
+        return [Task(id=split, question="Who?")] * 4
+
+    def episode(self, task):
+        return self
+
+    async def start(self):
+        return [{"role": "user", "content": "Who?"}]
+
+    async def step(self, text):
+        return Step(done=True)
+
+    async def finish(self):
+        return Outcome()
+"""
+
+
+@pytest.fixture
+def world(here, monkeypatch, request):
+    """An environment of the user's, with one method of its own."""
+    (here / "world.py").write_text(WORLD + request.param)
+    monkeypatch.delitem(sys.modules, "world", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ("def broken(:", "env.name: importing 'world' failed: SyntaxError"),
+        ("raise SystemExit(3)", "env.name: importing 'world' failed: SystemExit: 3"),
+        ("    def tasks(self, split): return 1 / 0", "World.tasks('train') failed: ZeroDivision"),
+        ("    def tasks(self, split): return ['Who?']", "tasks('train') has 'Who?' in it"),
+        ("    def tasks(self, split): return []", "has no tasks in its split 'train'"),
+        ("    def __init__(self, book): pass", "env.options.book: this option must be given"),
+    ],
+    indirect=["world"],
+)
+def test_an_environment_that_cannot_start(run, recipe, world, said):
+    code, errors = run("train", recipe, "--env.name", "world:World")
+    assert code == 2 and said in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "said"),
+    [
+        ("    async def step(self, text): return 1 / 0", "ZeroDivisionError: division by zero (wo"),
+        ("    async def step(self, text): raise SystemExit(3)", "SystemExit: 3 (world.py:2"),
+        ("    async def step(self, text): return None", "step() gave None, expected Step"),
+        ("    async def step(self, text): return Step(reward=float('nan'))", "turn reward is nan"),
+        ("    async def step(self, text): return Step(messages=('no',))", "the message 'no'; each"),
+        ("    async def start(self): return [{'role': 'user'}]", "the message {'role': 'user'}"),
+        ("    async def finish(self): return 1.0", "finish() gave 1.0, expected Outcome"),
+        ("    async def finish(self): return Outcome(reward=None)", "outcome is None"),
+    ],
+    indirect=["world"],
+)
+def test_an_environment_at_fault_ends_the_run_and_says_where(run, recipe, model, world, said):
+    words = ["--env.name", "world:World", "--model.path", model]
+    code, errors = run("train", recipe, *words)
+    assert code == 1 and "2 of 2 rollouts failed" in errors and said in errors
+    assert errors.count("\n") == 1
 
 
 def test_a_sink_that_is_not_there_does_not_block_the_next_try(run, recipe, model, monkeypatch):
@@ -262,6 +342,12 @@ def test_from_a_warm_start_to_a_report(run, recipe, capsys):
     Path("runs/small/report.html").unlink()
     assert main(["report", "runs/small"]) == 0
     assert Path("runs/small/report.html").exists()
+
+    # a run goes on in its own folder only, and a run directory is no model
+    assert main(["train", recipe, "--run-dir", "runs/small-sft", "--resume"]) == 2
+    assert "holds a run of `turnfast sft`" in capsys.readouterr().err
+    assert main(["eval", recipe, "--model.path", "runs/small"]) == 2
+    assert "give one of runs/small/checkpoints/step_*" in capsys.readouterr().err
 
     assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 2
     assert "--resume" in capsys.readouterr().err

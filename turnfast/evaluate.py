@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .chat import Chat
 from .config import Config, ConfigError
-from .envs import Env, Split
+from .envs import Env, Split, tasks_of
 from .jsonl import append_line, to_strict
 from .metrics import plain_group, summarise
 from .model import load_policy, pick_device
@@ -60,8 +60,7 @@ def evaluate_model(
         RolloutError: more than `rollout.max_error_share` of the rollouts failed.
     """
     env = open_env(config)
-    if not env.tasks(split):
-        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split {split!r}")
+    tasks_of(env, split, name=config.env.name)
     if out is not None:
         _check_writable(out)
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .config import LossConfig
+from .config import ConfigError, LossConfig
 from .critic import Critic
 from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
+from .kernels.loss_head.backends import implementation
 from .model import Policy, hidden_states
 from .optim import Optimizer
 from .replay import replayed
@@ -60,6 +61,18 @@ def policy_rule(config: LossConfig) -> PolicyRule:
         kl_coef=config.kl_coef,
         is_cap=config.is_cap,
     )
+
+
+def check_impl(config: LossConfig, policy: Policy) -> None:
+    """Refuse a `loss.impl` that is not available for the policy's device and dtype.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        implementation(config.impl, policy.device, policy.model.dtype)
+    except ValueError as error:
+        raise ConfigError(f"loss.{error}; 'auto' takes what is available") from None
 
 
 def needs_every_token(config: LossConfig) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -96,8 +97,13 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {folder} cannot be loaded as a model: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = ""
+        if (folder / "checkpoints").is_dir():
+            hint = f"; it is a run directory, give one of {folder}/checkpoints/step_*"
+        raise ConfigError(
+            f"model.path: {folder} cannot be loaded as a model: {error}{hint}"
+        ) from None
     _refuse_unknown_attention(model)
     model.to(device).train()
     apply_liger(model, config.liger, device)

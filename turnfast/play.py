@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 from .chat import Chat, Conversation
 from .config import RolloutConfig
 from .envs import Env, Outcome, RewardFault, Step, check_reward
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
-from .types import Status, Task, Trajectory, Turn
+from .types import Message, Status, Task, Trajectory, Turn
+
+Answer = TypeVar("Answer")
 
 
 async def play(
@@ -43,7 +48,7 @@ async def play(
         with sampler.playing():
             async with limit:
                 episode = env.episode(task)
-                talk = chat.open(await episode.start())
+                talk = chat.open(_messages(await episode.start(), "start()"))
                 context = 0
                 for k in range(max_turns):
                     context = len(talk.prompt_ids) + (0 if talk.restart else context)
@@ -61,7 +66,8 @@ async def play(
                     )
                     context += len(completion.sampled_ids)
                     text = chat.text(completion.sampled_ids)
-                    step = await episode.step(text)
+                    step = _as(Step, await episode.step(text), "step()")
+                    _messages(step.messages, "step()")
                     if step.reward is not None:
                         check_reward(step.reward, "the environment's turn reward")
                     turns.append(_turn(talk, completion, text, step))
@@ -73,10 +79,10 @@ async def play(
                         status = "finished"
                         break
                     talk = chat.extend(talk, text, closed, step.messages)
-                scored = await episode.finish()
+                scored = _as(Outcome, await episode.finish(), "finish()")
                 check_reward(scored.reward, "the environment's outcome")
                 outcome = scored
-    except (Exception, asyncio.CancelledError) as fault:
+    except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run
         if isinstance(fault, asyncio.CancelledError) and _is_cancelled():
             raise
@@ -85,7 +91,7 @@ async def play(
         elif isinstance(fault, RewardFault):
             status, error = "reward_error", str(fault)
         else:
-            status, error = "error", f"{type(fault).__name__}: {fault}"
+            status, error = "error", f"{type(fault).__name__}: {fault}{_where(fault)}"
     return Trajectory(
         task_id=task.id,
         index=index,
@@ -97,6 +103,32 @@ async def play(
         error=error,
         time_s=time.perf_counter() - begin,
     )
+
+
+def _as(kind: type[Answer], value: object, what: str) -> Answer:
+    if not isinstance(value, kind):
+        raise TypeError(f"the environment's {what} gave {value!r:.60}, expected {kind.__name__}")
+    return value
+
+
+def _messages(messages: Sequence[Message], what: str) -> Sequence[Message]:
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise TypeError(
+                f"the environment's {what} gave the message {message!r:.60}; each is a mapping "
+                "with 'role' and 'content'"
+            )
+    return messages
+
+
+def _where(fault: BaseException) -> str:
+    """The line of the user's own code that a fault came from, as ` (capitals.py:12)`."""
+    packages = {Path(__file__).parent, Path(asyncio.__file__).parents[1]}
+    for frame in reversed(traceback.extract_tb(fault.__traceback__)):
+        path = Path(frame.filename)
+        if packages.isdisjoint(path.parents) and "site-packages" not in path.parts:
+            return f" ({path.name}:{frame.lineno})"
+    return ""
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, RewardConfig
 
 
 def recipe_path(name: str) -> Path:
@@ -118,12 +118,17 @@ def _explain(item: Any) -> str:
         return f"{dotted}: no such field{suggest_field(dotted)}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
+    if item["type"] in ("tuple_type", "model_type", "dict_type"):
+        wanted = "a list, [a, b]" if item["type"] == "tuple_type" else f"a section, [{dotted}]"
+        return f"{dotted}: expected {wanted} (got {item['input']!r})"
     return f"{dotted}: {item['msg']} (got {item['input']!r})"
 
 
 def suggest_field(dotted: str) -> str:
     """The end of a message on an unknown field: those of the same last name, or the nearest."""
     leaf = dotted.rpartition(".")[2].replace("-", "_")
+    if dotted.startswith("env.rewards."):
+        return _did_you_mean(leaf, list(RewardConfig.model_fields))
     same = [repr(name) for name in field_names() if name.rpartition(".")[2] == leaf]
     if same:
         return f"; did you mean {' or '.join(same)}?"
@@ -146,6 +151,8 @@ def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:
         if not word.startswith("--"):
             raise ConfigError(f"{word}: expected a dotted flag such as --loss.clip-high 0.28")
         name, equals, text = word[2:].partition("=")
+        if not all(name.split(".")):
+            raise ConfigError(f"--{name}: expected a section and a field, --loss.clip-high 0.28")
         if not equals:
             if not queue:
                 raise ConfigError(f"--{name}: a value is missing")

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .chat import Chat, ChatError
 from .checkpoint import load_checkpoint, newest_whole
 from .config import VALUE_RULES, Config, ConfigError
 from .credit import check_rule
 from .critic import Critic
-from .envs import Demonstrator, Env, load_env
+from .envs import Demonstrator, Env, load_env, tasks_of
+from .loss import check_impl
 from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device, refuse_long_context
 from .optim import Optimizer
@@ -55,12 +56,11 @@ def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator
     """
     check_rule(config.credit.rule, config.credit.options)
     env = open_env(config)
-    train_tasks = env.tasks("train")
-    if not train_tasks:
-        raise ConfigError(f"env.name: {config.env.name} has no tasks in its split 'train'")
+    train_tasks = tasks_of(env, "train", name=config.env.name)
     device = pick_device(config.train.device)
     with RunDir.create(run_dir, config, resume=resume) as directory:
         policy = load_policy(config.model, model_folder(config, env, run_dir), device)
+        check_impl(config.loss, policy)
         chat = open_chat(policy, env)
         optimizer = Optimizer(policy.model.parameters(), config.optim)
         critic = None
@@ -176,15 +176,31 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
 
 
 def restore(
-    directory: RunDir, policy: Policy, optimizer: Optimizer, critic: Critic | None = None
+    directory: RunDir,
+    policy: Policy,
+    optimizer: Optimizer,
+    critic: Critic | None = None,
+    *,
+    kind: Literal["train", "sft"] = "train",
 ) -> tuple[int, Mapping[str, Any]]:
     """Put the newest whole checkpoint in place; the step that the run goes on after, 0 without a
-    checkpoint, and the state that was saved with it."""
+    checkpoint, and the state that was saved with it.
+
+    Raises:
+        ConfigError: the checkpoint is of the other kind of run.
+        CheckpointError: it does not fit the model, the optimizer or the critic.
+    """
     newest = newest_whole(directory.checkpoints)
     if newest is None:
         directory.rewind(-1)
         return 0, {}
     state = load_checkpoint(newest, model=policy.model, optimizer=optimizer, critic=critic)
+    found = state.get("kind", kind)
+    if found != kind:
+        raise ConfigError(
+            f"{directory.path}: holds a run of `turnfast {found}`; give another --run-dir, and to "
+            f"go on from its weights --model.path {newest}"
+        )
     step = int(state["step"])
     directory.rewind(step)
     return step, state

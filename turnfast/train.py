@@ -165,7 +165,7 @@ def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
         model=run.policy.model,
         optimizer=run.optimizer,
         tokenizer=run.policy.tokenizer,
-        state=collector.state(step),
+        state={"kind": "train", **collector.state(step)},
         critic=run.critic,
         keep=config.train.keep_checkpoints,
     )

@@ -37,14 +37,14 @@ def warm_start(
             config.model, model_folder(config, env, run_dir), pick_device(config.train.device)
         )
         optimizer = sft_optimizer(policy, config.sft)
-        done = restore(directory, policy, optimizer)[0] if resume else 0
+        done = restore(directory, policy, optimizer, kind="sft")[0] if resume else 0
         save = partial(
             save_checkpoint,
             directory.checkpoints,
             model=policy.model,
             optimizer=optimizer,
             tokenizer=policy.tokenizer,
-            state={},  # the order of the data is a function of the seed
+            state={"kind": "sft"},  # the order of the data is a function of the seed
             keep=config.train.keep_checkpoints,
         )
         with Progress(run_dir, config.sft.steps, done=done, label="warm start") as progress:

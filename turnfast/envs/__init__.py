@@ -13,7 +13,7 @@ from .base import (
     Split,
     Step,
 )
-from .load import load_env
+from .load import load_env, tasks_of
 from .lookup import LookupEnv
 from .reward import Reward, RewardFault, RewardFunction, check_reward, with_rewards
 from .rewards import contains_answer, exact_match, f1, normalize_answer
@@ -46,6 +46,7 @@ __all__ = [
     "f1",
     "load_env",
     "normalize_answer",
+    "tasks_of",
     "tool",
     "with_rewards",
 ]

@@ -38,7 +38,7 @@ def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{field}: no module {module_name!r} in {folder} or among the installed packages"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config import ConfigError, RewardConfig
+from ..types import Task
 from .adapters.gymnasium import GymnasiumEnv
 from .adapters.mcp import McpEnv
 from .adapters.textarena import TextArenaEnv
 from .adapters.verifiers import VerifiersEnv
-from .base import Env
+from .base import Env, Split
 from .calculator import CalculatorEnv
 from .frozen_lake import FrozenLakeEnv
 from .importing import import_named
@@ -90,6 +91,33 @@ def load_env(
                     "with env.options.weights, or give this one another name"
                 )
     return with_rewards(env, added) if added else env
+
+
+def tasks_of(env: Env, split: Split, *, name: str) -> Sequence[Task]:
+    """The tasks of a split that must have some.
+
+    Args:
+        name: `env.name`, for the refusals.
+    Raises:
+        ConfigError: there are none, they are no `Task`s, or the environment fails to list them.
+    """
+    try:
+        tasks = env.tasks(split)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"env.name: {name}.tasks({split!r}) failed: {type(error).__name__}: {error}"
+        ) from error
+    if not tasks:
+        raise ConfigError(f"env.name: {name} has no tasks in its split {split!r}")
+    odd = next((task for task in tasks if not isinstance(task, Task)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"env.name: {name}.tasks({split!r}) has {odd!r:.60} in it; each must be a "
+            "turnfast.envs.Task"
+        )
+    return tasks
 
 
 def _find(name: str) -> Callable[..., Env]:

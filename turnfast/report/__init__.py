@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from ..config import ConfigError
 from ..metrics import read_metrics
 from .page import build_page
 from .trajectories import read_rollouts
@@ -22,8 +23,10 @@ def write_report(run_dir: Path) -> Path:
     Works on a run under way or cut off: a torn last line is left out, and what is missing is said.
 
     Raises:
-        ConfigError: no metrics.jsonl, or a damaged line in a log; names file and line.
+        ConfigError: no such folder or no metrics.jsonl; a damaged line in a log, by file and line.
     """
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: there is no such run directory")
     lines = read_metrics(run_dir)
     recipe = run_dir / "config.toml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
