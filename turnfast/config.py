@@ -36,7 +36,7 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    freeze_head: bool = False
+    freeze_head: bool = Field(default=False, description="train all but the output projection")
     checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass"
     )
@@ -65,19 +65,21 @@ class EnvConfig(Section):
     rewards: tuple[RewardConfig, ...] = Field(
         default=(), description="further reward functions, [[env.rewards]]"
     )
-    max_turns: PositiveInt = 4
-    tool_timeout_s: PositiveFloat = 10.0
+    max_turns: PositiveInt = Field(default=4, description="a rollout ends there and is scored")
+    tool_timeout_s: PositiveFloat = Field(default=10.0, description="per tool call")
 
 
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 16
-    group_size: PositiveInt = 8
+    group_size: PositiveInt = Field(default=8, description="rollouts per prompt")
     max_new_tokens: PositiveInt = Field(default=256, description="per turn")
     max_context: PositiveInt = Field(
         default=2048, description="prompt, replies and samples together"
     )
     temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="only 1 can be trained on; refused below"
+    )
     oversample: Share = Field(
         default=0.0, description="share of prompts started beyond those a step waits for"
     )
@@ -93,14 +95,22 @@ class RolloutConfig(Section):
     max_error_share: Share = Field(
         default=0.2, description="more failed rollouts in a step end the run"
     )
-    trajectory_timeout_s: PositiveFloat = 600.0
-    step_timeout_s: PositiveFloat = 3600.0
+    trajectory_timeout_s: PositiveFloat = Field(
+        default=600.0, description="a rollout that takes longer counts as failed"
+    )
+    step_timeout_s: PositiveFloat = Field(
+        default=3600.0, description="rollouts of a step that take longer end the run"
+    )
 
 
 class SamplerConfig(Section):
     backend: Literal["auto", "vllm", "local"] = "auto"
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.45
-    max_sequences: PositiveInt = 256
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.45, description="share of a GPU's memory for the engine"
+    )
+    max_sequences: PositiveInt = Field(
+        default=256, description="rollouts that generate at the same time"
+    )
     sleep: bool = Field(
         default=True, description="free the engine's memory while training (CUDA, without overlap)"
     )
@@ -110,17 +120,23 @@ class SamplerConfig(Section):
 
 
 class CreditConfig(Section):
-    rule: str = "mt_grpo"
+    rule: str = Field(
+        default="mt_grpo", description="mt_grpo_unbiased, return_to_go, grpo_or, …: see the README"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the rule")
 
 
 class LossConfig(Section):
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    clip_high: PositiveFloat = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2, description="the ratio is clipped to 1 - clip_low …"
+    )
+    clip_high: PositiveFloat = Field(default=0.2, description="… 1 + clip_high")
     ratio: Literal["token", "turn", "sequence"] = "token"
     kind: Literal["ppo", "cispo"] = "ppo"
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    entropy_coef: float = 0.0
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="bound on the ratio's effect where the advantage is negative"
+    )
+    entropy_coef: float = Field(default=0.0, description="weight of the entropy bonus")
     kl_coef: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="weight of the k3 KL to the reference; 0 loads no reference"
     )
@@ -151,11 +167,11 @@ class CriticConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: PositiveFloat = 1e-6
+    lr: PositiveFloat = Field(default=1e-6, description="AdamW's; constant after the warm-up")
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 20
-    grad_clip: PositiveFloat = 0.1
+    grad_clip: PositiveFloat = Field(default=0.1, description="largest norm of the gradient")
     state: Literal["float32", "bfloat16", "8bit"] = Field(
         default="float32", description="what AdamW's moments are kept in; 8bit needs torchao"
     )
@@ -166,7 +182,9 @@ class TrainConfig(Section):
     updates_per_step: PositiveInt = Field(
         default=1, description="optimizer steps on each step's rollouts"
     )
-    tokens_per_microbatch: PositiveInt = 16384
+    tokens_per_microbatch: PositiveInt = Field(
+        default=16384, description="memory is bounded by it; the result does not depend on it"
+    )
     overlap: bool = Field(
         default=False, description="roll out the next step while this one trains; needs loss.is_cap"
     )
@@ -178,13 +196,15 @@ class TrainConfig(Section):
     eval_every: Annotated[int, Field(ge=0)] = Field(
         default=20, description="0: only first and last"
     )
-    eval_tasks: PositiveInt = 128
+    eval_tasks: PositiveInt = Field(default=128, description="held-out tasks per evaluation")
     save_every: Annotated[int, Field(ge=0)] = Field(default=50, description="0: only at the end")
     keep_checkpoints: PositiveInt = 2
     log_rollouts: Annotated[int, Field(ge=0)] = Field(
         default=4, description="groups written per step"
     )
-    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(), description="where else the metrics go"
+    )
 
 
 class SftConfig(Section):

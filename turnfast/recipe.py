@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -99,7 +99,7 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """One line per field: dotted flag, default, and what it is for."""
+    """One line per field: dotted flag, default, what it can be, and what it is for."""
     lines: list[str] = []
     for name, info in model.model_fields.items():
         kind = info.annotation
@@ -108,8 +108,19 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[s
         else:
             default = info.get_default(call_default_factory=True)
             flag = f"--{prefix}{name}".replace("_", "-")
-            lines.append(f"{flag:<34} {default!s:<14} {info.description or ''}".rstrip())
+            about = "; ".join(filter(None, [_choices(kind), info.description]))
+            lines.append(f"{flag:<34} {default!s:<14} {about}".rstrip())
     return lines
+
+
+def _choices(kind: Any) -> str:
+    """`token | turn | sequence` for a field that takes one of several words."""
+    words = [word for part in (kind, *get_args(kind)) for word in _words(part)]
+    return " | ".join(words) if len(words) > 1 else ""
+
+
+def _words(kind: Any) -> list[str]:
+    return [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _explain(item: Any) -> str:
