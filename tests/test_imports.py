@@ -16,7 +16,7 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 
 # Every room on a lower line may import those above it, never those below.
 LEVELS = [
-    ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness"],
+    ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness", "sandbox_init"],
     ["kernels"],
     ["tools", "sinks", "tiny", "liger", "moments", "sandbox"],
     ["judge"],

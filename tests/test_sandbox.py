@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from turnfast.sandbox import (
     run_python,
     sandbox_fault,
 )
+from turnfast.sandbox_init import counted_here
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox_fault()), reason=f"no sandbox: {sandbox_fault()}")
 PATIENT = Limits(wall_s=60.0, cpu_s=30)
@@ -57,7 +59,11 @@ def test_a_program_prints_and_its_code_and_errors_come_back():
             "No space left on device",
         ),
         ("import torch", "No module named 'torch'"),
-        ("import os; os.kill(os.getppid(), 9); os.kill(1, 9); os.stat('/nope')", "nope"),
+        (
+            "import os\nfor pid in (1, os.getppid()):\n  try: os.kill(pid, 9)\n"
+            "  except PermissionError: pass\nos.stat('/nope')",
+            "nope",
+        ),
     ],
 )
 def test_what_it_may_not_do(code, error):
@@ -105,6 +111,42 @@ def test_what_a_program_leaves_behind_dies_with_it():
     ended = run("import os, time\nif os.fork() == 0: time.sleep(600)\nprint('done')")
     assert ended.output == "done\n" and not ended.timed_out
     assert not [line for line in command_lines() if "if os.fork() == 0: time.sleep(600)" in line]
+
+
+@needs_sandbox
+@pytest.mark.skipif(
+    not (sandbox._as_root() or (os.geteuid() != 0 and counted_here())),
+    reason="the kernel does not limit processes here: root without rights, or before Linux 5.14",
+)
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "while True:\n  try: os.fork()\n  except OSError: pass",
+        "while True: os.spawnl(os.P_NOWAIT, sys.executable, 'x', '-c', bomb)",
+        "threading.stack_size(65536)\n"
+        "while True: threading.Thread(target=time.sleep, args=(60,)).start()",
+    ],
+)
+def test_a_fork_bomb_ends_quickly_and_says_so(bomb):
+    code = f"import os, sys, threading, time\nbomb = {bomb!r}\n{bomb}"
+    begin = time.perf_counter()
+    ended = run(code, Limits(wall_s=60.0, cpu_s=30, processes=24))
+    assert not ended.timed_out and time.perf_counter() - begin < 30.0
+    assert ended.too_many or "temporarily unavailable" in ended.output or "thread" in ended.output
+    assert not [line for line in command_lines() if "import os, sys, threading" in line]
+
+
+@needs_sandbox
+def test_a_few_processes_and_threads_are_fine():
+    code = (
+        "import os, threading\n"
+        "ts = [threading.Thread(target=len, args=((),)) for _ in range(8)]\n"
+        "[t.start() for t in ts]; [t.join() for t in ts]\n"
+        "for _ in range(100):\n  if not os.fork(): os._exit(0)\n  os.wait()\n"
+        "print('done', flush=True); os._exit(254)"
+    )
+    ended = run(code)
+    assert (ended.output, ended.code, ended.too_many) == ("done\n", 1, False)
 
 
 def command_lines() -> list[str]:

@@ -99,6 +99,9 @@ class PythonEnv(ToolEnv):
         ended = run_python(code, limits=self._limits, sandboxed=self._sandboxed)
         if ended.timed_out:
             return ToolError(kind="timeout", text=f"no end after {self._limits.wall_s:g} s")
+        if ended.too_many:
+            text = f"more than {self._limits.processes} processes and threads"
+            return ToolError(kind="raised", text=text)
         if ended.code:
             # the end of a traceback says most
             text = ended.output.strip()[-500:] or f"ended with code {ended.code}"
