@@ -543,6 +543,17 @@ def test_reward_by_turn_is_drawn_when_more_than_one_turn_has_one():
     assert [series.name for series in chart.series] == ["turn 1", "turn 2"]
 
 
+def test_a_turn_that_few_steps_reach_is_marked_and_not_joined():
+    lines = [{"step": s, "reward/turn_1": 0.5, "reward/turn_2": 0.1} for s in range(1, 21)]
+    for step in (3, 4, 19):
+        lines[step - 1]["reward/turn_3"] = 0.9
+    (chart,) = curves(lines)
+    assert [series.sparse for series in chart.series] == [False, False, True]
+    drawn = draw(chart, step_axis(lines), 0)
+    assert 'class="line c2"' in drawn and 'class="line c3"' not in drawn
+    assert re.search(r'class="dots c3" d="([^"]+)"', drawn)[1].count("h0") == 3
+
+
 def test_time_phases_are_stacked_to_the_step():
     lines = [
         {"step": s, "time/rollout": 1.0, "time/train": 2.0, "time/save": 0.5, "time/step": 3.6}

@@ -83,6 +83,12 @@
   root.append(el("div", "bar", el("label", "", "Step", steps), el("span", "", back, " ", next),
     el("label", "", "Question", groups)), body);
 
+  const failed = (rollout) => ["error", "reward_error", "timeout"].includes(rollout.status);
+  const taught = (group) => group.rollouts.some((rollout) => rollout.turns.some((turn) => turn.advantage));
+  // a page opens on a group that something was learned from
+  const firstTaught = (key) => Math.max(0, pages.get(key).findIndex(taught));
+  at.group = firstTaught(keys[at.page]);
+
   function advantage(value, largest) {
     if (value === null) return el("span", "adv zero", "no advantage");
     const node = el("span", "adv", signed(value));
@@ -125,9 +131,8 @@
   function rolloutView(rollout, largest) {
     const view = el("div");
     rollout.turns.forEach((turn, index) => view.append(turnView(turn, index, largest)));
-    const failed = rollout.status === "error" || rollout.status === "timeout";
     const outcome = el("div", "outcome",
-      el("span", failed ? "failed" : "", rollout.status.replaceAll("_", " ")),
+      el("span", failed(rollout) ? "failed" : "", rollout.status.replaceAll("_", " ")),
       rollout.outcome === null ? null : ` \u00b7 outcome ${fixed(rollout.outcome, 2)}`,
       rollout.error ? el("pre", "reply", rollout.error) : null,
       parts(Object.entries(rollout.parts)),
@@ -152,9 +157,8 @@
     const largest = Math.max(0, ...turns.map((turn) => Math.abs(turn.advantage ?? 0)));
     const list = el("div", "list");
     group.rollouts.forEach((rollout, index) => {
-      const failed = rollout.status === "error" || rollout.status === "timeout";
       const button = el("button", "", el("span", "n", String(index + 1)),
-        el("span", failed ? "state failed" : "state", rollout.status.replaceAll("_", " ")),
+        el("span", failed(rollout) ? "state failed" : "state", rollout.status.replaceAll("_", " ")),
         el("span", "", rollout.outcome === null ? "" : fixed(rollout.outcome, 2)));
       const cells = el("span", "cells");
       rollout.turns.forEach((turn) => { if (turn.advantage !== null) cells.append(advantage(turn.advantage, largest)); });
@@ -168,15 +172,16 @@
     question.dir = "auto";
     const accepted = group.answers.length ? `accepted: ${group.answers.join(" \u00b7 ")}` : "";
     const rollout = group.rollouts[at.rollout];
-    body.replaceChildren(question, el("p", "answers", accepted),
+    const silent = group.rule && !taught(group) ? "Every advantage is 0: nothing was learned from this group." : "";
+    body.replaceChildren(question, el("p", "answers", accepted), silent ? el("p", "answers", silent) : "",
       el("div", "split", list, rollout ? rolloutView(rollout, largest) : el("p", "empty", "no rollouts")));
     try { history.replaceState(null, "", `#${at.page}.${at.group}.${at.rollout}`); } catch { /* file: pages may refuse */ }
   }
 
-  const turnPage = (by) => { at.page = Math.max(0, Math.min(keys.length - 1, at.page + by)); show(); };
+  const turnPage = (by) => { at.page = Math.max(0, Math.min(keys.length - 1, at.page + by)); at.group = firstTaught(keys[at.page]); show(); };
   back.addEventListener("click", () => turnPage(-1));
   next.addEventListener("click", () => turnPage(1));
-  steps.addEventListener("change", () => { at.page = steps.selectedIndex; show(); });
+  steps.addEventListener("change", () => { at.page = steps.selectedIndex; at.group = firstTaught(keys[at.page]); show(); });
   groups.addEventListener("change", () => { at.group = groups.selectedIndex; at.rollout = 0; show(); });
 
   const place = /^#(\d+)\.(\d+)\.(\d+)$/.exec(location.hash);

@@ -21,13 +21,14 @@ SMOOTH_FROM = 50
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
     """One line. `colour` is 1 to 6; `noisy` lines get a smoothed one on top when they are long;
-    `dotted` marks every measurement."""
+    `dotted` marks every measurement; `sparse` ones are marks alone, of few steps far apart."""
 
     name: str
     points: Points
     colour: int
     noisy: bool = False
     dotted: bool = False
+    sparse: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +161,11 @@ def _line(series: Series, x: Axis, y: Axis, log: bool) -> str:
     if long:
         text += f'<path class="line raw {paint}" d="{_path(thin(points), x, y)}"/>'
         points = smooth(points, max(5, len(points) // 20))
-    text += f'<path class="line {paint}" d="{_path(thin(points), x, y)}"/>'
-    if series.dotted or len(points) == 1:
+    if series.sparse:
+        text = ""
+    else:
+        text += f'<path class="line {paint}" d="{_path(thin(points), x, y)}"/>'
+    if series.dotted or series.sparse or len(points) == 1:
         # lines of no length keep round ends when the drawing is stretched, circles do not
         dots = "".join(f"M{_x(step, x)} {_y(value, y)}h0" for step, value in thin(points, 60))
         text += f'<path class="dots {paint}" d="{dots}"/>'

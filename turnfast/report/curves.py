@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .charts import Chart, Series
@@ -11,6 +12,7 @@ from .scales import Axis, Points, linear_axis
 Lines = Sequence[Mapping[str, Any]]
 PHASES = ("rollout", "train", "score", "pack", "sync", "other")
 MOST_TURNS = 6
+SPARSE_SHARE = 0.3
 
 
 def curves(lines: Lines) -> list[Chart]:
@@ -101,7 +103,7 @@ def curves(lines: Lines) -> list[Chart]:
         _chart(
             "Reference divergence",
             "KL from the policy to its reference, per token.",
-            [_series(lines, "kl", "kl", 1, noisy=True)],
+            [_series(lines, "kl", "mean", 1, noisy=True)],
         ),
         _chart(
             "Critic",
@@ -192,7 +194,10 @@ def _turn_series(lines: Lines, name: str) -> list[Series | None]:
         _series(lines, f"{name}/turn_{k}", f"turn {k}", k, noisy=True)
         for k in range(1, MOST_TURNS + 1)
     ]
-    return found if any(found[1:]) else []
+    # a turn that few steps get to has nothing between them that a line could stand for
+    often = max((len(series.points) for series in found if series), default=0)
+    marked = [s and replace(s, sparse=len(s.points) < SPARSE_SHARE * often) for s in found]
+    return marked if any(marked[1:]) else []
 
 
 def _rate(lines: Lines, name: str, title: str, colour: int) -> Series | None:

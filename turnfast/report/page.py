@@ -126,13 +126,14 @@ def _agreement(lines: Lines) -> str:
         "None points the wrong way.</p>"
     )
     head = (
-        "<thead><tr><th>part of the turn rewards</th><th></th><th>first</th><th>last</th>"
-        "<th>mean</th><th>steps below 0 beyond chance</th></tr></thead>"
+        "<thead><tr><th>part of the turn rewards</th><th>mean</th><th></th><th>first</th>"
+        "<th>last</th><th>steps below 0 beyond chance</th></tr></thead>"
     )
     body = "".join(
-        f"<tr><th>{text(part.part)}</th><td>{sparkline(part.points)}</td>"
-        f"<td>{signed(part.points[0][1], 2)}</td><td>{signed(part.points[-1][1], 2)}</td>"
+        f"<tr><th>{text(part.part)}</th>"
         f'<td class="{_sign(part.mean)}"><b>{signed(part.mean, 2)}</b></td>'
+        f"<td>{sparkline(part.points)}</td>"
+        f"<td>{signed(part.points[0][1], 2)}</td><td>{signed(part.points[-1][1], 2)}</td>"
         f"<td>{part.named} of {len(part.points)}</td></tr>"
         for part in parts
     )
