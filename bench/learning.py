@@ -1,11 +1,11 @@
-"""Which credit rule learns to use the tool: one warm start, several rules, several seeds.
+"""What each credit rule makes of one warm start, in worlds whose turn counts differ.
 
-    python bench/learning.py [--rules grpo_or,grpo_mr,mt_grpo] [--seeds 0,1,2] [--recipe demo]
+    python bench/learning.py [--rules grpo_or,mt_grpo] [--seeds 0,1,2] [--recipe bench/hops.toml]
 
 Every run is `turnfast train` in a process of its own, with the same start, the same budget and the
 same environment; only `credit.rule` and `train.seed` differ. Reward parts, λ and everything else
-are the recipe's. Writes bench/results/learning.json and learning.svg; `bench/readme.py` makes the
-README's table from the former. With --jobs 2 two runs share the cores, one thread each.
+are the recipe's. Writes bench/results/hops.json and hops.svg; `bench/readme.py` makes the README's
+table from the former. With --jobs 2 two runs share the cores, one thread each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from turnfast.credit import RULES, VALUE_RULES
 from turnfast.metrics import read_metrics
 from turnfast.report.plots import learning_plot
 
@@ -47,7 +49,13 @@ class Study:
 
 
 def main() -> None:
-    parser = arguments(__doc__, runs="runs/learning", out="learning.json")
+    parser = arguments(
+        __doc__,
+        recipe="bench/hops.toml",
+        rules=(*RULES, *VALUE_RULES),
+        seeds=(0, 1, 2),
+        name="hops",
+    )
     parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
     options, flags = parser.parse_known_args()
     rules, seeds = options.rules.split(","), [int(seed) for seed in options.seeds.split(",")]
@@ -81,13 +89,15 @@ def main() -> None:
         show(rule, figures)
 
 
-def arguments(text: str, *, runs: str, out: str) -> argparse.ArgumentParser:
+def arguments(
+    text: str, *, recipe: str, rules: Sequence[str], seeds: Sequence[int], name: str
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
-    parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--rules", default="grpo_or,grpo_mr,mt_grpo")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--runs", type=Path, default=Path(runs))
-    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    parser.add_argument("--recipe", default=recipe)
+    parser.add_argument("--rules", default=",".join(rules))
+    parser.add_argument("--seeds", default=",".join(map(str, seeds)))
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, one thread each if > 1"
     )

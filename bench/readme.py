@@ -20,33 +20,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def learning(record: dict[str, Any]) -> str:
-    rows = [
-        f"| `{rule}` | {_spread(row['eval/tool_success'])} | {_spread(row['eval/exact_match'])} "
-        f"| {_shares(row['lowest_tool'])} | {_steps(row['steps_to_tool'])} |"
-        for rule, row in record["rules"].items()
-    ]
-    start = {name.removeprefix("sampled/"): value for name, value in record["start"].items()}
-    return "\n".join(
-        [
-            "| rule | tool success | exact match | lowest sampled tool success on the way "
-            "| steps until it is 0.8 |",
-            "|---|---|---|---|---|",
-            f"| the common start | {start['eval/tool_success']:.2f} "
-            f"| {start['eval/exact_match']:.2f} | | |",
-            *rows,
-            "",
-            f"{_seeds(record)}; the last two columns per seed, over five steps of training "
-            f"rollouts. Of the start's sampled rollouts {start['calls']:.0%} call the tool, "
-            f"{start['calls_that_fail']:.0%} of these in vain; an answer after a call is right in "
-            f"{start['exact_match_after_a_call']:.0%}, one from memory in "
-            f"{start['exact_match_without_a_call']:.0%}. {_source(record)}",
-            "",
-            "![held-out exact match and tool success over the steps](bench/results/learning.svg)",
-        ]
-    )
-
-
 def starts(record: dict[str, Any]) -> str:
     rules = next(iter(record["starts"].values()))["rules"]
     rows = []
@@ -57,7 +30,8 @@ def starts(record: dict[str, Any]) -> str:
             f"| {drawn['exact_match_after_a_call']:.0%} | {drawn['exact_match_without_a_call']:.0%}"
         )
         reached = [
-            f"{row['eval/tool_success']['mean']:.2f} / {row['eval/exact_match']['mean']:.2f}"
+            f"{row['eval/tool_success']['mean']:.2f} / {row['eval/exact_match']['mean']:.2f} "
+            f"/ {_steps(row['steps_to_80'])}"
             for row in study["rules"].values()
         ]
         rows.append(f"| {name} | {portrait} | {' | '.join(reached)} |")
@@ -70,9 +44,13 @@ def starts(record: dict[str, Any]) -> str:
             "|---" * (5 + len(rules)) + "|",
             *rows,
             "",
-            "Left, what the start does in sampled rollouts; right, what each rule makes of it, "
-            f"tool success / exact match, greedy and held out, {seeds} run{'s' * (seeds > 1)} of "
-            f"{next(iter(rules.values()))['steps']} steps. {_source(record)}",
+            "Left, what the start does in sampled rollouts; right, what each rule makes of it: "
+            "tool success / exact match after "
+            f"{next(iter(rules.values()))['steps']} steps, greedy and held out / the step at which "
+            f"an evaluation first finds 0.8; {seeds} run{'s' * (seeds > 1)} each. "
+            f"{_source(record)}",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/starts.svg)",
         ]
     )
 
@@ -252,7 +230,6 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "learning": learning,
     "starts": starts,
     "hops": hops,
     "step": step,

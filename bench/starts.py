@@ -1,13 +1,14 @@
 """Does what the rules do from one start hold from others? Every start named here, none left out.
 
-    python bench/starts.py [--rules grpo_or,grpo_mr,mt_grpo] [--seeds 0] [--jobs 2]
+    python bench/starts.py [--rules mt_grpo,grpo_mr,grpo_or] [--seeds 0] [--jobs 2]
 
 A start has its own seed: of the world, of the demonstrations and of the small model's weights and
-vocabulary. The recipe is bench/learning.py's. STARTS was written before any of them was trained,
-and none is left out: a start that fails, or a rule that fails on it, stays in the table. (1 to 5
-were used up by a vocabulary of 600, whose whole-name tokens the small model could not copy: exact
-match 0.80 to 0.88 under mt_grpo and grpo_mr, 0.00 under grpo_or.) Writes bench/results/starts.json
-and starts.svg; `bench/readme.py` makes the README's table from the former.
+vocabulary; the runs from it are those of bench/learning.py. STARTS was written before any of them
+was trained, and none is left out: a start that fails, or a rule that fails on it, stays in the
+table. (1 to 5 were used up by a vocabulary of 600, whose whole-name tokens the small model could
+not copy: exact match 0.80 to 0.88 under mt_grpo and grpo_mr, 0.00 under grpo_or.) Writes
+bench/results/starts.json and starts.svg; `bench/readme.py` makes the README's table from the
+former.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from learning import Study, arguments, portrait, provenance, row, show, train, w
 from turnfast.report.plots import learning_plot
 
 STARTS = (6, 7, 8, 9, 10)
+RULES = ("mt_grpo", "grpo_mr", "grpo_or")
 
 
 def main() -> None:
-    parser = arguments(__doc__, runs="runs/starts", out="starts.json")
-    parser.set_defaults(seeds="0")
+    parser = arguments(__doc__, recipe="demo", rules=RULES, seeds=(0,), name="starts")
     options, flags = parser.parse_known_args()
     rules, seeds = options.rules.split(","), [int(seed) for seed in options.seeds.split(",")]
     studies = {start: _study(options, flags, start) for start in STARTS}
