@@ -46,6 +46,14 @@ def test_no_coefficient_no_reference(policy):
     assert needs_every_token(KL) and not needs_every_token(LossConfig())
 
 
+def test_a_soft_cap_is_the_reference_s_own(policy):
+    batches, trajectories = step_of(policy, replace(policy, softcap=2.0))
+    found = torch.cat([batch.ref_logprobs_N for batch in batches])
+    with torch.no_grad():
+        wanted = [plain_logprobs(policy.model, t, softcap=2.0) for t in trajectories]
+    torch.testing.assert_close(found.sort().values, torch.cat(wanted).sort().values)
+
+
 @pytest.mark.parametrize("budget", [48, 4096])
 def test_figure_and_gradient_are_those_of_k3(policy, budget):
     reference = open_reference(KL, ModelConfig(), policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
     return pack(groups, credits, budget=budget, normalizer=normalizer), sequences
 
 
-def plain_logprobs(model, trajectory: Trajectory) -> torch.Tensor:
+def plain_logprobs(model, trajectory: Trajectory, softcap: float | None = None) -> torch.Tensor:
     """Log-probs of the sampled ids, by the model's own forward on this sequence alone."""
     ids: list[int] = []
     places: list[int] = []
@@ -44,6 +45,8 @@ def plain_logprobs(model, trajectory: Trajectory) -> torch.Tensor:
         places += range(len(ids), len(ids) + len(turn.sampled_ids))
         ids += turn.sampled_ids
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logprobs = torch.log_softmax(logits.float() / TEMPERATURE, dim=-1)
     return torch.stack([logprobs[place - 1, ids[place]] for place in places])
 
@@ -67,6 +70,11 @@ def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor,
         advantage = torch.tensor([advantages[k] for k in turns])
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         objective = torch.minimum(ratio * advantage, clipped * advantage)
+        if config.dual_clip is not None:
+            held = torch.maximum(objective, config.dual_clip * advantage)
+            objective = torch.where(advantage < 0, held, objective)
+        if config.kind == "cispo":
+            objective = ratio.detach().clamp(max=1 + config.clip_high) * advantage * logprobs
         if config.is_cap is not None:
             drawn = torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
             objective = objective * (before - drawn).exp().clamp(max=config.is_cap)
@@ -87,10 +95,17 @@ RULES = [
     LossConfig(is_cap=1.5),
     LossConfig(ratio="turn", is_cap=0.7, clip_low=0.01, clip_high=0.02),
     LossConfig(clip_low=0.05, clip_high=0.05),
+    LossConfig(dual_clip=1.001, clip_high=9.0),
+    LossConfig(kind="cispo", clip_high=0.001),
 ]
 
 
-@pytest.mark.parametrize("config", RULES, ids=lambda c: f"{c.ratio}-{c.is_cap}-{c.clip_low}")
+def name_of(config: LossConfig) -> str:
+    changed = config.model_dump(exclude_defaults=True)
+    return ",".join(f"{name}={value}" for name, value in changed.items()) or "default"
+
+
+@pytest.mark.parametrize("config", RULES, ids=name_of)
 @pytest.mark.parametrize("budget", [48, 4096])
 def test_updates_are_plain_autograd(policy, config, budget):
     """The first update is on policy, the second sees the first one's log-probs as old."""
@@ -128,6 +143,29 @@ def test_updates_are_plain_autograd(policy, config, budget):
     assert done.logprob_gap == pytest.approx(float(gap.mean()), rel=1e-4)
     assert done.logprob_gap_max == pytest.approx(float(gap.max()), rel=1e-4)
     assert done.logprob == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
+
+
+def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
+    capped = replace(policy, softcap=2.0)
+    packed, sequences = packed_step(seed=1)
+    optimizer = optimizer_of(capped)
+    done = update(capped, optimizer, packed.batches, LossConfig(), temperature=TEMPERATURE)
+    for parameter, value in zip(policy.model.parameters(), optimizer.weights[0], strict=True):
+        parameter.data.copy_(value)
+    logprobs = [plain_logprobs(policy.model, t, softcap=2.0) for t, _ in sequences]
+    assert done.logprob == pytest.approx(float(torch.cat(logprobs).detach().mean()), rel=1e-4)
+    gains = [
+        row[k] * x
+        for (trajectory, row), values in zip(sequences, logprobs, strict=True)
+        for k, x in zip(
+            (k for k, turn in enumerate(trajectory.turns) for _ in turn.sampled_ids),
+            values,
+            strict=True,
+        )
+    ]
+    policy.model.zero_grad()
+    (-torch.stack(gains).mean()).backward()
+    assert differences(policy.model, optimizer.gradients[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
