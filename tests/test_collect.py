@@ -20,6 +20,7 @@ from turnfast.collect import Collector
 from turnfast.config import Config, ConfigError
 from turnfast.envs import Outcome, Step, Task
 from turnfast.prompts import PromptQueue, open_queue
+from turnfast.ranks import ALONE
 from turnfast.recipe import build_config
 from turnfast.rollout import Interrupted
 from turnfast.sampler.scripted import ScriptedSampler
@@ -112,6 +113,7 @@ def collector_of(chat: Chat, config: Config, env=None, state=None, first_step: i
         chat=chat,
         sampler=Dice(chat.end_id),
         first_step=first_step,
+        ranks=ALONE,
     )
     return Collector(run, config, lambda: False)
 
@@ -363,6 +365,7 @@ def test_a_stop_while_the_collector_rolls_out(chat):
         chat=chat,
         sampler=Dice(chat.end_id),
         first_step=1,
+        ranks=ALONE,
     )
     asked = iter(range(5))
     with (

@@ -18,7 +18,7 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 LEVELS = [
     ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness", "sandbox_init"],
     ["kernels"],
-    ["tools", "sinks", "tiny", "liger", "moments", "sandbox"],
+    ["tools", "sinks", "tiny", "liger", "moments", "sandbox", "ranks"],
     ["judge"],
     [
         "credit",
@@ -44,6 +44,7 @@ LEVELS = [
     ["evaluate", "warm_start", "collect", "estimate"],
     ["train"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

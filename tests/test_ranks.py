@@ -1,118 +1,372 @@
-"""Data parallelism: the ranks' shares add up to the step of one rank."""
+"""Data parallelism: the ranks' shares add up to the step of one rank, and a run of two to its run.
+
+Ranks are threads here where that is enough, and processes where a whole run is started.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-import textwrap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from step_data import make_groups, optimizer_of
+from step_data import Keeping, make_groups
+from training_runs import recipe, training_lines
 
-from turnfast.config import LossConfig, ModelConfig
+from turnfast.config import ConfigError, LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.loss import update
-from turnfast.model import load_policy
-from turnfast.packing import pack
+from turnfast.loss import Update, update
+from turnfast.metrics import read_metrics
+from turnfast.model import Policy, load_policy
+from turnfast.optim import Optimizer
+from turnfast.packing import Packed, pack
+from turnfast.prompts import open_queue
+from turnfast.ranks import ALONE, RankError, Ranks, fingerprint, open_ranks
+from turnfast.recipe import to_toml
+from turnfast.record import over_ranks
+from turnfast.run import open_run
+from turnfast.train import train
+from turnfast.types import Task
 
 TESTS = Path(__file__).parent
+LOADING = threading.Lock()
 
 
-def gradients_of(folder: Path, **options) -> tuple[list[torch.Tensor], int]:
-    policy = load_policy(ModelConfig(), folder, torch.device("cpu"))
-    groups = make_groups(7)
-    packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=48, **options)
-    optimizer = optimizer_of(policy)
-    update(policy, optimizer, packed.batches, LossConfig())
-    return optimizer.gradients[0], packed.num_targets
+def on_ranks(size: int, work: Callable[[Ranks], Any], **options: Any) -> list[Any]:
+    """What `work` gives, or raises, on every one of so many ranks."""
+    store = dist.HashStore()
+    start = threading.Barrier(size)
+
+    def one(rank: int) -> Any:
+        start.wait(30)
+        try:
+            return work(Ranks(rank, size, store=store, timeout_s=30.0, **options))
+        except Exception as error:  # what is raised is looked at
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 5])
-def test_gradients_of_simulated_ranks_add_up(tiny_folder, num_ranks):
-    whole, targets = gradients_of(tiny_folder)
-    parts = [gradients_of(tiny_folder, rank=r, num_ranks=num_ranks) for r in range(num_ranks)]
-    assert sum(count for _, count in parts) == targets
-    for expected, *each in zip(whole, *(part for part, _ in parts), strict=True):
-        assert (sum(each) - expected).abs().max() <= 1e-6
+def load(folder: Path) -> Policy:
+    with LOADING:  # transformers loads one model at a time
+        return load_policy(ModelConfig(), folder, torch.device("cpu"))
 
 
-def test_fewer_rows_than_ranks_are_refused():
-    groups = make_groups(7)
-    with pytest.raises(ValueError, match=r"6 rows for 9 ranks.*rollout\.prompts_per_step"):
-        pack(groups, assign_credits(groups, "mt_grpo"), budget=48, num_ranks=9)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    packed: Packed
+    updates: list[Update]
+    weights: list[torch.Tensor]
+    gradients: list[torch.Tensor]
 
 
-CHILD = """
-    import json, sys
-    from pathlib import Path
-    import torch, torch.distributed as dist
-    from safetensors.torch import save_file
-    from step_data import make_groups
-    from turnfast.config import LossConfig, ModelConfig, OptimConfig
-    from turnfast.credit import assign_credits
-    from turnfast.loss import update
-    from turnfast.model import load_policy
-    from turnfast.optim import Optimizer
-    from turnfast.packing import pack
-
-    torch.set_num_threads(1)
-    ranks, rank = int(sys.argv[2]), int(sys.argv[3])
-    group = None
-    if ranks > 1:
-        dist.init_process_group("gloo", init_method=sys.argv[4], rank=rank, world_size=ranks)
-        group = dist.group.WORLD
-    policy = load_policy(ModelConfig(), Path(sys.argv[1]), torch.device("cpu"))
+def two_steps(folder: Path, ranks: Ranks, seeds: tuple[int, ...] = (7, 8)) -> Stepped:
+    """Two updates on groups that are dealt to the ranks, one by one."""
+    policy = load(folder)
     config = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=0.05)
-    optimizer = Optimizer(policy.model.parameters(), config, group=group)
-    norms = []
-    for seed in (7, 8):
-        groups = make_groups(seed)
+    optimizer = Keeping(policy.model.parameters(), config, ranks=ranks)
+    updates = []
+    for seed in seeds:
+        groups = ranks.share([*make_groups(seed), *make_groups(seed + 10)])
         credits = assign_credits(groups, "mt_grpo")
-        packed = pack(groups, credits, budget=48, rank=rank, num_ranks=ranks)
-        norms.append(update(policy, optimizer, packed.batches, LossConfig()).grad_norm)
-    moments = [entries["exp_avg"] for entries in optimizer.state_dict()["state"].values()]
-    save_file({str(i): x for i, x in enumerate(moments)}, sys.argv[5])
-    print(json.dumps(norms))
-    if ranks > 1:
-        dist.destroy_process_group()
-"""
+        packed = pack(groups, credits, budget=48, ranks=ranks)
+        updates.append(update(policy, optimizer, packed.batches, LossConfig(), ranks=ranks))
+    weights = [p.detach().clone() for p in policy.model.parameters()]
+    return Stepped(
+        packed=packed, updates=updates, weights=weights, gradients=optimizer.gradients[0]
+    )
 
 
-def test_two_processes_take_the_step_of_one(tiny_folder, tmp_path):
-    """Through gloo; the moments after two steps are sums of the gradients stepped with."""
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_step_of_several_ranks_is_that_of_one(tiny_folder, size, one_thread):
+    """With five ranks one of them has no group at all, and yet a share of the rows."""
+    alone = two_steps(tiny_folder, ALONE)
+    together = on_ranks(size, lambda ranks: two_steps(tiny_folder, ranks))
+    assert sum(each.packed.num_targets for each in together) == alone.packed.num_targets
+    for expected, *each in zip(alone.gradients, *(s.gradients for s in together), strict=True):
+        assert (sum(each) - expected).abs().max() <= 1e-6
+    for stepped in together:
+        for ours, first, expected in zip(
+            stepped.weights, together[0].weights, alone.weights, strict=True
+        ):
+            assert torch.equal(ours, first)
+            assert (ours - expected).abs().max() <= 1e-4  # of steps of 1e-3
+        for ours, expected in zip(stepped.updates, alone.updates, strict=True):
+            assert ours.loss == pytest.approx(expected.loss, abs=1e-6)
+            assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+            assert ours.num_updates == expected.num_updates == 1
 
-    def run(ranks: int) -> tuple[list[list[float]], list[dict[str, torch.Tensor]]]:
-        environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-        files = [tmp_path / f"{ranks}-{rank}.safetensors" for rank in range(ranks)]
-        children = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-c", textwrap.dedent(CHILD)),
-                    *(str(tiny_folder), str(ranks), str(rank)),
-                    *(f"file://{tmp_path}/meeting-{ranks}", str(files[rank])),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
+
+def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
+    def tokens(ranks: Ranks) -> tuple[int, int]:
+        # all that there is comes from one rank
+        groups = [*make_groups(1), *make_groups(2)] if ranks.leads else []
+        packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=1024, ranks=ranks)
+        return packed.num_tokens, packed.num_targets
+
+    counts = on_ranks(3, tokens)
+    assert min(tokens for tokens, _ in counts) >= 0.5 * max(tokens for tokens, _ in counts)
+    thirteen = on_ranks(13, tokens)  # twelve rows
+    assert sorted(targets > 0 for _, targets in thirteen) == [False] + [True] * 12
+    assert sum(targets for _, targets in thirteen) == sum(targets for _, targets in counts)
+
+
+def test_a_rank_without_batches_takes_the_step_with_the_others(tiny_folder, one_thread):
+    """The only row is the other rank's; two updates, so that old log-probs are kept of nothing."""
+
+    def step(ranks: Ranks) -> tuple[Update, list[torch.Tensor]]:
+        policy = load(tiny_folder)
+        optimizer = Optimizer(policy.model.parameters(), OptimConfig(warmup_steps=0), ranks=ranks)
+        groups = make_groups(7)
+        batches = pack(groups, assign_credits(groups, "mt_grpo"), budget=1024).batches
+        mine = batches if ranks.rank == 1 else ()
+        done = update(policy, optimizer, mine, LossConfig(), num_updates=2, ranks=ranks)
+        return done, [p.detach() for p in policy.model.parameters()]
+
+    (idle, idle_weights), (busy, busy_weights) = on_ranks(2, step)
+    assert idle.grad_norm == busy.grad_norm > 0 and idle.loss == busy.loss
+    assert idle.num_updates == busy.num_updates == 2
+    assert idle.entropy == 0.0 < busy.entropy
+    assert all(map(torch.equal, idle_weights, busy_weights))
+
+
+def test_what_ranks_tell_each_other():
+    assert (
+        on_ranks(3, lambda r: r.gather({"é": [r.rank, None, 0.1]}))
+        == [[{"é": [rank, None, 0.1]} for rank in range(3)]] * 3
+    )
+    assert on_ranks(3, lambda r: r.sum([r.rank, 0.5])) == [[3, 1.5]] * 3
+    assert on_ranks(3, lambda r: r.any(r.rank == 2)) == [True] * 3
+    assert on_ranks(3, lambda r: list(r.share("abcd"))) == [["a", "d"], ["b"], ["c"]]
+    assert (ALONE.gather(1), ALONE.sum([2.0]), ALONE.any(False)) == ([1], [2.0], False)
+    assert ALONE.leads and ALONE.share("ab") == "ab"
+
+
+class Told(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("faults", "raised"),
+    [
+        ({}, ["done"] * 3),
+        ({1: Told("late")}, ["Told rank 1: late", "Told late", "Told rank 1: late"]),
+        ({2: KeyError("x")}, ["RankError rank 2: 'x'"] * 2 + ["KeyError 'x'"]),
+        # all go by the one that only its own rank can raise
+        (
+            {0: Told("late"), 1: ValueError("bad")},
+            ["RankError rank 1: bad", "ValueError bad", "RankError rank 1: bad"],
+        ),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all(faults, raised):
+    def work(ranks: Ranks) -> str:
+        with ranks.together():
+            if ranks.rank in faults:
+                raise faults[ranks.rank]
+        return "done"
+
+    ends = on_ranks(3, work, told=(Told,))
+    shown = [f"{type(e).__name__} {e}" if isinstance(e, Exception) else e for e in ends]
+    assert shown == raised
+
+
+def test_other_weights_are_refused():
+    def check(ranks: Ranks) -> None:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3).to(torch.bfloat16)
+        ranks.refuse_difference(layer.parameters())
+        if ranks.rank == 1:
+            layer.weight.data[2, 4] = torch.nextafter(
+                layer.weight.data[2, 4], torch.tensor(1.0, dtype=torch.bfloat16)
             )
-            for rank in range(ranks)
-        ]
-        norms = []
-        for child in children:
-            out, err = child.communicate(timeout=300)
-            assert child.returncode == 0, err[-2000:]
-            norms.append(json.loads(out.splitlines()[-1]))
-        return norms, [load_file(file) for file in files]
+        ranks.refuse_difference(layer.parameters())
 
-    (one,), (alone,) = run(1)
-    both, moments = run(2)
-    assert both[0] == both[1] and both[0] == pytest.approx(one, rel=1e-5)
-    for name, expected in alone.items():
-        assert torch.equal(moments[0][name], moments[1][name])
-        assert (moments[0][name] - expected).abs().max() <= 1e-6
+    for error in on_ranks(2, check):
+        assert isinstance(error, RankError) and "no longer hold the same weights" in str(error)
+    a, b = torch.arange(6.0), torch.ones(3, dtype=torch.bfloat16)
+    assert fingerprint([a, b]) != fingerprint([a.flip(0) + 1, b]) != fingerprint([b, a])
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no number"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: not set beside WORLD_SIZE = 2"),
+    ],
+)
+def test_a_torn_environment_is_refused(variables, text):
+    with pytest.raises(ConfigError, match=text), open_ranks(variables, timeout_s=5.0):
+        pass
+
+
+def test_without_torchrun_there_is_one_rank():
+    with open_ranks({}, timeout_s=5.0) as ranks:
+        assert ranks is ALONE
+    with open_ranks({"WORLD_SIZE": "1", "RANK": "0"}, timeout_s=5.0) as ranks:
+        assert ranks is ALONE
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_places_are_dealt_and_go_on_where_they_were(size):
+    tasks = [Task(id=str(i), question="") for i in range(5)]
+
+    def places(ranks: Ranks) -> tuple[list[int], list[int]]:
+        queue = open_queue(tasks, 3, {}, done=12, ranks=ranks)
+        first = [prompt.place for prompt, _ in zip(queue.take(), range(4), strict=False)]
+        everyone = ranks.gather(queue.state())
+        again = open_queue(tasks, 3, {"data": everyone}, done=0, ranks=ranks)
+        return first, [prompt.place for prompt, _ in zip(again.take(), range(2), strict=False)]
+
+    dealt = on_ranks(size, places) if size > 1 else [places(ALONE)]
+    # zip takes one prompt more than it gives
+    assert [first for first, _ in dealt] == [
+        list(range(12 + rank, 12 + rank + 4 * size, size)) for rank in range(size)
+    ]
+    assert all(again[0] > first[-1] for first, again in dealt)
+
+
+def test_another_number_of_ranks_is_refused():
+    state = {"data": [{"position": 4, "returned": []}, {"position": 5, "returned": []}]}
+    with pytest.raises(ConfigError, match="of 2 ranks, here are 1"):
+        open_queue([], 0, state, done=0)
+
+
+def test_figures_of_several_ranks():
+    first = {"rollouts": 6, "tokens": 10, "reward/outcome": 1.0, "logprob_gap/max": 0.1, "loss": 2}
+    second = {"rollouts": 2, "tokens": 5, "reward/outcome": 0.0, "logprob_gap/max": 0.3, "loss": 2}
+    nothing = {"rollouts": 0, "tokens": 0, "reward/outcome": float("nan"), "loss": 2}
+    assert over_ranks([first, second, nothing]) == {
+        "rollouts": 8,
+        "tokens": 15,
+        "reward/outcome": 0.75,
+        "logprob_gap/max": 0.3,
+        "loss": 2,
+    }
+    assert over_ranks([first]) == first
+
+
+# --- whole runs, a process per rank
+
+
+def start(config: Path, run_dir: Path, size: int, *words: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(TESTS),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "turnfast", "train", str(config), "--run-dir", str(run_dir)]
+    return [
+        subprocess.Popen(
+            [*command, *words],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=config.parent,
+        )
+        for rank in range(size)
+    ]
+
+
+def ends_of(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    ends = []
+    for process in processes:
+        out, err = process.communicate(timeout=240)
+        ends.append((process.returncode, out, err))
+    return ends
+
+
+def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+STEPS = 6
+FIELDS = {
+    "optim__lr": 3e-5,
+    "train__steps": STEPS,
+    "train__eval_every": STEPS,
+    "train__save_every": 1,
+    "train__keep_checkpoints": STEPS + 1,
+}
+
+
+def started(model: Path, folder: Path, **changed: object) -> tuple[Path, list[subprocess.Popen]]:
+    """A recipe, and two ranks that have done the first step of it."""
+    path = folder / "letters.toml"
+    path.write_text(to_toml(recipe(model, **{**FIELDS, **changed})))
+    processes = start(path, folder / "two", 2)
+    metrics = folder / "two" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.exists() and '"loss"' in metrics.read_text()):
+        time.sleep(0.01)
+    return path, processes
+
+
+def test_two_processes_train_as_one_does(letters_model, tmp_path, monkeypatch, one_thread):
+    """The same prompts and random numbers; the two are stopped by a signal to one, and resumed."""
+    monkeypatch.syspath_prepend(str(TESTS))
+    path, processes = started(letters_model, tmp_path)
+    processes[1].send_signal(signal.SIGTERM)
+    train(recipe(letters_model, **FIELDS), tmp_path / "one")
+    first = ends_of(processes)
+    last = max(line["step"] for line in read_metrics(tmp_path / "two"))
+    assert [code for code, _, _ in first] == [0, 128 + signal.SIGTERM], first
+    assert "stopped by SIGTERM" in first[1][2] and 1 <= last < STEPS
+    assert (tmp_path / "two/checkpoints/latest").read_text().strip() == f"step_{last:06d}"
+
+    second = ends_of(start(path, tmp_path / "two", 2, "--resume"))
+    assert [code for code, _, _ in second] == [0, 0], second
+    # only the first rank speaks and writes
+    assert f"train {STEPS}/{STEPS}" in second[0][1] and second[1][1] == ""
+    for step in range(1, STEPS + 1):
+        one, two = weights_of(tmp_path / "one", step), weights_of(tmp_path / "two", step)
+        assert max(float((two[name] - one[name]).abs().max()) for name in one) <= 1e-6, step
+    lines = [training_lines(tmp_path / name) for name in ("one", "two")]
+    for alone, both in zip(*lines, strict=True):
+        for name in ("step", "rollouts", "tokens_sampled", "tokens_trained"):
+            assert both[name] == alone[name], name
+        for name in ("loss", "grad_norm", "reward/outcome", "reward/turn"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+    evaluated = [line for line in read_metrics(tmp_path / "two") if "eval/rollouts" in line]
+    assert [(line["step"], line["eval/rollouts"]) for line in evaluated] == [(0, 2), (STEPS, 2)]
+
+
+def test_a_rank_that_is_gone_stops_the_others(letters_model, tmp_path):
+    _, processes = started(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
+    processes[1].kill()
+    (code, _, err), _ = ends_of(processes)
+    assert code == 1 and "rank 0 of 2 waits in vain for another one" in err
+    assert "Traceback" not in err
+
+
+def test_uneven_prompts_are_refused_by_all_ranks(letters_model, tmp_path):
+    config = recipe(letters_model, rollout__prompts_per_step=3)
+
+    def opened(ranks: Ranks) -> None:
+        with open_run(config, tmp_path / "run", ranks=ranks):
+            pass
+
+    for error in on_ranks(2, opened):
+        assert isinstance(error, ConfigError)
+        assert "3 prompts cannot be dealt evenly to 2 ranks" in str(error)

@@ -74,14 +74,16 @@ class Collector:
             wait([self._ahead])
 
     def state(self, step: int) -> Mapping[str, Any]:
-        """Where the data stands after this step, the last one collected or the one before."""
-        return {"data": self._states[step]}
+        """Where the data of each rank stands after this step, the last one collected or the one
+        before; asked for by all of them."""
+        everyone = self._run.ranks.gather(self._states[step])
+        return {"data": everyone if len(everyone) > 1 else everyone[0]}
 
     def _gather(self) -> Gathered:
         run, config = self._run, self._config
         gathered = gather(
             run.prompts.take(),
-            _quota(config.rollout),
+            _quota(config.rollout, run.ranks.size),
             run.env,
             run.chat,
             run.sampler,
@@ -102,7 +104,7 @@ class Collector:
         return assign_credit(settled, credit.rule, **credit.options).has_signal
 
 
-def _quota(config: RolloutConfig) -> Quota:
-    wanted = config.prompts_per_step
+def _quota(config: RolloutConfig, num_ranks: int) -> Quota:
+    wanted = config.prompts_per_step // num_ranks
     ahead = math.ceil(config.oversample * wanted)
     return Quota(wanted=wanted, ahead=ahead, most=wanted * (1 + config.refill_waves) + ahead)

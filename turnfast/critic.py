@@ -18,6 +18,7 @@ from .config import CriticConfig, OptimConfig
 from .model import Policy, hidden_states
 from .optim import Optimizer
 from .packing import pack
+from .ranks import ALONE, Ranks
 from .types import Batch, Credit, Group, Trajectory
 
 
@@ -27,18 +28,20 @@ class Critic:
     Args:
         policy: gives the hidden states; only their width and device are looked at here.
         optim: the policy's; the rate is `critic.lr_factor` times its own.
+        ranks: whose gradients are added up.
     """
 
-    def __init__(self, policy: Policy, config: CriticConfig, optim: OptimConfig) -> None:
+    def __init__(
+        self, policy: Policy, config: CriticConfig, optim: OptimConfig, *, ranks: Ranks = ALONE
+    ) -> None:
         width = policy.head_VD.shape[1]
         self._head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
         self._config = config
         rate = optim.lr * config.lr_factor
-        self._optimizer = Optimizer(
-            self._head.parameters(), optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
-        )
+        own = optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
+        self._optimizer = Optimizer(self._head.parameters(), own, ranks=ranks)
 
     def values_N(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """The value before each target of a batch, with gradient."""

@@ -13,6 +13,7 @@ from .envs import Env, Split, tasks_of
 from .jsonl import append_line, to_strict
 from .metrics import plain_group, summarise
 from .model import load_policy, pick_device
+from .ranks import ALONE, Ranks
 from .rollout import rollout
 from .run import model_folder, open_chat, open_env, open_sampler
 from .sampler import Sampler
@@ -28,15 +29,16 @@ def evaluate(
     split: Split = "eval",
     sampled: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], list[Group]]:
     """One rollout of each of the first `train.eval_tasks` tasks of a split, greedy unless `sampled`
-    (then at `rollout.temperature`).
+    (then at `rollout.temperature`); of several ranks each plays a share of them.
 
     Returns:
-        The figures of `metrics.summarise` under `eval/…`, and the rollouts.
+        The figures of `metrics.summarise` under `eval/…`, and the rollouts; this rank's own.
     """
     groups = rollout(
-        env.tasks(split)[: config.train.eval_tasks],
+        ranks.share(env.tasks(split)[: config.train.eval_tasks]),
         env,
         chat,
         sampler,

@@ -14,6 +14,7 @@ from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from .kernels.loss_head.backends import implementation
 from .model import Policy, hidden_states
 from .optim import Optimizer
+from .ranks import ALONE, RankError, Ranks
 from .replay import replayed
 from .token_figures import by_turn, drawn_kl
 from .types import Batch
@@ -89,6 +90,7 @@ def update(
     temperature: float = 1.0,
     num_updates: int = 1,
     critic: Critic | None = None,
+    ranks: Ranks = ALONE,
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
 
@@ -97,7 +99,8 @@ def update(
     those of the sampler are the old ones from the first step on, so that the ratio also covers what
     engine and trainer differ by. With a critic each step also updates that, and the policy's layers
     below it, by the same pass. Where memory runs out, the batches are cut in halves and the same
-    step is computed again: see `replayed`.
+    step is computed again: see `replayed`. All ranks call this at the same time, some perhaps
+    without batches; loss and value loss are those of all of them, other figures the rank's own.
 
     Raises:
         TrainingError: loss or gradient is not finite, or the sampler's log-probs are to be reused
@@ -108,48 +111,71 @@ def update(
     reuse = config.old_logprobs == "sampler"
     if reuse:
         batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
-    for i in range(num_updates if batches else 0):
+    for i in range(num_updates if ranks.any(bool(batches)) else 0):
         try:
-            passes, batches, halvings = replayed(
-                lambda parts: [
-                    _backward(policy, critic, part, config, temperature) for part in parts
-                ],
-                batches,
-                lambda: _zero_grad(optimizer, critic),
-                whole_sequences=config.ratio == "sequence",
-            )
-        except ValueError as error:  # the loss head refuses hidden states that are not finite
+            with ranks.together():
+                passes, batches, halvings = _gradient(
+                    policy, optimizer, critic, batches, config, temperature
+                )
+                results = [result for result, _ in passes]
+                if i == 0 and results:
+                    done = _first(results, batches)
+                if i == 0 and reuse and not done.logprob_gap <= config.max_logprob_gap:
+                    raise TrainingError(
+                        f"loss.old_logprobs: the sampler's log-probs differ from the trainer's by "
+                        f"{done.logprob_gap:.3g} on average, more than loss.max_logprob_gap = "
+                        f"{config.max_logprob_gap:g}; set loss.old_logprobs = 'trainer'"
+                    )
+        except (TrainingError, RankError):
             _zero_grad(optimizer, critic)
-            raise TrainingError(f"{error}; {ADVICE}") from error
-        results = [result for result, _ in passes]
-        if i == 0:
-            done = _first(results, batches)
-        if i == 0 and reuse and not done.logprob_gap <= config.max_logprob_gap:
-            _zero_grad(optimizer, critic)
-            raise TrainingError(
-                f"loss.old_logprobs: the sampler's log-probs differ from the trainer's by "
-                f"{done.logprob_gap:.3g} on average, more than loss.max_logprob_gap = "
-                f"{config.max_logprob_gap:g}; set loss.old_logprobs = 'trainer'"
-            )
+            raise
         if i == 0 and not reuse:
             # tokens without advantage are not computed; they stay without it in every update
             batches = [
                 replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
                 for batch, result in zip(batches, results, strict=True)
             ]
-        loss = sum(float(result.loss.detach()) for result in results)
-        value_loss = sum(value_loss for _, value_loss in passes) if critic else None
+        own = [sum(float(result.loss.detach()) for result in results), sum(v for _, v in passes)]
+        loss, value_loss = ranks.sum(own)
         lr = optimizer.lr
-        finite = math.isfinite(loss + (value_loss or 0.0))
+        finite = math.isfinite(loss + value_loss)
         norm = optimizer.step() if finite else math.nan
         if not math.isfinite(norm):
             _zero_grad(optimizer, critic)
             raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
         if critic:
             critic.step()
-        done = _last(done, results, batches, loss, norm, lr)
-        done = replace(done, value_loss=value_loss, halvings=done.halvings + halvings)
+        done = replace(
+            _last(done, results, batches) if results else done,
+            loss=loss,
+            value_loss=value_loss if critic else None,
+            grad_norm=norm,
+            lr=lr,
+            num_updates=i + 1,
+            halvings=done.halvings + halvings,
+        )
     return done
+
+
+def _gradient(
+    policy: Policy,
+    optimizer: Optimizer,
+    critic: Critic | None,
+    batches: Sequence[Batch],
+    config: LossConfig,
+    temperature: float,
+) -> tuple[list[tuple[PolicyLoss, float]], Sequence[Batch], int]:
+    """This rank's part of the gradient: its passes, the batches they are of, and how often these
+    were halved."""
+    try:
+        return replayed(
+            lambda parts: [_backward(policy, critic, part, config, temperature) for part in parts],
+            batches,
+            lambda: _zero_grad(optimizer, critic),
+            whole_sequences=config.ratio == "sequence",
+        )
+    except ValueError as error:  # the loss head refuses hidden states that are not finite
+        raise TrainingError(f"{error}; {ADVICE}") from error
 
 
 def _backward(
@@ -207,14 +233,7 @@ def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
     )
 
 
-def _last(
-    before: Update,
-    results: Sequence[PolicyLoss],
-    batches: Sequence[Batch],
-    loss: float,
-    norm: float,
-    lr: float,
-) -> Update:
+def _last(before: Update, results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
     moved = {}
     if before.num_updates:
         moved = by_turn(
@@ -237,13 +256,9 @@ def _last(
         kl = sum(x * n for x, n in zip(kls, trained, strict=True)) / max(1.0, sum(trained))
     return replace(
         before,
-        loss=loss,
         kl=kl,
         ratio_max=max(float(result.stats.ratio_max) for result in results),
         clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True))
         / max(1.0, sum(trained)),
-        grad_norm=norm,
-        lr=lr,
-        num_updates=before.num_updates + 1,
         by_turn={**before.by_turn, **moved},
     )

@@ -38,12 +38,16 @@ PHASES = ("rollout", "score", "pack", "train", "sync")
 class RunDir:
     """One run's folder. Make it with `create`; use it as a context manager or `close` it.
 
+    A rank that leaves writing to the first one holds one that is made without `create` and does not
+    write: its logs go nowhere.
+
     >>> with RunDir.create(Path("runs/search"), config) as run:         # doctest: +SKIP
     ...     run.log(0, {"eval/exact_match": 0.04})
     """
 
     path: Path
     sinks: tuple[Sink, ...] = ()
+    writes: bool = True
 
     @classmethod
     def create(cls, path: Path, config: Config, *, resume: bool = False) -> RunDir:
@@ -104,6 +108,8 @@ class RunDir:
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line. A figure that is not finite is written as null and counted in
         `nonfinite`, so that every reader of JSON can read the file."""
+        if not self.writes:
+            return
         line, nonfinite = to_strict({"step": step, **metrics})
         if nonfinite:
             line["nonfinite"] = nonfinite
@@ -120,7 +126,7 @@ class RunDir:
         split: Literal["train", "eval"] = "train",
     ) -> None:
         """Append one line per group; without credits the advantages are null."""
-        for index, group in enumerate(groups):
+        for index, group in enumerate(groups if self.writes else ()):
             credit = credits[index] if credits else None
             line, _ = to_strict(
                 {"step": step, "split": split, "group": index, **plain_group(group, credit)}
@@ -135,6 +141,8 @@ class RunDir:
         Returns:
             The number of lines dropped from metrics.jsonl.
         """
+        if not self.writes:
+            return 0
         keep_until(self.rollouts, step)
         return keep_until(self.metrics, step)
 

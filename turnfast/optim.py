@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import OptimConfig
 from .moments import fill_entries, make_adamw, plain_entries
+from .ranks import ALONE, Ranks
 
 
 class Optimizer:
@@ -22,8 +22,8 @@ class Optimizer:
 
     Args:
         parameters: those with `requires_grad`; gradients are read from them.
-        group: data-parallel ranks, whose gradients are added up before every step; they must hold
-            the same weights and take the same steps.
+        ranks: their gradients are added up before every step; they must hold the same weights and
+            take the same steps.
         total_steps: None for a constant rate after the warm-up, else a linear decay to 10 %.
     """
 
@@ -33,13 +33,13 @@ class Optimizer:
         config: OptimConfig,
         *,
         total_steps: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._masters = [_master(p) for p in self._parameters]
         self._config = config
         self._total_steps = total_steps
-        self._group = group
+        self._ranks = ranks
         self._adamw = make_adamw(self._masters, config)
         self.num_steps = 0
 
@@ -48,8 +48,8 @@ class Optimizer:
 
         A gradient that is not finite changes nothing: its norm is returned, the step is skipped.
         """
-        if self._group is not None:
-            self._add_up(self._group)
+        if self._ranks.size > 1:
+            self._add_up()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
@@ -113,11 +113,11 @@ class Optimizer:
                 fill_entries(self._adamw, self._masters[i], plain)
         self._write_back()
 
-    def _add_up(self, group: dist.ProcessGroup) -> None:
+    def _add_up(self) -> None:
         for parameter in self._parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # this rank had nothing to learn from
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
+        self._ranks.add_up(p.grad for p in self._parameters if p.grad is not None)
 
     def _set_rate(self, rate: float) -> None:
         for group in self._adamw.param_groups:

@@ -22,9 +22,10 @@ from is computed once and predicts a target for each of them::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from .kernels.packing import pack_rows
 from .kernels.tree import cut_tree, prefix_tree, split_over_ranks
+from .ranks import ALONE, Ranks
 from .types import Batch, Credit, Group, TokenCredit, Turn
 
 
@@ -150,8 +152,7 @@ def pack(
     device: torch.device | str = "cpu",
     share_prefixes: bool = True,
     drop_idle: bool = False,
-    rank: int = 0,
-    num_ranks: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Packed:
     """Pack a step's trajectories.
 
@@ -165,16 +166,54 @@ def pack(
         drop_idle: leave out the rows, and the ends of rows, behind the last turn that has an
             advantage. The gradient is the same if the loss has neither an entropy nor a KL term and
             its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
-        rank, num_ranks: pack only this data-parallel rank's share of the rows, balanced by tokens
-            and attention. The weights are those of the whole step, so the gradients of all ranks
-            add up to that of one; counts are the rank's own, but for `num_idle_tokens`.
+        ranks: all call this at the same time, each with its own groups. Their rows are put together
+            and dealt out again, balanced by tokens and attention. The weights are those of the
+            whole step, so the gradients of all ranks add up to that of one; counts are the rank's
+            own, but for `num_idle_tokens`.
     Groups in which no turn has an advantage carry no gradient: they are left out, of the
     denominator too. Failed and masked trajectories are left out of everything.
 
     Raises:
-        ValueError: a row does not fit the budget, the normaliser is unknown, or there are more
-            ranks than rows.
+        ValueError: a row does not fit the budget, or the normaliser is unknown.
     """
+    with ranks.together():
+        rows, lengths, silent = _rows_of_all(groups, credits)
+    if ranks.size > 1:
+        rows, lengths = _put_together(ranks.gather(([asdict(row) for row in rows], lengths)))
+    weights = _weights(lengths, normalizer, constant)
+    num_whole = sum(len(row.tokens) for row in rows)
+    if drop_idle:
+        rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
+    num_idle = num_whole - sum(len(row.tokens) for row in rows)
+    num_value_targets = sum(not math.isnan(t) for row in rows for t in row.value_targets)
+    _refuse_long_rows(rows, budget)
+    if ranks.size > 1:
+        rows = _share_of(rows, ranks)
+    with ranks.together():
+        batches = tuple(
+            batch_of(
+                [rows[i] for i in chosen],
+                weights,
+                device,
+                share_prefixes=share_prefixes,
+                num_value_targets=num_value_targets,
+            )
+            for chosen in _deal(rows, budget, share_prefixes)
+        )
+    return Packed(
+        batches=batches,
+        num_tokens=sum(len(batch.tokens_T) for batch in batches),
+        num_tokens_total=sum(len(row.tokens) for row in rows),
+        num_targets=sum(len(row.targets) for row in rows),
+        num_idle_tokens=num_idle,
+        zero_signal_groups=silent,
+    )
+
+
+def _rows_of_all(
+    groups: Sequence[Group], credits: Sequence[Credit]
+) -> tuple[list[Row], list[int], int]:
+    """All rows that carry a gradient, the targets of each trajectory, and the groups left out."""
     rows: list[Row] = []
     lengths: list[int] = []
     silent = 0
@@ -190,33 +229,21 @@ def pack(
             tokens = credit.tokens[i] if credit.tokens is not None else None
             rows += rows_of(trajectory.turns, advantages, len(lengths), tokens)
             lengths.append(trajectory.num_sampled)
-    weights = _weights(lengths, normalizer, constant)
-    num_whole = sum(len(row.tokens) for row in rows)
-    if drop_idle:
-        rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
-    num_idle = num_whole - sum(len(row.tokens) for row in rows)
-    num_value_targets = sum(not math.isnan(t) for row in rows for t in row.value_targets)
-    if num_ranks > 1 and rows:
-        rows = _share_of(rows, rank, num_ranks)
-    _refuse_long_rows(rows, budget)
-    batches = tuple(
-        batch_of(
-            [rows[i] for i in chosen],
-            weights,
-            device,
-            share_prefixes=share_prefixes,
-            num_value_targets=num_value_targets,
-        )
-        for chosen in _deal(rows, budget, share_prefixes)
-    )
-    return Packed(
-        batches=batches,
-        num_tokens=sum(len(batch.tokens_T) for batch in batches),
-        num_tokens_total=sum(len(row.tokens) for row in rows),
-        num_targets=sum(len(row.targets) for row in rows),
-        num_idle_tokens=num_idle,
-        zero_signal_groups=silent,
-    )
+    return rows, lengths, silent
+
+
+def _put_together(
+    parts: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[int]]],
+) -> tuple[list[Row], list[int]]:
+    """The rows of several ranks, their trajectories numbered through."""
+    rows: list[Row] = []
+    lengths: list[int] = []
+    for plain_rows, their_lengths in parts:
+        for plain in plain_rows:
+            row = Row(**plain)
+            rows.append(replace(row, trajectory=len(lengths) + row.trajectory))
+        lengths += their_lengths
+    return rows, lengths
 
 
 def _deal(rows: Sequence[Row], budget: int, share_prefixes: bool) -> list[list[int]]:
@@ -226,12 +253,10 @@ def _deal(rows: Sequence[Row], budget: int, share_prefixes: bool) -> list[list[i
     return cut_tree(*_tree_order(rows), budget)
 
 
-def _share_of(rows: Sequence[Row], rank: int, num_ranks: int) -> list[Row]:
-    if len(rows) < num_ranks:
-        raise ValueError(
-            f"{len(rows)} rows for {num_ranks} ranks: raise rollout.prompts_per_step, or use fewer"
-        )
-    return [rows[i] for i in split_over_ranks(*_tree_order(rows), num_ranks)[rank]]
+def _share_of(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
+    if len(rows) < ranks.size:
+        return list(ranks.share(rows))  # nothing, for some
+    return [rows[i] for i in split_over_ranks(*_tree_order(rows), ranks.size)[ranks.rank]]
 
 
 def _tree_order(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int]]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .config import ConfigError
+from .ranks import ALONE, Ranks
 from .rollout import Prompt
 from .types import Task
 
@@ -23,14 +25,23 @@ class PromptQueue:
     Args:
         position: the next place in the endless order.
         returned: places that were given back and not taken again.
+        stride: from one place to the next; where there are several ranks the others have those
+            between.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], seed: int, *, position: int = 0, returned: Iterable[int] = ()
+        self,
+        tasks: Sequence[Task],
+        seed: int,
+        *,
+        position: int = 0,
+        returned: Iterable[int] = (),
+        stride: int = 1,
     ) -> None:
         self._tasks = tasks
         self._seed = seed
         self._position = position
+        self._stride = stride
         self._returned = sorted(returned)
 
     def take(self) -> Iterator[Prompt]:
@@ -38,7 +49,7 @@ class PromptQueue:
         while True:
             settled = bool(self._returned)
             place = self._returned.pop(0) if settled else self._position
-            self._position += not settled
+            self._position += 0 if settled else self._stride
             yield Prompt(place=place, task=self._task(place), settled=settled)
 
     def give_back(self, prompts: Iterable[Prompt]) -> None:
@@ -55,11 +66,28 @@ class PromptQueue:
 
 
 def open_queue(
-    tasks: Sequence[Task], seed: int, state: Mapping[str, Any], *, done: int
+    tasks: Sequence[Task],
+    seed: int,
+    state: Mapping[str, Any],
+    *,
+    done: int,
+    ranks: Ranks = ALONE,
 ) -> PromptQueue:
-    """The queue of a checkpoint; one that says nothing about it stands behind `done` prompts."""
-    where = state.get("data", {"position": done})
-    return PromptQueue(tasks, seed, **where)
+    """The queue of a checkpoint; one that says nothing about it stands behind `done` prompts.
+
+    Raises:
+        ConfigError: the checkpoint is of another number of ranks.
+    """
+    everyone = [{"position": done + rank} for rank in range(ranks.size)]
+    everyone = state.get("data", everyone)
+    if isinstance(everyone, Mapping):  # as it was before there were ranks
+        everyone = [everyone]
+    if len(everyone) != ranks.size:
+        raise ConfigError(
+            f"--resume: the checkpoint is of {len(everyone)} ranks, here are {ranks.size}; start "
+            "as many again"
+        )
+    return PromptQueue(tasks, seed, stride=ranks.size, **everyone[ranks.rank])
 
 
 @lru_cache(maxsize=4)

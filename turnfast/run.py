@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .chat import Chat, ChatError
 from .checkpoint import load_checkpoint, newest_whole
-from .config import VALUE_RULES, Config, ConfigError
+from .config import VALUE_RULES, Config, ConfigError, RolloutConfig
 from .credit import check_rule
 from .critic import Critic
 from .envs import Demonstrator, Env, load_env, tasks_of
@@ -19,6 +21,7 @@ from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device, refuse_long_context
 from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
+from .ranks import ALONE, Ranks
 from .reference import open_reference
 from .sampler import Sampler, make_sampler
 from .sync import Probe, default_tolerance, make_probe
@@ -43,58 +46,82 @@ class Run:
     prompts: PromptQueue
     first_step: int
     evaluated: bool
+    ranks: Ranks
 
 
 @contextmanager
-def open_run(config: Config, run_dir: Path, *, resume: bool = False) -> Iterator[Run]:
+def open_run(
+    config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks = ALONE
+) -> Iterator[Run]:
     """Start a run, or go on from the newest whole checkpoint of an earlier one.
 
-    Everything that can be wrong with the recipe is found before the run directory is made.
+    Everything that can be wrong with the recipe is found before the run directory is made. Where
+    there are several ranks the first one makes and writes it.
 
     Raises:
         ConfigError: the text names the field and the way out.
     """
     check_rule(config.credit.rule, config.credit.options)
+    _refuse_uneven(config.rollout, ranks)
     env = open_env(config)
     train_tasks = tasks_of(env, "train", name=config.env.name)
     device = pick_device(config.train.device)
-    with RunDir.create(run_dir, config, resume=resume) as directory:
-        policy = load_policy(config.model, model_folder(config, env, run_dir), device)
-        check_impl(config.loss, policy)
-        chat = open_chat(policy, env)
-        optimizer = Optimizer(policy.model.parameters(), config.optim)
-        critic = None
-        if config.credit.rule in VALUE_RULES:
-            critic = Critic(policy, config.critic, config.optim)
-        reference = open_reference(config.loss, config.model, policy)
-        done, state = 0, {}
-        if resume:
-            done, state = restore(directory, policy, optimizer, critic)
-        sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
-        try:
-            yield Run(
-                directory=directory,
-                policy=policy,
-                env=env,
-                chat=chat,
-                sampler=sampler,
-                optimizer=optimizer,
-                critic=critic,
-                reference=reference,
-                probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
-                tolerance=config.sampler.probe_tolerance
-                or default_tolerance(policy.model.dtype, policy.device.type),
-                prompts=open_queue(
-                    train_tasks,
-                    config.train.seed,
-                    state,
-                    done=done * config.rollout.prompts_per_step,
-                ),
-                first_step=done + 1,
-                evaluated=_is_evaluated(directory, done, config),
+    with ExitStack() as opened:
+        with ranks.together():
+            directory = RunDir(path=run_dir, writes=ranks.leads)
+            if ranks.leads:
+                directory = opened.enter_context(RunDir.create(run_dir, config, resume=resume))
+                model_folder(config, env, run_dir)
+        with ranks.together():
+            policy = load_policy(config.model, model_folder(config, env, run_dir), device)
+            check_impl(config.loss, policy)
+        # the first word between GPUs, before the engine says which network they have
+        ranks.add_up([torch.zeros(1, device=device)])
+        with ranks.together():
+            chat = open_chat(policy, env)
+            optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
+            critic = None
+            if config.credit.rule in VALUE_RULES:
+                critic = Critic(policy, config.critic, config.optim, ranks=ranks)
+            reference = open_reference(config.loss, config.model, policy)
+            done, state = 0, {}
+            if resume:
+                done, state = restore(directory, policy, optimizer, critic)
+            prompts = open_queue(
+                train_tasks,
+                config.train.seed,
+                state,
+                done=done * config.rollout.prompts_per_step,
+                ranks=ranks,
             )
-        finally:
-            sampler.close()
+            sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
+            opened.callback(sampler.close)
+        ranks.refuse_difference(policy.model.parameters())
+        yield Run(
+            directory=directory,
+            policy=policy,
+            env=env,
+            chat=chat,
+            sampler=sampler,
+            optimizer=optimizer,
+            critic=critic,
+            reference=reference,
+            probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
+            tolerance=config.sampler.probe_tolerance
+            or default_tolerance(policy.model.dtype, policy.device.type),
+            prompts=prompts,
+            first_step=done + 1,
+            evaluated=ranks.gather(_is_evaluated(directory, done, config))[0],
+            ranks=ranks,
+        )
+
+
+def _refuse_uneven(config: RolloutConfig, ranks: Ranks) -> None:
+    if config.prompts_per_step % ranks.size:
+        raise ConfigError(
+            f"rollout.prompts_per_step: {config.prompts_per_step} prompts cannot be dealt evenly "
+            f"to {ranks.size} ranks; set it to a multiple of {ranks.size}"
+        )
 
 
 def open_env(config: Config) -> Env:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from .evaluate import evaluate
 from .loss import needs_every_token, update
 from .metrics import Stopwatch
 from .packing import Packed, pack
-from .record import StepRecord, figures_of
+from .ranks import open_ranks
+from .record import StepRecord, figures_of, over_ranks
 from .reference import with_reference
 from .replay import OutOfMemory
 from .report import write_report
@@ -23,6 +25,9 @@ from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .sync import sync_weights
 from .types import Batch, Credit, Group
+
+SHARED_ENDS = (Interrupted, RolloutError, OutOfMemory)
+"""What ends the run of all ranks alike, with a checkpoint, wherever it happened."""
 
 
 def train(
@@ -39,8 +44,9 @@ def train(
         ConfigError, SyncError, TrainingError, CheckpointError: see their rooms.
     """
     with (
-        open_run(config, run_dir, resume=resume) as run,
-        Progress(run_dir, config.train.steps, done=run.first_step - 1) as show,
+        open_ranks(timeout_s=2 * config.rollout.step_timeout_s, told=SHARED_ENDS) as ranks,
+        open_run(config, run_dir, resume=resume, ranks=ranks) as run,
+        _progress(config, run, run_dir) as show,
         Collector(run, config, should_stop) as collector,
     ):
         sync = partial(sync_weights, run.policy.model, run.sampler, tolerance=run.tolerance)
@@ -48,17 +54,18 @@ def train(
         done = run.first_step - 1
         budget = config.train.tokens_per_microbatch
         try:
-            sync(run.probe)
+            with ranks.together():
+                sync(run.probe)
             if not run.evaluated:
                 _evaluate(config, run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
-                if should_stop():
-                    raise Interrupted
                 clock.lap()
-                with clock.phase("rollout"):
+                with clock.phase("rollout"), ranks.together():
+                    if should_stop():
+                        raise Interrupted
                     gathered = collector.collect(step)
                     groups = gathered.groups
-                with clock.phase("score"):
+                with clock.phase("score"), ranks.together():
                     credits = _credit(config, run, groups, budget)
                 with clock.phase("pack"):
                     packed = _pack(config, run, groups, credits, budget)
@@ -71,13 +78,15 @@ def train(
                         temperature=config.rollout.temperature,
                         num_updates=config.train.updates_per_step,
                         critic=run.critic,
+                        ranks=ranks,
                     )
                     # what did not fit is not tried again in the next step
                     budget = max(budget >> updated.halvings, config.rollout.max_context)
                 with clock.phase("rollout"):
                     collector.settle()
-                with clock.phase("sync"):
+                with clock.phase("sync"), ranks.together():
                     synced = sync(run.probe.short)
+                ranks.refuse_difference(run.policy.model.parameters())
                 done = step
                 record = StepRecord(
                     step=step,
@@ -100,8 +109,14 @@ def train(
             if done >= run.first_step:
                 _save(config, run, collector, done)
             raise
-        if run.directory.metrics.exists():
+        if ranks.leads and run.directory.metrics.exists():
             write_report(run_dir)
+
+
+def _progress(config: Config, run: Run, run_dir: Path) -> Progress:
+    # what the other ranks would say is the same
+    stream = None if run.ranks.leads else io.StringIO()
+    return Progress(run_dir, config.train.steps, done=run.first_step - 1, stream=stream)
 
 
 def _credit(config: Config, run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
@@ -120,7 +135,8 @@ def _with_reference(config: Config, run: Run, packed: Packed) -> Sequence[Batch]
     if run.reference is None:
         return packed.batches
     temperature = config.rollout.temperature
-    return with_reference(packed.batches, run.reference, config.loss, temperature=temperature)
+    with run.ranks.together():
+        return with_reference(packed.batches, run.reference, config.loss, temperature=temperature)
 
 
 def _pack(
@@ -136,11 +152,12 @@ def _pack(
         share_prefixes=config.train.share_prefixes,
         # a token without advantage still teaches the critic
         drop_idle=not needs_every_token(config.loss) and run.critic is None,
+        ranks=run.ranks,
     )
 
 
 def _log(config: Config, run: Run, record: StepRecord, show: Progress) -> None:
-    figures = figures_of(record)
+    figures = over_ranks(run.ranks.gather(figures_of(record)))
     shown = record.gathered.groups[: config.train.log_rollouts]
     run.directory.log(record.step, figures)
     run.directory.log_rollouts(record.step, shown, record.credits)
@@ -152,20 +169,27 @@ def _evaluate(
 ) -> None:
     if not run.env.tasks("eval"):
         return
-    figures, groups = evaluate(config, run.env, run.chat, run.sampler, should_stop=should_stop)
+    with run.ranks.together():
+        figures, groups = evaluate(
+            config, run.env, run.chat, run.sampler, should_stop=should_stop, ranks=run.ranks
+        )
+    figures = over_ranks(run.ranks.gather(figures))
     run.directory.log(step, figures)
     run.directory.log_rollouts(step, groups[: config.train.log_rollouts], split="eval")
     show.step(step, figures)
 
 
 def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
-    save_checkpoint(
-        run.directory.checkpoints,
-        step,
-        model=run.policy.model,
-        optimizer=run.optimizer,
-        tokenizer=run.policy.tokenizer,
-        state={"kind": "train", **collector.state(step)},
-        critic=run.critic,
-        keep=config.train.keep_checkpoints,
-    )
+    state = {"kind": "train", **collector.state(step)}
+    with run.ranks.together():
+        if run.ranks.leads:
+            save_checkpoint(
+                run.directory.checkpoints,
+                step,
+                model=run.policy.model,
+                optimizer=run.optimizer,
+                tokenizer=run.policy.tokenizer,
+                state=state,
+                critic=run.critic,
+                keep=config.train.keep_checkpoints,
+            )

@@ -20,6 +20,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from ..tools import ToolCall, read_calls, without_thoughts
 
@@ -38,6 +39,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
 
 
+@lru_cache(maxsize=4096)  # the parts of a reward ask for the same few texts
 def normalize_answer(text: str) -> str:
     """Example: "The  Ulm, of Ida!" becomes "ulm of ida"."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
