@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from step import RESULTS, commit
+from recorded import RESULTS, commit, write
 
 import turnfast.collect
 import turnfast.run
@@ -98,7 +98,7 @@ def main() -> None:
         turnfast.train.train(config, run_dir, should_stop=stop)
         lines = [line for line in read_metrics(run_dir) if "time/step" in line]
     result = summarise(lines, seen, options)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, options.out)
     print(json.dumps(result, indent=1))
 
 

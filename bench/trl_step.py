@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -48,7 +47,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from step import CLOCKS, RESULTS, Recording, commit, record, watch_memory
+from recorded import CLOCKS, Recording, arguments, commit, record, watch_memory, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -166,19 +165,8 @@ class Rounds(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--hops", type=int, default=1)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--budget", type=int, default=16384)
+    parser = arguments(__doc__, "trl_step.json", groups=3, repeats=5)
     parser.add_argument("--trl-batches", default="1,2,4,8,24", help="rows per micro-batch to try")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
-    parser.add_argument("--out", type=Path, default=RESULTS / "trl_step.json")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.device = "cpu"
@@ -189,8 +177,7 @@ def main() -> None:
             print(peak_memory(recording, options, Path(folder)))
             return
         result = measure(recording, options, Path(folder))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, options.out)
     print(json.dumps(result, indent=1))
 
 

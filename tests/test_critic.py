@@ -106,6 +106,25 @@ def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
             assert row == pytest.approx(wanted, abs=2e-5)
 
 
+def test_values_where_memory_runs_out(policy):
+    groups, critic = make_groups(1), taught(policy)
+    expected = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    seen: list[int] = []
+
+    def limited(module, args, kwargs) -> None:
+        seen.append(kwargs["input_ids"].shape[1])
+        if seen[-1] > 40:
+            raise torch.OutOfMemoryError("too large")
+
+    handle = policy.model.base_model.register_forward_pre_hook(limited, with_kwargs=True)
+    found = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    handle.remove()
+    assert seen[0] > 40 >= max(seen[-2:])
+    for rows, wanted in zip(found, expected, strict=True):
+        for row, values in zip(rows, wanted, strict=True):
+            assert row == pytest.approx(values, abs=2e-5)
+
+
 def test_a_new_critic_knows_nothing(policy):
     values = Critic(policy, CriticConfig(), OPTIM).values(
         policy, make_groups(1), budget=64, share_prefixes=True
@@ -153,7 +172,8 @@ def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
     assert float(truth[-1].abs().max()) > 1e-3
     for found in gradients:
         for ours, theirs in zip(found, truth, strict=True):
-            assert torch.allclose(ours, theirs, atol=2e-5, rtol=1e-4)
+            # rounding is relative to the largest entries, of which the small ones are sums
+            assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, float(theirs.abs().max()))
 
 
 def _gradients(policy: Policy, critic: Critic) -> list[torch.Tensor]:

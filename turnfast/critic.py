@@ -19,6 +19,7 @@ from .model import Policy, hidden_states
 from .optim import Optimizer
 from .packing import pack
 from .ranks import ALONE, Ranks
+from .replay import replayed
 from .types import Batch, Credit, Group, Trajectory
 
 
@@ -52,7 +53,12 @@ class Critic:
         self, policy: Policy, groups: Sequence[Group], *, budget: int, share_prefixes: bool
     ) -> list[list[tuple[float, ...]]]:
         """values[g][i][t], before sampled token t of rollout i of group g, from one forward pass;
-        an empty tuple for rollouts that are left out."""
+        an empty tuple for rollouts that are left out. Where memory runs out it is made again, on
+        smaller micro-batches.
+
+        Raises:
+            OutOfMemory: not even with these.
+        """
         everything = [
             Credit(rule="", advantages=tuple((1.0,) * len(t.turns) for t in group.trajectories))
             for group in groups
@@ -65,8 +71,14 @@ class Critic:
             share_prefixes=share_prefixes,
         )
         by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        for batch in packed.batches:
-            values_N = self.values_N(hidden_states(policy, batch), batch).tolist()
+        found, batches, _ = replayed(
+            lambda parts: [
+                self.values_N(hidden_states(policy, part), part).tolist() for part in parts
+            ],
+            packed.batches,
+            lambda: None,
+        )
+        for batch, values_N in zip(batches, found, strict=True):
             turns_N = batch.turns_N.long()
             owners = zip(
                 batch.sequences_K[turns_N].tolist(), batch.places_K[turns_N].tolist(), strict=True

@@ -37,8 +37,8 @@ ATTENTION = "turnfast-estimate"
 class Estimate:
     """Bytes that tensors hold at the end of a full forward pass, where training needs most.
 
-    What an allocator keeps besides is not in it: on a CPU the C library's heap can reach twice as
-    much, unless MALLOC_MMAP_THRESHOLD_ is set.
+    What an allocator keeps besides is not in it: on a CPU the C library's heap can reach two to
+    three times as much, unless MALLOC_MMAP_THRESHOLD_ is set.
 
     Attributes:
         optimizer: moments, and float32 masters of low-precision weights.
