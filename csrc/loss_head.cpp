@@ -9,12 +9,7 @@
 // results are bitwise repeatable for a given thread count.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -24,57 +19,13 @@
 #include <tuple>
 #include <vector>
 
-#include "loss_head_kernel.h"
+#include "loss_head_threads.h"
 
 namespace turnfast {
 
 namespace {
 
-const Kernel* const kKernels[] = {
-#if defined(__x86_64__)
-    &kAvx512Bf16, &kAvx512, &kAvx2,
-#endif
-    &kPortable};
-
 using at::Tensor;
-
-// By name, or the best one that this machine runs; narrower ones by name are for tests.
-const Kernel& chosen(const std::string& name) {
-  for (const Kernel* candidate : kKernels) {
-    if ((name.empty() || name == candidate->name) && candidate->supported()) return *candidate;
-  }
-  TORCH_CHECK_VALUE(false, "kernel: ", name, " is not available on this machine");
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kHalf;
-    default:
-      TORCH_CHECK_VALUE(false, "head_weight: expected float32, bfloat16 or float16, got ",
-                        tensor.scalar_type());
-  }
-}
-
-Head make_head(const Tensor& x, const Tensor& weight, double inv_temperature, double softcap) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous() && x.device().is_cpu(),
-                    "x: expected a contiguous [C, D] on the CPU");
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous() && weight.device().is_cpu() &&
-                        weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(),
-                    "head_weight: expected a contiguous [V, ", x.size(1), "] of dtype ",
-                    x.scalar_type(), " on the CPU");
-  TORCH_CHECK_VALUE(weight.size(0) < std::numeric_limits<int32_t>::max(),
-                    "head_weight: expected fewer than 2^31 rows, got ", weight.size(0));
-  Head head{weight.data_ptr(), type_of(weight), weight.size(0), weight.size(1), {}, {}, false};
-  head.capped = softcap != 0.0;
-  head.scale = split(head.capped ? softcap * inv_temperature : inv_temperature);
-  head.into_cap = split(head.capped ? 1.0 / softcap : 1.0);
-  return head;
-}
 
 // A [C] vector of the wanted type, checked.
 template <class T>
@@ -103,12 +54,6 @@ std::vector<int32_t> checked_columns(const Tensor& columns, int64_t C, int64_t V
   return out;
 }
 
-int64_t exps_bytes(const Kernel& k, Type type, int64_t V, int64_t C) {
-  // The d-hidden tile may read up to `rows` tokens past the last row of E.
-  const int64_t elements = round_up(V, kBlock) * round_up(C, k.lanes2) + k.rows;
-  return elements * k.bytes_per_exp[static_cast<int>(type)];
-}
-
 void check_exps(const Kernel& k, const Head& head, const Tensor& exps, int64_t C) {
   const int64_t need = exps_bytes(k, head.type, head.V, C);
   TORCH_CHECK_VALUE(exps.scalar_type() == at::kByte && exps.is_contiguous() && exps.numel() >= need,
@@ -122,47 +67,7 @@ void check_floats(const char* name, const Tensor& tensor, at::IntArrayRef sizes)
                     name, ": expected a contiguous float32 ", sizes, " on the CPU");
 }
 
-// Hundreds of MB that are written once per call: with 4 KB pages the faults alone cost percents.
-void prefer_huge_pages(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  // Advice only: where it is refused, ordinary pages do.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// The vocabulary range of a worker: whole register tiles, so that blocks never share a tile.
-struct Range {
-  int64_t begin, end;
-};
-
-// Fewer workers for little work: waking a thread costs as much as some 100,000 products. Depends on
-// sizes and the thread count alone, as the order of sums does.
-int64_t count_workers(const Kernel& k, const Head& head, int64_t C) {
-  const int64_t by_work = C * head.V * head.D >> 18;
-  const int64_t most = std::min(head.V / k.rows, by_work);
-  return std::clamp<int64_t>(most, 1, at::get_num_threads());
-}
-
-// Items per thread at least, for loops over items of so many elements.
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, (1 << 15) / elements); }
-
-Range range_of(const Kernel& k, int64_t V, int64_t worker, int64_t workers) {
-  const int64_t tiles = round_up(V, k.rows) / k.rows;
-  const auto edge = [&](int64_t w) { return std::min(V, tiles * w / workers * k.rows); };
-  return {edge(worker), edge(worker + 1)};
-}
-
 Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
-
-template <class Body>
-void for_each_worker(int64_t workers, const Body& body) {
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) body(w);
-  });
-}
 
 int64_t head_exps_bytes(const Tensor& weight, int64_t C, const std::string& kernel_name) {
   return exps_bytes(chosen(kernel_name), type_of(weight), weight.size(0), C);
@@ -218,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& w
   for_each_worker(workers, [&](int64_t w) {
     const auto [begin, end] = range_of(k, head.V, w, workers);
     k.forward(head, chunk, begin, end, {scratch.data_ptr<float>() + w * scratch_floats},
-              {&sums[2 * w * ld], &sums[(2 * w + 1) * ld], &maxima[w * ld]});
+              {&sums[2 * w * ld], &sums[(2 * w + 1) * ld], &maxima[w * ld], nullptr}, nullptr);
   });
   Tensor sum = floats(C), dot = floats(C), max = floats(C);
   float *sum_C = sum.data_ptr<float>(), *dot_C = dot.data_ptr<float>(),
@@ -283,7 +188,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   chunk.slopes = slopes ? slope.data() : nullptr;
   chunk.bonuses = slopes ? bonus.data() : nullptr;
   chunk.transform = transform;
-  chunk.d_head = d_head ? d_head->data_ptr<float>() : nullptr;
+  chunk.d_head = {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr};
   chunk.first = first;
   const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
   const int64_t d_x_floats = need_hidden ? round_up(C, k.rows) * width : 0;
@@ -328,7 +233,7 @@ void head_patch(const Tensor& x, const Tensor& weight, const Tensor& columns, co
   at::parallel_for(0, panels, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
     k.patch(head, x.const_data_ptr(), column.data(), patch_C, C, begin * k.lanes2,
             std::min(end * k.lanes2, head.D), d_x ? d_x->data_ptr<float>() : nullptr,
-            d_head ? d_head->data_ptr<float>() : nullptr);
+            {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr});
   });
 }
 

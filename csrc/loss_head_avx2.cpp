@@ -9,7 +9,7 @@
 #define TURNFAST_ISA avx2
 #define TURNFAST_LANES 8
 #define TURNFAST_ROWS 6
-#define TURNFAST_SCALE 0
+#define TURNFAST_AVX512 0
 #define TURNFAST_PAIRS 0
 
 #include "loss_head_kernel_impl.h"

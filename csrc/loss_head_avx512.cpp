@@ -3,29 +3,16 @@
 #include "loss_head_kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define TURNFAST_ISA avx512
 #define TURNFAST_LANES 16
 #define TURNFAST_ROWS 12
-#define TURNFAST_SCALE 1
+#define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 0
 
-namespace turnfast::avx512 {
-namespace {
-
-typedef float Lanes __attribute__((vector_size(64)));
-
-// p * 2^n, 0 or infinite where that leaves the range.
-inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
-  return reinterpret_cast<Lanes>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-}
-
-}  // namespace
-}  // namespace turnfast::avx512
+#include "loss_head_avx512.h"
 
 #include "loss_head_kernel_impl.h"
 

@@ -3,35 +3,25 @@
 #include "loss_head_kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
 #define TURNFAST_ISA avx512_bf16
 #define TURNFAST_LANES 16
 #define TURNFAST_ROWS 12
-#define TURNFAST_SCALE 1
+#define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 1
+
+#include "loss_head_avx512.h"
 
 namespace turnfast::avx512_bf16 {
 namespace {
-
-typedef float Lanes __attribute__((vector_size(64)));
 
 // c + a.low b.low + a.high b.high in float, lane by lane.
 inline __attribute__((always_inline)) Lanes dot_pairs(uint32_t a, Lanes b, Lanes c) {
   return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(
       reinterpret_cast<__m512>(c), (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b));
 }
-
-// p * 2^n, 0 or infinite where that leaves the range.
-inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
-  return reinterpret_cast<Lanes>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-}
-
-typedef uint16_t HalfLanes __attribute__((vector_size(32)));
 
 // To bf16, rounded to nearest even.
 inline __attribute__((always_inline)) HalfLanes narrow(Lanes x) {

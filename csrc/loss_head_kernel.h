@@ -63,6 +63,16 @@ struct ForwardSums {  // of one worker, over its vocabulary rows without the tar
   double* sum;        // of E
   double* dot;        // of E (z - anchor)
   float* max;         // of z - anchor
+  double* kept;       // of E as it entered the products, rounding included; only with d_x
+};
+
+// The head's gradient [V, D], summed over chunks: float32, or bf16 with the next 8 bits beside it.
+// 24 bits lose 2^-17 per chunk, and `high` alone is the sum rounded to bf16 at any time.
+struct HeadGradient {
+  float* whole;    // or null, then
+  uint16_t* high;  // bf16, or null: not wanted
+  int8_t* low;     // signed rest of the rounding, in units of 2^-8
+  bool wanted() const { return whole != nullptr || high != nullptr; }
 };
 
 struct BackwardChunk {
@@ -74,8 +84,8 @@ struct BackwardChunk {
   const float* slopes;   // [ld] or null: no entropy term
   const float* bonuses;  // [ld], with slopes
   bool transform;        // G = E f(E, token) instead of E
-  float* d_head;         // [V, D] or null
-  bool first;            // d_head is written, not added to
+  HeadGradient d_head;
+  bool first;  // d_head is written, not added to
 };
 
 struct Kernel {
@@ -95,21 +105,27 @@ struct Kernel {
   // z of the target of tokens [begin, end); 0 where the target is not in this shard.
   void (*pick)(const Head&, const void* x, const int32_t* columns, int64_t begin, int64_t end,
                float* z);
-  // Vocabulary rows [begin, end), begin a multiple of `rows`.
+  // Vocabulary rows [begin, end), begin a multiple of `rows`. d_x: E @ W over these rows, [C rounded
+  // up to `rows`][D rounded up to lanes2], overwritten; null: not wanted. Taken here, block by
+  // block, it finds E and W in the cache.
   void (*forward)(const Head&, const ForwardChunk&, int64_t begin, int64_t end, Scratch,
-                  ForwardSums);
-  // g_sums: [ld], sums over this worker's vocabulary rows of G as it entered the products, rounding
-  // included. d_x: [C rounded up to `rows`][D rounded up to lanes2], this worker's sum,
-  // overwritten; null: not wanted.
+                  ForwardSums, float* d_x);
+  // d_x: this worker's sum of G @ W as above. g_sums: [ld], sums over this worker's vocabulary rows
+  // of G as it entered the products, rounding included; null: not wanted, where G is E and d_x null.
   void (*backward)(const Head&, const BackwardChunk&, int64_t begin, int64_t end, Scratch,
                    double* g_sums, float* d_x);
   // out[n] = row_scales[n] * sum over workers of d_x, tokens [begin, end).
   void (*finish_d_x)(const Head&, const float* const* d_x, int64_t workers, const float* row_scales,
                      int64_t begin, int64_t end, float* out);
+  // out[rows[n]] += row_scales[n] * sum over workers of d_x + patches[n] W[columns[n]] for all
+  // tokens, hidden columns [begin, end), begin a multiple of lanes2. out: [.][D].
+  void (*scatter_d_x)(const Head&, const float* const* d_x, int64_t workers,
+                      const float* row_scales, const float* patches, const int32_t* columns,
+                      const int64_t* rows, int64_t C, int64_t begin, int64_t end, float* out);
   // The targets' own columns, hidden columns [begin, end), begin a multiple of lanes2: d_x[n] +=
-  // patches[n] W[columns[n]] and d_head[columns[n]] += patches[n] x[n], each if not null.
+  // patches[n] W[columns[n]] and d_head[columns[n]] += patches[n] x[n], each if wanted.
   void (*patch)(const Head&, const void* x, const int32_t* columns, const float* patches, int64_t C,
-                int64_t begin, int64_t end, float* d_x, float* d_head);
+                int64_t begin, int64_t end, float* d_x, const HeadGradient& d_head);
   void (*exp)(const float* x, int64_t n, float* out);
 };
 

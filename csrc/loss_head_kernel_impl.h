@@ -2,7 +2,7 @@
 //   TURNFAST_ISA     namespace of this copy
 //   TURNFAST_LANES   floats per vector
 //   TURNFAST_ROWS    broadcast rows per register tile
-//   TURNFAST_SCALE   1: `scale(p, n)` = p 2^n is one instruction that saturates
+//   TURNFAST_AVX512  1: loss_head_avx512.h is included
 //   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`dot_pairs`, `narrow` are defined)
 //
 // "Unit" below is 4 bytes: one float, or a pair of bf16 that lie next to each other along the
@@ -20,7 +20,7 @@ typedef float F __attribute__((vector_size(4 * L)));
 typedef int32_t I __attribute__((vector_size(4 * L)));
 typedef uint32_t U __attribute__((vector_size(4 * L)));
 typedef uint16_t H __attribute__((vector_size(2 * L)));
-typedef double D2 __attribute__((vector_size(8 * L)));
+typedef int8_t B __attribute__((vector_size(L)));
 // Any address, any type: what loads and stores go through.
 typedef float Fu __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef int32_t Iu __attribute__((vector_size(4 * L), aligned(4), may_alias));
@@ -66,7 +66,7 @@ TF_INLINE F exp_clamped(F x) {
 // exp(x) for |x| < 1e5 with the same error in [-87, 88]; below, something from 0 to 1.7e-38; above,
 // anything, since sums with such terms are taken again with another anchor.
 TF_INLINE F exp_anchored(F x) {
-#if TURNFAST_SCALE
+#if TURNFAST_AVX512
   const F n = (x * kLog2E + kRound) - kRound;
   return scale(exp_reduced((x - n * kLog2High) - n * kLog2Low), n);
 #else
@@ -106,10 +106,17 @@ TF_INLINE F logits(const Head& head, F dot) {
   return times(dot, head.scale);
 }
 
+#if !TURNFAST_AVX512
+TF_INLINE U from_halves(H x) { return __builtin_convertvector(x, U); }
+TF_INLINE U from_bytes(B x) { return reinterpret_cast<U>(__builtin_convertvector(x, I)); }
+TF_INLINE H to_halves(U x) { return __builtin_convertvector(x, H); }
+TF_INLINE B to_bytes(U x) { return __builtin_convertvector(reinterpret_cast<I>(x), B); }
+#endif
+
 // --- element types -------------------------------------------------------------------------------
 
 TF_INLINE F widen(H bits, Type type) {
-  const U x = __builtin_convertvector(bits, U);
+  const U x = from_halves(bits);
   if (type == Type::kBFloat16) return as_float(x << 16);
   // Half: moving the exponent into place and scaling is right for subnormals too.
   const U magnitude = (x & 0x7fffu) << 13;
@@ -142,7 +149,39 @@ TF_INLINE F load_some(const void* p, Type type, int64_t n) {
 }
 
 TF_INLINE void store_some(float* p, F x, int64_t n) {
-  __builtin_memcpy(p, &x, n < L ? 4 * n : 4 * L);
+  if (n >= L) return store(p, x);
+  __builtin_memcpy(p, &x, 4 * n);
+}
+
+// `n` <= L elements of the head's gradient from element i on, zeros behind them.
+TF_INLINE F load_gradient(const HeadGradient& g, int64_t i, int64_t n) {
+  if (g.whole != nullptr) return load_some(g.whole + i, Type::kFloat, n);
+  H high{};
+  B low{};
+  if (n >= L) {
+    __builtin_memcpy(&high, g.high + i, sizeof high);
+    __builtin_memcpy(&low, g.low + i, sizeof low);
+  } else {
+    __builtin_memcpy(&high, g.high + i, 2 * n);
+    __builtin_memcpy(&low, g.low + i, n);
+  }
+  return as_float((from_halves(high) << 16) + (from_bytes(low) << 8));
+}
+
+// Rounded to 24 bits, the first 16 of them to nearest; a carry into the exponent is right, too.
+TF_INLINE void store_gradient(const HeadGradient& g, int64_t i, int64_t n, F value) {
+  if (g.whole != nullptr) return store_some(g.whole + i, value, n);
+  const U bits = (as_bits(value) + 0x80u) >> 8;
+  const U rounded = (bits + 0x80u) >> 8;
+  const H high = to_halves(rounded);
+  const B low = to_bytes(bits - (rounded << 8));
+  if (n >= L) {
+    __builtin_memcpy(g.high + i, &high, sizeof high);
+    __builtin_memcpy(g.low + i, &low, sizeof low);
+  } else {
+    __builtin_memcpy(g.high + i, &high, 2 * n);
+    __builtin_memcpy(g.low + i, &low, n);
+  }
 }
 
 #if !TURNFAST_PAIRS
@@ -268,8 +307,8 @@ void pack_scaled(const Head& head, const void* x, const float* row_scales, int64
       for (int64_t lane = 0; lane < NR; lane += L) {
         const int64_t d = p * NR + lane;
         if (use_pairs(head)) {
-          const U low = __builtin_convertvector(narrow(scaled(2 * i, d)), U);
-          const U high = __builtin_convertvector(narrow(scaled(2 * i + 1, d)), U);
+          const U low = from_halves(narrow(scaled(2 * i, d)));
+          const U high = from_halves(narrow(scaled(2 * i + 1, d)));
           store(panel + i * NR + lane, as_float(low | (high << 16)));
         } else {
           store(panel + i * NR + lane, scaled(i, d));
@@ -338,47 +377,164 @@ const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t end, float* 
 // --- scratch -------------------------------------------------------------------------------------
 
 // Vocabulary rows worked on at a time. More rows amortise loading and storing the tiles of dX,
-// fewer keep the packed weight, the block of dW and G in the second-level cache.
+// fewer keep the packed weight and G in the second-level cache.
 int64_t block_rows(const Head& head, int64_t C) {
-  constexpr int64_t kFloats = 1 << 16;
+  constexpr int64_t kBytes = 352 << 10;
   const int64_t longest = head.D > C / 2 ? head.D : C / 2;
-  const int64_t rows = kFloats / longest / kBlock * kBlock;
+  const int64_t rows = kBytes / (longest * (use_pairs(head) ? 2 : 4)) / kBlock * kBlock;
   return rows < kBlock ? kBlock : rows > 2 * kBlock ? 2 * kBlock : rows;
 }
 
-// Forward: a copy of MR rows, then block sums. Backward: packed W block, dW block, G in both forms,
-// its sums.
+// Rows of dW that are summed over a chunk's tokens before they go to memory: a panel of tokens is
+// read once per tile of them.
+constexpr int kStrip = 4 * MR;
+
+// Of one worker, in floats. rows: MR rows of W on the way in, kStrip of dW on the way out. sums: four of
+// the tokens. weight: the packed block of W. g_rows, g_pairs: G of the block in both forms.
 struct Layout {
-  int64_t weight, d_head, g_rows, g_pairs, sums, end;
+  int64_t rows, sums, weight, g_rows, g_pairs, end;
 };
 
-Layout backward_layout(const Head& head, int64_t C) {
+Layout layout(const Head& head, int64_t C) {
   const int64_t width = round_up(head.D, NR);
   const int64_t ld = round_up(C, NR);
   const int64_t rows = block_rows(head, C);
   Layout at{};
-  at.d_head = rows * width;
-  at.g_rows = at.d_head + rows * width;
+  at.sums = at.rows + kStrip * width;
+  at.weight = at.sums + 4 * ld;
+  at.g_rows = at.weight + units(head, rows) * width;
   at.g_pairs = at.g_rows + rows * ld + NR;
-  at.sums = at.g_pairs + rows * ld + NR;
-  at.end = at.sums + ld;
+  at.end = at.g_pairs + (use_pairs(head) ? units(head, rows) * ld + NR : 0);
   return at;
 }
 
-int64_t scratch_floats(const Head& head, int64_t C) {
-  const int64_t forward = MR * round_up(head.D, NR) + 3 * round_up(C, NR);
-  const int64_t backward = backward_layout(head, C).end;
-  return round_up(forward > backward ? forward : backward, 16);
+int64_t scratch_floats(const Head& head, int64_t C) { return round_up(layout(head, C).end, 16); }
+
+// --- G = dz / (a factor of the token) ------------------------------------------------------------
+
+// dz from E where a token's row is not one factor times E: entropy bonus, soft cap. z - anchor is
+// log E, so no logits are kept.
+TF_INLINE F coefficient(const Head& head, const BackwardChunk& chunk, F e, int64_t n) {
+  const F u = log_normal(at_least(e, 1e-37f));
+  F factor = load(chunk.scales + n);
+  if (chunk.slopes != nullptr) {
+    factor += (u + load(chunk.bonuses + n)) * load(chunk.slopes + n);
+  }
+  if (head.capped) {
+    const F t = (u + load(chunk.anchors + n)) * (1.0f / head.scale.high);
+    factor *= 1.0f - t * t;
+  }
+  return e * factor;
+}
+
+// G of `n` vocabulary rows in the two forms that the products take:
+// rows: [n][ld], broadcast along tokens; pairs: [units of n][ld], broadcast along the vocabulary.
+struct Gradient {
+  const uint32_t* rows;
+  const uint32_t* pairs;
+};
+
+// From E of these rows; `transform` null: G is E. out: [n][ld]. sums: [ld], added to.
+Gradient prepare_float(const Head& head, const BackwardChunk* transform, const float* e, int64_t ld,
+                       int64_t n, float* out, float* sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t t = 0; t < ld; t += L) {
+      F g = load(e + i * ld + t);
+      if (transform != nullptr) {
+        g = coefficient(head, *transform, g, t);
+        store(out + i * ld + t, g);
+      }
+      store(sums + t, load(sums + t) + g);
+    }
+  }
+  const auto* g = reinterpret_cast<const uint32_t*>(transform != nullptr ? out : e);
+  return {g, g};
+}
+
+// G in bf16 at e + i, from E if it is not E itself.
+TF_INLINE H pair_half(const Head& head, const BackwardChunk* transform, const uint16_t* e,
+                      uint16_t* g, int64_t i, int64_t t) {
+  H bits = *reinterpret_cast<const Hu*>(e + i);
+  if (transform != nullptr) {
+    bits = narrow(coefficient(head, *transform, widen(bits, Type::kBFloat16), t));
+    *reinterpret_cast<Hu*>(g + i) = bits;
+  }
+  return bits;
+}
+
+Gradient prepare_pairs(const Head& head, const BackwardChunk* transform, const uint16_t* e,
+                       int64_t ld, int64_t n, float* rows, float* pairs, float* sums) {
+  auto* g = reinterpret_cast<uint16_t*>(rows);
+  for (int64_t i = 0; i < n; i += 2) {
+    for (int64_t t = 0; t < ld; t += L) {
+      const U low = from_halves(pair_half(head, transform, e, g, i * ld + t, t));
+      U high{};
+      if (i + 1 < n) {
+        high = from_halves(pair_half(head, transform, e, g, (i + 1) * ld + t, t)) << 16;
+      }
+      store(pairs + i / 2 * ld + t, as_float(low | high));
+      store(sums + t, load(sums + t) + (as_float(low << 16) + as_float(high)));
+    }
+  }
+  return {reinterpret_cast<const uint32_t*>(transform != nullptr ? g : e),
+          reinterpret_cast<const uint32_t*>(pairs)};
+}
+
+Gradient prepare(const Head& head, const BackwardChunk* transform, const void* e, int64_t ld,
+                 int64_t n, float* scratch, const Layout& at, float* sums) {
+  if (!use_pairs(head)) {
+    return prepare_float(head, transform, static_cast<const float*>(e), ld, n, scratch + at.g_rows,
+                         sums);
+  }
+  return prepare_pairs(head, transform, static_cast<const uint16_t*>(e), ld, n,
+                       scratch + at.g_rows, scratch + at.g_pairs, sums);
+}
+
+// --- G @ W ---------------------------------------------------------------------------------------
+
+template <class Mul>
+void add_tiles(const Head& head, int64_t C, const uint32_t* g, const float* weight, int64_t k,
+               bool add, float* d_x) {
+  const int64_t width = round_up(head.D, NR), ld = round_up(C, NR);
+  // G's few lines per tile stay in the first-level cache while the packed weight streams by.
+  for (int64_t n = 0; n < C; n += MR) {
+    for (int64_t j = 0; j < width; j += NR) {
+      tile<Mul, false>(g + n, ld, weight + j * k, k, d_x + n * width + j, width, add);
+    }
+  }
+}
+
+// d_x (+)= G @ W over vocabulary rows [v, v + n).
+void add_d_x(const Head& head, int64_t C, const Gradient& g, int64_t v, int64_t n, bool add,
+             float* weight, float* d_x) {
+  pack_weight(head, v, n, weight);
+  const int64_t k = units(head, n);
+  if (use_pairs(head)) {
+    add_tiles<MulPairs>(head, C, g.pairs, weight, k, add, d_x);
+  } else {
+    add_tiles<MulFloat>(head, C, g.rows, weight, k, add, d_x);
+  }
+}
+
+void clear_d_x(const Head& head, int64_t C, float* d_x) {
+  const int64_t size = round_up(C, MR) * round_up(head.D, NR);
+  for (int64_t i = 0; i < size; ++i) d_x[i] = 0.0f;
+}
+
+// Part `part` of `parts` of what the next tiles read: it arrives behind the products of these.
+TF_INLINE void prefetch_part(const char* data, int64_t size, int64_t part, int64_t parts) {
+  const int64_t stop = size * (part + 1) / parts;
+  for (int64_t i = size * part / parts; i < stop; i += 64) __builtin_prefetch(data + i, 0, 2);
 }
 
 // --- forward -------------------------------------------------------------------------------------
 
-// One tile of logits to exponentials, its sums added to the block's.
+// One tile of logits to exponentials in `e` (null: not kept), its sums added to the block's.
 template <class Mul, bool kPairs>
 __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk& chunk,
                                             const uint32_t* a, int64_t lda, const float* b,
                                             int64_t k, int64_t v, int64_t rows, int64_t n,
-                                            float* sums) {
+                                            char* e_rows, float* sums) {
   // Out of registers at once: indexing the accumulators by a loop variable would keep them in
   // memory during the product, too.
   F z[MR][2];
@@ -404,12 +560,11 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
       max = select((u > max) & ~target, u, max);
       sum += e;
       dot += e * u;
-      if (chunk.exps == nullptr) continue;
+      if (e_rows == nullptr) continue;
       if (kPairs) {
-        auto* row = static_cast<uint16_t*>(chunk.exps) + (v + i) * chunk.ld;
-        *reinterpret_cast<Hu*>(row + lane) = narrow(e);
+        *reinterpret_cast<Hu*>(e_rows + 2 * (i * chunk.ld + lane)) = narrow(e);
       } else {
-        store(static_cast<float*>(chunk.exps) + (v + i) * chunk.ld + lane, e);
+        store(e_rows + 4 * (i * chunk.ld + lane), e);
       }
     }
     store(sums + lane, load(sums + lane) + sum);
@@ -420,207 +575,143 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
 
 template <class Mul, bool kPairs>
 void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
-                Scratch scratch, ForwardSums out) {
-  float* copy = scratch.base;
-  float* sums = copy + MR * round_up(head.D, NR);
-  const int64_t k = units(head, head.D);
-  const int64_t ld = chunk.ld;
+                Scratch scratch, ForwardSums out, float* d_x) {
+  const Layout layout_of = layout(head, chunk.C);
+  float* sums = scratch.base + layout_of.sums;
+  const int64_t k = units(head, head.D), ld = chunk.ld, row_bytes = ld * (kPairs ? 2 : 4);
+  const int64_t block_size = block_rows(head, chunk.C);
   for (int64_t n = 0; n < ld; ++n) {
     out.sum[n] = out.dot[n] = 0.0;
+    if (d_x != nullptr) out.kept[n] = 0.0;
     sums[2 * ld + n] = -__builtin_inff();
   }
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t stop = block + kBlock < end ? block + kBlock : end;
+  if (d_x != nullptr && begin >= end) clear_d_x(head, chunk.C, d_x);
+  for (int64_t block = begin; block < end; block += block_size) {
+    const int64_t stop = block + block_size < end ? block + block_size : end;
+    auto* e = static_cast<char*>(chunk.exps);
+    if (e != nullptr) e += block * row_bytes;
+    // E that nobody keeps lives in the block's own place.
+    if (e == nullptr && d_x != nullptr) e = reinterpret_cast<char*>(scratch.base + layout_of.g_rows);
     // Float sums within a block, double across blocks: the error does not grow with V.
     for (int64_t n = 0; n < 2 * ld; ++n) sums[n] = 0.0f;
     for (int64_t v = block; v < stop; v += MR) {
       int64_t lda;
-      const uint32_t* a = broadcast_rows(head, v, stop, copy, &lda);
+      const uint32_t* a = broadcast_rows(head, v, stop, scratch.base, &lda);
       const int64_t rows = stop - v < MR ? stop - v : MR;
+      const int64_t next = end - v - MR < MR ? (end - v > MR ? end - v - MR : 0) : MR;
       for (int64_t n = 0; n < ld; n += NR) {
+        prefetch_part(at(head.weight, head.type, (v + MR) * head.D),
+                      next * head.D * bytes(head.type), n / NR, ld / NR);
         const float* b = static_cast<const float*>(chunk.x_panels) + n * k;
-        forward_tile<Mul, kPairs>(head, chunk, a, lda, b, k, v, rows, n, sums);
+        forward_tile<Mul, kPairs>(head, chunk, a, lda, b, k, v, rows, n,
+                                  e == nullptr ? e : e + (v - block) * row_bytes, sums);
       }
     }
     for (int64_t n = 0; n < ld; ++n) {
       out.sum[n] += sums[n];
       out.dot[n] += sums[ld + n];
     }
+    if (d_x == nullptr) continue;
+    float* kept = sums + 3 * ld;
+    for (int64_t n = 0; n < ld; ++n) kept[n] = 0.0f;
+    const Gradient g = prepare(head, nullptr, e, ld, stop - block, scratch.base, layout_of, kept);
+    for (int64_t n = 0; n < ld; ++n) out.kept[n] += kept[n];
+    add_d_x(head, chunk.C, g, block, stop - block, block > begin, scratch.base + layout_of.weight,
+            d_x);
   }
   for (int64_t n = 0; n < ld; ++n) out.max[n] = sums[2 * ld + n];
 }
 
 void forward(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
-             Scratch scratch, ForwardSums out) {
+             Scratch scratch, ForwardSums out, float* d_x) {
   if (use_pairs(head)) {
-    forward_as<MulPairs, true>(head, chunk, begin, end, scratch, out);
+    forward_as<MulPairs, true>(head, chunk, begin, end, scratch, out, d_x);
   } else {
-    forward_as<MulFloat, false>(head, chunk, begin, end, scratch, out);
+    forward_as<MulFloat, false>(head, chunk, begin, end, scratch, out, d_x);
   }
 }
 
 // --- backward ------------------------------------------------------------------------------------
 
-// dz from E where a token's row is not one factor times E: entropy bonus, soft cap. z - anchor is
-// log E, so no logits are kept.
-TF_INLINE F coefficient(const Head& head, const BackwardChunk& chunk, F e, int64_t n) {
-  const F u = log_normal(at_least(e, 1e-37f));
-  F factor = load(chunk.scales + n);
-  if (chunk.slopes != nullptr) {
-    factor += (u + load(chunk.bonuses + n)) * load(chunk.slopes + n);
-  }
-  if (head.capped) {
-    const F t = (u + load(chunk.anchors + n)) * (1.0f / head.scale.high);
-    factor *= 1.0f - t * t;
-  }
-  return e * factor;
-}
-
-// G of `n` vocabulary rows from v on, in the two forms that the products take:
-// rows: [n][ld], broadcast along tokens; pairs: [units of n][ld], broadcast along the vocabulary.
-struct Gradient {
-  const uint32_t* rows;
-  const uint32_t* pairs;
-};
-
-Gradient prepare_float(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
-                       float* out, float* sums) {
-  const int64_t ld = chunk.ld;
-  const float* e = static_cast<const float*>(chunk.exps) + v * ld;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t t = 0; t < ld; t += L) {
-      F g = load(e + i * ld + t);
-      if (chunk.transform) {
-        g = coefficient(head, chunk, g, t);
-        store(out + i * ld + t, g);
-      }
-      store(sums + t, load(sums + t) + g);
-    }
-  }
-  const auto* g = reinterpret_cast<const uint32_t*>(chunk.transform ? out : e);
-  return {g, g};
-}
-
-// G in bf16 at e + i, from E if it is not E itself.
-TF_INLINE H pair_half(const Head& head, const BackwardChunk& chunk, const uint16_t* e, uint16_t* g,
-                      int64_t i, int64_t t) {
-  H bits = *reinterpret_cast<const Hu*>(e + i);
-  if (chunk.transform) {
-    bits = narrow(coefficient(head, chunk, widen(bits, Type::kBFloat16), t));
-    *reinterpret_cast<Hu*>(g + i) = bits;
-  }
-  return bits;
-}
-
-Gradient prepare_pairs(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
-                       float* rows, float* pairs, float* sums) {
-  const int64_t ld = chunk.ld;
-  const auto* e = static_cast<const uint16_t*>(chunk.exps) + v * ld;
-  auto* g = reinterpret_cast<uint16_t*>(rows);
-  for (int64_t i = 0; i < n; i += 2) {
-    for (int64_t t = 0; t < ld; t += L) {
-      const U low = __builtin_convertvector(pair_half(head, chunk, e, g, i * ld + t, t), U);
-      U high{};
-      if (i + 1 < n) {
-        high = __builtin_convertvector(pair_half(head, chunk, e, g, (i + 1) * ld + t, t), U) << 16;
-      }
-      store(pairs + i / 2 * ld + t, as_float(low | high));
-      store(sums + t, load(sums + t) + (as_float(low << 16) + as_float(high)));
-    }
-  }
-  return {reinterpret_cast<const uint32_t*>(chunk.transform ? g : e),
-          reinterpret_cast<const uint32_t*>(pairs)};
-}
-
-template <class Mul>
-void add_d_x(const Head& head, const BackwardChunk& chunk, const uint32_t* g, const float* weight,
-             int64_t k, bool add, float* d_x) {
-  const int64_t width = round_up(head.D, NR);
-  // G's few lines per tile stay in the first-level cache while the packed weight streams by.
-  for (int64_t n = 0; n < chunk.C; n += MR) {
-    for (int64_t j = 0; j < width; j += NR) {
-      tile<Mul, false>(g + n, chunk.ld, weight + j * k, k, d_x + n * width + j, width, add);
+// What rows [begin, end) will be added to, hidden columns from j on, arrives behind the products.
+void prefetch_gradient(const Head& head, const HeadGradient& g, int64_t begin, int64_t end,
+                       int64_t j) {
+  constexpr int64_t kLine = 16;
+  const int64_t edge = j + NR < head.D ? j + NR : head.D;
+  for (int64_t i = begin * head.D; i < end * head.D; i += head.D) {
+    if (g.whole != nullptr) {
+      for (int64_t d = j; d < edge; d += kLine) __builtin_prefetch(g.whole + i + d, 1, 2);
+    } else {
+      __builtin_prefetch(g.high + i + j, 1, 2);
+      if (j % (2 * NR) == 0) __builtin_prefetch(g.low + i + j, 1, 2);
     }
   }
 }
 
+// Rows [v, v + n) of the head's gradient from G [n][ldg] and the packed tokens. `ahead` rows of G
+// follow in memory.
 template <class Mul>
 void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g, int64_t ldg,
-                 int64_t first_row, int64_t n, float* block) {
+                 int64_t v, int64_t n, int64_t ahead, float* strip) {
   const int64_t width = round_up(head.D, NR);
   const int64_t k = units(head, chunk.C);
   const auto* x = static_cast<const float*>(chunk.x_panels);
-  constexpr int64_t kLine = 16;  // floats
-  for (int64_t j = 0; j < width; j += NR) {
-    for (int64_t v = 0; v < n; v += MR) {
-      if (!chunk.first) {
-        // What the block will be added to arrives from memory behind the products.
-        const int64_t stop = v + MR < n ? v + MR : n, edge = j + NR < head.D ? j + NR : head.D;
-        for (int64_t row = first_row + v; row < first_row + stop; ++row) {
-          for (int64_t d = j; d < edge; d += kLine) {
-            __builtin_prefetch(chunk.d_head + row * head.D + d, 1, 2);
-          }
-        }
+  const HeadGradient& to = chunk.d_head;
+  for (int64_t top = 0; top < n; top += kStrip) {
+    const int64_t stop = n - top < kStrip ? n : top + kStrip;
+    const int64_t next = n + ahead - stop < kStrip ? n + ahead - stop : kStrip;
+    for (int64_t j = 0; j < width; j += NR) {
+      for (int64_t row = top; row < stop; row += MR) {
+        const int64_t end = row + MR < stop ? row + MR : stop;
+        prefetch_part(reinterpret_cast<const char*>(g + stop * ldg), next * ldg * 4,
+                      j / NR * (kStrip / MR) + (row - top) / MR, width / NR * (kStrip / MR));
+        if (!chunk.first) prefetch_gradient(head, chunk.d_head, v + row, v + end, j);
+        tile<Mul, true>(g + row * ldg, ldg, x + j * k, k, strip + (row - top) * width + j, width,
+                        false);
       }
-      tile<Mul, true>(g + v * ldg, ldg, x + j * k, k, block + v * width + j, width, false);
     }
-  }
-}
-
-// The block [n][width] into d_head.
-void merge_d_head(const Head& head, const BackwardChunk& chunk, int64_t v, int64_t n,
-                  const float* block) {
-  const int64_t width = round_up(head.D, NR);
-  for (int64_t i = 0; i < n; ++i) {
-    const float* from = block + i * width;
-    float* to = chunk.d_head + (v + i) * head.D;
-    int64_t d = 0;
-    if (chunk.first) {
-      __builtin_memcpy(to, from, 4 * head.D);
-      continue;
+    for (int64_t row = top; row < stop; ++row) {
+      const float* from = strip + (row - top) * width;
+      const int64_t at = (v + row) * head.D;
+      for (int64_t d = 0; d < head.D; d += L) {
+        const int64_t m = head.D - d;
+        const F value = load(from + d);
+        store_gradient(to, at + d, m, chunk.first ? value : load_gradient(to, at + d, m) + value);
+      }
     }
-    for (; d + L <= head.D; d += L) store(to + d, load(to + d) + load(from + d));
-    for (; d < head.D; ++d) to[d] += from[d];
   }
 }
 
 void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
               Scratch scratch, double* g_sums, float* d_x) {
-  const Layout at = backward_layout(head, chunk.C);
-  float* weight = scratch.base;
-  float* block = scratch.base + at.d_head;
-  float* sums = scratch.base + at.sums;
-  const bool pairs = use_pairs(head);
-  for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] = 0.0;
-  if (d_x != nullptr && begin >= end) {
-    const int64_t size = round_up(chunk.C, MR) * round_up(head.D, NR);
-    for (int64_t i = 0; i < size; ++i) d_x[i] = 0.0f;
+  const Layout layout_of = layout(head, chunk.C);
+  float* sums = scratch.base + layout_of.sums;
+  const bool pairs = use_pairs(head), plain = g_sums == nullptr;
+  const int64_t row_bytes = chunk.ld * (pairs ? 2 : 4);
+  if (!plain) {
+    for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] = 0.0;
   }
+  if (d_x != nullptr && begin >= end) clear_d_x(head, chunk.C, d_x);
   const int64_t block_size = block_rows(head, chunk.C);
   for (int64_t v = begin; v < end; v += block_size) {
     const int64_t n = end - v < block_size ? end - v : block_size;
-    for (int64_t t = 0; t < chunk.ld; ++t) sums[t] = 0.0f;
-    float* rows = scratch.base + at.g_rows;
-    const Gradient g = pairs
-                           ? prepare_pairs(head, chunk, v, n, rows, scratch.base + at.g_pairs, sums)
-                           : prepare_float(head, chunk, v, n, rows, sums);
-    for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] += sums[t];
-    if (d_x != nullptr) {
-      pack_weight(head, v, n, weight);
-      const int64_t k = units(head, n);
-      if (pairs) {
-        add_d_x<MulPairs>(head, chunk, g.pairs, weight, k, v > begin, d_x);
-      } else {
-        add_d_x<MulFloat>(head, chunk, g.rows, weight, k, v > begin, d_x);
-      }
+    const char* e = static_cast<const char*>(chunk.exps) + v * row_bytes;
+    Gradient g{reinterpret_cast<const uint32_t*>(e), nullptr};
+    if (!plain) {
+      for (int64_t t = 0; t < chunk.ld; ++t) sums[t] = 0.0f;
+      g = prepare(head, chunk.transform ? &chunk : nullptr, e, chunk.ld, n, scratch.base, layout_of,
+                  sums);
+      for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] += sums[t];
     }
-    if (chunk.d_head != nullptr) {
-      if (pairs) {
-        make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, v, n, block);
-      } else {
-        make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, v, n, block);
-      }
-      merge_d_head(head, chunk, v, n, block);
+    if (d_x != nullptr) {
+      add_d_x(head, chunk.C, g, v, n, v > begin, scratch.base + layout_of.weight, d_x);
+    }
+    if (!chunk.d_head.wanted()) continue;
+    const int64_t ahead = plain ? end - v - n : 0;
+    if (pairs) {
+      make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, v, n, ahead, scratch.base);
+    } else {
+      make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, v, n, ahead, scratch.base);
     }
   }
 }
@@ -660,18 +751,44 @@ void finish_d_x(const Head& head, const float* const* d_x, int64_t workers, cons
   }
 }
 
+void scatter_d_x(const Head& head, const float* const* d_x, int64_t workers,
+                 const float* row_scales, const float* patches, const int32_t* columns,
+                 const int64_t* rows, int64_t C, int64_t begin, int64_t end, float* out) {
+  const int64_t width = round_up(head.D, NR);
+  for (int64_t n = 0; n < C; ++n) {
+    float* to = out + rows[n] * head.D;
+    for (int64_t d = begin; d < end; d += L) {
+      const int64_t m = end - d;
+      F sum{};
+      for (int64_t i = 0; i < workers; ++i) sum += load(d_x[i] + n * width + d);
+      F target{};
+      if (columns[n] >= 0) {
+        target = load_some(at(head.weight, head.type, columns[n] * head.D + d), head.type, m);
+      }
+      const F add = sum * row_scales[n] + target * patches[n];
+      store_some(to + d, load_some(to + d, Type::kFloat, m) + add, m);
+    }
+  }
+}
+
 void patch(const Head& head, const void* x, const int32_t* columns, const float* patches, int64_t C,
-           int64_t begin, int64_t end, float* d_x, float* d_head) {
-  const auto add = [&](float* to, const void* from, int64_t row, int64_t d, float factor) {
-    const F value = load_some(at(from, head.type, row * head.D + d), head.type, end - d);
-    store_some(to, load_some(to, Type::kFloat, end - d) + value * factor, end - d);
+           int64_t begin, int64_t end, float* d_x, const HeadGradient& d_head) {
+  const auto product = [&](const void* from, int64_t row, int64_t d, float factor) {
+    return load_some(at(from, head.type, row * head.D + d), head.type, end - d) * factor;
   };
   for (int64_t n = 0; n < C; ++n) {
     const int64_t v = columns[n];
     if (v < 0) continue;
     for (int64_t d = begin; d < end; d += L) {
-      if (d_x != nullptr) add(d_x + n * head.D + d, head.weight, v, d, patches[n]);
-      if (d_head != nullptr) add(d_head + v * head.D + d, x, n, d, patches[n]);
+      const int64_t m = end - d;
+      if (d_x != nullptr) {
+        float* to = d_x + n * head.D + d;
+        store_some(to, load_some(to, Type::kFloat, m) + product(head.weight, v, d, patches[n]), m);
+      }
+      if (d_head.wanted()) {
+        const int64_t i = v * head.D + d;
+        store_gradient(d_head, i, m, load_gradient(d_head, i, m) + product(x, n, d, patches[n]));
+      }
     }
   }
 }
@@ -694,8 +811,8 @@ constexpr Kernel table(const char* name, bool (*supported)()) {
           panel_bytes, pack_tokens,
           pack_scaled, pick,
           forward,     backward,
-          finish_d_x,  patch,
-          exp_all};
+          finish_d_x,  scatter_d_x,
+          patch,       exp_all};
 }
 
 }  // namespace turnfast::TURNFAST_ISA

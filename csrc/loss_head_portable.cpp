@@ -5,7 +5,7 @@
 #define TURNFAST_ISA portable
 #define TURNFAST_LANES 4
 #define TURNFAST_ROWS 6
-#define TURNFAST_SCALE 0
+#define TURNFAST_AVX512 0
 #define TURNFAST_PAIRS 0
 
 #include "loss_head_kernel_impl.h"

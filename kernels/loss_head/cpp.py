@@ -1,4 +1,5 @@
-"""The loss head on the CPU: the driver's Head over the C++ operators of turnfast._C.
+"""The loss head on the CPU, in C++: a whole policy loss in one call (csrc/policy_loss.cpp), and the
+driver's Head over the operators of one chunk for heads in shards and for log-probs alone.
 
 With the logit z_y of a token's target known first (one dot product), every exponential is anchored
 there and no pass over the logits looks for a maximum:
@@ -16,6 +17,8 @@ Source of the anchoring: a softmax is invariant to any shift, the maximum is onl
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,7 @@ HIDING_TOKENS, MAX_TOKENS, STEP = 384, 2304, 96
 # Above this, sums of exponentials anchored at the target come near the end of float32.
 ANCHOR_LIMIT = 60.0
 
+OUTCOME_FIELDS = tuple(field.name for field in fields(Outcome))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -158,10 +162,27 @@ class CppHead:
 
 
 def policy_loss(problem: Problem) -> Outcome:
-    """Loss and gradients of a checked problem."""
+    """Loss and gradients of a problem: in one call of C++ where that can take it."""
     p = problem
+    if p.vocab.group is None:
+        found = torch.ops.turnfast.policy_loss(*_flat(p))
+        if found:
+            return Outcome(**dict(zip(OUTCOME_FIELDS, found, strict=True)))
+    # Of a head in shards, and to say what is wrong with a problem.
     head = CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
     return run_policy_loss(p, head)
+
+
+def _flat(p: Problem) -> tuple[object, ...]:
+    given = (p.hidden_TD, p.head_VD, p.rows_N, p.targets_N, p.turns_N, p.sequences_K)
+    given += (p.advantages_K, p.weights_N, p.old_N, p.ref_N, p.sampler_N)
+    r = p.rule
+    return (
+        *(x if x is None else x.contiguous() for x in given),
+        *(r.ratio, r.kind, r.clip_low, r.clip_high, r.dual_clip, r.kl_coef, r.entropy_coef),
+        *(r.is_cap, p.temperature, p.softcap or 0.0, p.chunk_tokens or 0),
+        *(p.need_hidden, p.need_head),
+    )
 
 
 def logprobs(

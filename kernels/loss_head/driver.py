@@ -16,7 +16,7 @@ from torch import Tensor
 from ..segments.reference import add_rows, segment_sum
 from .plan import Chunk, Plan, make_plan
 from .policy import Terms, Tokens, add_sums, no_sums, policy_terms, stats_vector
-from .problem import Outcome, Problem, Vocab, compute_dtype
+from .problem import Outcome, Problem, Vocab, check_values, compute_dtype
 from .records import PolicyRule
 
 Policy = Callable[[PolicyRule, Tokens, Tensor, Tensor], Terms]
@@ -60,8 +60,9 @@ def run_policy_loss(
     policy: Policy = policy_terms,
     turn_sums: Callable[[Tensor, Tensor, int], Tensor] = segment_sum,
 ) -> Outcome:
-    """Loss, statistics and gradients of a checked problem, chunk by chunk."""
+    """Loss, statistics and gradients of a problem, chunk by chunk, after a look at its values."""
     p = problem
+    check_values(p)
     dtype = compute_dtype(p.hidden_TD.dtype)
     device = p.hidden_TD.device
     N = p.rows_N.shape[0]

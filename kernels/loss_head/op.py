@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .problem import Problem, Vocab, check_indices, check_values, compute_dtype
+from .problem import Problem, Vocab, check_indices, compute_dtype
 from .records import PolicyRule
 
 NUM_STATS = 11
@@ -137,7 +137,6 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         need_hidden=given.need_hidden,
         need_head=given.need_head,
     )
-    check_values(problem)
     # The dtypes are chosen here, float32 where it counts: a caller's autocast would undo that.
     with torch.autocast(hidden.device.type, enabled=False):
         out = chosen.policy_loss(problem)
@@ -148,7 +147,8 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         out.turn_logprobs_K,
         out.stats,
         out.d_hidden_TD,
-        out.d_head_VD,
+        # The larger one, kept from here to backward: not wider than it will be there.
+        out.d_head_VD.to(head_weight.dtype),
     )
 
 
@@ -157,7 +157,7 @@ def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
     hidden, num_tokens = given.hidden, given.rows.shape[0]
     dtype = compute_dtype(hidden.dtype)
 
-    def new(*shape: int | torch.SymInt) -> Tensor:
+    def new(*shape: int | torch.SymInt, dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(shape, dtype=dtype)
 
     return (
@@ -167,7 +167,7 @@ def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         new(given.advantages.shape[0]),
         hidden.new_empty(NUM_STATS, dtype=torch.float64),
         new(*(hidden.shape if given.need_hidden else (0,))),
-        new(*(given.head_weight.shape if given.need_head else (0,))),
+        new(*(given.head_weight.shape if given.need_head else (0,)), dtype=hidden.dtype),
     )
 
 

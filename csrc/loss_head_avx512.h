@@ -1,0 +1,41 @@
+// What AVX-512 has an instruction for and the compiler does not find. Included by the files of both
+// AVX-512 kernels after they set the compiler's target and TURNFAST_ISA. The masks are all ones:
+// GCC warns of its own header in the forms without one.
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace turnfast::TURNFAST_ISA {
+namespace {
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t WordLanes __attribute__((vector_size(64)));
+typedef uint16_t HalfLanes __attribute__((vector_size(32)));
+typedef int8_t ByteLanes __attribute__((vector_size(16)));
+
+// p * 2^n, 0 or infinite where that leaves the range.
+inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
+  return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+
+inline __attribute__((always_inline)) WordLanes from_halves(HalfLanes x) {
+  return (WordLanes)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+}
+
+// Sign extended.
+inline __attribute__((always_inline)) WordLanes from_bytes(ByteLanes x) {
+  return (WordLanes)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)x);
+}
+
+// The low bits.
+inline __attribute__((always_inline)) HalfLanes to_halves(WordLanes x) {
+  return (HalfLanes)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
+}
+
+inline __attribute__((always_inline)) ByteLanes to_bytes(WordLanes x) {
+  return (ByteLanes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x);
+}
+
+}  // namespace
+}  // namespace turnfast::TURNFAST_ISA
