@@ -26,6 +26,7 @@ typedef float Fu __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef int32_t Iu __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint32_t Uu __attribute__((vector_size(4 * L), aligned(2), may_alias));
 typedef uint16_t Hu __attribute__((vector_size(2 * L), aligned(2), may_alias));
+typedef int8_t Bu __attribute__((vector_size(L), aligned(1), may_alias));
 
 #define TF_INLINE inline __attribute__((always_inline))
 
@@ -153,19 +154,21 @@ TF_INLINE void store_some(float* p, F x, int64_t n) {
   __builtin_memcpy(p, &x, 4 * n);
 }
 
-// `n` <= L elements of the head's gradient from element i on, zeros behind them.
+TF_INLINE F joined(H high, B low) {
+  return as_float((from_halves(high) << 16) + (from_bytes(low) << 8));
+}
+
+// `n` elements of the head's gradient from element i on, zeros behind them.
 TF_INLINE F load_gradient(const HeadGradient& g, int64_t i, int64_t n) {
   if (g.whole != nullptr) return load_some(g.whole + i, Type::kFloat, n);
+  if (n >= L) {
+    return joined(*reinterpret_cast<const Hu*>(g.high + i), *reinterpret_cast<const Bu*>(g.low + i));
+  }
   H high{};
   B low{};
-  if (n >= L) {
-    __builtin_memcpy(&high, g.high + i, sizeof high);
-    __builtin_memcpy(&low, g.low + i, sizeof low);
-  } else {
-    __builtin_memcpy(&high, g.high + i, 2 * n);
-    __builtin_memcpy(&low, g.low + i, n);
-  }
-  return as_float((from_halves(high) << 16) + (from_bytes(low) << 8));
+  __builtin_memcpy(&high, g.high + i, 2 * n);
+  __builtin_memcpy(&low, g.low + i, n);
+  return joined(high, low);
 }
 
 // Rounded to 24 bits, the first 16 of them to nearest; a carry into the exponent is right, too.
@@ -176,12 +179,16 @@ TF_INLINE void store_gradient(const HeadGradient& g, int64_t i, int64_t n, F val
   const H high = to_halves(rounded);
   const B low = to_bytes(bits - (rounded << 8));
   if (n >= L) {
-    __builtin_memcpy(g.high + i, &high, sizeof high);
-    __builtin_memcpy(g.low + i, &low, sizeof low);
-  } else {
-    __builtin_memcpy(g.high + i, &high, 2 * n);
-    __builtin_memcpy(g.low + i, &low, n);
+    *reinterpret_cast<Hu*>(g.high + i) = high;
+    *reinterpret_cast<Bu*>(g.low + i) = low;
+    return;
   }
+  __builtin_memcpy(g.high + i, &high, 2 * n);
+  __builtin_memcpy(g.low + i, &low, n);
+}
+
+TF_INLINE void add_gradient(const HeadGradient& g, bool first, int64_t i, int64_t n, F value) {
+  store_gradient(g, i, n, first ? value : load_gradient(g, i, n) + value);
 }
 
 #if !TURNFAST_PAIRS
@@ -673,11 +680,9 @@ void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g
     for (int64_t row = top; row < stop; ++row) {
       const float* from = strip + (row - top) * width;
       const int64_t at = (v + row) * head.D;
-      for (int64_t d = 0; d < head.D; d += L) {
-        const int64_t m = head.D - d;
-        const F value = load(from + d);
-        store_gradient(to, at + d, m, chunk.first ? value : load_gradient(to, at + d, m) + value);
-      }
+      int64_t d = 0;
+      for (; d + L <= head.D; d += L) add_gradient(to, chunk.first, at + d, L, load(from + d));
+      if (d < head.D) add_gradient(to, chunk.first, at + d, head.D - d, load(from + d));
     }
   }
 }
@@ -787,7 +792,7 @@ void patch(const Head& head, const void* x, const int32_t* columns, const float*
       }
       if (d_head.wanted()) {
         const int64_t i = v * head.D + d;
-        store_gradient(d_head, i, m, load_gradient(d_head, i, m) + product(x, n, d, patches[n]));
+        add_gradient(d_head, false, i, m, product(x, n, d, patches[n]));
       }
     }
   }
