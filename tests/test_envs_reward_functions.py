@@ -249,6 +249,38 @@ def test_a_failed_reward_is_counted_and_stays_out_of_the_baseline(chat):
     figures = summarise([group])
     assert figures["status/reward_error"] == pytest.approx(2 / 6) == figures["failed"]
     assert figures["reward_part/moody"] == pytest.approx(3.0)
+    assert figures["fault/reward_not_finite"] == figures["fault/reward_missing"] == 1
+    assert sum(value for name, value in figures.items() if name.startswith("fault/")) == 2
+
+
+def test_every_kind_of_fault_is_counted_by_itself(chat):
+    """What a reward function can do wrong, a judge that talks, and an environment that breaks."""
+
+    def judged(task, turns):
+        raise RewardFault("judge", "no score in 'Well, that depends.'")
+
+    async def hangs(task, turns):
+        await asyncio.sleep(60)
+
+    kinds = {
+        "reward_raised": with_rewards(Books(), [Reward(name="a", function=raises)]),
+        "reward_timeout": with_rewards(Books(), [Reward(name="a", function=hangs, deadline_s=0.2)]),
+        "reward_not_a_number": with_rewards(
+            Books(), [Reward(name="a", function=lambda task, turns: "0.5")]
+        ),
+        "judge": with_rewards(Books(), [Reward(name="a", function=judged)]),
+        "environment": Torn(),
+    }
+    for kind, env in kinds.items():
+        (group,) = roll(chat, env, share=1.0)
+        assert {t.fault for t in group.trajectories} == {kind}
+        faults = {n: v for n, v in summarise([group]).items() if n.startswith("fault/")}
+        assert faults == {f"fault/{kind}": 6}
+
+
+class Torn(Books):
+    def score_answer(self, task, answer, turns):
+        raise OSError("the disk is gone")
 
 
 def test_too_many_failed_rewards_end_the_run_in_words(chat):

@@ -249,6 +249,21 @@ def test_summarise_by_hand():
     assert figures == pytest.approx(expected)
 
 
+def test_faults_and_errors_of_tools_are_counted_by_kind():
+    slow = turn("", None, tool_calls=3, tool_errors={"timeout": 2, "raised": 1})
+    a = rollout(0, [slow, turn("", None, tool_errors={"timeout": 1})])
+    b = rollout(1, [slow], "reward_error", fault="judge")
+    c = rollout(2, [], "error", fault="environment")
+    figures = summarise([group(a, b, c)])
+    assert {n: v for n, v in figures.items() if n.startswith(("fault/", "tool_error/"))} == {
+        "fault/judge": 1,
+        "fault/environment": 1,
+        "tool_error/timeout": 5,
+        "tool_error/raised": 2,
+    }
+    assert not any("fault/" in name for name in summarise([group(rollout(0, [turn("", 1.0)]))]))
+
+
 def test_rollouts_that_were_cut_are_counted():
     statuses = ["context_full", "timeout", "context_full", "finished", "max_turns"]
     figures = summarise([group(*(rollout(i, [turn("")], s) for i, s in enumerate(statuses)))])

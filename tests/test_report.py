@@ -289,6 +289,17 @@ def test_rewards_that_point_the_right_way_are_said_to(run):
     assert "None points the wrong way" in text and "<tr><th>answer_in_result</th>" in text
 
 
+def test_faults_are_shown_by_kind_and_their_absence_is_no_section(run, tmp_path):
+    torn = RunDir.create(tmp_path / "run", Config())
+    for step in range(1, 5):
+        faults = {"fault/judge": 2, "tool_error/timeout": 7} if step > 2 else {}
+        torn.log(step, {"reward/outcome": 0.5, "failed": 0.0, **faults})
+    text = write_report(torn.path).read_text(encoding="utf-8")
+    assert "<tr><th>fault/judge</th><td><b>4</b></td><td>2</td></tr>" in text
+    assert text.index("<th>tool_error/timeout</th><td><b>14</b>") < text.index("<th>fault/judge")
+    assert 'id="faults"' not in write_report(run.path).read_text(encoding="utf-8")
+
+
 def test_one_step_below_zero_is_not_the_wrong_way(tmp_path):
     lines = [{"step": k, "success_correlation/a": r} for k, r in enumerate((0.3, -0.5, 0.1, -0.2))]
     assert [a.wrong for a in agreements(lines)] == [False]

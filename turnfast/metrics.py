@@ -227,7 +227,9 @@ def summarise(
         index over the rollouts that got that far, reward_part/…, tool_success, tool_calls, turns,
         truncated (share of turns cut at the token limit), every metric of the environment
         (exact_match, …), failed, status/…, cut/context and cut/time (how many rollouts the context
-        or the clock ended), rollouts, tokens_sampled, zero_signal_groups (share).
+        or the clock ended), rollouts, tokens_sampled, zero_signal_groups (share); and, where there
+        are any, fault/environment, fault/reward_raised, … (how many rollouts failed of it) and
+        tool_error/raised, tool_error/timeout, … (how many calls ended so, also of failed rollouts).
         A mean over nothing is nan.
     """
     everyone = [trajectory for group in groups for trajectory in group.trajectories]
@@ -250,6 +252,7 @@ def summarise(
         "cut/time": statuses["timeout"],
         "rollouts": len(everyone),
         "tokens_sampled": sum(t.num_sampled for t in everyone),
+        **_count_faults(everyone),
     }
     if credits is not None:
         figures["zero_signal_groups"] = _mean(not credit.has_signal for credit in credits)
@@ -304,6 +307,7 @@ def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -
         "index": trajectory.index,
         "status": trajectory.status,
         "error": trajectory.error,
+        "fault": trajectory.fault,
         "outcome": trajectory.outcome,
         "outcome_parts": trajectory.outcome_parts,
         "metrics": trajectory.metrics,
@@ -338,6 +342,13 @@ def _reward_parts(trajectory: Trajectory) -> dict[str, float]:
         for name, value in part.items():
             parts[f"reward_part/{name}"] += value
     return parts
+
+
+def _count_faults(rollouts: Sequence[Trajectory]) -> Counter[str]:
+    counts = Counter(f"fault/{t.fault}" for t in rollouts if t.fault)
+    for turn in (turn for t in rollouts for turn in t.turns):
+        counts.update({f"tool_error/{kind}": n for kind, n in turn.tool_errors.items()})
+    return counts
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -6,18 +6,28 @@ import asyncio
 import hashlib
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from .chat import Chat, Conversation
 from .config import RolloutConfig
-from .envs import Env, Outcome, RewardFault, Step, check_reward
+from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
-from .types import Message, Status, Task, Trajectory, Turn
+from .tools import ToolError
+from .types import Fault, Message, Status, Task, Trajectory, Turn
 
 Answer = TypeVar("Answer")
+_KINDS: Mapping[FaultKind, Fault] = {
+    "raised": "reward_raised",
+    "timeout": "reward_timeout",
+    "missing": "reward_missing",
+    "not_a_number": "reward_not_a_number",
+    "not_finite": "reward_not_finite",
+    "judge": "judge",
+}
 
 
 async def play(
@@ -43,6 +53,7 @@ async def play(
     turns: list[Turn] = []
     status: Status = "max_turns"
     outcome, error, begin = Outcome(), "", time.perf_counter()
+    kind: Fault = ""
     limit = asyncio.timeout(config.trajectory_timeout_s)
     try:
         with sampler.playing():
@@ -89,9 +100,10 @@ async def play(
         if isinstance(fault, TimeoutError) and limit.expired():
             status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
         elif isinstance(fault, RewardFault):
-            status, error = "reward_error", str(fault)
+            status, error, kind = "reward_error", str(fault), _KINDS[fault.kind]
         else:
-            status, error = "error", f"{type(fault).__name__}: {fault}{_where(fault)}"
+            status, kind = "error", "environment"
+            error = f"{type(fault).__name__}: {fault}{_where(fault)}"
     return Trajectory(
         task_id=task.id,
         index=index,
@@ -101,6 +113,7 @@ async def play(
         outcome_parts=outcome.reward_parts,
         metrics=outcome.metrics,
         error=error,
+        fault=kind,
         time_s=time.perf_counter() - begin,
     )
 
@@ -150,6 +163,9 @@ def _turn(talk: Conversation, completion: Completion, text: str, step: Step) -> 
         reward_parts=step.reward_parts,
         tool_calls=step.tool_calls,
         tool_successes=step.tool_successes,
+        tool_errors=Counter(
+            call.result.kind for call in step.calls if isinstance(call.result, ToolError)
+        ),
         restart=talk.restart,
     )
 

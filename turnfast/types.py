@@ -31,6 +31,17 @@ Finish = Literal["stop", "length"]
 Status = Literal[
     "finished", "max_turns", "context_full", "overlong", "error", "reward_error", "timeout"
 ]
+Fault = Literal[
+    "",
+    "environment",
+    "reward_raised",
+    "reward_timeout",
+    "reward_missing",
+    "reward_not_a_number",
+    "reward_not_finite",
+    "judge",
+]
+"""Whose fault a failed trajectory is, and of what kind; the clock's stands in its status."""
 LARGEST_REWARD = 1e100
 """Rewards stay below it in size: their squares, summed over a group, are still numbers."""
 Message = Mapping[str, Any]
@@ -61,6 +72,7 @@ class Turn:
         reward: weighted turn reward; None when the environment gave none for this turn.
         reward_parts: the named, weighted parts of which `reward` is the sum.
         tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt.
+        tool_errors: how many of the calls ended in an error, by its kind (`tools.ToolError.kind`).
         restart: True when the chat template rewrote earlier turns, so this turn starts a new row.
     """
 
@@ -74,6 +86,7 @@ class Turn:
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     tool_calls: int = 0
     tool_successes: int = 0
+    tool_errors: Mapping[str, int] = field(default_factory=dict)
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +108,7 @@ class Trajectory:
             no number) and `timeout` are faults of the world, not of the policy: such a trajectory
             is counted, but never trained on and never part of a baseline. Nor is an `overlong`
             one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
+        fault: the kind of a failure, where its status does not say it all.
     """
 
     task_id: str
@@ -105,6 +119,7 @@ class Trajectory:
     outcome_parts: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
+    fault: Fault = ""
     time_s: float = 0.0
 
     @property

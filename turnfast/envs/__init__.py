@@ -15,7 +15,7 @@ from .base import (
 )
 from .load import load_env, tasks_of
 from .lookup import LookupEnv
-from .reward import Reward, RewardFault, RewardFunction, check_reward, with_rewards
+from .reward import FaultKind, Reward, RewardFault, RewardFunction, check_reward, with_rewards
 from .rewards import contains_answer, exact_match, f1, normalize_answer
 from .search import SearchEnv
 from .tool_env import ToolEnv, ToolEpisode
@@ -26,6 +26,7 @@ __all__ = [
     "Demonstrator",
     "Env",
     "Episode",
+    "FaultKind",
     "LookupEnv",
     "Message",
     "Outcome",

@@ -47,7 +47,7 @@ def build_page(
         changes=_changes(lines),
         charts="".join(draw(chart, axis, i) for i, chart in enumerate(charts))
         or '<p class="empty">No step has been logged yet.</p>',
-        agreement=_agreement(lines),
+        diagnosis=_agreement(lines) + _faults(lines),
         figures=_figures(lines),
         shown=text(_shown(logged)),
         recipe=text(recipe_text),
@@ -141,6 +141,32 @@ def _agreement(lines: Lines) -> str:
         '<section aria-labelledby="agreement"><h2 id="agreement">Turn rewards and success</h2>'
         f'{verdict}<div class="wide"><table class="figures">{head}<tbody>{body}</tbody></table>'
         "</div></section>\n"
+    )
+
+
+def _faults(lines: Lines) -> str:
+    """What went wrong outside of the policy, by kind; "" for a run in which nothing did."""
+    kinds = {
+        name
+        for name in _numeric_names(lines)
+        if name.removeprefix("eval/").startswith(("fault/", "tool_error/"))
+    }
+    counts = {name: [count for _, count in points_of(lines, name)] for name in kinds}
+    found = {name: values for name, values in counts.items() if sum(values)}
+    if not found:
+        return ""
+    rows = "".join(
+        f"<tr><th>{text(name)}</th><td><b>{sum(values):,.0f}</b></td>"
+        f"<td>{sum(value > 0 for value in values)}</td></tr>"
+        for name, values in sorted(found.items(), key=lambda item: (-sum(item[1]), item[0]))
+    )
+    head = "<thead><tr><th>kind</th><th>in the whole run</th><th>steps with any</th></tr></thead>"
+    return (
+        '<section aria-labelledby="faults"><h2 id="faults">Faults</h2>'
+        '<p class="lead">Rollouts that failed of something that is not the policy\'s, which are '
+        "neither trained on nor part of a baseline, and calls that ended in an error.</p>"
+        f'<div class="wide"><table class="figures">{head}<tbody>{rows}</tbody></table></div>'
+        "</section>\n"
     )
 
 
