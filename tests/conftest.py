@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from turnfast.chat import Chat
+    from turnfast.model import Policy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +30,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(
         tmp_path_factory.mktemp("tiny"), corpus, seed=0, layers=2, width=64, max_context=512
     )
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_folder: Path) -> Chat:
+    """Messages and ids of the tiny model."""
+    from transformers import AutoTokenizer
+
+    from turnfast.chat import Chat
+
+    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
+
+
+@pytest.fixture
+def policy(tiny_folder: Path) -> Policy:
+    """The tiny model on the CPU, fresh for every test that changes it."""
+    from turnfast.config import ModelConfig
+    from turnfast.model import load_policy
+
+    return load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

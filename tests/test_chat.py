@@ -34,11 +34,6 @@ FORGETFUL = (
 )
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     question=TEXT,

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from training_runs import recipe, training_lines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import turnfast.train
 from turnfast.chat import Chat
@@ -94,11 +94,6 @@ class Talking:
     async def finish(self) -> Outcome:
         said = "".join(self._said)
         return Outcome(reward=0.0 if self._flat else float(sum(map(ord, said)) % 7))
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder) -> Chat:
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
 
 
 def config_of(**rollout) -> Config:

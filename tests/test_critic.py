@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from turnfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from turnfast.config import CriticConfig, LossConfig, ModelConfig, OptimConfig
+from turnfast.config import CriticConfig, LossConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.critic import Critic
 from turnfast.loss import update
-from turnfast.model import Policy, hidden_states, load_policy
+from turnfast.model import Policy, hidden_states
 from turnfast.optim import Optimizer
 from turnfast.packing import pack
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=1e9)
-
-
-@pytest.fixture
-def policy(tiny_folder) -> Policy:
-    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
 
 
 def make_groups(seed: int) -> list[Group]:

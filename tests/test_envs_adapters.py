@@ -11,36 +11,14 @@ import time
 from itertools import permutations
 
 import pytest
-from transformers import AutoTokenizer
+from by_script import roll
 
-from turnfast.chat import Chat
-from turnfast.config import ConfigError, RolloutConfig
+from turnfast.config import ConfigError
 from turnfast.envs import ToolEnv, load_env
 from turnfast.envs.adapters import door
 from turnfast.envs.adapters.mcp import McpServer
-from turnfast.rollout import rollout
-from turnfast.sampler.scripted import ScriptedSampler, shuffled
 
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
-
-
-def roll(chat, env, say, *, max_turns, num_tasks=3):
-    config = RolloutConfig(
-        prompts_per_step=num_tasks,
-        group_size=2,
-        max_new_tokens=100,
-        max_context=6000,
-        max_error_share=0.0,
-        trajectory_timeout_s=120,
-    )
-    sampler = ScriptedSampler(
-        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
-    )
-    tasks = env.tasks("train")[:num_tasks]
-    return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
+SIZES = {"group_size": 2, "num_tasks": 3, "max_context": 6000}
 
 
 def play(env, task, *texts):
@@ -154,7 +132,7 @@ def test_gymnasium_text_in_and_out(chat, text_env):
     def say(seen: str) -> str:
         return act(re.findall(r"Say (\w)\.", seen)[-1]) if "You said" in seen else act("hello")
 
-    for group in roll(chat, env, say, max_turns=5):
+    for group in roll(chat, env, say, max_turns=5, **SIZES):
         for t in group.trajectories:
             assert [turn.reward for turn in t.turns] == [0.0, 1.0] and t.status == "finished"
             assert t.turns[0].reply == "You said hello."
@@ -201,7 +179,7 @@ def test_textarena_a_game_from_seed_to_reward(chat):
         raise AssertionError("no code agrees")
 
     state = random.getstate()
-    groups = roll(chat, env, crack, max_turns=20)
+    groups = roll(chat, env, crack, max_turns=20, **SIZES)
     assert random.getstate() == state  # the games' dice are their own
     for group in groups:
         one, two = group.trajectories
@@ -349,7 +327,7 @@ def test_mcp_tools_in_whole_rollouts(chat, notes):
         done = "was written by" in seen
         return "<answer>Ida</answer>" if done else call("look_up", title=title)
 
-    for group in roll(chat, notes, say, max_turns=4, num_tasks=4):
+    for group in roll(chat, notes, say, max_turns=4, **{**SIZES, "num_tasks": 4}):
         for t in group.trajectories:
             assert (t.status, t.metrics["exact_match"], len(t.turns)) == ("finished", 1.0, 2)
             assert t.turns[0].tool_successes == 1

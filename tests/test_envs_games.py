@@ -9,19 +9,16 @@ import re
 from fractions import Fraction
 
 import pytest
+from by_script import roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from turnfast.chat import Chat
-from turnfast.config import ConfigError, RolloutConfig
+from turnfast.config import ConfigError
 from turnfast.credit import assign_credit
 from turnfast.envs import Demonstrator, Task, load_env
 from turnfast.envs.frozen_lake import MOVES, Lake, draw_lake, read_move
 from turnfast.envs.wordle import mark
 from turnfast.envs.wordle_words import WORDS
-from turnfast.rollout import rollout
-from turnfast.sampler.scripted import ScriptedSampler, shuffled
 from turnfast.tools import calculate, show_number
 
 
@@ -33,28 +30,6 @@ def play(env, task, *texts):
         return first, steps, await episode.finish()
 
     return asyncio.run(run())
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
-
-
-def roll(chat, env, say, *, max_turns, group_size=3, num_tasks=4):
-    """Groups whose every turn is `say` of all that the agent has seen, answered in random order."""
-    config = RolloutConfig(
-        prompts_per_step=num_tasks,
-        group_size=group_size,
-        max_new_tokens=100,
-        max_context=2000,
-        max_error_share=0.0,
-        trajectory_timeout_s=120,
-    )
-    sampler = ScriptedSampler(
-        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
-    )
-    tasks = env.tasks("train")[:num_tasks]
-    return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
 
 
 # frozen lake

@@ -8,9 +8,7 @@ import threading
 import time
 
 import pytest
-from transformers import AutoTokenizer
 
-from turnfast.chat import Chat
 from turnfast.config import ConfigError, RewardConfig, RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.envs import (
@@ -206,11 +204,6 @@ def test_functions_of_a_turn_run_at_the_same_time():
     )
     (step,), _ = play(env, ANSWER)
     assert step.reward == 8.0
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
 
 
 def roll(chat, env, *, share):

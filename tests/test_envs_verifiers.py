@@ -13,9 +13,7 @@ import signal
 import sys
 
 import pytest
-from transformers import AutoTokenizer
 
-from turnfast.chat import Chat
 from turnfast.config import ConfigError, RolloutConfig
 from turnfast.envs import RewardFault, load_env
 from turnfast.rollout import rollout
@@ -100,11 +98,6 @@ def load_environment(kind="guess", **kwargs):
     function = {"boom": boom, "nan": nan, "group": group_score}[kind]
     return vf.SingleTurnEnv(dataset=data, rubric=vf.Rubric(funcs=[solved, function]))
 '''
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +12,13 @@ from test_update import plain_logprobs
 from turnfast.config import Config, ConfigError, LossConfig, ModelConfig
 from turnfast.credit import assign_credits
 from turnfast.loss import needs_every_token, update
-from turnfast.model import Policy, load_policy
+from turnfast.model import Policy
 from turnfast.packing import pack
 from turnfast.reference import open_reference, with_reference
 from turnfast.tiny import write_tiny_model
 
 TEMPERATURE = 0.8
 KL = LossConfig(kl_coef=0.3)
-
-
-@pytest.fixture
-def policy(tiny_folder) -> Policy:
-    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
 
 
 def moved(policy: Policy, seed: int = 0) -> None:

@@ -7,23 +7,17 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from step_data import Keeping, make_groups, optimizer_of
 
-from turnfast.config import LossConfig, ModelConfig
+from turnfast.config import LossConfig
 from turnfast.credit import assign_credits
 from turnfast.loss import TrainingError, update
-from turnfast.model import Policy, hidden_states, load_policy
+from turnfast.model import Policy, hidden_states
 from turnfast.packing import pack
 from turnfast.replay import OutOfMemory, is_out_of_memory, split_batch
-
-
-@pytest.fixture
-def policy(tiny_folder) -> Policy:
-    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
 
 
 def packed_step(seed: int, *, share: bool = True):

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from turnfast.chat import Chat
 from turnfast.config import RolloutConfig
@@ -36,11 +36,6 @@ CONFIG = RolloutConfig(
     prompts_per_step=2, group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60
 )
 ANSWER = "<answer>done</answer>"
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_folder):
-    return Chat(AutoTokenizer.from_pretrained(tiny_folder))
 
 
 def call(name: str, **args: str) -> str:
@@ -478,12 +473,16 @@ def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
     assert cut.num_sampled == min(left, 20) and not cut.failed and cut.outcome == 1.0
 
 
-def test_a_prompt_that_never_fits_is_an_error(chat, workshop):
-    config = CONFIG.model_copy(update={"max_context": 5})
-    with pytest.raises(RolloutError, match=r"the first prompt has \d+ tokens.*max_context = 5"):
+@pytest.mark.parametrize("room", [-3, 0])
+def test_a_prompt_that_never_fits_is_an_error(chat, room):
+    """Also one that fills the context to the last token."""
+    size = len(chat.open([{"role": "user", "content": "task a"}]).prompt_ids)
+    config = CONFIG.model_copy(update={"max_context": size + room})
+    told = rf"prompt has {size} tokens.*max_context = {size + room}"
+    with pytest.raises(RolloutError, match=told):
         rollout(
             [task("a")],
-            workshop,
+            Fragile(broken, broken=()),
             chat,
             Recorder(chat, lambda prompt: ANSWER),
             config,

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from turnfast.chat import Chat
-from turnfast.config import ConfigError, LossConfig, ModelConfig, OptimConfig, SftConfig
+from turnfast.config import ConfigError, LossConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
 from turnfast.loss import update
 from turnfast.metrics import read_metrics
-from turnfast.model import Policy, load_policy
 from turnfast.optim import Optimizer
 from turnfast.packing import batch_of
 from turnfast.recipe import build_config
@@ -57,16 +55,6 @@ class Shown:
 
     def corpus(self):
         return []
-
-
-@pytest.fixture
-def policy(tiny_folder) -> Policy:
-    return load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
-
-
-@pytest.fixture
-def chat(policy) -> Chat:
-    return Chat(policy.tokenizer)
 
 
 def test_targets_are_the_assistants_words_and_ends(chat):

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch
 from step_data import make_groups, optimizer_of
 
-from turnfast.config import LossConfig, ModelConfig
+from turnfast.config import LossConfig
 from turnfast.credit import assign_credits
 from turnfast.loss import TrainingError, Update, update
-from turnfast.model import Policy, load_policy
 from turnfast.packing import Packed, pack
 from turnfast.types import Group, Trajectory
 
 TEMPERATURE = 0.8
-
-
-@pytest.fixture
-def policy(tiny_folder) -> Policy:
-    return load_policy(ModelConfig(), Path(tiny_folder), torch.device("cpu"))
 
 
 def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):

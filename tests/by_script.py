@@ -1,0 +1,38 @@
+"""Rollouts in which a function speaks for the agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from turnfast.chat import Chat
+from turnfast.config import RolloutConfig
+from turnfast.envs import Env
+from turnfast.rollout import rollout
+from turnfast.sampler.scripted import ScriptedSampler, shuffled
+from turnfast.types import Group
+
+
+def roll(
+    chat: Chat,
+    env: Env,
+    say: Callable[[str], str],
+    *,
+    max_turns: int,
+    group_size: int = 3,
+    num_tasks: int = 4,
+    max_context: int = 2000,
+) -> list[Group]:
+    """Groups whose every turn is `say` of all that the agent has seen, answered in random order."""
+    config = RolloutConfig(
+        prompts_per_step=num_tasks,
+        group_size=group_size,
+        max_new_tokens=100,
+        max_context=max_context,
+        max_error_share=0.0,
+        trajectory_timeout_s=120,
+    )
+    sampler = ScriptedSampler(
+        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
+    )
+    tasks = env.tasks("train")[:num_tasks]
+    return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
