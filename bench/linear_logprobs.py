@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def main() -> None:
     for text in (options.shapes or SHAPES[options.device]).split(","):
         N, D, V = (int(n) for n in text.split("x"))
         rows += bench_shape(N, D, V, options.dtype, device, options.rounds)
-    record = {"environment": environment(device), "rows": rows}
+    command = f"python bench/linear_logprobs.py {shlex.join(sys.argv[1:])}".strip()
+    record = {"command": command, "environment": environment(device), "rows": rows}
     print(table(record))
     print(save(f"linear_logprobs_{options.device}_{options.dtype}", record))
 

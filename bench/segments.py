@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ def main() -> None:
     for text in options.sizes.split(","):
         N, K = (int(n) for n in text.split("x"))
         rows += bench_size(N, K, device, options.rounds)
-    record = {"environment": environment(device), "rows": rows}
+    command = f"python bench/segments.py {shlex.join(sys.argv[1:])}".strip()
+    record = {"command": command, "environment": environment(device), "rows": rows}
     print(table(record))
     print(save(f"segments_{options.device}", record))
 

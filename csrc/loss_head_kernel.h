@@ -105,13 +105,14 @@ struct Kernel {
   // z of the target of tokens [begin, end); 0 where the target is not in this shard.
   void (*pick)(const Head&, const void* x, const int32_t* columns, int64_t begin, int64_t end,
                float* z);
-  // Vocabulary rows [begin, end), begin a multiple of `rows`. d_x: E @ W over these rows, [C rounded
-  // up to `rows`][D rounded up to lanes2], overwritten; null: not wanted. Taken here, block by
-  // block, it finds E and W in the cache.
+  // Vocabulary rows [begin, end), begin a multiple of `rows`. d_x: E @ W over these rows, [C
+  // rounded up to `rows`][D rounded up to lanes2], overwritten; null: not wanted. Taken here, block
+  // by block, it finds E and W in the cache.
   void (*forward)(const Head&, const ForwardChunk&, int64_t begin, int64_t end, Scratch,
                   ForwardSums, float* d_x);
   // d_x: this worker's sum of G @ W as above. g_sums: [ld], sums over this worker's vocabulary rows
-  // of G as it entered the products, rounding included; null: not wanted, where G is E and d_x null.
+  // of G as it entered the products, rounding included; null where G is E and d_x is null: not
+  // wanted.
   void (*backward)(const Head&, const BackwardChunk&, int64_t begin, int64_t end, Scratch,
                    double* g_sums, float* d_x);
   // out[n] = row_scales[n] * sum over workers of d_x, tokens [begin, end).

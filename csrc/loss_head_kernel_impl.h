@@ -162,7 +162,8 @@ TF_INLINE F joined(H high, B low) {
 TF_INLINE F load_gradient(const HeadGradient& g, int64_t i, int64_t n) {
   if (g.whole != nullptr) return load_some(g.whole + i, Type::kFloat, n);
   if (n >= L) {
-    return joined(*reinterpret_cast<const Hu*>(g.high + i), *reinterpret_cast<const Bu*>(g.low + i));
+    return joined(*reinterpret_cast<const Hu*>(g.high + i),
+                  *reinterpret_cast<const Bu*>(g.low + i));
   }
   H high{};
   B low{};
@@ -396,8 +397,8 @@ int64_t block_rows(const Head& head, int64_t C) {
 // read once per tile of them.
 constexpr int kStrip = 4 * MR;
 
-// Of one worker, in floats. rows: MR rows of W on the way in, kStrip of dW on the way out. sums: four of
-// the tokens. weight: the packed block of W. g_rows, g_pairs: G of the block in both forms.
+// Of one worker, in floats. rows: MR rows of W on the way in, kStrip of dW on the way out. sums:
+// four of the tokens. weight: the packed block of W. g_rows, g_pairs: G of the block in both forms.
 struct Layout {
   int64_t rows, sums, weight, g_rows, g_pairs, end;
 };
@@ -598,7 +599,9 @@ void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int6
     auto* e = static_cast<char*>(chunk.exps);
     if (e != nullptr) e += block * row_bytes;
     // E that nobody keeps lives in the block's own place.
-    if (e == nullptr && d_x != nullptr) e = reinterpret_cast<char*>(scratch.base + layout_of.g_rows);
+    if (e == nullptr && d_x != nullptr) {
+      e = reinterpret_cast<char*>(scratch.base + layout_of.g_rows);
+    }
     // Float sums within a block, double across blocks: the error does not grow with V.
     for (int64_t n = 0; n < 2 * ld; ++n) sums[n] = 0.0f;
     for (int64_t v = block; v < stop; v += MR) {

@@ -47,7 +47,8 @@ inline Type type_of(const at::Tensor& tensor) {
   }
 }
 
-inline Head make_head(const at::Tensor& x, const at::Tensor& weight, double inv_temperature, double softcap) {
+inline Head make_head(const at::Tensor& x, const at::Tensor& weight, double inv_temperature,
+                      double softcap) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous() && x.device().is_cpu(),
                     "x: expected a contiguous [C, D] on the CPU");
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous() && weight.device().is_cpu() &&

@@ -11,9 +11,11 @@
 
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "loss_head_threads.h"
@@ -65,6 +67,28 @@ Sums make_sums(const Tensor& hidden, const Tensor& weight, Needs needs) {
   return sums;
 }
 
+// Memory of one thread's calls, kept for its next one. Huge pages: the panels are streamed over and
+// over, and a hardware prefetcher stops at the end of a page.
+class Arena {
+ public:
+  char* reserve(int64_t bytes) {
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    size_ = round_up(bytes, kPage);
+    data_ = static_cast<char*>(std::aligned_alloc(kPage, size_));
+    if (data_ == nullptr) size_ = 0;
+    TORCH_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes");
+    prefer_huge_pages(data_, size_);
+    return data_;
+  }
+  ~Arena() { std::free(data_); }
+
+ private:
+  static constexpr int64_t kPage = 2 << 20;
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // One head during one call: log-probs and entropies of a chunk, then its gradients.
 class Pass {
  public:
@@ -93,19 +117,29 @@ class Pass {
   void reserve(int64_t tokens) {
     const int64_t ld = round_up(tokens, k_.lanes2), width = round_up(head_.D, k_.lanes2);
     const int64_t threads = at::get_num_threads();
-    const auto bytes = [](int64_t n) { return at::empty({n}, at::kByte); };
-    x_ = bytes(tokens * row_bytes_);
-    panels_ = bytes(k_.panel_bytes(head_, tokens, false));
-    scratch_ = bytes(4 * threads * k_.scratch_floats(head_, tokens));
     partial_sums_.resize(3 * threads * ld);
     partial_max_.resize(threads * ld);
-    if (!(needs_.hidden || needs_.head)) return;
-    if (needs_.hidden) d_x_ = bytes(4 * threads * round_up(tokens, k_.rows) * width);
-    if (needs_.head) scaled_ = bytes(k_.panel_bytes(head_, tokens, true));
-    if (keeps_exps()) {
-      exps_ = bytes(exps_bytes(k_, head_.type, head_.V, tokens));
-      prefer_huge_pages(exps_.data_ptr(), exps_.nbytes());
+    const int64_t exps = keeps_exps() ? exps_bytes(k_, head_.type, head_.V, tokens) : 0;
+    const bool small = exps <= kSmallBytes;
+    const std::pair<char**, int64_t> places[] = {
+        {&x_, tokens * row_bytes_},
+        {&panels_, k_.panel_bytes(head_, tokens, false)},
+        {&scaled_, needs_.head ? k_.panel_bytes(head_, tokens, true) : 0},
+        {&scratch_, 4 * threads * k_.scratch_floats(head_, tokens)},
+        {&d_x_, needs_.hidden ? 4 * threads * round_up(tokens, k_.rows) * width : 0},
+        {&exps_, small ? exps : 0}};
+    int64_t total = 0;
+    for (const auto& [place, bytes] : places) total += round_up(bytes, 64);
+    thread_local Arena arena;
+    char* next = arena.reserve(total);
+    for (const auto& [place, bytes] : places) {
+      *place = next;
+      next += round_up(bytes, 64);
     }
+    if (small) return;
+    large_exps_ = at::empty({exps}, at::kByte);
+    prefer_huge_pages(large_exps_.data_ptr(), large_exps_.nbytes());
+    exps_ = static_cast<char*>(large_exps_.data_ptr());
   }
 
   // log-probs and entropies of tokens[0..C). With keep, `backward` may follow.
@@ -113,17 +147,17 @@ class Pass {
     tokens_ = tokens, C_ = C, ld_ = round_up(C, k_.lanes2);
     workers_ = count_workers(k_, head_, C);
     for (int64_t i = 0; i < C; ++i) {
-      std::memcpy(x() + i * row_bytes_, hidden_ + rows_[tokens[i]] * row_bytes_, row_bytes_);
+      std::memcpy(x_ + i * row_bytes_, hidden_ + rows_[tokens[i]] * row_bytes_, row_bytes_);
     }
     columns_.assign(ld_, -1);
     for (int64_t i = 0; i < C; ++i) columns_[i] = static_cast<int32_t>(targets_[tokens[i]]);
     picked_.assign(ld_, kVanish);
     at::parallel_for(0, C, grain(head_.D), [&](int64_t begin, int64_t end) {
-      k_.pick(head_, x(), columns_.data(), begin, end, picked_.data());
+      k_.pick(head_, x_, columns_.data(), begin, end, picked_.data());
     });
     at::parallel_for(0, ld_ / k_.lanes2, grain(head_.D * k_.lanes2),
                      [&](int64_t begin, int64_t end) {
-                       k_.pack_tokens(head_, x(), C, begin, end, panels_.data_ptr());
+                       k_.pack_tokens(head_, x_, C, begin, end, panels_);
                      });
     anchors_ = picked_;
     run_forward(keep);
@@ -137,7 +171,7 @@ class Pass {
     BackwardChunk chunk{};
     chunk.C = C_;
     chunk.ld = ld_;
-    chunk.exps = exps_.defined() ? exps_.data_ptr() : nullptr;
+    chunk.exps = exps_;
     chunk.anchors = anchors_.data();
     chunk.scales = scales_.data();
     chunk.slopes = d_entropies ? slopes_.data() : nullptr;
@@ -151,9 +185,9 @@ class Pass {
     if (needs_.head) {
       const int64_t panels = round_up(head_.D, k_.lanes2) / k_.lanes2;
       at::parallel_for(0, panels, grain(C_ * k_.lanes2), [&](int64_t begin, int64_t end) {
-        k_.pack_scaled(head_, x(), row_scales.data(), C_, begin, end, scaled_.data_ptr());
+        k_.pack_scaled(head_, x_, row_scales.data(), C_, begin, end, scaled_);
       });
-      chunk.x_panels = scaled_.data_ptr();
+      chunk.x_panels = scaled_;
     }
     const bool with_sums = !fused();
     if (needs_.head || with_sums) {
@@ -178,7 +212,7 @@ class Pass {
                        sums_.d_hidden.data_ptr<float>());
       }
       if (needs_.head) {
-        k_.patch(head_, x(), columns_.data(), patches_.data(), C_, from, to, nullptr, sums_.head);
+        k_.patch(head_, x_, columns_.data(), patches_.data(), C_, from, to, nullptr, sums_.head);
       }
     });
   }
@@ -188,14 +222,13 @@ class Pass {
   bool fused() const { return needs_.hidden && !transform_; }
   bool keeps_exps() const { return needs_.head || (needs_.hidden && transform_); }
 
-  char* x() const { return static_cast<char*>(x_.data_ptr()); }
   Scratch scratch(int64_t w) const {
-    return {static_cast<float*>(scratch_.data_ptr()) + w * k_.scratch_floats(head_, C_)};
+    return {reinterpret_cast<float*>(scratch_) + w * k_.scratch_floats(head_, C_)};
   }
   float* d_x(int64_t w) const {
     if (!needs_.hidden) return nullptr;
     const int64_t floats = round_up(C_, k_.rows) * round_up(head_.D, k_.lanes2);
-    return static_cast<float*>(d_x_.data_ptr()) + w * floats;
+    return reinterpret_cast<float*>(d_x_) + w * floats;
   }
   double* sum(int64_t w) { return &partial_sums_[3 * w * ld_]; }
   double* dot(int64_t w) { return &partial_sums_[(3 * w + 1) * ld_]; }
@@ -205,10 +238,10 @@ class Pass {
     const bool stored = keep && keeps_exps(), product = keep && fused();
     const ForwardChunk chunk{C_,
                              ld_,
-                             panels_.data_ptr(),
+                             panels_,
                              columns_.data(),
                              anchors_.data(),
-                             stored ? exps_.data_ptr() : nullptr};
+                             stored ? exps_ : nullptr};
     for_each_worker(workers_, [&](int64_t w) {
       const auto [begin, end] = range_of(k_, head_.V, w, workers_);
       k_.forward(head_, chunk, begin, end, scratch(w),
@@ -285,7 +318,9 @@ class Pass {
   const Needs needs_;
   Sums& sums_;
 
-  Tensor x_, panels_, scaled_, scratch_, d_x_, exps_;
+  char *x_ = nullptr, *panels_ = nullptr, *scaled_ = nullptr, *scratch_ = nullptr, *d_x_ = nullptr,
+       *exps_ = nullptr;
+  Tensor large_exps_;
   std::vector<double> partial_sums_, S_, E_y_, Z_, log_Z_, entropies_;
   std::vector<float> partial_max_, picked_, anchors_, scales_, slopes_, bonuses_, ones_, patches_;
   std::vector<int32_t> columns_;
@@ -312,7 +347,9 @@ struct Plan {
 // segment_of: of each token, or null where every token is its own.
 Plan make_plan(const PolicyInputs& in, int64_t N, const int64_t* segment_of, bool always,
                int64_t chunk) {
-  const auto lit = [&](int64_t n) { return in.weights[n] != 0.0f && in.advantages[in.turns[n]] != 0.0f; };
+  const auto lit = [&](int64_t n) {
+    return in.weights[n] != 0.0f && in.advantages[in.turns[n]] != 0.0f;
+  };
   std::vector<char> signal;  // by segment: a token without advantage still moves its ratio
   if (segment_of != nullptr && N > 0) {
     signal.resize(*std::max_element(segment_of, segment_of + N) + 1);

@@ -6,14 +6,16 @@ log-probs, entropies and loss, relative to the norm for gradients.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
 from turnfast.kernels.extension import load_error
-from turnfast.kernels.loss_head import cpp
-from turnfast.kernels.loss_head.problem import Vocab
+from turnfast.kernels.loss_head import cpp, reference
+from turnfast.kernels.loss_head.problem import Problem, Vocab, compute_dtype
 from turnfast.kernels.loss_head.reference import ReferenceHead
 
 needs_extension = pytest.mark.skipif(load_error() is not None, reason=f"no _C: {load_error()}")
@@ -204,6 +206,86 @@ def test_every_instruction_set(kernel, dtype, C, D, V, softcap):
         # The reference keeps the gradient in float32 here; E in bf16 has 8 bits.
         budget += 2e-3 if kernel == "avx512_bf16" and dtype == BF16 else 0.0
         assert (ours - truth).norm() / truth.norm() <= budget
+
+
+def as_problem(case, rule, chunk=None, softcap=None):
+    hidden, head, N = case["hidden"], case["head_weight"], len(case["rows"])
+    return Problem(
+        hidden_TD=hidden,
+        head_VD=head,
+        vocab=Vocab.of(head, 0, ""),
+        rows_N=case["rows"],
+        targets_N=case["targets"],
+        turns_N=case["turns"],
+        sequences_K=None,
+        advantages_K=case["advantages"].to(compute_dtype(hidden.dtype)),
+        weights_N=torch.full((N,), 1.0 / N, dtype=compute_dtype(hidden.dtype)),
+        old_N=None,
+        ref_N=None,
+        sampler_N=None,
+        rule=rule,
+        temperature=0.9,
+        softcap=softcap,
+        chunk_tokens=chunk,
+        need_hidden=True,
+        need_head=True,
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(ratio="turn", entropy_coef=0.1)])
+def test_the_whole_call_on_every_instruction_set(kernel, dtype, softcap, rule):
+    case = make_case(150, 37, 203, dtype, lengths=[1, 60, 9, 30, 50])
+    problem = as_problem(case, rule, chunk=64, softcap=softcap)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in case.items()}
+    truth = reference.policy_loss(as_problem(wide, rule, chunk=64, softcap=softcap))
+    low = reference.policy_loss(problem)
+    found = torch.ops.turnfast.policy_loss(*cpp._flat(problem), kernel)
+    for name, ours in zip(cpp.OUTCOME_FIELDS, found, strict=True):
+        true, near = getattr(truth, name).double(), getattr(low, name).to(ours.dtype).double()
+        budget = 2 * (near - true).norm() + 1e-5 * true.norm()
+        # The reference keeps dz in float32 here; E in bf16 has 8 bits.
+        if kernel == "avx512_bf16" and dtype == BF16 and name.startswith("d_"):
+            budget += 2e-3 * true.norm()
+        assert (ours.double() - true).norm() <= budget, name
+
+
+@needs_extension
+def test_a_bf16_gradient_over_many_chunks_is_rounded_once():
+    case = make_case(600, 48, 300, BF16)
+    rule = PolicyRule()
+    truth = reference.policy_loss(as_problem(case, rule)).d_head_VD
+    once = (truth.bfloat16().float() - truth).norm() / truth.norm()
+    for chunk in (600, 50, 6):
+        # The portable kernel: products in float32, so that only the sum is rounded.
+        given = (*cpp._flat(as_problem(case, rule, chunk=chunk)), "portable")
+        gradient = torch.ops.turnfast.policy_loss(*given)[-1]
+        assert gradient.dtype == BF16
+        # 100 sums rounded to bf16 each would be off by some 7 times as much.
+        assert (gradient.float() - truth).norm() / truth.norm() <= 1.05 * once
+
+
+@needs_extension
+def test_what_is_not_plainly_right_is_left_to_python():
+    case = make_case(8, 16, 100, F32, T=8)
+    good = as_problem(case, PolicyRule())
+    assert len(torch.ops.turnfast.policy_loss(*cpp._flat(good))) == len(cpp.OUTCOME_FIELDS)
+    nan = torch.full((8,), torch.nan)
+    for wrong in (
+        {"turns_N": good.turns_N + 5},
+        {"turns_N": torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])},
+        {"targets_N": good.targets_N - 200},
+        {"rows_N": good.rows_N + 8},
+        {"weights_N": -good.weights_N},
+        {"old_N": nan},
+        {"hidden_TD": good.hidden_TD * torch.inf},
+    ):
+        assert torch.ops.turnfast.policy_loss(*cpp._flat(replace(good, **wrong))) == []
+    masked = replace(good, old_N=nan, weights_N=torch.zeros(8))
+    assert torch.ops.turnfast.policy_loss(*cpp._flat(masked))[4][1] == 8
 
 
 @needs_extension
