@@ -1,6 +1,7 @@
 """What a training step spends outside model, loss and generation.
 
     python bench/overhead.py --model runs/demo/warm-start/model [--recipe demo] [--steps 12]
+    python bench/overhead.py --random 24x896 --steps 4 --rollout.prompts-per-step 2
 
 A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
 Its metrics.jsonl splits every step into phases that add up to it; of `time/rollout` this script
@@ -8,6 +9,9 @@ also measures what the sampler's own calls take. Generation is those calls, `tim
 loss and optimizer. The rest is overhead: environment, chat and bookkeeping inside the rollout,
 credit, packing, weight sync, and logging. Tools run in threads of their own, beside the generation
 where there are two cores.
+
+`--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
+and earns nothing, so its steps are generation alone.
 
 With `--clock cpu` seconds are those of the processor, of the loop's thread and of the tools, each
 counted in full: a busy machine does not change them. With `--clock wall` tools that run beside the
@@ -39,6 +43,7 @@ import turnfast.train
 from turnfast.metrics import Stopwatch, read_metrics
 from turnfast.recipe import load_config
 from turnfast.signals import stop_on_signals
+from turnfast.tiny import write_tiny_model
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
@@ -49,6 +54,7 @@ class Watch:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.sampler = self.tools = 0.0
+        self.parameters = 0
         self.generation: list[float] = []
         self.tool_calls: list[float] = []
         self.logging: list[float] = []
@@ -75,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
+    parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
     parser.add_argument("--backend", default="auto", choices=["auto", "local", "vllm"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
@@ -82,7 +89,6 @@ def main() -> None:
     options, fields = parser.parse_known_args()
     torch.set_num_threads(1)
     flags = {
-        "model.path": options.model,
         "sampler.backend": options.backend,
         "train.steps": str(options.steps),
         "train.eval-every": "0",
@@ -95,6 +101,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, stop_on_signals() as stop:
         run_dir = Path(folder) / "run"
         config = load_config(options.recipe, [*words, *fields])
+        model = options.model
+        if options.random:
+            layers, width = map(int, options.random.split("x"))
+            corpus = turnfast.run.open_env(config).corpus()  # type: ignore[attr-defined]
+            model = Path(folder) / "model"
+            write_tiny_model(model, corpus, seed=0, layers=layers, width=width)
+        config = load_config(options.recipe, [*words, "--model.path", str(model), *fields])
         turnfast.train.train(config, run_dir, should_stop=stop)
         lines = [line for line in read_metrics(run_dir) if "time/step" in line]
     result = summarise(lines, seen, options)
@@ -112,6 +125,7 @@ def watch(seen: Watch) -> None:
     )
 
     def make_timed(*args: Any, **kwargs: Any) -> Timed:
+        seen.parameters = sum(p.numel() for p in kwargs["model"].parameters())
         return Timed(make(*args, **kwargs), seen)
 
     def gather_timed(*args: Any, **kwargs: Any) -> Any:
@@ -163,6 +177,7 @@ def summarise(
         "machine": platform.machine(),
         "commit": commit(),
         "clock": options.clock,
+        "parameters": seen.parameters,
         "steps": len(steps),
         "rollouts": median(line["rollouts"] for line in lines[1:]),
         "tool_calls": median(line["tool_calls"] * line["rollouts"] for line in lines[1:]),
