@@ -134,13 +134,13 @@ def trl_step(record: dict[str, Any]) -> str:
 def overhead(record: dict[str, Any]) -> str:
     shares = record["shares"]
     small = sum(shares[name] for name in ("score", "pack", "other", "log"))
+    played = shares["rollout besides generation"] + shares["tools"]
     return (
-        f"{record['parameters'] / 1e6:,.1f} M parameters: **{record['overhead']:.1%}** of a step of "
-        f"{record['step_s']:.2f} s with {record['rollouts']:.0f} rollouts and "
+        f"**{record['overhead']:.1%}** of a step of {record['step_s']:.2f} s with {record['rollouts']:.0f} rollouts and "
         f"{record['tool_calls']:.0f} tool calls is neither model, loss nor generation. "
-        f"{shares['rollout besides generation'] + shares['tools']:.1%} are tools, environment, chat "
-        f"and bookkeeping of the rollouts, {shares['sync']:.1%} the sync of the weights with its "
-        f"probe, {small:.1%} credit, packing and logs. One thread, {record['clock']} time. "
+        f"{played:.1%} are tools, environment, chat and bookkeeping of the rollouts, "
+        f"{shares['sync']:.1%} the sync of the weights with its probe, "
+        f"{small:.1%} credit, packing and logs. One thread, {record['clock']} time. "
         f"From `{record['command']}`, commit `{record['commit']}`."
     )
 
@@ -252,7 +252,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loss_head_cpu": loss_head_cpu,
     "rollout_stalls": rollout_stalls,
     "overhead": overhead,
-    "overhead_large": overhead,
 }
 
 

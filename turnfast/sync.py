@@ -28,7 +28,7 @@ PROMPT_TOKENS = 80
 """Two blocks of vLLM's prefix cache at least, so that stale blocks would be used."""
 NEW_TOKENS = 8
 
-SHORT_PROMPTS = 4
+SHORT_PROMPTS = 2
 SHORT_TOKENS = 40
 """A whole block of vLLM's prefix cache, and the token behind it that is always computed."""
 SHORT_NEW_TOKENS = 2
