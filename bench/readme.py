@@ -136,8 +136,9 @@ def overhead(record: dict[str, Any]) -> str:
     small = sum(shares[name] for name in ("score", "pack", "other", "log"))
     played = shares["rollout besides generation"] + shares["tools"]
     return (
-        f"**{record['overhead']:.1%}** of a step of {record['step_s']:.2f} s with {record['rollouts']:.0f} rollouts and "
-        f"{record['tool_calls']:.0f} tool calls is neither model, loss nor generation. "
+        f"**{record['overhead']:.1%}** of a step of {record['step_s']:.2f} s with "
+        f"{record['rollouts']:.0f} rollouts and {record['tool_calls']:.0f} tool calls is neither "
+        f"model, loss nor generation. "
         f"{played:.1%} are tools, environment, chat and bookkeeping of the rollouts, "
         f"{shares['sync']:.1%} the sync of the weights with its probe, "
         f"{small:.1%} credit, packing and logs. One thread, {record['clock']} time. "

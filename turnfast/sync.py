@@ -48,7 +48,7 @@ class Probe:
 
     @property
     def short(self) -> Probe:
-        """The beginnings of some of its prompts, a tenth of its tokens."""
+        """The beginnings of some of its prompts, an eighth of its tokens."""
         return Probe(
             prompts=tuple(prompt_ids[:SHORT_TOKENS] for prompt_ids in self.prompts[:SHORT_PROMPTS]),
             max_new_tokens=SHORT_NEW_TOKENS,
