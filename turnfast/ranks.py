@@ -2,7 +2,7 @@
 
 Started by torchrun (or with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the
 environment), every process is one rank with the whole model, a sampler and a GPU of its own. Alone,
-every method answers at once, and torch.distributed is not touched.
+every method answers at once, and no process group is made.
 
 Numbers and texts go through gloo as JSON, never pickled; gradients through NCCL where they are on a
 GPU. The groups are the ranks' own, not torch's default one: that is left to the inference engine,
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from .config import ConfigError
 
@@ -44,7 +46,7 @@ class Ranks:
         rank: int = 0,
         size: int = 1,
         *,
-        store: dist.Store | None = None,
+        store: Store | None = None,
         timeout_s: float = 1800.0,
         told: Sequence[type[Exception]] = (),
     ) -> None:
@@ -141,7 +143,7 @@ class Ranks:
     def _group(self, device: str) -> Any:
         if device not in self._groups:
             assert self._store is not None
-            store = dist.PrefixStore(f"turnfast/{device}", self._store)
+            store = PrefixStore(f"turnfast/{device}", self._store)
             if device == "cuda":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = self._timeout
@@ -203,7 +205,7 @@ def open_ranks(
             raise ConfigError(f"{name}: not set beside WORLD_SIZE = {size}; start with torchrun")
     _take_gpu(_number(variables, "LOCAL_RANK", rank))
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     except (RuntimeError, ValueError) as error:
         raise RankError(f"rank {rank} of {size} found no meeting place: {error}") from error
     # else the engine would look for its own group's meeting place at torchrun's
