@@ -212,10 +212,11 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
         threads = row.get("threads", record["environment"]["threads"])
         case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"], threads), {})
         case[row["what"]] = row
-    lines = []
+    lines, torch_ways = [], set[str]()
     for (N, D, V, dtype, threads), whats in cases.items():
         ours, floor = whats["turnfast cpp"], whats["floor: three products"]
         best = min((row for what, row in whats.items() if "torch" in what), key=lambda r: r["ms"])
+        torch_ways |= {what.removeprefix("torch ") for what in whats if "torch" in what}
         liger = whats.get("liger chunked grpo")
         times = [ours["ms"], floor["ms"], best["ms"], liger and liger["ms"]]
         cells = [f"{ms:,.1f}" if ms else "–" for ms in times]
@@ -236,7 +237,7 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
             *lines,
             "",
             "Forward and both gradients of a clipped policy loss; pairs are turnfast / the best of "
-            "PyTorch eager, chunked and compiled; errors are against float64. "
+            f"PyTorch ({', '.join(sorted(torch_ways))}); errors are against float64. "
             f"{env['device']}, {record.get('clock', 'wall')} time, load average "
             f"{env['load_average']}, {packages}. "
             f"From `{record['command']}`, commit `{env['commit']}`.",
