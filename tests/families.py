@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from turnfast.model import ATTENTION, Policy
-from turnfast.packing import Row
+from turnfast.rows import Row
 
 SMALL = dict(
     vocab_size=97,

@@ -13,7 +13,8 @@ from turnfast.kernels.attention.tree import reference
 from turnfast.kernels.tree import prefix_tree
 
 from turnfast.model import ATTENTION, Policy, hidden_states
-from turnfast.packing import Row, batch_of
+from turnfast.packing import batch_of
+from turnfast.rows import Row
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from turnfast.chat import Chat, ChatError
-from turnfast.packing import rows_of
+from turnfast.rows import rows_of
 from turnfast.types import Turn
 
 SPELLED = [

@@ -30,7 +30,8 @@ CHILD = """
     from turnfast.loss import update
     from turnfast.model import load_policy
     from turnfast.optim import Optimizer
-    from turnfast.packing import Row, batch_of
+    from turnfast.packing import batch_of
+    from turnfast.rows import Row
     from turnfast.recipe import build_config
 
     torch.set_num_threads(1)

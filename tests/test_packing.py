@@ -13,7 +13,8 @@ from transformers import Qwen3Config
 from turnfast.kernels import turn_policy_loss
 
 from turnfast.model import Policy, hidden_states
-from turnfast.packing import pack, rows_of
+from turnfast.packing import pack
+from turnfast.rows import rows_of
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
 
 VOCAB = 61

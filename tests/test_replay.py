@@ -159,7 +159,8 @@ CHILD = """
     from turnfast.loss import update
     from turnfast.model import load_policy
     from turnfast.optim import Optimizer
-    from turnfast.packing import Row, batch_of
+    from turnfast.packing import batch_of
+    from turnfast.rows import Row
 
     torch.set_num_threads(1)
     policy = load_policy(ModelConfig(), Path(sys.argv[1]), torch.device("cpu"))

@@ -1,12 +1,5 @@
 """Groups and their credit to packed rows: no padding, nothing twice, and no cut that changes a sum.
 
-Worked example, one trajectory of two turns, ids as in `turnfast.types`::
-
-    row        p p p p a a a E r r r b b       the last sampled id predicts nothing and is left out
-    rows_N           3 4 5 6       10 11 12    hidden state that predicts ...
-    targets_N        a a a E        b  b  E    ... this sampled id
-    turns_N          0 0 0 0        1  1  1    -> advantages_K
-
 The weight of every target is set for the whole optimizer step here, before rows are dealt out to
 micro-batches, so the step's gradient is the same whatever the token budget.
 
@@ -23,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -34,28 +27,8 @@ from torch import Tensor
 from .kernels.packing import pack_rows
 from .kernels.tree import cut_tree, prefix_tree, split_over_ranks
 from .ranks import ALONE, Ranks
-from .types import Batch, Credit, Group, TokenCredit, Turn
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One context with its targets: lists over the N targets of this row, K its turns.
-
-    A "turn" is whatever has an advantage of its own, a single token for some rules; `places` says
-    in which turn of the trajectory it is (empty: they are its first ones). `values` and
-    `value_targets` are lists over the N targets (NaN without a target), empty without a critic.
-    """
-
-    tokens: list[int]
-    rows: list[int]
-    targets: list[int]
-    turns: list[int]
-    logprobs: list[float]
-    advantages: list[float]
-    trajectory: int
-    places: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    value_targets: list[float] = field(default_factory=list)
+from .rows import Row, rows_of, without_idle_end
+from .types import Batch, Credit, Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,64 +55,6 @@ class Packed:
         """Share of the rows' tokens that need not be computed, because another row has them."""
         total = self.num_tokens_total
         return 1.0 - self.num_tokens / total if total else 0.0
-
-
-def rows_of(
-    turns: Sequence[Turn],
-    advantages: Sequence[float],
-    trajectory: int,
-    credit: TokenCredit | None = None,
-) -> list[Row]:
-    """The rows of one trajectory: one, or more where a template rewrote earlier turns.
-
-    All have the trajectory's number, so a ratio of whole sequences spans those that are in one
-    micro-batch. Where the token budget parts them, the ratio is that of each part.
-    """
-    rows: list[Row] = []
-    tokens: list[int] = []
-    start = 0
-    for k, turn in enumerate(turns):
-        if k == 0 or turn.restart:
-            tokens = []
-            rows.append(
-                Row(
-                    tokens=tokens,
-                    rows=[],
-                    targets=[],
-                    turns=[],
-                    logprobs=[],
-                    advantages=[],
-                    places=[],
-                    trajectory=trajectory,
-                )
-            )
-        row = rows[-1]
-        tokens.extend(turn.prompt_ids)
-        if not tokens:
-            raise ValueError(f"turn {k} of trajectory {trajectory} has no prompt to predict from")
-        first = len(tokens) - 1
-        row.rows.extend(range(first, first + len(turn.sampled_ids)))
-        row.targets.extend(turn.sampled_ids)
-        row.logprobs.extend(turn.logprobs)
-        end = start + len(turn.sampled_ids)
-        if credit is not None and credit.advantages is not None:
-            row.turns.extend(range(len(row.advantages), len(row.advantages) + end - start))
-            row.advantages.extend(credit.advantages[start:end])
-            row.places.extend([k] * (end - start))
-        else:
-            row.turns.extend([len(row.advantages)] * (end - start))
-            row.advantages.append(advantages[k])
-            row.places.append(k)
-        if credit is not None:
-            row.values.extend(credit.values[start:end])
-            targets = credit.targets[start:end]
-            row.value_targets.extend(math.nan if t is None else t for t in targets)
-        start = end
-        tokens.extend(turn.sampled_ids)
-    for row in rows:
-        # what follows the last hidden state that predicts anything is never computed
-        del row.tokens[row.rows[-1] + 1 if row.rows else 0 :]
-    return [row for row in rows if row.targets]
 
 
 def pack(
@@ -183,7 +98,7 @@ def pack(
     weights = _weights(lengths, normalizer, constant)
     num_whole = sum(len(row.tokens) for row in rows)
     if drop_idle:
-        rows = [cut for cut in map(_without_idle_end, rows) if cut.targets]
+        rows = [cut for cut in map(without_idle_end, rows) if cut.targets]
     num_idle = num_whole - sum(len(row.tokens) for row in rows)
     num_value_targets = sum(not math.isnan(t) for row in rows for t in row.value_targets)
     _refuse_long_rows(rows, budget)
@@ -264,23 +179,6 @@ def _tree_order(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int]]:
     lengths = [len(row.tokens) for row in rows]
     tree = prefix_tree(_flat_tokens(rows), lengths)
     return lengths, tree.order_S.tolist(), tree.shared_S.tolist()
-
-
-def _without_idle_end(row: Row) -> Row:
-    """The row up to its last target with an advantage; the turns behind it stay, without tokens."""
-    live = len(row.targets)
-    while live and row.advantages[row.turns[live - 1]] == 0.0:
-        live -= 1
-    return replace(
-        row,
-        tokens=row.tokens[: row.rows[live - 1] + 1 if live else 0],
-        rows=row.rows[:live],
-        targets=row.targets[:live],
-        turns=row.turns[:live],
-        logprobs=row.logprobs[:live],
-        values=row.values[:live],
-        value_targets=row.value_targets[:live],
-    )
 
 
 def _refuse_long_rows(rows: Sequence[Row], budget: int) -> None:

@@ -17,7 +17,8 @@ from .envs import Demonstration, Demonstrator, Env
 from .loss import Update, update
 from .model import Policy
 from .optim import Optimizer
-from .packing import Row, batch_of, rows_of
+from .packing import batch_of
+from .rows import Row, rows_of
 from .types import Turn
 
 
