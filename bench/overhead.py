@@ -40,9 +40,10 @@ import turnfast.collect
 import turnfast.run
 import turnfast.tools.deadline
 import turnfast.train
-from turnfast.metrics import Stopwatch, read_metrics
+from turnfast.metrics import read_metrics
 from turnfast.recipe import load_config
 from turnfast.signals import stop_on_signals
+from turnfast.stopwatch import Stopwatch
 from turnfast.tiny import write_tiny_model
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from turnfast.config import Config, ConfigError
 from turnfast.jsonl import append_line, read_lines, to_strict
-from turnfast.metrics import RunDir, Stopwatch, read_metrics, summarise
+from turnfast.metrics import RunDir, read_metrics, summarise
 from turnfast.recipe import build_config
+from turnfast.stopwatch import Stopwatch
 from turnfast.types import Credit, Group, Task, Turn
 
 

@@ -14,7 +14,6 @@ from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
 from .loss import needs_every_token, update
-from .metrics import Stopwatch
 from .packing import Packed, pack
 from .ranks import open_ranks
 from .record import StepRecord, figures_of, over_ranks
@@ -23,6 +22,7 @@ from .replay import OutOfMemory
 from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
+from .stopwatch import Stopwatch
 from .sync import sync_weights
 from .types import Batch, Credit, Group
 
