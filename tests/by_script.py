@@ -1,15 +1,16 @@
-"""Rollouts in which a function speaks for the agent."""
+"""Rollouts and episodes in which a script speaks for the agent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 
 from turnfast.chat import Chat
 from turnfast.config import RolloutConfig
-from turnfast.envs import Env
+from turnfast.envs import Env, Outcome, Step
 from turnfast.rollout import rollout
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
-from turnfast.types import Group
+from turnfast.types import Group, Message, Task
 
 
 def roll(
@@ -36,3 +37,15 @@ def roll(
     )
     tasks = env.tasks("train")[:num_tasks]
     return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
+
+
+def play(env: Env, task: Task, *texts: str) -> tuple[Sequence[Message], list[Step], Outcome]:
+    """One episode without a model: its first messages, its step after each text, its outcome."""
+
+    async def run() -> tuple[Sequence[Message], list[Step], Outcome]:
+        episode = env.episode(task)
+        first = await episode.start()
+        steps = [await episode.step(text) for text in texts]
+        return first, steps, await episode.finish()
+
+    return asyncio.run(run())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import re
@@ -11,7 +10,7 @@ import time
 from itertools import permutations
 
 import pytest
-from by_script import roll
+from by_script import play, roll
 
 from turnfast.config import ConfigError
 from turnfast.envs import ToolEnv, load_env
@@ -19,15 +18,6 @@ from turnfast.envs.adapters import door
 from turnfast.envs.adapters.mcp import McpServer
 
 SIZES = {"group_size": 2, "num_tasks": 3, "max_context": 6000}
-
-
-def play(env, task, *texts):
-    async def run():
-        episode = env.episode(task)
-        first = await episode.start()
-        return first, [await episode.step(text) for text in texts], await episode.finish()
-
-    return asyncio.run(run())
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
 from fractions import Fraction
 
 import pytest
-from by_script import roll
+from by_script import play, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,17 +19,6 @@ from turnfast.envs.frozen_lake import MOVES, Lake, draw_lake, read_move
 from turnfast.envs.wordle import mark
 from turnfast.envs.wordle_words import WORDS
 from turnfast.tools import calculate, show_number
-
-
-def play(env, task, *texts):
-    async def run():
-        episode = env.episode(task)
-        first = await episode.start()
-        steps = [await episode.step(text) for text in texts]
-        return first, steps, await episode.finish()
-
-    return asyncio.run(run())
-
 
 # frozen lake
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 
+import by_script
 import pytest
 
 from turnfast.config import ConfigError, RewardConfig, RolloutConfig
@@ -54,12 +55,7 @@ ANSWER = "<answer>Ida</answer>"
 
 
 def play(env, *texts):
-    async def run():
-        episode = env.episode(TASK)
-        await episode.start()
-        return [await episode.step(text) for text in texts], await episode.finish()
-
-    return asyncio.run(run())
+    return by_script.play(env, TASK, *texts)[1:]
 
 
 def words(task, turns) -> float:
@@ -342,12 +338,7 @@ def test_from_a_recipe_and_back(folder):
 
 
 def play_lookup(env, *texts):
-    async def run():
-        episode = env.episode(env.tasks("train")[0])
-        await episode.start()
-        return [await episode.step(text) for text in texts], await episode.finish()
-
-    return asyncio.run(run())
+    return by_script.play(env, env.tasks("train")[0], *texts)[1:]
 
 
 @pytest.mark.parametrize(

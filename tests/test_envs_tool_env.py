@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import by_script
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,13 +40,7 @@ class Books(ToolEnv):
 
 
 def play(env: ToolEnv, *texts: str) -> tuple[list[Step], Outcome]:
-    async def run() -> tuple[list[Step], Outcome]:
-        episode = env.episode(TASK)
-        await episode.start()
-        steps = [await episode.step(text) for text in texts]
-        return steps, await episode.finish()
-
-    return asyncio.run(run())
+    return by_script.play(env, TASK, *texts)[1:]
 
 
 def call(query: str, name: str = "search") -> str:

@@ -6,13 +6,13 @@ Its dependencies exclude those of vLLM, so it is tested in an environment of its
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
 import sys
 
 import pytest
+from by_script import play
 
 from turnfast.config import ConfigError, RolloutConfig
 from turnfast.envs import RewardFault, load_env
@@ -115,15 +115,6 @@ def make(kind: str, **args):
         "verifiers",
         {"id": "guess-of-a-test", "args": {"kind": kind, **args}, "eval_tasks": 3, **options},
     )
-
-
-def play(env, task, *texts):
-    async def run():
-        episode = env.episode(task)
-        first = await episode.start()
-        return first, [await episode.step(text) for text in texts], await episode.finish()
-
-    return asyncio.run(run())
 
 
 def test_a_single_turn_is_scored_by_the_rubric():
