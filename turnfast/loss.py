@@ -108,6 +108,7 @@ def update(
         OutOfMemory: not even with smaller micro-batches; that update has changed nothing.
     """
     done = Update()
+    policy.model.train()  # whoever sampled with it has left it in eval mode
     reuse = config.old_logprobs == "sampler"
     if reuse:
         batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]

@@ -170,12 +170,14 @@ def _logprobs(
     device = next(model.parameters()).device
     ids = torch.tensor(padded, device=device)
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         keep = torch.arange(start - 1, longest - 1, device=device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return logprobs.gather(2, ids[:, start:, None]).squeeze(2)
 

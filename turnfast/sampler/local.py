@@ -52,7 +52,7 @@ class LocalSampler:
     values of a shared prefix are reused, within a trajectory and between rollouts of one prompt.
 
     Args:
-        model: shared with the trainer; it is put into eval mode only while a step runs.
+        model: shared with the trainer; a step leaves it in eval mode.
         stop_ids: a request ends when it draws one of these; the id stays in `sampled_ids`.
         num_slots: requests that run at the same time.
         max_context: prompt and sampled tokens of one request together.
@@ -277,15 +277,13 @@ def _completion(row: _Running, finish: Finish) -> Completion:
 
 @contextmanager
 def _sampling_mode(model: Any) -> Iterator[None]:
-    # the trainer's own attention and training mode come back after every forward
+    # the trainer's own attention comes back after every forward; not its mode, which costs a walk
+    # over all modules each time: `update` sees to that
     attention = model.config._attn_implementation
-    was_training = model.training
     model.config._attn_implementation = ATTENTION_NAME
-    if was_training:
+    if model.training:
         model.eval()
     try:
         yield
     finally:
         model.config._attn_implementation = attention
-        if was_training:
-            model.train()
