@@ -18,7 +18,7 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 LEVELS = [
     ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness", "sandbox_init"],
     ["kernels"],
-    ["tools", "sinks", "tiny", "liger", "moments", "sandbox", "ranks", "rows", "stopwatch"],
+    ["tools", "sinks", "tiny", "liger", "moments", "sandbox", "ranks", "rows", "stopwatch", "lora"],
     ["judge"],
     [
         "credit",

@@ -15,7 +15,8 @@ import torch
 from transformers import Qwen3ForCausalLM
 from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_gap
 
-from turnfast.config import SamplerConfig
+from turnfast.config import LoraConfig, SamplerConfig
+from turnfast.lora import add_adapter
 from turnfast.sampler import make_sampler
 from turnfast.sync import (
     Probe,
@@ -204,6 +205,18 @@ def test_rollouts_in_a_thread_beside_training(sampler, trainer, probe):
         played = ahead.result()
     assert worst_gap(before, played) <= TOLERANCE < worst_gap(trainer, played)
     sync_weights(trainer, sampler, probe, TOLERANCE)
+    assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
+
+
+def test_an_adapter_arrives_merged(sampler, trainer, probe):
+    pytest.importorskip("peft")
+    add_adapter(trainer, LoraConfig(r=4), seed=0)
+    for _ in range(2):
+        train_one_step(trainer, lr=1e-2)
+    adapter = [p for p in trainer.parameters() if p.requires_grad]
+    assert len(adapter) < len(list(trainer.parameters()))
+    assert worst_gap(trainer, two_turns(sampler, range(24))) > TOLERANCE
+    assert sync_weights(trainer, sampler, probe, TOLERANCE).gap <= TOLERANCE
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 
 

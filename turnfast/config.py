@@ -30,6 +30,18 @@ class Section(BaseModel):
     )
 
 
+class LoraConfig(Section):
+    """An adapter that is trained in the place of the model; the names are peft's."""
+
+    r: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="rank of an adapter to train instead of the model; 0: none"
+    )
+    lora_alpha: PositiveInt = Field(default=32, description="it counts lora_alpha / r")
+    target_modules: tuple[str, ...] = Field(
+        default=(), description="ends of layers' names; default: all linear ones but the head"
+    )
+
+
 class ModelConfig(Section):
     path: str = Field(
         default="tiny", description="hub name, local folder, or 'tiny' for the built-in one"
@@ -44,6 +56,7 @@ class ModelConfig(Section):
         default="auto", description="Liger's norm, rotary and MLP kernels; auto: on CUDA"
     )
     compile: bool = Field(default=False, description="torch.compile of the model's body")
+    lora: LoraConfig = LoraConfig()
 
 
 class RewardConfig(Section):
@@ -233,6 +246,11 @@ class Config(Section):
             raise ValueError(
                 "rollout.group_size: 1 rollout has no baseline, its advantage is always 0; "
                 "set it to 2 or more, or take a rule with a critic, credit.rule = 'mt_ppo'"
+            )
+        if self.model.freeze_head and self.model.lora.r:
+            raise ValueError(
+                "model.freeze_head: with model.lora.r nothing but the adapter is trained, and the "
+                "head has none; leave it at false"
             )
         if self.rollout.refill_waves and self.credit.rule in VALUE_RULES:
             raise ValueError(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM as AnyModel
 
 from .config import Config, ConfigError
 from .credit import check_rule
+from .lora import add_adapter
 from .model import attention_backends, dtype_of, pick_device, refuse_long_context
 from .moments import BYTES
 from .run import checked_folder
@@ -83,11 +84,16 @@ def estimate(config: Config) -> Estimate:
     refuse_long_context(architecture, config.rollout.max_context)
     with torch.device("meta"):
         model = AnyModel.from_config(architecture, dtype=dtype, attn_implementation=ATTENTION)
+        add_adapter(model, config.model.lora, seed=config.train.seed)
     head = model.get_output_embeddings().weight
     if config.model.freeze_head:
         head.requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    copies = 2 if config.loss.kl_coef else 1  # the reference is a model of its own
+    # the reference is a model of its own, unless it is the policy without its adapter
+    with_copy = config.loss.kl_coef and not (
+        config.model.lora.r and config.loss.reference == "start"
+    )
+    copies = 2 if with_copy else 1
     masters = 0 if dtype == torch.float32 else 4
     tokens = config.train.tokens_per_microbatch
     V, D = head.shape

@@ -1,7 +1,8 @@
 """The policy that training is held close to: a frozen copy of the start, or another model.
 
-It costs a second copy of the weights in the model's dtype (14 GiB for 7 billion parameters in
-bfloat16), without gradients or optimizer state, and one forward pass over each step's rows.
+It costs one forward pass over each step's rows, and a second copy of the weights in the model's
+dtype (14 GiB for 7 billion parameters in bfloat16), without gradients or optimizer state. With a
+LoRA adapter the start needs no copy: it is the policy with its adapter off.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from .config import ConfigError, LossConfig, ModelConfig
 from .kernels import linear_logprobs
+from .lora import adapted_layers, without_adapter
 from .model import Policy, hidden_states, load_policy
 from .types import Batch
 
@@ -26,6 +28,8 @@ def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Poli
     """
     if loss.kl_coef == 0.0:
         return None
+    if loss.reference == "start" and adapted_layers(policy.model):
+        return policy
     folder = policy.folder if loss.reference == "start" else Path(loss.reference).expanduser()
     if not folder.is_dir() and loss.reference != "start":
         raise ConfigError(f"loss.reference: there is no folder {folder}; use 'start' or a model")
@@ -48,8 +52,10 @@ def with_reference(
 
 @torch.no_grad()
 def _with_logprobs(batch: Batch, reference: Policy, loss: LossConfig, temperature: float) -> Batch:
+    with without_adapter(reference.model):
+        hidden_TD = hidden_states(reference, batch)
     result = linear_logprobs(
-        hidden_states(reference, batch),
+        hidden_TD,
         reference.head_VD,
         batch.rows_N,
         batch.targets_N,

@@ -16,6 +16,7 @@ from .config import VALUE_RULES, Config, ConfigError, RolloutConfig
 from .credit import check_rule
 from .critic import Critic
 from .envs import Demonstrator, Env, load_env, tasks_of
+from .lora import add_adapter
 from .loss import check_impl
 from .metrics import RunDir, read_metrics
 from .model import Policy, load_policy, pick_device, refuse_long_context
@@ -74,6 +75,7 @@ def open_run(
                 model_folder(config, env, run_dir)
         with ranks.together():
             policy = load_policy(config.model, model_folder(config, env, run_dir), device)
+            add_adapter(policy.model, config.model.lora, seed=config.train.seed)
             check_impl(config.loss, policy)
         # the first word between GPUs, before the engine says which network they have
         ranks.add_up([torch.zeros(1, device=device)])

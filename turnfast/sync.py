@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .lora import merged
 from .sampler import Completion, Request, Sampler
 
 NUM_PROMPTS = 8
@@ -93,7 +94,8 @@ def default_tolerance(dtype: torch.dtype, device: str = "cpu") -> float:
 def sync_weights(
     model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
 ) -> SyncReport:
-    """Push the model's parameters into the sampler and compare the two on the probe.
+    """Push the model's parameters into the sampler, with an adapter the merged ones, and compare
+    the two on the probe.
 
     While the sampler is awake it is asked for one prompt of the probe before the push, so that a
     prefix cache which survives the push is hit, and found.
@@ -107,7 +109,7 @@ def sync_weights(
         _continue(sampler, probe.prompts[:1], max_new_tokens=1)
     sampler.wake()
     try:
-        sampler.load_weights(model.named_parameters())
+        sampler.load_weights(merged(model, model.named_parameters()))
     except (KeyError, ValueError, RuntimeError) as error:
         text = error.args[0] if error.args else type(error).__name__
         raise SyncError(f"the sampler could not take the new weights: {text}") from error

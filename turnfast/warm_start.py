@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .checkpoint import save_checkpoint
+from .checkpoint import save_checkpoint, save_model
 from .config import Config
 from .console import Progress
+from .lora import add_adapter
 from .loss import Update
 from .metrics import RunDir
 from .model import load_policy, pick_device
@@ -36,6 +37,7 @@ def warm_start(
         policy = load_policy(
             config.model, model_folder(config, env, run_dir), pick_device(config.train.device)
         )
+        add_adapter(policy.model, config.model.lora, seed=config.train.seed)
         optimizer = sft_optimizer(policy, config.sft)
         done = restore(directory, policy, optimizer, kind="sft")[0] if resume else 0
         save = partial(
@@ -75,6 +77,6 @@ def warm_start(
         if done < config.sft.steps:
             return kept
         folder = run_dir / "model"
-        policy.model.save_pretrained(folder)
+        save_model(policy.model, folder)
         policy.tokenizer.save_pretrained(folder)
     return folder

@@ -4,6 +4,8 @@
       latest                      the name of the newest folder, for people and scripts
       step_000050/
         config.json model.safetensors tokenizer.json …    what `model.path` takes
+        adapter/adapter_config.json …                     with LoRA, what was trained; the model
+                                                          above has it merged
         trainer/optimizer.safetensors  trainer/optimizer.json  trainer/state.json
         trainer/critic.safetensors                        for rules with a critic
         manifest.json             size and SHA-256 of every other file
@@ -38,11 +40,12 @@ from .state import (
     load_model,
     load_optimizer,
     save_critic,
+    save_model,
     save_optimizer,
     to_json,
 )
 
-__all__ = ["CheckpointError", "load_checkpoint", "newest_whole", "save_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "newest_whole", "save_checkpoint", "save_model"]
 
 log = logging.getLogger("turnfast")
 
@@ -87,7 +90,7 @@ def save_checkpoint(
         sweep(folder)
         (partial / TRAINER).mkdir(parents=True)
         with _no_progress_bar():
-            model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
+            save_model(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
         save_optimizer(optimizer, partial / TRAINER)

@@ -55,7 +55,8 @@ def seal(folder: Path, step: int) -> None:
     manifest.write_text(
         json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1), encoding="utf-8"
     )
-    for path in (*files, manifest, folder / TRAINER, folder):
+    folders = (path for path in folder.iterdir() if path.is_dir())
+    for path in (*files, manifest, *folders, folder):
         _flush(path)
 
 

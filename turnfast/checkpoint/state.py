@@ -13,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..lora import adapted_layers, load_adapter, merged, save_adapter
+
+ADAPTER = "adapter"
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. The text names the file and the way out."""
@@ -107,7 +111,19 @@ def _optimizer_file(folder: Path) -> Path:
     return folder / "optimizer.safetensors"
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """A Hugging Face folder, an adapter merged; what was trained of it also in `folder/adapter`."""
+    if not adapted_layers(model):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict=dict(merged(model, model.state_dict().items())))
+    save_adapter(model, folder / ADAPTER)
+
+
 def load_model(model: nn.Module, path: Path) -> None:
+    if adapted_layers(model):
+        _load_adapter(model, path)
+        return
     wanted = model.state_dict()
     loaded: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -124,6 +140,25 @@ def load_model(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, tensor in loaded.items():
             wanted[name].copy_(tensor)
+
+
+def _load_adapter(model: nn.Module, path: Path) -> None:
+    """The base is not in the checkpoint, but what no adapter changes is, and must be the same."""
+    try:
+        load_adapter(model, path / ADAPTER)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: holds no adapter that fits ({error}); resume with the model section of the "
+            "run that wrote it"
+        ) from error
+    own = dict(model.named_parameters())
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if name in own and not torch.equal(own[name].cpu(), tensor):
+                raise CheckpointError(
+                    f"{path}: its adapter was trained on another model, {name} differs; resume "
+                    "with the model.path of the run that wrote it"
+                )
 
 
 def _fits(wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:

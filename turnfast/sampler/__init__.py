@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -87,6 +86,7 @@ def make_sampler(
             sleep=config.sleep and not beside_training,
             seed=seed,
         )
+    from ..lora import merged_copy
     from .local import LocalSampler, slots_that_fit
 
     num_slots = min(config.max_sequences, slots_that_fit(model, max_context, config.gpu_memory))
@@ -96,5 +96,5 @@ def make_sampler(
             "sampler's share of memory; lower it or raise sampler.gpu_memory"
         )
     if beside_training:
-        model = copy.deepcopy(model)
+        model = merged_copy(model)
     return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, max_context=max_context)

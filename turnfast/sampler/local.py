@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..lora import adapted_layers
 from ..types import Finish
 from .base import Completion, Request
 from .ragged import (
@@ -140,6 +141,10 @@ class LocalSampler:
         """Copy the tensors that are not the model's own already, and forget every cached token."""
         if self.num_pending:
             raise RuntimeError(f"{self.num_pending} requests are in flight while weights change")
+        if adapted_layers(self._model):
+            # the trainer's own module: only that has an adapter, and what is handed is it, merged
+            self._slots.forget()
+            return
         own = dict(self._model.named_parameters(remove_duplicate=False))
         handed: set[int] = set()
         with torch.no_grad():

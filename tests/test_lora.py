@@ -1,0 +1,379 @@
+"""An adapter: what it trains, what is kept of it, and what samplers and readers get of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from step_data import make_groups, optimizer_of
+from test_update import TEMPERATURE, plain_logprobs
+from training_runs import LETTERS, logged, recipe, training_lines, weights
+from transformers import AutoModelForCausalLM
+
+from turnfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from turnfast.cli import main
+from turnfast.config import ConfigError, LoraConfig, LossConfig, ModelConfig, SamplerConfig
+from turnfast.credit import assign_credits
+from turnfast.estimate import estimate
+from turnfast.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
+from turnfast.loss import update
+from turnfast.model import Policy, load_policy
+from turnfast.packing import pack
+from turnfast.recipe import build_config, load_config, to_toml
+from turnfast.reference import open_reference, with_reference
+from turnfast.sampler import make_sampler
+from turnfast.sampler.local import LocalSampler
+from turnfast.sync import SyncError, make_probe, sync_weights
+from turnfast.train import train
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORM = LoraConfig(r=4, lora_alpha=8)
+RUN = {"model__lora": {"r": 4, "lora_alpha": 8}, "loss__kl_coef": 0.05}
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def adapted(policy: Policy) -> Policy:
+    add_adapter(policy.model, FORM, seed=0)
+    return policy
+
+
+def moved(policy: Policy, seed: int = 0) -> None:
+    """As if trained: B is no longer 0."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def logits(model, ids=IDS) -> torch.Tensor:
+    return model(input_ids=ids).logits
+
+
+def batches_of(budget: int = 4096):
+    groups = make_groups(1)
+    packed = pack(groups, assign_credits(groups), budget=budget)
+    return packed.batches, [t for group in groups for t in group.trajectories]
+
+
+def plain_policy(folder: Path) -> Policy:
+    return load_policy(ModelConfig(), folder, torch.device("cpu"))
+
+
+def test_it_starts_as_the_model_whatever_the_seed(policy, tiny_folder):
+    before = logits(policy.model)
+    add_adapter(policy.model, FORM, seed=0)
+    assert torch.equal(logits(policy.model), before)
+    again, other = plain_policy(tiny_folder), plain_policy(tiny_folder)
+    state = torch.random.get_rng_state()
+    add_adapter(again.model, FORM, seed=0)
+    add_adapter(other.model, FORM, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ours = dict(policy.model.named_parameters())
+    assert all(torch.equal(ours[name], p) for name, p in again.model.named_parameters())
+    assert any(not torch.equal(ours[name], p) for name, p in other.model.named_parameters())
+
+
+def test_the_reference_is_the_base_itself(adapted, tiny_folder):
+    moved(adapted)
+    kl = LossConfig(kl_coef=0.3)
+    reference = open_reference(kl, ModelConfig(), adapted)
+    assert reference is adapted
+    batches, _ = batches_of()
+    base = plain_policy(tiny_folder)
+    found = with_reference(batches, reference, kl, temperature=TEMPERATURE)
+    wanted = with_reference(batches, base, kl, temperature=TEMPERATURE)
+    assert all(
+        torch.equal(a.ref_logprobs_N, b.ref_logprobs_N) for a, b in zip(found, wanted, strict=True)
+    )
+    # and the policy is the adapted one again, with gradients
+    assert not torch.equal(logits(adapted.model), logits(base.model))
+    assert sum(p.requires_grad for p in adapted.model.parameters()) == 2 * 7 * 2
+
+
+def test_a_folder_as_reference_is_loaded_without_an_adapter(adapted, tiny_folder):
+    moved(adapted)
+    kl = LossConfig(kl_coef=0.3, reference=str(tiny_folder))
+    reference = open_reference(kl, ModelConfig(lora=FORM), adapted)
+    assert reference is not adapted and not adapted_layers(reference.model)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"), [((), 14), (("q_proj", "v_proj"), 4), (("1.mlp.up_proj",), 1)]
+)
+def test_a_step_moves_the_adapter_alone(policy, targets, layers):
+    add_adapter(policy.model, LoraConfig(r=4, target_modules=targets), seed=0)
+    assert len(adapted_layers(policy.model)) == layers
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    batches, _ = batches_of()
+    optimizer = optimizer_of(policy)
+    for _ in range(2):  # A has no gradient while B is 0
+        update(policy, optimizer, batches, LossConfig())
+        assert policy.head_VD.grad is None
+    after = dict(policy.model.named_parameters())
+    moved_names = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved_names == {name for name in before if ".lora_" in name}
+
+
+def test_the_gradient_is_that_of_the_merged_weight(adapted):
+    """dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW of the merged model."""
+    moved(adapted)
+    batches, _ = batches_of()
+    plain = replace(adapted, model=merged_copy(adapted.model))
+    plain.model.requires_grad_(True)
+    ours, theirs = optimizer_of(adapted, 1e-12), optimizer_of(plain, 1e-12)
+    update(adapted, ours, batches, LossConfig())
+    update(plain, theirs, batches, LossConfig())
+    trained = [n for n, p in adapted.model.named_parameters() if p.requires_grad]
+    found = dict(zip(trained, ours.gradients[0], strict=True))
+    names = [name for name, _ in plain.model.named_parameters()]
+    wanted = dict(zip(names, theirs.gradients[0], strict=True))
+    for name, layer in adapted_layers(adapted.model).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        dW, scale = wanted[f"{name}.weight"], 8 / 4
+        for leaf, exact in (("A", scale * B.T @ dW), ("B", scale * dW @ A.T)):
+            gradient = found[f"{name}.lora_{leaf}.default.weight"]
+            torch.testing.assert_close(gradient, exact, atol=2e-6, rtol=1e-3)
+
+
+def test_the_merged_folder_is_the_adapted_model(adapted, tmp_path):
+    moved(adapted)
+    path = save_checkpoint(
+        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted),
+        tokenizer=adapted.tokenizer, state={}, keep=1,
+    )  # fmt: skip
+    wanted = logits(adapted.model)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    assert not adapted_layers(plain)
+    assert (logits(plain) - wanted).abs().max() < 1e-5
+    assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"]
+    saved = set(load_file(path / "model.safetensors"))
+    assert saved == set(load_file(adapted.folder / "model.safetensors"))
+
+
+def test_peft_loads_the_adapter(adapted, tmp_path):
+    import peft
+
+    moved(adapted)
+    path = save_checkpoint(
+        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
+        state={}, keep=1,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(adapted.folder)
+    theirs = peft.PeftModel.from_pretrained(base, path / "adapter")
+    assert torch.equal(logits(theirs.eval()), logits(adapted.model))
+
+
+def test_a_bfloat16_weight_is_rounded_once(tiny_folder):
+    policy = load_policy(ModelConfig(dtype="bfloat16"), tiny_folder, torch.device("cpu"))
+    add_adapter(policy.model, FORM, seed=0)
+    moved(policy)
+    found = dict(merged(policy.model, policy.model.named_parameters()))
+    for name, layer in adapted_layers(policy.model).items():
+        A, B = (x["default"].weight.double() for x in (layer.lora_A, layer.lora_B))
+        exact = layer.base_layer.weight.double() + 2 * B @ A
+        assert torch.equal(found[f"{name}.weight"], exact.to(torch.bfloat16))
+
+
+def sampler_of(policy: Policy, *, beside_training: bool) -> LocalSampler:
+    return make_sampler(
+        SamplerConfig(backend="local", max_sequences=8), model_folder=policy.folder,
+        model=policy.model, stop_ids=[2], max_context=128, device="cpu", dtype=torch.float32,
+        beside_training=beside_training,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_local_sampler_follows(adapted, beside):
+    sampler = sampler_of(adapted, beside_training=beside)
+    probe = make_probe(len(adapted.head_VD), 128)
+    for seed in range(3):
+        assert sync_weights(adapted.model, sampler, probe, 1e-4).gap < 1e-4
+        moved(adapted, seed)
+
+
+def test_a_forgotten_merge_is_found(adapted):
+    sampler = sampler_of(adapted, beside_training=True)
+    probe = make_probe(len(adapted.head_VD), 128)
+    moved(adapted)
+    kept = sampler.load_weights
+    with without_adapter(adapted.model):
+        base = {n.replace(".base_layer", ""): p for n, p in adapted.model.named_parameters()}
+    base = {name: p for name, p in base.items() if ".lora_" not in name}
+    sampler.load_weights = lambda named: kept(base.items())  # what a sync without merging hands
+    with pytest.raises(SyncError, match="differ from the trainer's"):
+        sync_weights(adapted.model, sampler, probe, 1e-4)
+    sampler.load_weights = lambda named: kept(adapted.model.named_parameters())
+    with pytest.raises(SyncError, match="no parameter"):
+        sync_weights(adapted.model, sampler, probe, 1e-4)
+
+
+def test_a_run_held_to_its_base(letters_model, tmp_path, capsys):
+    """Through the command line: a few steps, their KL, and an evaluation of what they left."""
+    toml = tmp_path / "run.toml"
+    toml.write_text(to_toml(recipe(letters_model, **RUN)) + "\n")
+    run = tmp_path / "run"
+    assert main(["train", str(toml), "--run-dir", str(run)]) == 0
+    lines = training_lines(run)
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-9) and lines[-1]["kl"] > 1e-4
+    assert all(line["logprob_gap"] < 1e-4 for line in lines)
+    folder = run / "checkpoints" / "step_000004"
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    capsys.readouterr()
+    code = main(["eval", str(toml), "--model.path", str(folder), "--model.lora.r", "0"])
+    assert code == 0 and "eval/exact_match" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("changed", [{}, {"credit__rule": "mt_ppo"}], ids=["group", "critic"])
+def test_a_stop_changes_nothing(letters_model, tmp_path, changed):
+    train(recipe(letters_model, **RUN, **changed), tmp_path / "straight")
+    train(recipe(letters_model, train__steps=2, **RUN, **changed), tmp_path / "legs")
+    train(recipe(letters_model, **RUN, **changed), tmp_path / "legs", resume=True)
+    assert weights(tmp_path / "straight", 4) == weights(tmp_path / "legs", 4)
+    name = "checkpoints/step_000004/adapter/adapter_model.safetensors"
+    assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "legs" / name).read_bytes()
+    assert logged(tmp_path / "straight") == logged(tmp_path / "legs")
+
+
+def test_a_sampler_beside_training_is_given_the_merged_weights(letters_model, tmp_path):
+    config = recipe(letters_model, **RUN, train__overlap=True, loss__is_cap=2.0)
+    train(config, tmp_path / "run")
+    lines = training_lines(tmp_path / "run")
+    assert lines[-1]["kl"] > 1e-4 and all(line["sync_gap"] < 1e-4 for line in lines)
+
+
+def test_a_warm_start_leaves_a_whole_model(letters_model, tmp_path, capsys):
+    toml = tmp_path / "run.toml"
+    toml.write_text(to_toml(recipe(letters_model, sft__steps=30, **RUN)) + "\n")
+    assert main(["sft", str(toml), "--run-dir", str(tmp_path / "sft")]) == 0
+    lines = training_lines(tmp_path / "sft")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
+    assert not adapted_layers(plain)
+    base = load_file(letters_model / "model.safetensors")
+    assert not torch.equal(plain.state_dict()["model.layers.0.mlp.up_proj.weight"],
+                           base["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (LoraConfig(r=8, lora_alpha=8), "r = 4 and lora_alpha = 8"),
+        (LoraConfig(r=4, lora_alpha=16), "r = 4 and lora_alpha = 8"),
+        (LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",)), "other layers"),
+    ],
+)
+def test_another_adapter_is_refused(adapted, tiny_folder, tmp_path, form, message):
+    path = save_checkpoint(
+        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
+        state={}, keep=1,
+    )  # fmt: skip
+    other = plain_policy(tiny_folder)
+    add_adapter(other.model, form, seed=0)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, model=other.model, optimizer=optimizer_of(other))
+    with pytest.raises(CheckpointError, match="no adapter that fits"):
+        plain = save_checkpoint(
+            tmp_path / "plain", 1, model=plain_policy(tiny_folder).model, tokenizer=None,
+            optimizer=optimizer_of(adapted), state={}, keep=1,
+        )  # fmt: skip
+        load_checkpoint(plain, model=adapted.model, optimizer=optimizer_of(adapted))
+
+
+def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
+    path = save_checkpoint(
+        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
+        state={}, keep=1,
+    )  # fmt: skip
+    other = plain_policy(tiny_folder)
+    with torch.no_grad():
+        other.head_VD.add_(1e-3)
+    add_adapter(other.model, FORM, seed=0)
+    with pytest.raises(CheckpointError, match=r"another model.*model\.path"):
+        load_checkpoint(path, model=other.model, optimizer=optimizer_of(other))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "query"), "no linear layer query; there are down_proj, gate_proj, k_proj"),
+        (("mlp",), "no linear layer mlp"),
+        (("embed_tokens",), "no linear layer embed_tokens"),
+        (("lm_head",), "lm_head is the output projection"),
+    ],
+)
+def test_targets_that_do_not_exist_are_named(policy, targets, message):
+    form = LoraConfig(r=4, target_modules=targets)
+    with pytest.raises(ConfigError, match=rf"model\.lora\.target_modules: .*{message}"):
+        add_adapter(policy.model, form, seed=0)
+
+
+def test_what_cannot_work_is_refused_by_name(policy, letters_model, monkeypatch, capsys, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.freeze_head"):
+        build_config({"model": {"freeze_head": True, "lora": {"r": 4}}})
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank: no such field"):
+        build_config({"model": {"lora": {"rank": 4}}})
+    toml = tmp_path / "run.toml"
+    toml.write_text(to_toml(recipe(letters_model)) + "\n")
+    flags = ["--model.lora.r", "4", "--model.lora.target-modules", '["query"]']
+    assert main(["train", str(toml), *flags, "--dry-run"]) == 2
+    assert "no linear layer query" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs peft; install turnfast\[lora\]"):
+        add_adapter(policy.model, FORM, seed=0)
+
+
+def test_a_recipe_comes_back_as_it_was(tmp_path):
+    config = build_config({**LETTERS, "model": {"lora": {"r": 8, "target_modules": ["q_proj"]}}})
+    (tmp_path / "run.toml").write_text(to_toml(config) + "\n")
+    assert load_config(tmp_path / "run.toml") == config
+    assert config.model.lora.target_modules == ("q_proj",)
+
+
+def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
+    tree = {
+        "model": {"path": str(tiny_folder), "dtype": "float32"},
+        "rollout": {"max_new_tokens": 32, "max_context": 512},
+        "sampler": {"backend": "local"},
+        "train": {"tokens_per_microbatch": 2048, "device": "cpu"},
+        "loss": {"kl_coef": 0.1},
+    }
+    whole = estimate(build_config(tree))
+    tree["model"]["lora"] = {"r": 4}
+    found = estimate(build_config(tree))
+    add_adapter(policy.model, FORM, seed=0)
+    adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert found.gradients == 4 * adapter and found.optimizer == 8 * adapter
+    assert found.weights == whole.weights // 2 + 4 * adapter  # no copy for the reference
+    assert found.loss_head == whole.loss_head - 4 * policy.head_VD.numel()
+    tree["loss"]["reference"] = str(tiny_folder)
+    assert estimate(build_config(tree)).weights > 2 * found.weights - 4 * adapter - 1
+
+
+def test_kl_is_that_of_the_two_models(adapted):
+    moved(adapted)
+    kl = LossConfig(kl_coef=0.3)
+    reference = open_reference(kl, ModelConfig(), adapted)
+    batches, trajectories = batches_of()
+    batches = with_reference(batches, reference, kl, temperature=TEMPERATURE)
+    optimizer = optimizer_of(adapted, 1e-12)
+    found = update(adapted, optimizer, batches, kl, temperature=TEMPERATURE).kl
+    gaps = []
+    with torch.no_grad():
+        for trajectory in trajectories:
+            here = plain_logprobs(adapted.model, trajectory)
+            with without_adapter(adapted.model):
+                there = plain_logprobs(adapted.model, trajectory)
+            gaps.append(there - here)
+    gap = torch.cat(gaps)
+    assert found == pytest.approx(float((gap.exp() - gap - 1).mean()), rel=1e-4)
