@@ -37,7 +37,9 @@ def medians_s(
 ) -> dict[str, float]:
     """Median seconds of each call, rounds interleaved so that drift hits every contender alike.
 
-    On CUDA the L2 cache is overwritten before each call and the clock is the device's.
+    On CUDA the L2 cache is overwritten before each call and the clock is the device's. On the CPU
+    each timed call follows an untimed one of its own: a virtual machine may give freed pages back
+    to its host within seconds, and getting them again would be charged to whoever allocates.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, device=device).byte()
@@ -55,6 +57,7 @@ def medians_s(
                 end.synchronize()
                 times[name].append(begin.elapsed_time(end) / 1e3)
             else:
+                call()
                 start = clock()
                 call()
                 times[name].append(clock() - start)

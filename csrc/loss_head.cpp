@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   chunk.slopes = slopes ? slope.data() : nullptr;
   chunk.bonuses = slopes ? bonus.data() : nullptr;
   chunk.transform = transform;
-  chunk.d_head = {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr};
+  chunk.d_head = {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0};
   chunk.first = first;
   const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
   const int64_t d_x_floats = need_hidden ? round_up(C, k.rows) * width : 0;
@@ -233,7 +233,7 @@ void head_patch(const Tensor& x, const Tensor& weight, const Tensor& columns, co
   at::parallel_for(0, panels, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
     k.patch(head, x.const_data_ptr(), column.data(), patch_C, C, begin * k.lanes2,
             std::min(end * k.lanes2, head.D), d_x ? d_x->data_ptr<float>() : nullptr,
-            {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr});
+            {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0});
   });
 }
 

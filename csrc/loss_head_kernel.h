@@ -66,12 +66,14 @@ struct ForwardSums {  // of one worker, over its vocabulary rows without the tar
   double* kept;       // of E as it entered the products, rounding included; only with d_x
 };
 
-// The head's gradient [V, D], summed over chunks: float32, or bf16 with the next 8 bits beside it.
-// 24 bits lose 2^-17 per chunk, and `high` alone is the sum rounded to bf16 at any time.
+// The head's gradient [V, D], summed over chunks: float32, or bf16 with the next 4 bits beside it.
+// 20 bits lose 2^-13 per chunk, a sixteenth of what the rounding to bf16 loses in the end, and are
+// cheaper to stream than 32; `high` alone is the sum rounded to bf16 at any time.
 struct HeadGradient {
   float* whole;    // or null, then
   uint16_t* high;  // bf16, or null: not wanted
-  int8_t* low;     // signed rest of the rounding, in units of 2^-8
+  int8_t* low;     // [V][low_row]: signed rests of the rounding in units of 2^-4, two in a byte
+  int64_t low_row;  // bytes: half of D rounded up to lanes2
   bool wanted() const { return whole != nullptr || high != nullptr; }
 };
 

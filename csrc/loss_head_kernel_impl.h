@@ -154,42 +154,57 @@ TF_INLINE void store_some(float* p, F x, int64_t n) {
   __builtin_memcpy(p, &x, 4 * n);
 }
 
-TF_INLINE F joined(H high, B low) {
-  return as_float((from_halves(high) << 16) + (from_bytes(low) << 8));
+TF_INLINE H load_halves(const uint16_t* p, int64_t n) {
+  if (n >= L) return *reinterpret_cast<const Hu*>(p);
+  H x{};
+  if (n > 0) __builtin_memcpy(&x, p, 2 * n);
+  return x;
 }
 
-// `n` elements of the head's gradient from element i on, zeros behind them.
-TF_INLINE F load_gradient(const HeadGradient& g, int64_t i, int64_t n) {
-  if (g.whole != nullptr) return load_some(g.whole + i, Type::kFloat, n);
+TF_INLINE void store_halves(uint16_t* p, H x, int64_t n) {
   if (n >= L) {
-    return joined(*reinterpret_cast<const Hu*>(g.high + i),
-                  *reinterpret_cast<const Bu*>(g.low + i));
+    *reinterpret_cast<Hu*>(p) = x;
+  } else if (n > 0) {
+    __builtin_memcpy(p, &x, 2 * n);
   }
-  H high{};
-  B low{};
-  __builtin_memcpy(&high, g.high + i, 2 * n);
-  __builtin_memcpy(&low, g.low + i, n);
-  return joined(high, low);
 }
 
-// Rounded to 24 bits, the first 16 of them to nearest; a carry into the exponent is right, too.
-TF_INLINE void store_gradient(const HeadGradient& g, int64_t i, int64_t n, F value) {
-  if (g.whole != nullptr) return store_some(g.whole + i, value, n);
-  const U bits = (as_bits(value) + 0x80u) >> 8;
-  const U rounded = (bits + 0x80u) >> 8;
-  const H high = to_halves(rounded);
-  const B low = to_bytes(bits - (rounded << 8));
-  if (n >= L) {
-    *reinterpret_cast<Hu*>(g.high + i) = high;
-    *reinterpret_cast<Bu*>(g.low + i) = low;
+// The bits of a value rounded to 20 bits, as the first 16 rounded to nearest and a signed rest; a
+// carry into the exponent is right, too.
+struct Halved {
+  U high, rest;
+};
+
+TF_INLINE Halved halved(F value) {
+  const U bits = (as_bits(value) + 0x800u) >> 12;
+  const U high = (bits + 8u) >> 4;
+  return {high, bits - (high << 4)};
+}
+
+// Adds (a, b) to hidden columns [d, d + NR) of row v, or writes them there; columns past D are left
+// out. d: a multiple of NR. The rests of column i and i + L share a byte.
+TF_INLINE void add_gradient(const HeadGradient& g, int64_t D, bool first, int64_t v, int64_t d, F a,
+                            F b) {
+  const int64_t n = D - d;
+  if (g.whole != nullptr) {
+    float* to = g.whole + v * D + d;
+    store_some(to, first ? a : load_some(to, Type::kFloat, n) + a, n);
+    if (n > L) store_some(to + L, first ? b : load_some(to + L, Type::kFloat, n - L) + b, n - L);
     return;
   }
-  __builtin_memcpy(g.high + i, &high, 2 * n);
-  __builtin_memcpy(g.low + i, &low, n);
-}
-
-TF_INLINE void add_gradient(const HeadGradient& g, bool first, int64_t i, int64_t n, F value) {
-  store_gradient(g, i, n, first ? value : load_gradient(g, i, n) + value);
+  uint16_t* high = g.high + v * D + d;
+  auto* rests = reinterpret_cast<Bu*>(g.low + v * g.low_row + d / 2);
+  if (!first) {
+    const U both = from_bytes(*rests);
+    const U rest_a = reinterpret_cast<U>(reinterpret_cast<I>(both << 28) >> 16);
+    const U rest_b = (both & ~15u) << 8;
+    a += as_float((from_halves(load_halves(high, n)) << 16) + rest_a);
+    b += as_float((from_halves(load_halves(high + L, n - L)) << 16) + rest_b);
+  }
+  const Halved x = halved(a), y = halved(b);
+  store_halves(high, to_halves(x.high), n);
+  store_halves(high + L, to_halves(y.high), n - L);
+  *rests = to_bytes((x.rest & 15u) | (y.rest << 4));
 }
 
 #if !TURNFAST_PAIRS
@@ -648,12 +663,14 @@ void prefetch_gradient(const Head& head, const HeadGradient& g, int64_t begin, i
                        int64_t j) {
   constexpr int64_t kLine = 16;
   const int64_t edge = j + NR < head.D ? j + NR : head.D;
-  for (int64_t i = begin * head.D; i < end * head.D; i += head.D) {
+  for (int64_t v = begin; v < end; ++v) {
     if (g.whole != nullptr) {
-      for (int64_t d = j; d < edge; d += kLine) __builtin_prefetch(g.whole + i + d, 1, 2);
+      for (int64_t d = j; d < edge; d += kLine) {
+        __builtin_prefetch(g.whole + v * head.D + d, 1, 2);
+      }
     } else {
-      __builtin_prefetch(g.high + i + j, 1, 2);
-      if (j % (2 * NR) == 0) __builtin_prefetch(g.low + i + j, 1, 2);
+      __builtin_prefetch(g.high + v * head.D + j, 1, 2);
+      if (j % (4 * NR) == 0) __builtin_prefetch(g.low + v * g.low_row + j / 2, 1, 2);
     }
   }
 }
@@ -682,10 +699,9 @@ void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g
     }
     for (int64_t row = top; row < stop; ++row) {
       const float* from = strip + (row - top) * width;
-      const int64_t at = (v + row) * head.D;
-      int64_t d = 0;
-      for (; d + L <= head.D; d += L) add_gradient(to, chunk.first, at + d, L, load(from + d));
-      if (d < head.D) add_gradient(to, chunk.first, at + d, head.D - d, load(from + d));
+      for (int64_t d = 0; d < head.D; d += NR) {
+        add_gradient(to, head.D, chunk.first, v + row, d, load(from + d), load(from + d + L));
+      }
     }
   }
 }
@@ -782,21 +798,20 @@ void scatter_d_x(const Head& head, const float* const* d_x, int64_t workers,
 void patch(const Head& head, const void* x, const int32_t* columns, const float* patches, int64_t C,
            int64_t begin, int64_t end, float* d_x, const HeadGradient& d_head) {
   const auto product = [&](const void* from, int64_t row, int64_t d, float factor) {
+    if (d >= end) return F{};
     return load_some(at(from, head.type, row * head.D + d), head.type, end - d) * factor;
   };
   for (int64_t n = 0; n < C; ++n) {
     const int64_t v = columns[n];
     if (v < 0) continue;
-    for (int64_t d = begin; d < end; d += L) {
+    for (int64_t d = begin; d_x != nullptr && d < end; d += L) {
       const int64_t m = end - d;
-      if (d_x != nullptr) {
-        float* to = d_x + n * head.D + d;
-        store_some(to, load_some(to, Type::kFloat, m) + product(head.weight, v, d, patches[n]), m);
-      }
-      if (d_head.wanted()) {
-        const int64_t i = v * head.D + d;
-        add_gradient(d_head, false, i, m, product(x, n, d, patches[n]));
-      }
+      float* to = d_x + n * head.D + d;
+      store_some(to, load_some(to, Type::kFloat, m) + product(head.weight, v, d, patches[n]), m);
+    }
+    for (int64_t d = begin; d_head.wanted() && d < end; d += NR) {
+      add_gradient(d_head, head.D, false, v, d, product(x, n, d, patches[n]),
+                   product(x, n, d + L, patches[n]));
     }
   }
 }

@@ -4,8 +4,8 @@
 // and with two things that need the whole at hand:
 //   E @ W is taken while E is made, block by block, since its token's coefficient acts on the
 //   D-wide side; E is kept for the head's gradient alone, and not at all for a frozen head.
-//   The gradient of a bf16 head is summed in 24 bits (HeadGradient), half of what a float32 sum and
-//   its conversion take.
+//   The gradient of a bf16 head is summed in 20 bits (HeadGradient), less than half of what a
+//   float32 sum and its conversion take.
 // It takes what is plainly right. Everything else is answered with nothing, and the Python path
 // says what is wrong.
 
@@ -31,7 +31,7 @@ using at::Tensor;
 // kHidingTokens hide that traffic. E stays within kLargeBytes, a fraction of a large head; where
 // more tokens fit into kSmallBytes, a core's cache, they make the steps in between few.
 constexpr int64_t kHidingTokens = 384, kMaxTokens = 2304, kStep = 96;
-constexpr int64_t kSmallBytes = 1 << 20, kLargeBytes = 64 << 20;
+constexpr int64_t kSmallBytes = 1 << 20, kLargeBytes = 96 << 20;
 // Above this, sums of exponentials anchored at the target come near the end of float32.
 constexpr float kAnchorLimit = 60.0f;
 // Tokens of the padding are anchored so high that their exponentials vanish.
@@ -41,28 +41,32 @@ struct Needs {
   bool hidden, head;
 };
 
-// Both sums over the whole call. d_hidden [T, D] float32; the head's as HeadGradient.
+// Both sums over the whole call. d_hidden [T, D]: float32, or in the model's dtype where no row
+// comes twice and nothing is left to be added; the head's as HeadGradient.
 struct Sums {
   Tensor d_hidden, d_head, low;
   HeadGradient head{};
 };
 
-Sums make_sums(const Tensor& hidden, const Tensor& weight, Needs needs) {
+Sums make_sums(const Kernel& k, const Tensor& hidden, const Tensor& weight, Needs needs,
+               bool rows_differ) {
   Sums sums;
   const std::vector<int64_t> none{0};
-  sums.d_hidden = at::zeros(needs.hidden ? hidden.sizes() : none, at::kFloat);
+  sums.d_hidden = at::zeros(needs.hidden ? hidden.sizes() : none,
+                            rows_differ ? hidden.scalar_type() : at::kFloat);
   const bool split = weight.scalar_type() == at::kBFloat16;
   const at::IntArrayRef shape = needs.head ? weight.sizes() : none;
   sums.d_head = at::empty(shape, split ? at::kBFloat16 : at::kFloat);
   if (!needs.head) return sums;
   prefer_huge_pages(sums.d_head.data_ptr(), sums.d_head.nbytes());
   if (split) {
-    sums.low = at::empty(shape, at::kChar);
+    const int64_t low_row = round_up(weight.size(1), k.lanes2) / 2;
+    sums.low = at::empty({weight.size(0), low_row}, at::kChar);
     prefer_huge_pages(sums.low.data_ptr(), sums.low.nbytes());
     sums.head = {nullptr, static_cast<uint16_t*>(sums.d_head.data_ptr()),
-                 sums.low.data_ptr<int8_t>()};
+                 sums.low.data_ptr<int8_t>(), low_row};
   } else {
-    sums.head = {sums.d_head.data_ptr<float>(), nullptr, nullptr};
+    sums.head = {sums.d_head.data_ptr<float>(), nullptr, nullptr, 0};
   }
   return sums;
 }
@@ -203,18 +207,29 @@ class Pass {
     for (int64_t w = 0; w < workers_; ++w) partial[w] = d_x(w);
     gathered_.resize(C_);
     for (int64_t i = 0; i < C_; ++i) gathered_[i] = rows_[tokens_[i]];
+    const bool direct = sums_.d_hidden.scalar_type() == at::kFloat;
+    if (needs_.hidden && !direct) {
+      d_rows_ = at::zeros({C_, head_.D}, at::kFloat);
+      row_of_.resize(C_);
+      std::iota(row_of_.begin(), row_of_.end(), 0);
+    }
+    Tensor& d_hidden = direct ? sums_.d_hidden : d_rows_;
+    const int64_t* row_of = direct ? gathered_.data() : row_of_.data();
     // Cut along D: tokens may share a row of hidden or a target.
     at::parallel_for(0, panels, grain(C_ * k_.lanes2), [&](int64_t begin, int64_t end) {
       const int64_t from = begin * k_.lanes2, to = std::min(end * k_.lanes2, head_.D);
       if (needs_.hidden) {
         k_.scatter_d_x(head_, partial.data(), workers_, row_scales.data(), patches_.data(),
-                       columns_.data(), gathered_.data(), C_, from, to,
-                       sums_.d_hidden.data_ptr<float>());
+                       columns_.data(), row_of, C_, from, to, d_hidden.data_ptr<float>());
       }
       if (needs_.head) {
         k_.patch(head_, x_, columns_.data(), patches_.data(), C_, from, to, nullptr, sums_.head);
       }
     });
+    if (needs_.hidden && !direct) {
+      const Tensor index = at::from_blob(gathered_.data(), {C_}, at::kLong);
+      sums_.d_hidden.index_copy_(0, index, d_rows_.to(sums_.d_hidden.scalar_type()));
+    }
   }
 
  private:
@@ -320,11 +335,11 @@ class Pass {
 
   char *x_ = nullptr, *panels_ = nullptr, *scaled_ = nullptr, *scratch_ = nullptr, *d_x_ = nullptr,
        *exps_ = nullptr;
-  Tensor large_exps_;
+  Tensor large_exps_, d_rows_;
   std::vector<double> partial_sums_, S_, E_y_, Z_, log_Z_, entropies_;
   std::vector<float> partial_max_, picked_, anchors_, scales_, slopes_, bonuses_, ones_, patches_;
   std::vector<int32_t> columns_;
-  std::vector<int64_t> gathered_;
+  std::vector<int64_t> gathered_, row_of_;
 
   // Of the last forward.
   const int64_t* tokens_ = nullptr;
@@ -396,6 +411,15 @@ Plan make_plan(const PolicyInputs& in, int64_t N, const int64_t* segment_of, boo
   }
   if (stop > start) plan.chunks.push_back({start, stop, first, segments});
   return plan;
+}
+
+bool all_differ(const std::vector<int64_t>& tokens, const int64_t* rows, int64_t num_rows) {
+  std::vector<char> seen(num_rows);
+  for (const int64_t n : tokens) {
+    if (seen[rows[n]]) return false;
+    seen[rows[n]] = 1;
+  }
+  return true;
 }
 
 void check_tokens(const char* name, const Tensor& values, int64_t N) {
@@ -524,14 +548,21 @@ std::vector<Tensor> policy_loss(
                                                     : nullptr;
   const Needs needs{need_hidden, need_head};
   const bool gradients = need_hidden || need_head;
-  Sums sums = make_sums(hidden, weight, needs);
+  Sums sums;
   Pass pass(kernel, head, hidden, rows.const_data_ptr<int64_t>(),
             targets.const_data_ptr<int64_t>(), temperature, entropy, needs, sums);
   const int64_t size = chunk_tokens > 0 ? chunk_tokens : pass.chunk_tokens();
   const Plan plan = make_plan(in, N, segment_of, kl_coef != 0.0 || entropy, size);
   const auto active = static_cast<int64_t>(plan.order.size());
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const bool rows_differ = all_differ(plan.order, row, hidden.size(0));
+  sums = make_sums(kernel, hidden, weight, needs, rows_differ);
   if (active == 0) sums.d_head.zero_();
-  pass.reserve(std::min(size, active));
+  int64_t longest = 0;
+  for (const Chunk& chunk : plan.chunks) {
+    longest = std::max(longest, std::min(size, chunk.stop - chunk.start));
+  }
+  pass.reserve(longest);
   Tensor logprobs = at::full({N}, std::numeric_limits<float>::quiet_NaN(), at::kFloat);
   Tensor entropies = logprobs.clone();
   Tensor turn_logprobs = at::zeros({K}, at::kFloat);

@@ -264,8 +264,8 @@ def test_a_bf16_gradient_over_many_chunks_is_rounded_once():
         given = (*cpp._flat(as_problem(case, rule, chunk=chunk)), "portable")
         gradient = torch.ops.turnfast.policy_loss(*given)[-1]
         assert gradient.dtype == BF16
-        # 100 sums rounded to bf16 each would be off by some 7 times as much.
-        assert (gradient.float() - truth).norm() / truth.norm() <= 1.05 * once
+        # 100 sums rounded to bf16 each would be off by some 7 times as much; to 20 bits, a tenth.
+        assert (gradient.float() - truth).norm() / truth.norm() <= 1.15 * once
 
 
 @needs_extension

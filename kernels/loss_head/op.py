@@ -146,8 +146,8 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         out.entropies_N,
         out.turn_logprobs_K,
         out.stats,
-        out.d_hidden_TD,
-        # The larger one, kept from here to backward: not wider than it will be there.
+        # Kept from here to backward: not wider than they will be there.
+        out.d_hidden_TD.to(hidden.dtype),
         out.d_head_VD.to(head_weight.dtype),
     )
 
@@ -166,7 +166,7 @@ def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         new(num_tokens),
         new(given.advantages.shape[0]),
         hidden.new_empty(NUM_STATS, dtype=torch.float64),
-        new(*(hidden.shape if given.need_hidden else (0,))),
+        new(*(hidden.shape if given.need_hidden else (0,)), dtype=hidden.dtype),
         new(*(given.head_weight.shape if given.need_head else (0,)), dtype=hidden.dtype),
     )
 
