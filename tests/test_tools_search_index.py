@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.tools import Passage, SearchIndex
+from turnfast.tools import Passage, SearchIndex, search_index
 from turnfast.tools.search_index import match_expression
 
 PASSAGES = [
@@ -131,9 +131,10 @@ WORDS = ["ab", "bb", "cc", "dd", "ee", "ff", "gg", "hh"]
     st.integers(1, 6),
     st.sampled_from([0.5, 1.0, 3.0]),
 )
+@pytest.mark.parametrize("few", [0, 3, 1000])
 @settings(max_examples=300, deadline=None)
-def test_what_is_passed_over_is_never_a_hit(texts, query, k, title_weight):
-    """Against the index's own scores of every passage."""
+def test_what_is_passed_over_is_never_a_hit(few, texts, query, k, title_weight):
+    """Against the index's own scores of every passage, however many are scored in memory."""
     passages = [Passage(title=" ".join(text[:2]), text=" ".join(text[2:])) for text in texts]
     index = SearchIndex(passages, title_weight=title_weight)
     match = match_expression(dict.fromkeys(query))
@@ -142,7 +143,9 @@ def test_what_is_passed_over_is_never_a_hit(texts, query, k, title_weight):
         " WHERE passages MATCH ? ORDER BY score DESC, rowid LIMIT ?",
         (title_weight, match, k),
     ).fetchall()
-    hits = index.search(" ".join(query), k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_index, "FEW_PASSAGES", few)
+        hits = index.search(" ".join(query), k)
     assert [hit.score for hit in hits] == pytest.approx([score for _, score in everything])
     # scores that rounding alone tells apart may change places
     ranked = {row: round(score, 9) for row, score in everything}

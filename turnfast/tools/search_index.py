@@ -6,7 +6,9 @@ would make the index score nearly every passage.
 
 A score is a sum over the words of the query, and a common word adds little. So the passages with
 the rarest words are scored first, and the others only if what the remaining words could give them
-is as much as the best have already. The hits are those of scoring everything.
+is as much as the best have already. Where few are to be scored, what a common word adds to each of
+its passages is held in memory: the index would go through all of them again for every query. The
+hits are those of scoring everything.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ from typing import Any
 MAX_QUERY_WORDS = 64
 MAX_CACHED_QUERIES = 2048
 MAX_CACHED_WORDS = 65536
+
+FEW_PASSAGES = 128
+MAX_HELD_WORDS = 128
+MAX_HELD_PASSAGES = 4096
+"""Of one word; a word that is in more is left to the index."""
 
 BM25_K1 = 1.2
 """Of the index's bm25(): a word that is in n of N passages adds less to a score than
@@ -99,6 +106,7 @@ class SearchIndex:
         # the rollouts of a group ask much the same
         self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
         self._num_with = functools.lru_cache(maxsize=MAX_CACHED_WORDS)(self._count)
+        self._held = functools.lru_cache(maxsize=MAX_HELD_WORDS)(self._added)
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
@@ -123,6 +131,9 @@ class SearchIndex:
 
     def _best(self, words: tuple[str, ...], needed: tuple[str, ...], k: int) -> tuple[Hit, ...]:
         """The `k` best by all words among the passages with one of those that are needed."""
+        few = sum(map(self._num_with, needed)) <= FEW_PASSAGES
+        if few and all(self._num_with(word) <= MAX_HELD_PASSAGES for word in words):
+            return self._best_of_few(words, needed, k)
         only, values = "", [self._title_weight, match_expression(words)]
         if len(needed) < len(words):
             # the plus sign: rows are filtered before they are scored, and not looked up one by one
@@ -138,6 +149,30 @@ class SearchIndex:
             Hit(row=row - 1, title=title, text=text, score=-score)
             for row, title, text, score in rows
         )
+
+    def _best_of_few(
+        self, words: tuple[str, ...], needed: tuple[str, ...], k: int
+    ) -> tuple[Hit, ...]:
+        added = [self._held(word) for word in words]
+        scores = {
+            row: sum(by_row.get(row, 0.0) for by_row in added)
+            for word in needed
+            for row in self._held(word)
+        }
+        hits: list[Hit] = []
+        for row in sorted(scores, key=lambda row: (-scores[row], row))[:k]:
+            ((title, text),) = self._fetch("SELECT title, text FROM passages WHERE rowid = ?", row)
+            hits.append(Hit(row=row - 1, title=title, text=text, score=scores[row]))
+        return tuple(hits)
+
+    def _added(self, word: str) -> dict[int, float]:
+        """What a word adds to the score of each row that it is in."""
+        rows = self._fetch(
+            "SELECT rowid, -bm25(passages, ?, 1.0) FROM passages WHERE passages MATCH ?",
+            self._title_weight,
+            match_expression((word,)),
+        )
+        return dict(rows)
 
     def _count(self, word: str) -> int:
         counted = "SELECT count(*) FROM passages WHERE passages MATCH ?"
