@@ -24,7 +24,7 @@ demo: $(STAMP)
 		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start --resume
 	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo --resume
 
-INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_truth.py \
+INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_selftest.py loss_head_truth.py \
 	loss_head_parallel.py segments.py attention_tree_triton.py liger.py)
 
 # One process per kind: an engine and the Triton interpreter cannot share one. One thread: sums on

@@ -205,9 +205,10 @@ def _check_head(
     N = rows.shape[0]
     _check("rows", rows, hidden, (N,), INTS)
     _check("targets", targets, hidden, (N,), INTS)
-    if not (temperature > 0 and math.isfinite(temperature)):
+    # Comparisons only: a compiler may trace these numbers as symbols.
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected an integer >= 1 or None, got {chunk_tokens}")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .problem import Outcome, Problem, Vocab
+from .problem import LogprobsProblem, Outcome, Problem, Vocab
 
 # Name -> module, attribute; an empty attribute is the module itself. The Triton designs have names
 # of their own, for benchmarks and for runs that must repeat bitwise on another machine.
@@ -34,29 +34,26 @@ class Implementation(Protocol):
         """Loss and gradients of a checked problem."""
         ...
 
-    def logprobs(
-        self,
-        hidden_TD: Tensor,
-        head_VD: Tensor,
-        vocab: Vocab,
-        rows_N: Tensor,
-        targets_N: Tensor,
-        temperature: float,
-        softcap: float | None,
-        chunk_tokens: int | None,
-    ) -> tuple[Tensor, Tensor]:
+    def logprobs(self, problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
         """log-probs and entropies, [N] in the compute dtype."""
         ...
 
 
-def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+def implementation(
+    impl: str, device: torch.device, dtype: torch.dtype, vocab: Vocab | None = None
+) -> Implementation:
     """The implementation that a request means; ValueError naming impl where it cannot be met here.
 
-    "auto" is triton on CUDA and cpp elsewhere, or the reference where that one cannot be used.
+    "auto" is triton on CUDA and cpp elsewhere, or the reference where that one cannot be used, by
+    this rank or by another of the vocabulary's group.
     """
     if impl == "auto":
         first = "triton" if device.type == "cuda" else "cpp"
-        impl = "reference" if _reason(first, device, dtype) else first
+        usable = not _reason(first, device, dtype)
+        if vocab is not None:
+            # Ranks whose implementations differ would exchange sums that do not match.
+            usable = bool(vocab.least(int(usable), device))
+        impl = first if usable else "reference"
     if impl not in PLACES:
         raise ValueError(f"impl: expected one of auto, {', '.join(PLACES)}, got {impl!r}")
     reason = _reason(impl, device, dtype)

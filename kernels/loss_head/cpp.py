@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..extension import load_error
-from .driver import run_logprobs, run_policy_loss, whole_vocab
-from .problem import Outcome, Problem, Vocab
+from .driver import run_logprobs, run_policy_loss
+from .problem import LogprobsProblem, Outcome, Problem, Vocab
 
 # Tokens per chunk. A chunk reads W twice and reads and writes dW, 6 C flops for each of their
 # elements: HIDING tokens hide that traffic, as far as E stays within LARGE_BYTES. Where more tokens
@@ -185,19 +185,10 @@ def _flat(p: Problem) -> tuple[object, ...]:
     )
 
 
-def logprobs(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    vocab: Vocab | None,
-    rows_N: Tensor,
-    targets_N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
+def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] float32."""
-    head = CppHead(head_VD, vocab or whole_vocab(head_VD), temperature, softcap, False, False)
-    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
+    p = problem
+    return run_logprobs(p, CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, False))
 
 
 def _fake_like_tokens(x: Tensor, *_: object) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..segments.reference import add_rows, segment_sum
 from .plan import Chunk, Plan, make_plan
 from .policy import Terms, Tokens, add_sums, no_sums, policy_terms, stats_vector
-from .problem import Outcome, Problem, Vocab, check_values, compute_dtype
+from .problem import LogprobsProblem, Outcome, Problem, Vocab, check_values, compute_dtype
 from .records import PolicyRule
 
 Policy = Callable[[PolicyRule, Tokens, Tensor, Tensor], Terms]
@@ -104,22 +104,17 @@ def run_policy_loss(
     )
 
 
-def run_logprobs(
-    hidden_TD: Tensor,
-    head: Head,
-    rows_N: Tensor,
-    targets_N: Tensor,
-    chunk: int | None,
-) -> tuple[Tensor, Tensor]:
+def run_logprobs(problem: LogprobsProblem, head: Head) -> tuple[Tensor, Tensor]:
     """log-probs and entropies of all N tokens, nothing kept."""
-    dtype = compute_dtype(hidden_TD.dtype)
-    logprobs_N = torch.empty(rows_N.shape[0], dtype=dtype, device=hidden_TD.device)
+    p, device = problem, problem.hidden_TD.device
+    N = p.rows_N.shape[0]
+    logprobs_N = torch.empty(N, dtype=compute_dtype(p.hidden_TD.dtype), device=device)
     entropies_N = torch.empty_like(logprobs_N)
-    size = head.vocab.least(chunk or head.chunk_tokens(), hidden_TD.device)
-    for start in range(0, rows_N.shape[0], size):
+    size = head.vocab.least(p.chunk_tokens or head.chunk_tokens(), device)
+    for start in range(0, N, size):
         piece = slice(start, start + size)
-        x_CD = hidden_TD[rows_N[piece]]
-        logprobs_N[piece], entropies_N[piece] = head.forward(x_CD, targets_N[piece], keep=False)
+        x_CD = p.hidden_TD[p.rows_N[piece]]
+        logprobs_N[piece], entropies_N[piece] = head.forward(x_CD, p.targets_N[piece], keep=False)
     return logprobs_N, entropies_N
 
 

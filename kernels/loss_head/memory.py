@@ -1,72 +1,85 @@
-"""What was measured on this machine before: a small JSON file, read once, never required.
+"""What was measured on this machine before: a small file per answer, never required.
 
-The file is $XDG_CACHE_HOME/turnfast/kernels.json (~/.cache by default). Keys name the GPU, the
-versions of torch and triton and a hash of the kernels' sources, so nothing stale is ever recalled.
+The files are in $XDG_CACHE_HOME/turnfast/kernels (~/.cache by default). A key names the GPU, its
+driver, the versions of torch and triton and a hash of the kernels' sources, so nothing stale is
+ever recalled. One file per key, replaced in one step: processes that write at once lose nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import os
+import re
+import tempfile
 from pathlib import Path
 
 import torch
 
-_known: dict[str, str] = {}
+KERNELS = Path(__file__).parent.parent
+# Its presence, and which version, where NVIDIA's kernel module is loaded.
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def recall(key: str) -> str | None:
-    """What was remembered under the key, or None."""
-    if not _known:
-        _known.update(_read())
-    return _known.get(key)
+    """What was remembered under the key; None if nothing was, or nothing readable."""
+    with contextlib.suppress(OSError, RuntimeError, UnicodeDecodeError):
+        return _path(key).read_text("utf-8")
+    return None
 
 
-def remember(key: str, value: str, *, lasting: bool = True) -> None:
-    """Keep a value for this process and, if lasting and the cache can be written, for the next."""
-    _known[key] = value
-    if not lasting:
-        return
-    path = _path()
-    try:
+def remember(key: str, value: str) -> None:
+    """Keep a value for the processes to come, if the cache can be written."""
+    part = None
+    # RuntimeError: a user without a home.
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may have added keys; the replacement is atomic.
-        text = json.dumps(_read() | {key: value}, indent=1, sort_keys=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        part.replace(path)
-    except OSError:
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(value)
+        os.replace(part, path)
         return
+    if part is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
 
 
 def device_key(device: torch.device) -> str:
-    """GPU, versions and sources, as one key."""
+    """GPU, driver, versions and sources, as one key."""
     import triton
 
-    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
-    return f"{name}/torch{torch.__version__}/triton{triton.__version__}/{_source_hash()}"
+    return f"{hardware(device)}/torch{torch.__version__}/triton{triton.__version__}/{sources()}"
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name and its driver; other devices, for the interpreter, by their type."""
+    if device.type != "cuda":
+        return device.type
+    return f"{torch.cuda.get_device_name(device)}/driver-{driver()}"
+
+
+def driver() -> str:
+    """The version of the GPU's driver; "unknown" where the system does not show it."""
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", DRIVER.read_text("utf-8", "replace"))
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"
 
 
 @functools.cache
-def _source_hash() -> str:
+def sources() -> str:
+    """A hash of all kernels, and of what launches them."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(KERNELS.rglob("*.py")):
+        digest.update(path.relative_to(KERNELS).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _path() -> Path:
+def _path(key: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "turnfast" / "kernels.json"
-
-
-def _read() -> dict[str, str]:
-    try:
-        found = json.loads(_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)}
+    # A key's parts are folders; what a name must not hold, as spaces, becomes a dash.
+    parts = [re.sub(r"[^\w.+-]|^\.+", "-", part) for part in key.split("/")]
+    return Path(base, "turnfast", "kernels", *parts)

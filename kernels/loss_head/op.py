@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .problem import Problem, Vocab, check_indices, compute_dtype
+from .problem import LogprobsProblem, Problem, Vocab, check_indices, compute_dtype
 from .records import PolicyRule
 
 NUM_STATS = 11
@@ -107,7 +107,8 @@ def _plain(kind: Any) -> Any:
 def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
     given = PolicyArguments.of(flat)
     hidden, head_weight = given.hidden, given.head_weight
-    chosen = implementation(given.impl, hidden.device, hidden.dtype)
+    vocab = Vocab.of(head_weight, given.vocab_start, given.group)
+    chosen = implementation(given.impl, hidden.device, hidden.dtype, vocab)
     dtype = compute_dtype(hidden.dtype)
     N = given.rows.shape[0]
     weights = given.weights
@@ -120,7 +121,7 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
     problem = Problem(
         hidden_TD=hidden,
         head_VD=head_weight,
-        vocab=Vocab.of(head_weight, given.vocab_start, given.group),
+        vocab=vocab,
         rows_N=given.rows.long(),
         targets_N=given.targets.long(),
         turns_N=given.turns.long(),
@@ -227,13 +228,21 @@ def _graph_is_kept() -> bool:
 def _logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
     given = LogprobsArguments(*flat)
     hidden, head_weight = given.hidden, given.head_weight
-    chosen = implementation(given.impl, hidden.device, hidden.dtype)
     vocab = Vocab.of(head_weight, given.vocab_start, given.group)
-    rows, targets = given.rows.long(), given.targets.long()
-    check_indices(hidden, vocab, rows, targets)
-    options = given.temperature, given.softcap, given.chunk_tokens
+    chosen = implementation(given.impl, hidden.device, hidden.dtype, vocab)
+    problem = LogprobsProblem(
+        hidden_TD=hidden,
+        head_VD=head_weight,
+        vocab=vocab,
+        rows_N=given.rows.long(),
+        targets_N=given.targets.long(),
+        temperature=given.temperature,
+        softcap=given.softcap,
+        chunk_tokens=given.chunk_tokens,
+    )
+    check_indices(hidden, vocab, problem.rows_N, problem.targets_N)
     with torch.autocast(hidden.device.type, enabled=False):
-        return chosen.logprobs(hidden, head_weight, vocab, rows, targets, *options)
+        return chosen.logprobs(problem)
 
 
 def _fake_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:

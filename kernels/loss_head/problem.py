@@ -99,6 +99,36 @@ class Problem:
     need_hidden: bool
     need_head: bool
 
+    def without_loss(self) -> LogprobsProblem:
+        """The same tokens, of which only the log-probs are wanted."""
+        return LogprobsProblem(
+            hidden_TD=self.hidden_TD,
+            head_VD=self.head_VD,
+            vocab=self.vocab,
+            rows_N=self.rows_N,
+            targets_N=self.targets_N,
+            temperature=self.temperature,
+            softcap=self.softcap,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobsProblem:
+    """All arguments of one linear_logprobs, shapes, dtypes and indices already checked.
+
+    rows_N and targets_N are int64.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    vocab: Vocab
+    rows_N: Tensor
+    targets_N: Tensor
+    temperature: float
+    softcap: float | None
+    chunk_tokens: int | None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:

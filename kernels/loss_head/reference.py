@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..segments.reference import add_rows
 from .driver import empty_head_gradient, run_logprobs, run_policy_loss
-from .problem import Outcome, Problem, Vocab, compute_dtype
+from .problem import LogprobsProblem, Outcome, Problem, Vocab, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK, MAX_CHUNK = 64, 2048
@@ -126,16 +126,8 @@ def policy_loss(problem: Problem) -> Outcome:
     return run_policy_loss(p, head)
 
 
-def logprobs(
-    hidden_TD: Tensor,
-    head_VD: Tensor,
-    vocab: Vocab,
-    rows_N: Tensor,
-    targets_N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
+def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] in the compute dtype."""
-    head = ReferenceHead(head_VD, vocab, temperature, softcap, False, False)
-    return run_logprobs(hidden_TD, head, rows_N, targets_N, chunk_tokens)
+    p = problem
+    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, False)
+    return run_logprobs(p, head)
