@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
-from turnfast.kernels.loss_head import backends, driver, op, problem, reference
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_loss_head_truth import (
+from loss_cases import (
     Case,
     assert_within_budget,
+    flat,
+    have,
     make_case,
     relative,
     run,
     truth,
+    with_far_row,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
+from turnfast.kernels.loss_head import backends, driver, op, problem, reference
 
 CPU = torch.device("cpu")
-
-
-def have(impl: str) -> bool:
-    try:
-        backends.implementation(impl, CPU, torch.float32)
-    except ValueError:
-        return False
-    return True
-
 
 IMPLS = [
     "reference",
@@ -45,38 +37,7 @@ IMPLS = [
 ]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 
-rules = st.builds(
-    PolicyRule,
-    clip_low=st.sampled_from([0.1, 0.2]),
-    clip_high=st.sampled_from([0.2, 0.28, 4.0]),
-    ratio=st.sampled_from(["token", "turn", "sequence"]),
-    kind=st.just("ppo"),
-    dual_clip=st.sampled_from([None, 1.5, 3.0]),
-    kl_coef=st.sampled_from([0.0, 0.04]),
-    entropy_coef=st.sampled_from([0.0, 0.01, -0.02]),
-    is_cap=st.sampled_from([None, 1.0, 2.0]),
-) | st.builds(
-    PolicyRule,
-    clip_high=st.sampled_from([0.2, 4.0]),
-    ratio=st.sampled_from(["token", "turn", "sequence"]),
-    kind=st.just("cispo"),
-    kl_coef=st.sampled_from([0.0, 0.04]),
-    entropy_coef=st.sampled_from([0.0, 0.01]),
-    is_cap=st.sampled_from([None, 2.0]),
-)
-cases = st.builds(
-    make_case,
-    st.integers(0, 10_000),
-    N=st.sampled_from([1, 2, 31, 63]),
-    V=st.sampled_from([2, 37, 97, 128]),
-    D=st.sampled_from([3, 16, 24]),
-    K=st.sampled_from([1, 9, 30]),
-    rule=rules,
-    normaliser=st.sampled_from(["token", "sequence", "constant", "masked"]),
-    on_policy=st.booleans(),
-    temperature=st.sampled_from([0.7, 1.0, 1.3]),
-    softcap=st.sampled_from([None, None, 5.0]),
-)
+cases = loss_cases.cases(N=[1, 2, 31, 63], V=[2, 37, 97, 128], D=[3, 16, 24], K=[1, 9, 30])
 
 
 @every_impl
@@ -121,13 +82,7 @@ def test_logits_far_from_zero(impl: str, shift: float) -> None:
 @pytest.mark.parametrize("above", [45.0, 100.0, 1000.0])
 @pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(entropy_coef=0.01)])
 def test_a_logit_far_above_the_target(impl: str, above: float, rule: PolicyRule) -> None:
-    case = make_case(5, rule=rule, on_policy=True)
-    row = case.rows[0]
-    other = (case.targets[case.rows == row].max() + 1) % 97
-    while bool((case.targets[case.rows == row] == other).any()):
-        other = (other + 1) % 97
-    direction = case.head[other] / case.head[other].norm()
-    case.hidden[row] = direction * above / case.head[other].norm()
+    case = with_far_row(make_case(5, rule=rule, on_policy=True), above)
     assert_within_budget(case, impl, slack=1e-5 * above / 45)
     assert float(truth(case).logprobs[0]) < -above / 3
 
@@ -161,8 +116,10 @@ def test_any_cut_into_chunks_gives_the_same_gradient(impl: str, ratio: str) -> N
 
 
 def split(case: Case, cut: int) -> tuple[Case, Case]:
-    """The case in two micro-batches of whole turns, with its weights as they are."""
-    first = case.turns < case.turns[cut]
+    """The case in two micro-batches of whole turns, or sequences where the ratio is theirs, with
+    its weights as they are."""
+    segments = case.sequences[case.turns] if case.rule.ratio == "sequence" else case.turns
+    first = segments < segments[cut]
 
     def part(keep: Tensor) -> Case:
         def take(x: Tensor | None) -> Tensor | None:
@@ -175,10 +132,10 @@ def split(case: Case, cut: int) -> tuple[Case, Case]:
 
 
 @every_impl
-@pytest.mark.parametrize("ratio", ["token", "turn"])
+@pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
 def test_any_cut_into_micro_batches_gives_the_same_gradient(impl: str, ratio: str) -> None:
-    rule = PolicyRule(ratio=ratio)  # type: ignore[arg-type]
-    case = make_case(7, N=120, rule=rule)
+    rule = PolicyRule(ratio=ratio, kl_coef=0.04, entropy_coef=0.01)  # type: ignore[arg-type]
+    case = make_case(7, N=120, K=20, rule=rule)
     _, whole = run(case, impl)
     for cut in (15, 60, 110):
         (_, a), (_, b) = (run(part, impl) for part in split(case, cut))
@@ -194,6 +151,23 @@ def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
     assert torch.equal(a.d_hidden, b.d_hidden) and torch.equal(a.d_head, b.d_head)
     assert torch.equal(out_a.turn_logprobs, out_b.turn_logprobs)
     assert torch.equal(out_a.loss, out_b.loss)
+
+
+@every_impl
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_memory_that_nobody_wrote_is_never_read(impl: str, softcap: float | None) -> None:
+    rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
+    case = make_case(21, N=150, normaliser="masked", rule=rule, softcap=softcap)
+    clean, clean_answer = run(case, impl, chunk_tokens=40)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        assert bool(torch.empty(3).isnan().all())
+        out, answer = run(case, impl, chunk_tokens=40)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for field in ("loss", "d_hidden", "d_head"):
+        assert torch.equal(getattr(answer, field), getattr(clean_answer, field))
+    assert torch.equal(out.turn_logprobs, clean.turn_logprobs)
 
 
 @every_impl
@@ -404,6 +378,29 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists() -> None:
     assert 32 * 400 <= seen.elements <= 64 * 400 < 512 * 400
 
 
+@pytest.mark.parametrize(
+    ("needs", "products"),
+    [((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)],
+)
+@pytest.mark.parametrize("ratio", ["token", "turn"])
+def test_the_products_are_those_of_the_tokens_with_a_signal(
+    ratio: str, needs: tuple[bool, bool], products: int
+) -> None:
+    rule = PolicyRule(ratio=ratio)  # type: ignore[arg-type]
+    case = make_case(22, N=90, V=50, D=8, rule=rule, normaliser="masked")
+    signal = (case.advantages != 0)[case.turns] & (case.weights != 0)
+    wanted = dataclasses.replace(_problem(case), need_hidden=needs[0], need_head=needs[1])
+
+    def in_place(_: object, a: list[int], b: list[int], **others: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    mapping = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        reference.policy_loss(wanted)
+    assert 0 < int(signal.sum()) < 90
+    assert counter.get_total_flops() == products * 2 * int(signal.sum()) * 50 * 8
+
+
 @pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(ratio="turn", entropy_coef=0.1)])
 def test_gradients_pass_gradcheck_in_float64(rule: PolicyRule) -> None:
     case = make_case(15, N=12, V=7, D=3, K=3, rule=rule, dtype=torch.float64, softcap=4.0)
@@ -423,11 +420,7 @@ def test_the_operators_pass_opcheck(impl: str) -> None:
     case = make_case(16, N=20)
     # No NaN of a skipped token: opcheck compares with ==.
     case = dataclasses.replace(case, advantages=case.advantages + 0.5)
-    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
-    policy = (hidden, head, case.rows, case.targets, case.turns, None, case.advantages, case.old)
-    policy += (case.weights, None, None, 0.2, 0.2, "token", "ppo", None, 0.0, 0.0, None)
-    policy += (1.0, None, None, "", 0, True, True, impl)
-    torch.library.opcheck(op.policy_loss_op, policy)
+    torch.library.opcheck(op.policy_loss_op, flat(case, impl))
     plain = (case.hidden.detach(), case.head.detach(), case.rows, case.targets)
     torch.library.opcheck(op.logprobs_op, (*plain, 1.0, None, None, "", 0, impl))
 
@@ -441,16 +434,22 @@ def test_a_compiled_caller_sees_one_graph(impl: str) -> None:
         out = turn_policy_loss(
             hidden * 1.5, head, *tensors, weights=case.weights, rule=case.rule, impl=impl
         )
-        return out.loss * 2, out.turn_logprobs, out.stats.ratio_max
+        alone = linear_logprobs(hidden, head, case.rows, case.targets, impl=impl).logprobs
+        return out.loss * 2 + alone.sum(), out.turn_logprobs, out.stats.ratio_max
 
     results = []
-    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    compiled = [
+        torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for dynamic in (False, True)
+    ]
+    for call in (step, *compiled):
         leaves = (case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_())
         loss, turn_logprobs, ratio_max = call(*leaves)
         loss.backward()
         results.append((loss.detach(), turn_logprobs, ratio_max, leaves[0].grad, leaves[1].grad))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    for eager, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, eager)
 
 
 @every_impl
@@ -502,9 +501,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("rows", {"rows": torch.tensor([0, 1, 4])}, r"rows: expected 0 <= row < 4, got 4 at index 2"),
     ("rows", {"rows": torch.tensor([-1, 1, 2])}, r"rows: .* got -1 at index 0"),
     ("rows", {"rows": torch.zeros(3)}, r"rows: expected a dtype of int32, int64"),
+    ("rows", {"rows": torch.zeros(3, dtype=torch.long, device="meta")}, r"rows: expected device"),
     ("rows", {"rows": torch.zeros(3, 1, dtype=torch.long)}, r"rows: expected shape \[N\]"),
     ("targets", {"targets": torch.tensor([0, 5, 1])}, r"targets: .* got 5 at index 1"),
     ("targets", {"targets": torch.tensor([0, 1])}, r"targets: expected shape \[3\]"),
+    ("targets", {"targets": torch.tensor([0, 1, -1])}, r"targets: .* got -1 at index 2"),
+    ("targets", {"targets": torch.zeros(3)}, r"targets: expected a dtype of int32, int64"),
+    ("turns", {"turns": torch.tensor([0, 0])}, r"turns: expected shape \[3\]"),
+    ("turns", {"turns": torch.zeros(3)}, r"turns: expected a dtype of int32, int64"),
+    ("turns", {"turns": torch.tensor([-1, 0, 1])}, r"turns: .* got -1 at index 0"),
     ("turns", {"turns": torch.tensor([0, 1, 0])}, r"turns: .*contiguous.* got 0 at index 2"),
     ("turns", {"turns": torch.tensor([0, 1, 2])}, r"turns: expected 0 <= turn < 2, got 2"),
     ("advantages", {"advantages": torch.tensor([[1.0]])}, r"advantages: expected shape \[K\]"),
@@ -515,6 +520,23 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("old", {"old_logprobs": torch.tensor([0.0, -torch.inf, 0.0])}, r"old_logprobs: .* -inf at in"),
     ("old", {"old_logprobs": torch.zeros(2)}, r"old_logprobs: expected shape \[3\]"),
+    ("old", {"old_logprobs": torch.zeros(3).long()}, r"old_logprobs: expected a dtype"),
+    (
+        "sampler",
+        {
+            "sampler_logprobs": torch.tensor([0.0, torch.nan, 0.0]),
+            "rule": PolicyRule(is_cap=2.0),
+        },
+        r"sampler_logprobs: .* nan at index 1",
+    ),
+    ("advantages", {"advantages": torch.ones(2).long()}, r"advantages: expected a dtype"),
+    ("weights", {"weights": torch.tensor([1.0, 1.0, torch.inf])}, r"weights: .* inf at index 2"),
+    ("weights", {"weights": torch.ones(2)}, r"weights: expected shape \[3\]"),
+    (
+        "sequences",
+        {"sequences": torch.tensor([0, -1]), "rule": PolicyRule(ratio="sequence")},
+        r"sequences: expected ids >= 0, got -1 at index 1",
+    ),
     ("ref", {"ref_logprobs": torch.tensor([0.0, 0.0, torch.nan])}, r"ref_logprobs: .* index 2"),
     ("weights", {"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights: .* -1.0 at index 1"),
     ("weights", {"weights": torch.ones(3, dtype=torch.long)}, r"weights: expected a dtype"),
@@ -536,10 +558,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@every_impl
 @pytest.mark.parametrize(
     ("name", "bad", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)]
 )
-def test_bad_input_is_refused_by_name(name: str, bad: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_by_name(
+    impl: str, name: str, bad: dict[str, Any], message: str
+) -> None:
     good: dict[str, Any] = {
         "hidden": torch.ones(4, 3),
         "head_weight": torch.ones(5, 3),
@@ -547,7 +572,7 @@ def test_bad_input_is_refused_by_name(name: str, bad: dict[str, Any], message: s
         "targets": torch.tensor([0, 1, 4]),
         "turns": torch.tensor([0, 0, 1]),
         "advantages": torch.tensor([1.0, -1.0]),
-        "impl": "reference",
+        "impl": impl,
     }
     turn_policy_loss(**good)
     with pytest.raises(ValueError, match=message):
