@@ -1,7 +1,8 @@
 """Forward-only log-probs against their floor: one product of 2 N V D flops, no [N, V] anywhere.
 
     python bench/linear_logprobs.py [--device cuda|cpu] [--shapes 2048x896x151936,...]
-                                    [--dtype bf16] [--rounds 5] [--table FILE]
+                                    [--dtypes fp32,bf16] [--rounds 5] [--threads 1] [--clock cpu]
+                                    [--table FILE]
 
 Shapes, gate and result files are those of bench/loss_head.py; "of the floor" is the product alone
 in the same run over the time of the row.
@@ -9,51 +10,53 @@ in the same run over the time of the row.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from loss_head import DTYPES, GATE, GATE_TOKENS, SHAPES, make_data
 from loss_head_peers import CHUNK, Data, picked
-from timing import environment, medians_s, peak_bytes, save, table
+from timing import CLOCKS, arguments, finish, medians_s, peak_bytes, table
 from torch import Tensor
 from turnfast.kernels import linear_logprobs
 
 Call = Callable[[Data], Tensor]
+FLOOR = "floor: one product"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--shapes", help="NxDxV, comma separated")
-    parser.add_argument("--dtype", default="bf16" if here == "cuda" else "fp32", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
+    parser.add_argument("--dtypes", help="of bf16, fp16, fp32, comma separated; CPU: fp32,bf16")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    device = torch.device(options.device)
+    device, clock = torch.device(options.device), CLOCKS[options.clock]
+    torch.set_num_threads(options.threads)
+    dtypes = options.dtypes or {"cuda": "bf16", "cpu": "fp32,bf16"}[options.device]
     rows: list[dict[str, Any]] = []
     for text in (options.shapes or SHAPES[options.device]).split(","):
         N, D, V = (int(n) for n in text.split("x"))
-        rows += bench_shape(N, D, V, options.dtype, device, options.rounds)
-    command = f"python bench/linear_logprobs.py {shlex.join(sys.argv[1:])}".strip()
-    record = {"command": command, "environment": environment(device), "rows": rows}
-    print(table(record))
-    print(save(f"linear_logprobs_{options.device}_{options.dtype}", record))
+        for dtype in dtypes.split(","):
+            rows += bench_shape(N, D, V, dtype, device, options.rounds, clock)
+    finish("linear_logprobs", rows, options)
 
 
 def bench_shape(
-    N: int, D: int, V: int, dtype: str, device: torch.device, rounds: int
+    N: int,
+    D: int,
+    V: int,
+    dtype: str,
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """The rows of one shape."""
+    # Else the compiled peer runs into the compiler's limit of shapes, and runs eagerly from there.
+    torch.compiler.reset()
     gate = make_data(min(GATE_TOKENS, N), D, V, DTYPES[dtype], device)
     true_N = picked(gate.hidden_ND.double(), gate.head_VD.double(), gate.targets_N).double()
     errors: dict[str, float] = {}
@@ -70,8 +73,8 @@ def bench_shape(
     data = make_data(N, D, V, DTYPES[dtype], device)
     calls = {name: (lambda call=call: call(data)) for name, call in contenders.items()}
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
-    calls["floor: one product"] = lambda: product(data)
-    times = medians_s(calls, rounds, device)
+    calls[FLOOR] = lambda: product(data)
+    times = medians_s(calls, rounds, device, clock)
     return [
         {
             "N": N,
@@ -81,7 +84,7 @@ def bench_shape(
             "what": name,
             "ms": seconds * 1e3,
             "TFLOP/s": 2 * N * V * D / seconds / 1e12,
-            "of the floor": times["floor: one product"] / seconds,
+            "of the floor": times[FLOOR] / seconds,
             "peak MB": peaks[name] / 1e6 if name in peaks else None,
             "log-prob error": errors.get(name),
         }
@@ -95,9 +98,9 @@ def eager(data: Data) -> Tensor:
 
 
 @torch.no_grad()
-def chunked(data: Data) -> Tensor:
+def chunked(data: Data, rule: Callable[..., Tensor] = picked) -> Tensor:
     pieces = zip(data.hidden_ND.split(CHUNK), data.targets_N.split(CHUNK), strict=True)
-    return torch.cat([picked(x, data.head_VD, y) for x, y in pieces])
+    return torch.cat([rule(x, data.head_VD, y) for x, y in pieces])
 
 
 def product(data: Data) -> None:
@@ -119,9 +122,9 @@ def candidates(device: torch.device) -> dict[str, Call]:
 
     cuda = device.type == "cuda"
     impls = ("triton_safe", "triton_anchored", "triton") if cuda else ("cpp", "reference")
-    return {"torch eager": eager, "torch chunked": chunked} | {
-        f"turnfast {impl}": turnfast(impl) for impl in impls
-    }
+    compiled = partial(chunked, rule=torch.compile(picked, dynamic=False))
+    plain = {"torch eager": eager, "torch chunked": chunked, "torch compiled chunked": compiled}
+    return plain | {f"turnfast {impl}": turnfast(impl) for impl in impls}
 
 
 if __name__ == "__main__":

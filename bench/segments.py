@@ -1,7 +1,7 @@
 """Per-turn sums and broadcasts against the memory's floor.
 
     python bench/segments.py [--device cuda|cpu] [--sizes 1000000x4000,...] [--rounds 20]
-                             [--table FILE]
+                             [--threads 1] [--clock cpu] [--table FILE]
 
 A size is N x K: tokens and turns. Correctness first (against float64). The floor of each is a copy
 of as many bytes in the same run: the sum reads 12 N bytes (values, int64 segments), the broadcast
@@ -10,45 +10,38 @@ reads 8 N and writes 4 N.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, medians_s, save, table
+from timing import CLOCKS, arguments, finish, medians_s, table
 from torch import Tensor
 from turnfast.kernels.segments import segment_broadcast, segment_sum
 
 SIZES = "32768x512,1000000x4000,16000000x20000"
+FLOOR = "floor: a copy of 12 N bytes"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
+    parser = arguments(__doc__, rounds=20)
     parser.add_argument("--sizes", default=SIZES, help="NxK, comma separated")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
-    device = torch.device(options.device)
+    device, clock = torch.device(options.device), CLOCKS[options.clock]
+    torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for text in options.sizes.split(","):
         N, K = (int(n) for n in text.split("x"))
-        rows += bench_size(N, K, device, options.rounds)
-    command = f"python bench/segments.py {shlex.join(sys.argv[1:])}".strip()
-    record = {"command": command, "environment": environment(device), "rows": rows}
-    print(table(record))
-    print(save(f"segments_{options.device}", record))
+        rows += bench_size(N, K, device, options.rounds, clock)
+    finish("segments", rows, options)
 
 
-def bench_size(N: int, K: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def bench_size(
+    N: int, K: int, device: torch.device, rounds: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """The rows of one size."""
     g = torch.Generator(device=device).manual_seed(0)
     segments_N = torch.randint(K, (N,), generator=g, device=device).sort().values
@@ -78,9 +71,9 @@ def bench_size(N: int, K: int, device: torch.device, rounds: int) -> list[dict[s
         0, segments_N, values_N
     )
     calls["broadcast, torch indexing"] = lambda: table_K[segments_N]
-    calls["floor: a copy of 12 N bytes"] = lambda: other_N.copy_(bytes_N)
-    times = medians_s(calls, rounds, device)
-    floor_s = times["floor: a copy of 12 N bytes"]
+    calls[FLOOR] = lambda: other_N.copy_(bytes_N)
+    times = medians_s(calls, rounds, device, clock)
+    floor_s = times[FLOOR]
     return [
         {
             "N": N,

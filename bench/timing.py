@@ -6,12 +6,15 @@ that file (`--table FILE`), never by hand.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -99,6 +102,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else ""),
         "load_average": Path("/proc/loadavg").read_text().split()[0],
     }
+
+
+def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
+    """What every kernel benchmark is asked: where, how often, by which clock."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
+    parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
+    return parser
+
+
+def finish(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the rows as a table and save them under the name and the device."""
+    record = {
+        "command": f"python bench/{name}.py {shlex.join(sys.argv[1:])}".strip(),
+        "clock": options.clock,
+        "environment": environment(torch.device(options.device)),
+        "rows": rows,
+    }
+    print(table(record))
+    print(save(f"{name}_{options.device}", record))
 
 
 def save(name: str, record: dict[str, Any]) -> Path:
