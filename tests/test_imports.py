@@ -36,7 +36,7 @@ LEVELS = [
         "report",
         "console",
     ],
-    ["reference", "critic"],
+    ["reference", "critic", "rendered"],
     ["loss", "sampler"],
     ["sft", "play", "rollout", "sync"],
     ["prompts", "record"],

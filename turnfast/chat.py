@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
 
@@ -48,6 +48,24 @@ class Conversation:
     rendered: str
     prompt_ids: tuple[int, ...]
     restart: bool = False
+
+
+class Bridge(Protocol):
+    """Messages to ids and back: `Chat` by the model's template, `RenderedChat` by a renderer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    end_id: int
+    stop_ids: tuple[int, ...]
+
+    def open(self, messages: Sequence[Message]) -> Conversation: ...
+
+    def extend(
+        self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
+    ) -> Conversation: ...
+
+    def text(self, ids: Sequence[int]) -> str: ...
+
+    def encode_reply(self, text: str) -> tuple[int, ...]: ...
 
 
 class Chat:

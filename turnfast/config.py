@@ -56,6 +56,9 @@ class ModelConfig(Section):
         default="auto", description="Liger's norm, rotary and MLP kernels; auto: on CUDA"
     )
     compile: bool = Field(default=False, description="torch.compile of the model's body")
+    renderer: str = Field(
+        default="template", description="or, of the package renderers, 'auto' or a name of its"
+    )
     lora: LoraConfig = LoraConfig()
 
 

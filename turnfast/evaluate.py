@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .chat import Chat
+from .chat import Bridge
 from .config import Config, ConfigError
 from .envs import Env, Split, tasks_of
 from .jsonl import append_line, to_strict
@@ -23,7 +23,7 @@ from .types import Group
 def evaluate(
     config: Config,
     env: Env,
-    chat: Chat,
+    chat: Bridge,
     sampler: Sampler,
     *,
     split: Split = "eval",
@@ -68,7 +68,7 @@ def evaluate_model(
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
         folder = model_folder(config, env, Path(scratch))
         policy = load_policy(config.model, folder, pick_device(config.train.device))
-        chat = open_chat(policy, env)
+        chat = open_chat(config.model, policy, env)
         sampler = open_sampler(config, policy, chat)
         try:
             figures, groups = evaluate(config, env, chat, sampler, split=split, sampled=sampled)

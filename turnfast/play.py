@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .chat import Chat, Conversation
+from .chat import Bridge, Conversation
 from .config import RolloutConfig
 from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
 from .sampler import Completion
@@ -34,7 +34,7 @@ async def play(
     task: Task,
     index: int,
     env: Env,
-    chat: Chat,
+    chat: Bridge,
     sampler: AwaitedSampler,
     config: RolloutConfig,
     *,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 
-from .chat import Chat
+from .chat import Bridge
 from .config import RolloutConfig
 from .envs import Env
 from .play import derive_seed, play
@@ -82,7 +82,7 @@ def everyone_counts(group: Group) -> bool:
 def rollout(
     tasks: Sequence[Task],
     env: Env,
-    chat: Chat,
+    chat: Bridge,
     sampler: Sampler,
     config: RolloutConfig,
     *,
@@ -113,7 +113,7 @@ def gather(
     prompts: Iterator[Prompt],
     quota: Quota,
     env: Env,
-    chat: Chat,
+    chat: Bridge,
     sampler: Sampler,
     config: RolloutConfig,
     *,

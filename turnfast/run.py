@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from .chat import Chat, ChatError
+from .chat import Bridge, Chat, ChatError
 from .checkpoint import load_checkpoint, newest_whole
-from .config import VALUE_RULES, Config, ConfigError, RolloutConfig
+from .config import VALUE_RULES, Config, ConfigError, ModelConfig, RolloutConfig
 from .credit import check_rule
 from .critic import Critic
 from .envs import Demonstrator, Env, load_env, tasks_of
@@ -24,6 +24,7 @@ from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
 from .ranks import ALONE, Ranks
 from .reference import open_reference
+from .rendered import RenderedChat
 from .sampler import Sampler, make_sampler
 from .sync import Probe, default_tolerance, make_probe
 from .tiny import write_tiny_model
@@ -37,7 +38,7 @@ class Run:
     directory: RunDir
     policy: Policy
     env: Env
-    chat: Chat
+    chat: Bridge
     sampler: Sampler
     optimizer: Optimizer
     critic: Critic | None
@@ -80,7 +81,7 @@ def open_run(
         # the first word between GPUs, before the engine says which network they have
         ranks.add_up([torch.zeros(1, device=device)])
         with ranks.together():
-            chat = open_chat(policy, env)
+            chat = open_chat(config.model, policy, env)
             optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
             critic = None
             if config.credit.rule in VALUE_RULES:
@@ -162,16 +163,18 @@ def checked_folder(path: str) -> Path:
     return folder
 
 
-def open_chat(policy: Policy, env: Env) -> Chat:
+def open_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
     try:
-        return Chat(policy.tokenizer, schemas)
+        if config.renderer == "template":
+            return Chat(policy.tokenizer, schemas)
+        return RenderedChat(policy.tokenizer, config.renderer, schemas)
     except ChatError as error:
         raise ConfigError(f"model.path: {policy.folder}: {error}") from None
 
 
 def open_sampler(
-    config: Config, policy: Policy, chat: Chat, *, beside_training: bool = False
+    config: Config, policy: Policy, chat: Bridge, *, beside_training: bool = False
 ) -> Sampler:
     refuse_long_context(policy.model.config, config.rollout.max_context)
     try:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
-from .chat import Chat
+from .chat import Bridge
 from .config import ConfigError, LossConfig, OptimConfig, SftConfig
 from .envs import Demonstration, Demonstrator, Env
 from .loss import Update, update
@@ -25,7 +25,7 @@ from .types import Turn
 def sft(
     policy: Policy,
     env: Env,
-    chat: Chat,
+    chat: Bridge,
     config: SftConfig,
     *,
     seed: int,
@@ -70,7 +70,7 @@ def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:
     return Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
 
 
-def demonstration_rows(chat: Chat, shown: Demonstration) -> list[Row]:
+def demonstration_rows(chat: Bridge, shown: Demonstration) -> list[Row]:
     """The rows of one demonstration; targets are the assistant's messages and their ends."""
     messages = shown.messages
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -65,7 +65,7 @@ def warm_start(
             done = sft(
                 policy,
                 env,
-                open_chat(policy, env),
+                open_chat(config.model, policy, env),
                 config.sft,
                 seed=config.train.seed,
                 optimizer=optimizer,
