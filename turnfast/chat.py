@@ -16,6 +16,7 @@ turn is shown to them in that form, and only what they put after it is used.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,8 @@ from .types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_CACHED_TEXTS = 1024
 
 _EOM = "<|eom_id|>"
 _PLACE = "\ue000{}\ue001"  # private-use characters, which no template inspects
@@ -96,6 +99,8 @@ class Chat:
         self.end_id = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
         self._opened: Conversation | None = None
+        # the rollouts of a group are told much the same
+        self._ids = functools.lru_cache(maxsize=MAX_CACHED_TEXTS)(self._ids_of)
         self._wants_structure = self._tools is not None and not self._takes_plain_turns()
 
     def open(self, messages: Sequence[Message]) -> Conversation:
@@ -183,7 +188,7 @@ class Chat:
         """Ids of `rendered[skip:]`, in which the contents of messages[first:] are mere text."""
         contents = [str(message["content"]) for message in messages[first:]]
         if not any(special in content for content in contents for special in self._special):
-            return tuple(self.tokenizer.encode(rendered[skip:], add_special_tokens=False))
+            return self._ids(rendered[skip:])
         # A content that spells a special token must not become one: the template is rendered with
         # placeholders, and each content is tokenised by itself.
         placed = [
@@ -203,6 +208,9 @@ class Chat:
             ids += self.tokenizer.encode(literal, add_special_tokens=False)
             ids += self._plain(content)
         return (*ids, *self.tokenizer.encode(rest, add_special_tokens=False))
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

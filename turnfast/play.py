@@ -163,11 +163,14 @@ def _turn(talk: Conversation, completion: Completion, text: str, step: Step) -> 
         reward_parts=step.reward_parts,
         tool_calls=step.tool_calls,
         tool_successes=step.tool_successes,
-        tool_errors=Counter(
-            call.result.kind for call in step.calls if isinstance(call.result, ToolError)
-        ),
+        tool_errors=_count_errors(step) if step.calls else {},
         restart=talk.restart,
     )
+
+
+def _count_errors(step: Step) -> Mapping[str, int]:
+    errors = (call.result for call in step.calls)
+    return Counter(error.kind for error in errors if isinstance(error, ToolError))
 
 
 def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def open_run(
             sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
             opened.callback(sampler.close)
         ranks.refuse_difference(policy.model.parameters())
+        # what is there now stays: to walk all of torch for garbage takes a quarter of a second
+        gc.freeze()
+        opened.callback(gc.unfreeze)
         yield Run(
             directory=directory,
             policy=policy,

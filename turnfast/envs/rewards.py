@@ -87,14 +87,9 @@ def read_tag(text: str, tag: str) -> str | None:
 
 def format_score(text: str, *, native: bool, reasoning: bool) -> float:
     """1.0 if a turn is reasoning (where it is asked for) and then calls or one answer, else 0.0."""
-    thought = "think" if native else "reasoning"
-    head = rf"\s*(<{thought}>(?:(?!</{thought}>).)*</{thought}>\s*)"
-    head += "" if reasoning and not native else "?"
     if native and _is_untagged_call(text):
         return 1.0
-    call = _pair("tool_call") + r"(\s*" + _pair("tool_call") + ")*" if native else _pair("tool")
-    pattern = head + rf"({call}|{_pair('answer')})\s*"
-    return float(re.fullmatch(pattern, text, flags=re.DOTALL) is not None)
+    return float(_form(native, reasoning).fullmatch(text) is not None)
 
 
 def tags_score(text: str, *, native: bool, reasoning: bool) -> float:
@@ -121,15 +116,17 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+@lru_cache(maxsize=4096)
 def _spaced(text: str) -> str:
     return normalize_answer(_PUNCTUATION.sub(" ", text))
 
 
 def _f1(said: str, right: str) -> float:
-    common = sum((Counter(said.split()) & Counter(right.split())).values())
-    if not common:
-        return float(said == right)
-    return 2 * common / (len(said.split()) + len(right.split()))
+    if said == right:
+        return 1.0
+    theirs, ours = said.split(), right.split()
+    common = 0 if set(theirs).isdisjoint(ours) else (Counter(theirs) & Counter(ours)).total()
+    return 2 * common / max(1, len(theirs) + len(ours))
 
 
 def _is_untagged_call(text: str) -> bool:
@@ -137,6 +134,16 @@ def _is_untagged_call(text: str) -> bool:
     calls, rest = read_calls(text)
     whole = all(isinstance(call, ToolCall) for call in calls)
     return bool(calls) and whole and not rest.strip() and "<tool" not in without_thoughts(text)
+
+
+@lru_cache
+def _form(native: bool, reasoning: bool) -> re.Pattern[str]:
+    """Of a turn that is as it should be."""
+    thought = "think" if native else "reasoning"
+    head = rf"\s*(<{thought}>(?:(?!</{thought}>).)*</{thought}>\s*)"
+    head += "" if reasoning and not native else "?"
+    call = _pair("tool_call") + r"(\s*" + _pair("tool_call") + ")*" if native else _pair("tool")
+    return re.compile(head + rf"({call}|{_pair('answer')})\s*", flags=re.DOTALL)
 
 
 def _pair(tag: str) -> str:

@@ -102,14 +102,16 @@ class AwaitedSampler:
             return
         self._num_steps += 1
         self._slots_used += min(self._sampler.num_pending, self._sampler.capacity)
-        for completion in self._sampler.step():
+        done = self._sampler.step()
+        for completion in done:
             future = self._waiting.get(completion.id)
             if future is not None and not future.done():
                 future.set_result(completion)
-        # twice: a woken trajectory parses its text in one turn of the loop and submits its next
-        # request in the following one, in time for the next engine step
         await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        if done:
+            # once more: a woken trajectory parses its text in one turn of the loop and submits its
+            # next request in the following one, in time for the next engine step
+            await asyncio.sleep(0)
 
     def abandon(self) -> None:
         """Take every request back."""
