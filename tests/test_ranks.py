@@ -352,6 +352,35 @@ def test_two_processes_train_as_one_does(letters_model, tmp_path, monkeypatch, o
     assert [(line["step"], line["eval/rollouts"]) for line in evaluated] == [(0, 2), (STEPS, 2)]
 
 
+def torchrun(config: Path, run_dir: Path, *words: str) -> subprocess.Popen:
+    """Two ranks of torchrun's own making: its variables, its store, its signals."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*launch, "-m", "turnfast", "train", str(config), "--run-dir", str(run_dir), *words],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=config.parent,
+    )
+
+
+def test_torchrun_trains_as_one_process_does(letters_model, tmp_path, monkeypatch, one_thread):
+    monkeypatch.syspath_prepend(str(TESTS))
+    fields = {**FIELDS, "train__steps": 2, "train__eval_every": 0}
+    path = tmp_path / "letters.toml"
+    path.write_text(to_toml(recipe(letters_model, **fields)))
+    process = torchrun(path, tmp_path / "two")
+    train(recipe(letters_model, **fields), tmp_path / "one")
+    ((code, out, err),) = ends_of([process])
+    assert code == 0 and "train 2/2" in out, err
+    one, two = weights_of(tmp_path / "one", 2), weights_of(tmp_path / "two", 2)
+    assert max(float((two[name] - one[name]).abs().max()) for name in one) <= 1e-6
+    lines = [training_lines(tmp_path / name) for name in ("one", "two")]
+    assert [line["rollouts"] for line in lines[1]] == [line["rollouts"] for line in lines[0]]
+    assert lines[1][-1]["loss"] == pytest.approx(lines[0][-1]["loss"], rel=1e-4, abs=1e-6)
+
+
 def test_a_rank_that_is_gone_stops_the_others(letters_model, tmp_path):
     _, processes = started(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
     processes[1].kill()
