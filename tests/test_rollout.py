@@ -19,6 +19,7 @@ from turnfast.chat import Chat
 from turnfast.config import RolloutConfig
 from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
+from turnfast.envs.reward import Reward, with_rewards
 from turnfast.metrics import summarise
 from turnfast.packing import pack
 from turnfast.rollout import Interrupted, Prompt, Quota, RolloutError, gather, rollout
@@ -295,6 +296,69 @@ class FragileEpisode:
 
     async def finish(self):
         return await self._break("finish") or Outcome(reward=1.0)
+
+
+class Blocking:
+    """An environment of plain functions, in which task `a` blocks until task `b` has gone on."""
+
+    tools = ()
+    native_calls = False
+
+    def __init__(self, patience_s: float = 30.0) -> None:
+        self.gate, self.patience_s = threading.Event(), patience_s
+
+    def tasks(self, split):
+        return [task("a"), task("b")]
+
+    def episode(self, task):
+        return BlockingEpisode(self, task)
+
+
+class BlockingEpisode:
+    def __init__(self, env: Blocking, task: Task) -> None:
+        self._env, self._task, self._num_turns = env, task, 0
+
+    def start(self):
+        return [{"role": "user", "content": self._task.question}]
+
+    def step(self, text: str) -> Step:
+        self._num_turns += 1
+        if self._task.id == "a" and not self._env.gate.wait(self._env.patience_s):
+            raise ZeroDivisionError("nobody came")
+        if self._num_turns == 3:
+            self._env.gate.set()
+        done = self._task.id == "a" or self._num_turns == 3
+        return Step(messages=({"role": "user", "content": "Again."},) * (not done), done=done)
+
+    def finish(self) -> Outcome:
+        return Outcome(reward=float(self._num_turns))
+
+
+@pytest.mark.parametrize("rewards", [(), (Reward(name="one", function=lambda task, turns: 1.0),)])
+def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
+    env = with_rewards(Blocking(), rewards) if rewards else Blocking()
+    sampler = Recorder(chat, lambda prompt: "hm")
+    groups = rollout(
+        env.tasks("train"), env, chat, sampler, CONFIG, max_turns=4, seed=0, group_size=1
+    )
+    (a,), (b,) = (group.trajectories for group in groups)
+    assert (a.status, len(a.turns), b.status, len(b.turns)) == ("finished", 1, "finished", 3)
+    assert (a.outcome, b.outcome) == (1.0 + len(rewards), 3.0 + len(rewards))
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "status", "error"),
+    [(0.0, "error", "ZeroDivisionError: nobody came (test_rollout.py:"), (30.0, "timeout", "0.2")],
+)
+def test_a_step_that_blocks_for_good_ends_its_own_trajectory(chat, patience_s, status, error):
+    env = Blocking(patience_s)
+    config = CONFIG.model_copy(update={"trajectory_timeout_s": 0.2, "max_error_share": 1.0})
+    groups = rollout(
+        [task("a")], env, chat, Recorder(chat, lambda prompt: "hm"), config, max_turns=4, seed=0
+    )
+    env.gate.set()
+    for trajectory in groups[0].trajectories:
+        assert trajectory.status == status and error in trajectory.error
 
 
 async def forever():

@@ -16,7 +16,7 @@ from .config import RolloutConfig
 from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
-from .tools import ToolError
+from .tools import ToolError, ask
 from .types import Fault, Message, Status, Task, Trajectory, Turn
 
 Answer = TypeVar("Answer")
@@ -59,7 +59,7 @@ async def play(
         with sampler.playing():
             async with limit:
                 episode = env.episode(task)
-                talk = chat.open(_messages(await episode.start(), "start()"))
+                talk = chat.open(_messages(await ask(episode.start, label="env"), "start()"))
                 context = 0
                 for k in range(max_turns):
                     context = len(talk.prompt_ids) + (0 if talk.restart else context)
@@ -77,7 +77,7 @@ async def play(
                     )
                     context += len(completion.sampled_ids)
                     text = chat.text(completion.sampled_ids)
-                    step = _as(Step, await episode.step(text), "step()")
+                    step = _as(Step, await ask(episode.step, text, label="env"), "step()")
                     _messages(step.messages, "step()")
                     if step.reward is not None:
                         check_reward(step.reward, "the environment's turn reward")
@@ -90,7 +90,7 @@ async def play(
                         status = "finished"
                         break
                     talk = chat.extend(talk, text, closed, step.messages)
-                scored = _as(Outcome, await episode.finish(), "finish()")
+                scored = _as(Outcome, await ask(episode.finish, label="env"), "finish()")
                 check_reward(scored.reward, "the environment's outcome")
                 outcome = scored
     except (Exception, SystemExit, asyncio.CancelledError) as fault:

@@ -6,7 +6,7 @@ trained on; `ToolEnv` (tool_env.py) is the ready-made one for agents that call t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -64,13 +64,17 @@ class Outcome:
 
 
 class Episode(Protocol):
-    """One run through one task. `start` once, `step` per turn, `finish` once, however it ended."""
+    """One run through one task. `start` once, `step` per turn, `finish` once, however it ended.
 
-    async def start(self) -> Sequence[Message]: ...
+    An `async` method runs in the loop of all rollouts, so it must not block: it awaits, or computes
+    for less than about a millisecond. A plain one may: it runs in a thread, not always the same.
+    """
 
-    async def step(self, text: str) -> Step: ...
+    def start(self) -> Sequence[Message] | Awaitable[Sequence[Message]]: ...
 
-    async def finish(self) -> Outcome: ...
+    def step(self, text: str) -> Step | Awaitable[Step]: ...
+
+    def finish(self) -> Outcome | Awaitable[Outcome]: ...
 
 
 class Env(Protocol):

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
-from ..tools import Late, Raised, Returned, Tool, call_within
+from ..tools import Late, Raised, Returned, Tool, ask, call_within
 from ..types import LARGEST_REWARD, Message, Task
 from .base import (
     Demonstration,
@@ -157,10 +157,10 @@ class _RewardedEpisode:
         self._turns: list[PlayedTurn] = []
 
     async def start(self) -> Sequence[Message]:
-        return await self._episode.start()
+        return await ask(self._episode.start, label="env")
 
     async def step(self, text: str) -> Step:
-        step = await self._episode.step(text)
+        step = await ask(self._episode.step, text, label="env")
         self._turns.append(PlayedTurn(text=text, calls=step.calls, messages=step.messages))
         due = [r for r in self._on_turn if r.on == "turn" or step.tool_calls]
         if not due:
@@ -170,7 +170,7 @@ class _RewardedEpisode:
         return replace(step, reward=total, reward_parts=_join(step.reward_parts, parts))
 
     async def finish(self) -> Outcome:
-        outcome = await self._episode.finish()
+        outcome = await ask(self._episode.finish, label="env")
         parts = await score(self._on_outcome, self._task, tuple(self._turns))
         total = math.fsum((outcome.reward, *parts.values()))
         return replace(outcome, reward=total, reward_parts=_join(outcome.reward_parts, parts))

@@ -2,7 +2,7 @@
 
 from .arithmetic import calculate, show_number
 from .background import BackgroundLoop
-from .deadline import Late, Raised, Returned, call_within
+from .deadline import Late, Raised, Returned, ask, call_within
 from .formats import Attempt, CallFormat, MalformedCall, ToolCall, write_calls
 from .parse import parse_call, parse_calls, read_calls, without_thoughts
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
@@ -27,6 +27,7 @@ __all__ = [
     "ToolCall",
     "ToolError",
     "ToolResult",
+    "ask",
     "calculate",
     "call_within",
     "check_call",

@@ -47,10 +47,11 @@ async def call_within(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    timeout_s: float,
+    timeout_s: float | None,
     label: str,
 ) -> Returned | Raised | Late:
-    """Call a plain or `async` function, wait at most `timeout_s` seconds, and say how it ended."""
+    """Call a plain or `async` function, wait at most `timeout_s` seconds (None: as long as the
+    caller does), and say how it ended."""
     kwargs = kwargs or {}
     if is_async(function):
         running = asyncio.ensure_future(_guard(function, args, kwargs))
@@ -70,6 +71,25 @@ async def call_within(
     if running.cancelled():
         return Raised(error=asyncio.CancelledError())
     return running.result()
+
+
+async def ask(function: Callable[..., Any], *args: Any, label: str) -> Any:
+    """What a function gives, however long it takes: an `async` one in this loop, a plain one in a
+    thread, so that it may block while others go on.
+
+    Raises:
+        BaseException: what the function raises.
+        RuntimeError: `MAX_ABANDONED_THREADS` earlier calls are still hanging.
+    """
+    if is_async(function):
+        return await function(*args)
+    match await call_within(function, args, timeout_s=None, label=label):
+        case Returned(value=value):
+            return await value if inspect.isawaitable(value) else value
+        case Raised(error=error):
+            raise error
+        case Late(hanging=hanging):
+            raise RuntimeError(f"{label}: {hanging} earlier calls are still hanging")
 
 
 def call_here(
