@@ -47,7 +47,8 @@ def bench_size(
     segments_N = torch.randint(K, (N,), generator=g, device=device).sort().values
     values_N = torch.randn(N, generator=g, device=device)
     table_K = torch.randn(K, generator=g, device=device)
-    bytes_N = torch.empty(12 * N // 2, dtype=torch.uint8, device=device)
+    # Written, or all of it would be read from one page of zeros.
+    bytes_N = torch.ones(12 * N // 2, dtype=torch.uint8, device=device)
     other_N = torch.empty_like(bytes_N)
     impls = ["reference", "triton"] if device.type == "cuda" else ["reference"]
     true_K = torch.zeros(K, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from turnfast.kernels import PolicyLoss, PolicyRule, turn_policy_loss
+from turnfast.kernels import PolicyLoss, PolicyRule, linear_logprobs, turn_policy_loss
 from turnfast.kernels.loss_head import backends
 
 
@@ -256,6 +256,40 @@ def _dark(case: Case) -> Tensor:
     if case.rule.kl_coef or case.rule.entropy_coef:
         return torch.zeros_like(case.turns, dtype=torch.bool)
     return (case.advantages == 0)[case.turns]
+
+
+def assert_reads_what_it_wrote(
+    impl: str, softcap: float | None, *, N: int, chunk_tokens: int
+) -> None:
+    """Memory that is allocated full of NaN changes nothing."""
+    rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
+    case = make_case(21, N=N, normaliser="masked", rule=rule, softcap=softcap)
+    clean, expected = run(case, impl, chunk_tokens=chunk_tokens)
+    torch.use_deterministic_algorithms(True)  # this is what fills it
+    try:
+        assert bool(torch.empty(3).isnan().all())
+        out, found = run(case, impl, chunk_tokens=chunk_tokens)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for field in ("loss", "d_hidden", "d_head"):
+        assert torch.equal(getattr(found, field), getattr(expected, field)), field
+    assert torch.equal(out.turn_logprobs, clean.turn_logprobs)
+
+
+def assert_same_alone(case: Case, impl: str, chunks: tuple[int | None, ...]) -> None:
+    """linear_logprobs finds the log-probs and entropies of the loss, in any chunks."""
+    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
+    out, _ = run(case, impl)
+    for chunk_tokens in chunks:
+        alone = linear_logprobs(
+            *(case.hidden, case.head, case.rows, case.targets),
+            temperature=case.temperature,
+            softcap=case.softcap,
+            chunk_tokens=chunk_tokens,
+            impl=impl,
+        )
+        torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
 
 
 def with_far_row(case: Case, above: float) -> Case:

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
+    assert_reads_what_it_wrote,
+    assert_same_alone,
     assert_within_budget,
     flat,
     have,
@@ -115,6 +117,17 @@ def test_any_cut_into_chunks_gives_the_same_gradient(impl: str, ratio: str) -> N
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@every_impl
+def test_sequences_may_have_any_ids(impl: str) -> None:
+    case = make_case(23, N=60, rule=PolicyRule(ratio="sequence"))
+    _, expected = run(case, impl)
+    spread = dataclasses.replace(case, sequences=case.sequences * 10**15 + 2**62)
+    assert len(case.sequences.unique()) > 1
+    _, found = run(spread, impl)
+    assert relative(found.d_hidden, expected.d_hidden) < 1e-6
+    assert relative(found.d_head, expected.d_head) < 1e-6
+
+
 def split(case: Case, cut: int) -> tuple[Case, Case]:
     """The case in two micro-batches of whole turns, or sequences where the ratio is theirs, with
     its weights as they are."""
@@ -156,18 +169,7 @@ def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
 @every_impl
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_memory_that_nobody_wrote_is_never_read(impl: str, softcap: float | None) -> None:
-    rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
-    case = make_case(21, N=150, normaliser="masked", rule=rule, softcap=softcap)
-    clean, clean_answer = run(case, impl, chunk_tokens=40)
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
-    try:
-        assert bool(torch.empty(3).isnan().all())
-        out, answer = run(case, impl, chunk_tokens=40)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for field in ("loss", "d_hidden", "d_head"):
-        assert torch.equal(getattr(answer, field), getattr(clean_answer, field))
-    assert torch.equal(out.turn_logprobs, clean.turn_logprobs)
+    assert_reads_what_it_wrote(impl, softcap, N=150, chunk_tokens=40)
 
 
 @every_impl
@@ -283,22 +285,7 @@ def test_the_worked_example_of_the_docstring(impl: str) -> None:
 
 @every_impl
 def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
-    case = make_case(12, N=100, V=300, temperature=0.8, softcap=6.0)
-    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
-    out, _ = run(case, impl)
-    for chunk in (None, 9):
-        alone = linear_logprobs(
-            case.hidden,
-            case.head,
-            case.rows,
-            case.targets,
-            temperature=0.8,
-            softcap=6.0,
-            chunk_tokens=chunk,
-            impl=impl,
-        )
-        torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
+    assert_same_alone(make_case(12, N=100, V=300, temperature=0.8, softcap=6.0), impl, (None, 9))
 
 
 @every_impl
@@ -577,6 +564,21 @@ def test_bad_input_is_refused_by_name(
     turn_policy_loss(**good)
     with pytest.raises(ValueError, match=message):
         turn_policy_loss(**{**good, **bad})
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["hidden", "head_weight", "rows", "targets"])
+def test_bad_input_of_log_probs_alone_is_refused_by_name(impl: str, name: str) -> None:
+    good = {"hidden": torch.ones(4, 3), "head_weight": torch.ones(5, 3)}
+    good |= {"rows": torch.tensor([0, 1, 2]), "targets": torch.tensor([0, 1, 4])}
+    linear_logprobs(**good, impl=impl)
+    tried = 0
+    for _, bad, message in BAD:
+        if set(bad) == {name}:
+            tried += 1
+            with pytest.raises(ValueError, match=message):
+                linear_logprobs(**good | bad, impl=impl)
+    assert tried >= 3
 
 
 @pytest.mark.parametrize(

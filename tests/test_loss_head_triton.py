@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
+    assert_reads_what_it_wrote,
+    assert_same_alone,
     assert_within_budget,
     flat,
     make_case,
@@ -25,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from turnfast.kernels import PolicyRule, linear_logprobs
+from turnfast.kernels import PolicyRule
 from turnfast.kernels.loss_head import (
     backends,
     op,
@@ -163,36 +165,12 @@ def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
 @both_designs
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_memory_that_nobody_wrote_is_never_read(impl: str, softcap: float | None) -> None:
-    rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
-    case = make_case(21, N=40, normaliser="masked", rule=rule, softcap=softcap)
-    _, clean = run(case, impl, chunk_tokens=20)
-    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
-    try:
-        assert bool(torch.empty(3).isnan().all())
-        _, answer = run(case, impl, chunk_tokens=20)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for field in ("loss", "d_hidden", "d_head"):
-        assert torch.equal(getattr(answer, field), getattr(clean, field))
+    assert_reads_what_it_wrote(impl, softcap, N=40, chunk_tokens=20)
 
 
 @both_designs
 def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
-    case = make_case(12, N=20, V=200, temperature=0.8, softcap=6.0)
-    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
-    out, _ = run(case, impl)
-    alone = linear_logprobs(
-        case.hidden,
-        case.head,
-        case.rows,
-        case.targets,
-        temperature=0.8,
-        softcap=6.0,
-        chunk_tokens=12,
-        impl=impl,
-    )
-    torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
+    assert_same_alone(make_case(12, N=20, V=200, temperature=0.8, softcap=6.0), impl, (12,))
 
 
 @both_designs

@@ -61,7 +61,7 @@ def turn_policy_loss(
         Tokens of weight 0 are masked: no part in loss, ratios or statistics, never computed.
     ref_logprobs [N]: reference model, measured as ref_kl and weighted by rule.kl_coef.
     sampler_logprobs [N]: log-probs the sampler reported, for rule.is_cap.
-    sequences [K]: sequence of each turn, needed for rule.ratio == "sequence".
+    sequences [K]: sequence of each turn, any ids >= 0, needed for rule.ratio == "sequence".
     temperature, softcap: logits are softcap * tanh(logits / softcap) / temperature.
     chunk_tokens: tokens per workspace chunk; None lets the implementation choose. Changes no
         result beyond float32 rounding.
@@ -156,12 +156,12 @@ def linear_logprobs(
     """log-probs and entropies of targets from hidden states, without gradient and without [N, V].
 
     Arguments as in turn_policy_loss. Returns [N] float32 vectors (float64 for float64 input), in
-    nats. Raises ValueError naming the argument. Used for the old policy, a reference model and the
-    sampler check.
+    nats. Raises ValueError naming the argument, with the index for bad values. Used for the old
+    policy, a reference model and the sampler check.
 
     Example: hidden of three positions, the tokens 9 and 7 predicted by rows 0 and 1:
-        linear_logprobs(hidden, head, tensor([0, 1]), tensor([9, 7])).logprobs    # [log p(9), log
-        p(7)]
+        out = linear_logprobs(hidden, head, rows=tensor([0, 1]), targets=tensor([9, 7]))
+        out.logprobs    # [log p(9), log p(7)]
     """
     _check_head(hidden, head_weight, rows, targets, temperature, softcap, chunk_tokens)
     given = LogprobsArguments(

@@ -115,12 +115,13 @@ def run_logprobs(problem: LogprobsProblem, head: Head) -> tuple[Tensor, Tensor]:
         piece = slice(start, start + size)
         x_CD = p.hidden_TD[p.rows_N[piece]]
         logprobs_N[piece], entropies_N[piece] = head.forward(x_CD, p.targets_N[piece], keep=False)
+    _check_finite(logprobs_N, torch.arange(N, device=device))
     return logprobs_N, entropies_N
 
 
 def _check_finite(logprobs_C: Tensor, index_C: Tensor) -> None:
     # A broken head weight shows here at no cost. On an accelerator the look would stall it: there
-    # the loss becomes NaN.
+    # the loss, or the log-prob, becomes NaN.
     if logprobs_C.device.type != "cpu" or bool(logprobs_C.isfinite().all()):
         return
     token = int(index_C[(~logprobs_C.isfinite()).nonzero()[0, 0]])

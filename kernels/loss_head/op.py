@@ -56,7 +56,7 @@ class PolicyArguments(NamedTuple):
     def of(cls, flat: tuple[Any, ...]) -> PolicyArguments:
         at, stop = RULE_PLACE, RULE_PLACE + len(RULE_FIELDS)
         rule = PolicyRule(**dict(zip(RULE_FIELDS, flat[at:stop], strict=True)))
-        return cls(*flat[:at], rule, *flat[stop:])
+        return cls._make((*flat[:at], rule, *flat[stop:]))
 
 
 RULE_PLACE = PolicyArguments._fields.index("rule")

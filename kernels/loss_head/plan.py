@@ -54,9 +54,11 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
         segment_N = p.turns_N
     elif p.rule.ratio == "sequence":
         assert p.sequences_K is not None
-        segment_N = p.sequences_K[p.turns_N]
+        # Numbered anew, in their order: ids may be any, as hashes are.
+        ids, number_K = p.sequences_K.unique(return_inverse=True)
+        segment_N = number_K[p.turns_N]
         # A token without advantage still moves the ratio of a sequence that has some.
-        lit = torch.zeros(int(p.sequences_K.max()) + 1 if p.sequences_K.numel() else 0).to(signal_N)
+        lit = torch.zeros_like(ids, dtype=torch.bool)
         lit[segment_N[signal_N]] = True
         signal_N = weighted_N & lit[segment_N]
     active_N = weighted_N if always else signal_N
