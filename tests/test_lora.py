@@ -65,6 +65,13 @@ def batches_of(budget: int = 4096):
     return packed.batches, [t for group in groups for t in group.trajectories]
 
 
+def saved(policy: Policy, folder: Path) -> Path:
+    return save_checkpoint(
+        folder, 1, model=policy.model, optimizer=optimizer_of(policy), tokenizer=policy.tokenizer,
+        state={}, keep=1,
+    )  # fmt: skip
+
+
 def plain_policy(folder: Path) -> Policy:
     return load_policy(ModelConfig(), folder, torch.device("cpu"))
 
@@ -147,27 +154,21 @@ def test_the_gradient_is_that_of_the_merged_weight(adapted):
 
 def test_the_merged_folder_is_the_adapted_model(adapted, tmp_path):
     moved(adapted)
-    path = save_checkpoint(
-        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted),
-        tokenizer=adapted.tokenizer, state={}, keep=1,
-    )  # fmt: skip
+    path = saved(adapted, tmp_path)
     wanted = logits(adapted.model)
     plain = AutoModelForCausalLM.from_pretrained(path)
     assert not adapted_layers(plain)
     assert (logits(plain) - wanted).abs().max() < 1e-5
     assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"]
-    saved = set(load_file(path / "model.safetensors"))
-    assert saved == set(load_file(adapted.folder / "model.safetensors"))
+    names = set(load_file(path / "model.safetensors"))
+    assert names == set(load_file(adapted.folder / "model.safetensors"))
 
 
 def test_peft_loads_the_adapter(adapted, tmp_path):
     import peft
 
     moved(adapted)
-    path = save_checkpoint(
-        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
-        state={}, keep=1,
-    )  # fmt: skip
+    path = saved(adapted, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(adapted.folder)
     theirs = peft.PeftModel.from_pretrained(base, path / "adapter")
     assert torch.equal(logits(theirs.eval()), logits(adapted.model))
@@ -273,27 +274,18 @@ def test_a_warm_start_leaves_a_whole_model(letters_model, tmp_path, capsys):
     ],
 )
 def test_another_adapter_is_refused(adapted, tiny_folder, tmp_path, form, message):
-    path = save_checkpoint(
-        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
-        state={}, keep=1,
-    )  # fmt: skip
+    path = saved(adapted, tmp_path)
     other = plain_policy(tiny_folder)
     add_adapter(other.model, form, seed=0)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path, model=other.model, optimizer=optimizer_of(other))
     with pytest.raises(CheckpointError, match="no adapter that fits"):
-        plain = save_checkpoint(
-            tmp_path / "plain", 1, model=plain_policy(tiny_folder).model, tokenizer=None,
-            optimizer=optimizer_of(adapted), state={}, keep=1,
-        )  # fmt: skip
+        plain = saved(plain_policy(tiny_folder), tmp_path / "plain")
         load_checkpoint(plain, model=adapted.model, optimizer=optimizer_of(adapted))
 
 
 def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
-    path = save_checkpoint(
-        tmp_path, 1, model=adapted.model, optimizer=optimizer_of(adapted), tokenizer=None,
-        state={}, keep=1,
-    )  # fmt: skip
+    path = saved(adapted, tmp_path)
     other = plain_policy(tiny_folder)
     with torch.no_grad():
         other.head_VD.add_(1e-3)

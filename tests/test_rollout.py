@@ -119,6 +119,12 @@ def workshop():
     env.release.set()
 
 
+def work(chat, workshop, sampler, **changed):
+    """Both tasks, at most four turns each."""
+    tasks = workshop.tasks("train")
+    return rollout(tasks, workshop, chat, sampler, CONFIG, max_turns=4, **changed)
+
+
 def timeless(groups):
     return [
         replace(group, trajectories=tuple(replace(t, time_s=0.0) for t in group.trajectories))
@@ -143,16 +149,7 @@ def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
         return call("echo", text="b")
 
     sampler = Recorder(chat, say)
-    groups = rollout(
-        workshop.tasks("train"),
-        workshop,
-        chat,
-        sampler,
-        CONFIG,
-        max_turns=4,
-        seed=0,
-        group_size=1,
-    )
+    groups = work(chat, workshop, sampler, seed=0, group_size=1)
     order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
     assert order == ["a", "b", "b", "b", "b", "a"]
     assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
@@ -167,9 +164,7 @@ def test_same_groups_whatever_finishes_first(chat, workshop, pick):
 
     def play(pick):
         sampler = Recorder(chat, say, pick=pick)
-        groups = rollout(
-            workshop.tasks("train"), workshop, chat, sampler, CONFIG, max_turns=4, seed=3
-        )
+        groups = work(chat, workshop, sampler, seed=3)
         seeds = {(request.prompt_ids, request.seed) for request in sampler.requests}
         assert sampler.num_pending == 0
         return timeless(groups), seeds
@@ -233,16 +228,7 @@ def test_a_faulty_tool_ends_its_own_call(chat, workshop, name, told):
         return call(name) if "task a" in prompt else call("echo", text="fine")
 
     sampler = Recorder(chat, say)
-    groups = rollout(
-        workshop.tasks("train"),
-        workshop,
-        chat,
-        sampler,
-        CONFIG,
-        max_turns=4,
-        seed=0,
-        group_size=1,
-    )
+    groups = work(chat, workshop, sampler, seed=0, group_size=1)
     (broken,), (whole,) = (group.trajectories for group in groups)
     assert broken.status == whole.status == "finished"
     assert (broken.turns[0].tool_calls, broken.turns[0].tool_successes) == (1, 0)

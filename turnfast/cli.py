@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .config import Config, ConfigError
+from .config import ConfigError
 from .recipe import describe_fields, load_config, shipped_recipes, suggest_field
 
 FIELDS = (
@@ -174,7 +174,7 @@ def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _fields(arguments: argparse.Namespace, flags: list[str]) -> int:
-    print("\n".join(describe_fields(Config)))
+    print("\n".join(describe_fields()))
     return 0
 
 

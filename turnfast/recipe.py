@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from .config import Config, ConfigError, RewardConfig
 
@@ -86,31 +87,29 @@ def to_toml(config: Config) -> str:
     )
 
 
-def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def field_names() -> list[str]:
     """All dotted names, `model.path` … `sft.batch_tokens`."""
-    names: list[str] = []
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += field_names(kind, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+    return [name for name, _ in _fields(Config)]
 
 
-def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def describe_fields() -> list[str]:
     """One line per field: dotted flag, default, what it can be, and what it is for."""
     lines: list[str] = []
+    for name, info in _fields(Config):
+        default = info.get_default(call_default_factory=True)
+        flag = f"--{name}".replace("_", "-")
+        about = "; ".join(filter(None, [_choices(info.annotation), info.description]))
+        lines.append(f"{flag:<34} {default!s:<14} {about}".rstrip())
+    return lines
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += describe_fields(kind, f"{prefix}{name}.")
+            yield from _fields(kind, f"{prefix}{name}.")
         else:
-            default = info.get_default(call_default_factory=True)
-            flag = f"--{prefix}{name}".replace("_", "-")
-            about = "; ".join(filter(None, [_choices(kind), info.description]))
-            lines.append(f"{flag:<34} {default!s:<14} {about}".rstrip())
-    return lines
+            yield prefix + name, info
 
 
 def _choices(kind: Any) -> str:
