@@ -245,6 +245,60 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
     )
 
 
+def linear_logprobs_cpu(record: dict[str, Any]) -> str:
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"]), {})
+        case[row["what"]] = row
+    lines, speeds = [], []
+    for (N, D, V, dtype), whats in cases.items():
+        ours, floor = whats["turnfast cpp"], whats["floor: one product"]
+        best = min((row for what, row in whats.items() if "torch" in what), key=lambda r: r["ms"])
+        speeds.append(best["ms"] / ours["ms"])
+        lines.append(
+            f"| {N:,} × {D} × {V:,} | {dtype} | {ours['ms']:,.1f} | {floor['ms']:,.1f} "
+            f"| {best['ms']:,.1f} ({best['what'].removeprefix('torch ')}) "
+            f"| {ours['peak MB']:,.0f} / {best['peak MB']:,.0f} "
+            f"| {ours['log-prob error']:.0e} / {best['log-prob error']:.0e} |"
+        )
+    return "\n".join(
+        [
+            "| N × D × V | dtype | log-probs alone, ms | the product alone | best of PyTorch "
+            "| peak MB | error |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            "`linear_logprobs`, for the old policy and the reference model, is "
+            f"{min(speeds):.2f} to {max(speeds):.2f} × as fast as the best of PyTorch (eager, "
+            f"chunked, compiled). Pairs are turnfast / that best; errors are against float64. "
+            f"{_where(record)}",
+        ]
+    )
+
+
+def segments_cpu(record: dict[str, Any]) -> str:
+    largest = max(row["N"] for row in record["rows"])
+    rows = {row["what"]: row for row in record["rows"] if row["N"] == largest}
+    sums, plain = rows["sum, turnfast reference"], rows["sum, torch index_add"]
+    spread, indexed = rows["broadcast, turnfast reference"], rows["broadcast, torch indexing"]
+    floor = rows["floor: a copy of 12 N bytes"]
+    return (
+        f"The sums of {sums['K']:,} turns over {largest:,} tokens take {sums['us'] / 1e3:,.1f} ms "
+        f"with their checks (`index_add_` alone {plain['us'] / 1e3:,.1f}), the broadcast back "
+        f"{spread['us'] / 1e3:,.1f} ms (indexing alone {indexed['us'] / 1e3:,.1f}); a copy of as "
+        f"many bytes takes {floor['us'] / 1e3:,.1f} ms. {_where(record)}"
+    )
+
+
+def _where(record: dict[str, Any]) -> str:
+    env = record["environment"]
+    threads = f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
+    return (
+        f"{env['device']}, {threads}, {record['clock']} time. From `{record['command']}`, commit "
+        f"`{env['commit']}`."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "starts": starts,
     "hops": hops,
@@ -252,6 +306,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "credit_bias": credit_bias,
     "trl_step": trl_step,
     "loss_head_cpu": loss_head_cpu,
+    "linear_logprobs_cpu": linear_logprobs_cpu,
+    "segments_cpu": segments_cpu,
     "rollout_stalls": rollout_stalls,
     "overhead": overhead,
 }
