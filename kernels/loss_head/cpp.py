@@ -141,7 +141,7 @@ class CppHead:
             patch_C = -self.vocab.sum(G_sum_C)
         else:
             patch_C = -scale_C * S_C
-            if slope_C is not None:
+            if slope_C is not None and bonus_C is not None:
                 patch_C = patch_C + slope_C * (z_y_C - anchor_C + bonus_C) * E_y_C
             patch_C = patch_C * (1.0 - (z_y_C * (self.temperature / self.softcap)).square())
         d_x_or_none = d_x_CD if self.need_hidden else None

@@ -221,7 +221,8 @@ def _blocks(x: Tensor) -> tuple[Tensor, ...]:
 
 def _graph_is_kept() -> bool:
     """Whether this backward may run again; true where torch does not say."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    autograd = getattr(torch._C, "_autograd", None)
+    ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 

@@ -56,11 +56,11 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
         assert p.sequences_K is not None
         # Numbered anew, in their order: ids may be any, as hashes are.
         ids, number_K = p.sequences_K.unique(return_inverse=True)
-        segment_N = number_K[p.turns_N]
+        by_sequence_N = segment_N = number_K[p.turns_N]
         # A token without advantage still moves the ratio of a sequence that has some.
         lit = torch.zeros_like(ids, dtype=torch.bool)
-        lit[segment_N[signal_N]] = True
-        signal_N = weighted_N & lit[segment_N]
+        lit[by_sequence_N[signal_N]] = True
+        signal_N = weighted_N & lit[by_sequence_N]
     active_N = weighted_N if always else signal_N
     order_M = active_N.nonzero().squeeze(1)
     masked = (~weighted_N).sum()
