@@ -103,6 +103,7 @@ def config_of(**rollout) -> Config:
 
 def collector_of(chat: Chat, config: Config, env=None, state=None, first_step: int = 1):
     run = SimpleNamespace(
+        config=config,
         prompts=PromptQueue(TASKS, seed=0, **(state or {})),
         env=env or Talk(),
         chat=chat,
@@ -110,7 +111,7 @@ def collector_of(chat: Chat, config: Config, env=None, state=None, first_step: i
         first_step=first_step,
         ranks=ALONE,
     )
-    return Collector(run, config, lambda: False)
+    return Collector(run, lambda: False)
 
 
 def drawn(group) -> tuple:
@@ -355,6 +356,7 @@ def test_an_error_in_the_training_ends_the_rollout_ahead(letters_model, tmp_path
 
 def test_a_stop_while_the_collector_rolls_out(chat):
     run = SimpleNamespace(
+        config=config_of(),
         prompts=PromptQueue(TASKS, seed=0),
         env=Talk(),
         chat=chat,
@@ -364,7 +366,7 @@ def test_a_stop_while_the_collector_rolls_out(chat):
     )
     asked = iter(range(5))
     with (
-        Collector(run, config_of(), lambda: next(asked, None) is None) as collector,
+        Collector(run, lambda: next(asked, None) is None) as collector,
         pytest.raises(Interrupted),
     ):
         collector.collect(1)

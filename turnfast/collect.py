@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .config import Config, RolloutConfig
+from .config import RolloutConfig
 from .credit import assign_credit
 from .overlong import settle_overlong
 from .rollout import Gathered, Quota, gather
@@ -32,13 +32,12 @@ class Collector:
     The steps are asked for one after the other, from `run.first_step` on.
     """
 
-    def __init__(self, run: Run, config: Config, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, run: Run, should_stop: Callable[[], bool]) -> None:
         self._run = run
-        self._config = config
         self._should_stop = should_stop
         self._closing = False
         self._thread: ThreadPoolExecutor | None = None
-        if config.train.overlap:
+        if run.config.train.overlap:
             self._thread = ThreadPoolExecutor(
                 1, "rollout", torch.set_num_threads, (torch.get_num_threads(),)
             )
@@ -64,7 +63,7 @@ class Collector:
         self._states = {step - 1: self._states[step - 1], step: run.prompts.state()}
         if self._thread is None:
             run.sampler.sleep()
-        elif step < self._config.train.steps:
+        elif step < run.config.train.steps:
             self._ahead = self._thread.submit(self._gather)
         return gathered
 
@@ -80,7 +79,7 @@ class Collector:
         return {"data": everyone if len(everyone) > 1 else everyone[0]}
 
     def _gather(self) -> Gathered:
-        run, config = self._run, self._config
+        run, config = self._run, self._run.config
         gathered = gather(
             run.prompts.take(),
             _quota(config.rollout, run.ranks.size),
@@ -97,7 +96,7 @@ class Collector:
         return replace(gathered, groups=tuple(settle_overlong(gathered.groups, config.rollout)))
 
     def _counts(self, group: Group) -> bool:
-        credit, config = self._config.credit, self._config.rollout
+        credit, config = self._run.config.credit, self._run.config.rollout
         if config.refill_waves == 0:
             return True
         (settled,) = settle_overlong([group], config)

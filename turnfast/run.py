@@ -36,6 +36,7 @@ class Run:
     """A training run in progress; the steps before `first_step` are done, and so is the evaluation
     that was due after them if `evaluated` says so."""
 
+    config: Config
     directory: RunDir
     policy: Policy
     env: Env
@@ -105,6 +106,7 @@ def open_run(
         gc.freeze()
         opened.callback(gc.unfreeze)
         yield Run(
+            config=config,
             directory=directory,
             policy=policy,
             env=env,

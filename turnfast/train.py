@@ -13,7 +13,7 @@ from .config import Config
 from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import needs_every_token, update
+from .loss import Update, needs_every_token, update
 from .packing import Packed, pack
 from .ranks import open_ranks
 from .record import StepRecord, figures_of, over_ranks
@@ -46,8 +46,8 @@ def train(
     with (
         open_ranks(timeout_s=2 * config.rollout.step_timeout_s, told=SHARED_ENDS) as ranks,
         open_run(config, run_dir, resume=resume, ranks=ranks) as run,
-        _progress(config, run, run_dir) as show,
-        Collector(run, config, should_stop) as collector,
+        _progress(run) as show,
+        Collector(run, should_stop) as collector,
     ):
         sync = partial(sync_weights, run.policy.model, run.sampler, tolerance=run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
@@ -57,7 +57,7 @@ def train(
             with ranks.together():
                 sync(run.probe)
             if not run.evaluated:
-                _evaluate(config, run, done, show, should_stop)
+                _evaluate(run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
                 clock.lap()
                 with clock.phase("rollout"), ranks.together():
@@ -66,20 +66,11 @@ def train(
                     gathered = collector.collect(step)
                     groups = gathered.groups
                 with clock.phase("score"), ranks.together():
-                    credits = _credit(config, run, groups, budget)
+                    credits = _credit(run, groups, budget)
                 with clock.phase("pack"):
-                    packed = _pack(config, run, groups, credits, budget)
+                    packed = _pack(run, groups, credits, budget)
                 with clock.phase("train"):
-                    updated = update(
-                        run.policy,
-                        run.optimizer,
-                        _with_reference(config, run, packed),
-                        config.loss,
-                        temperature=config.rollout.temperature,
-                        num_updates=config.train.updates_per_step,
-                        critic=run.critic,
-                        ranks=ranks,
-                    )
+                    updated = _update(run, packed)
                     # what did not fit is not tried again in the next step
                     budget = max(budget >> updated.halvings, config.rollout.max_context)
                 with clock.phase("rollout"):
@@ -97,51 +88,39 @@ def train(
                     synced=synced,
                     times=clock.lap(),
                 )
-                _log(config, run, record, show)
+                _log(run, record, show)
                 if is_due(step, config.train.eval_every, config.train.steps):
-                    _evaluate(config, run, step, show, should_stop)
+                    _evaluate(run, step, show, should_stop)
                 if is_due(step, config.train.save_every, config.train.steps):
-                    _save(config, run, collector, step)
+                    _save(run, collector, step)
         except Interrupted:
             # --resume redoes the step in hand: the places of its prompts seed its samples
-            _save(config, run, collector, done)
+            _save(run, collector, done)
         except (RolloutError, OutOfMemory):
             if done >= run.first_step:
-                _save(config, run, collector, done)
+                _save(run, collector, done)
             raise
         if ranks.leads and run.directory.metrics.exists():
             write_report(run_dir)
 
 
-def _progress(config: Config, run: Run, run_dir: Path) -> Progress:
+def _progress(run: Run) -> Progress:
     # what the other ranks would say is the same
     stream = None if run.ranks.leads else io.StringIO()
-    return Progress(run_dir, config.train.steps, done=run.first_step - 1, stream=stream)
+    steps = run.config.train.steps
+    return Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
 
 
-def _credit(config: Config, run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
-    values = None
+def _credit(run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
+    config, values = run.config, None
     if run.critic is not None:
-        values = run.critic.values(
-            run.policy,
-            groups,
-            budget=budget,
-            share_prefixes=config.train.share_prefixes,
-        )
+        share = config.train.share_prefixes
+        values = run.critic.values(run.policy, groups, budget=budget, share_prefixes=share)
     return assign_credits(groups, config.credit.rule, values=values, **config.credit.options)
 
 
-def _with_reference(config: Config, run: Run, packed: Packed) -> Sequence[Batch]:
-    if run.reference is None:
-        return packed.batches
-    temperature = config.rollout.temperature
-    with run.ranks.together():
-        return with_reference(packed.batches, run.reference, config.loss, temperature=temperature)
-
-
-def _pack(
-    config: Config, run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: int
-) -> Packed:
+def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: int) -> Packed:
+    config = run.config
     return pack(
         groups,
         credits,
@@ -156,30 +135,46 @@ def _pack(
     )
 
 
-def _log(config: Config, run: Run, record: StepRecord, show: Progress) -> None:
+def _update(run: Run, packed: Packed) -> Update:
+    loss, temperature = run.config.loss, run.config.rollout.temperature
+    batches: Sequence[Batch] = packed.batches
+    if run.reference is not None:
+        with run.ranks.together():
+            batches = with_reference(batches, run.reference, loss, temperature=temperature)
+    return update(
+        run.policy,
+        run.optimizer,
+        batches,
+        loss,
+        temperature=temperature,
+        num_updates=run.config.train.updates_per_step,
+        critic=run.critic,
+        ranks=run.ranks,
+    )
+
+
+def _log(run: Run, record: StepRecord, show: Progress) -> None:
     figures = over_ranks(run.ranks.gather(figures_of(record)))
-    shown = record.gathered.groups[: config.train.log_rollouts]
+    shown = record.gathered.groups[: run.config.train.log_rollouts]
     run.directory.log(record.step, figures)
     run.directory.log_rollouts(record.step, shown, record.credits)
     show.step(record.step, figures)
 
 
-def _evaluate(
-    config: Config, run: Run, step: int, show: Progress, should_stop: Callable[[], bool]
-) -> None:
+def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], bool]) -> None:
     if not run.env.tasks("eval"):
         return
     with run.ranks.together():
         figures, groups = evaluate(
-            config, run.env, run.chat, run.sampler, should_stop=should_stop, ranks=run.ranks
+            run.config, run.env, run.chat, run.sampler, should_stop=should_stop, ranks=run.ranks
         )
     figures = over_ranks(run.ranks.gather(figures))
     run.directory.log(step, figures)
-    run.directory.log_rollouts(step, groups[: config.train.log_rollouts], split="eval")
+    run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")
     show.step(step, figures)
 
 
-def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
+def _save(run: Run, collector: Collector, step: int) -> None:
     state = {"kind": "train", **collector.state(step)}
     with run.ranks.together():
         if run.ranks.leads:
@@ -191,5 +186,5 @@ def _save(config: Config, run: Run, collector: Collector, step: int) -> None:
                 tokenizer=run.policy.tokenizer,
                 state=state,
                 critic=run.critic,
-                keep=config.train.keep_checkpoints,
+                keep=run.config.train.keep_checkpoints,
             )
