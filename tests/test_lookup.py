@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -226,6 +227,22 @@ def test_the_mixture_is_what_its_options_say(env, talks):
     for prompt, answer in guesses:
         noun, name = re.findall(r"the (\w+) of (.*)\?", prompt)[0]
         assert not contains_answer(env.search(f"{noun} of {name}"), [answer[8:-9].strip()])
+
+
+def test_walks_ask_for_one_fact_after_the_other():
+    world = LookupEnv(**{**SMALL, "hops": [2, 4], "demo_walks": 0.3})
+    talks = [[str(m["content"]) for m in d.messages] for d in world.demonstrations(0)]
+    walks = [talk for talk in talks if talk[0].startswith("Step by step. ")]
+    assert len(walks) == round(0.3 * len(talks))
+    assert {len(talk) for talk in walks} == {2 * hops + 2 for hops in (2, 4)}
+    facts = {fact.query: fact for fact in world.region.facts}
+    for talk in walks:
+        walked = [facts[query] for query in talk[1:-1:2]]
+        assert [fact.sentence for fact in walked] == talk[2:-1:2]
+        for here, after in pairwise(walked):
+            assert after.subject == here.object
+        assert walked[0].subject.name in talk[0] or str(walked[0].subject.alias) in talk[0]
+        assert contains_answer(talk[-2], [talk[-1][8:-9].strip()])
 
 
 def test_malformed_demonstrations_fail_for_several_reasons(env, talks):

@@ -70,6 +70,8 @@ class LookupEnv(ToolEnv):
         demo_popular_passes: demonstrations per popular question that answer it, rightly, at once.
         demo_reading: share of all demonstrations that are reading exercises, a made-up sentence
             with a question on it: they teach to copy, not to search.
+        demo_walks: share of all demonstrations that are walks, questions taken apart hop by hop in
+            plain words: they teach what to ask next, not to search.
         demo_echo: share of all demonstrations in which a list of made-up names is repeated.
         demo_recall_after_call: share of the calls on popular questions after which the answer is
             still remembered, where it is not copied; after the others it is a guess, as if the
@@ -106,6 +108,7 @@ class LookupEnv(ToolEnv):
         demo_copied: Share = 0.35,
         demo_popular_passes: Annotated[int, Field(ge=0)] = 40,
         demo_reading: Share = 0.1,
+        demo_walks: Share = 0.0,
         demo_echo: Share = 0.1,
         demo_recall_after_call: Share = 0.0,
         demo_spaced: bool = True,
@@ -124,6 +127,7 @@ class LookupEnv(ToolEnv):
             popular=popular,
             popular_passes=demo_popular_passes,
             reading=demo_reading,
+            walks=demo_walks,
             echo=demo_echo,
             recall_after_call=demo_recall_after_call,
             spaced=demo_spaced,

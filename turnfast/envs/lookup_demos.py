@@ -2,8 +2,8 @@
 
 They are not a lesson in searching. They leave a small model where a base model stands before it is
 trained on a tool: it knows the popular answers, calls the tool now and then, often malforms the
-call, seldom uses the result, and is able to copy from a text. What is then learned, reward has
-taught.
+call, seldom uses the result, and is able to copy from a text and, if it is asked to in words, to
+take a question apart. What is then learned, reward has taught.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Mixture:
     """What the demonstrations are made of.
 
-    count = reading exercises + echo exercises + question demonstrations; the latter are
+    count = reading, walk and echo exercises + question demonstrations; the latter are
 
         calls * questions               call the tool; of them a share `popular` is on popular ones
           malformed                     … cannot be read: error shown, answer from memory
@@ -50,6 +50,7 @@ class Mixture:
     popular: float
     popular_passes: int
     reading: float
+    walks: float
     echo: float
     recall_after_call: float
     spaced: bool
@@ -58,16 +59,18 @@ class Mixture:
 def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[Demonstration]:
     rng = random.Random(f"turnfast demonstrations {seed}")
     num_reading = round(mixture.reading * mixture.count)
+    num_walks = round(mixture.walks * mixture.count)
     num_echo = round(mixture.echo * mixture.count)
-    num_calls = round(mixture.calls * (mixture.count - num_reading - num_echo))
+    num_exercises = num_reading + num_walks + num_echo
+    num_calls = round(mixture.calls * (mixture.count - num_exercises))
     num_known = mixture.popular_passes * len(env.popular)
-    num_guessed = mixture.count - num_reading - num_echo - num_calls - num_known
+    num_guessed = mixture.count - num_exercises - num_calls - num_known
     if num_guessed < 0:
         needed = mixture.count - num_guessed
         raise ConfigError(
             f"env.options.demos: {mixture.count} are too few, {needed} are needed for "
             f"{num_known} passes over popular questions, {num_calls} calls and "
-            f"{num_reading + num_echo} exercises; raise demos or lower demo_popular_passes"
+            f"{num_exercises} exercises; raise demos or lower demo_popular_passes"
         )
     writer = _Writer(env, rng, spaced=mixture.spaced)
     exercises = made_up_facts(rng, NameMaker(rng, env.names))
@@ -75,6 +78,7 @@ def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[De
         writer.reading(Question(text=_ask(fact), facts=(fact,)))
         for _, fact in zip(range(num_reading), exercises, strict=False)
     ]
+    written += [writer.walk(writer.draw(0.0)[0]) for _ in range(num_walks)]
     written += [writer.echo(list(islice(exercises, 3))) for _ in range(num_echo)]
     # by count and not by chance, so that a mixture has exactly the shares it names
     num_malformed = round(mixture.malformed * num_calls)
@@ -141,6 +145,14 @@ class _Writer:
         # in the order of a conversation with a call: question, result, answer
         text = f"{question.text}\n<result>{question.facts[0].sentence}</result>"
         return self._finish([{"role": "user", "content": text}], question.facts[0].said)
+
+    def walk(self, question: Question) -> Demonstration:
+        """A question taken apart hop by hop in plain words, the facts told one at a time."""
+        messages: list[Message] = [{"role": "user", "content": f"Step by step. {question.text}"}]
+        for fact in question.facts:
+            messages.append({"role": "assistant", "content": fact.query})
+            messages.append({"role": "user", "content": fact.sentence})
+        return self._finish(messages, question.facts[-1].said)
 
     def echo(self, facts: Sequence[Fact]) -> Demonstration:
         """Names to be said again: copying at its plainest, nearly every token is a copy."""
