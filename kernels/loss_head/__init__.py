@@ -25,6 +25,9 @@ __all__ = [
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
+# A compiler traces numbers as symbols.
+WHOLE = (int, torch.SymInt)
+NUMBERS = (*WHOLE, float, torch.SymFloat)
 DEFAULT_RULE = PolicyRule()
 
 
@@ -81,8 +84,10 @@ def turn_policy_loss(
         out.loss               # -(1 + 1 - 1) / 3: on policy the ratios are 1
         out.loss.backward()    # a step down raises log p(5) and log p(9), lowers log p(7)
     """
-    N = _check_head(hidden, head_weight, rows, targets, temperature, softcap, chunk_tokens)
+    _check_options(temperature, softcap, chunk_tokens, vocab_start, impl)
+    N = _check_head(hidden, head_weight, rows, targets)
     _check("turns", turns, hidden, (N,), INTS)
+    _check_is_tensor("advantages", advantages)
     if advantages.ndim != 1:
         raise ValueError(f"advantages: expected shape [K], got {list(advantages.shape)}")
     K = advantages.shape[0]
@@ -97,6 +102,8 @@ def turn_policy_loss(
             _check(name, values, hidden, (N,), FLOATS)
     if sequences is not None:
         _check("sequences", sequences, hidden, (K,), INTS)
+    if not isinstance(rule, PolicyRule):
+        raise ValueError(f"rule: expected a PolicyRule, got {type(rule).__name__}")
     if rule.ratio == "sequence" and sequences is None:
         raise ValueError("sequences: expected the sequence of each turn [K] for ratio='sequence'")
     if rule.kl_coef and ref_logprobs is None:
@@ -163,7 +170,8 @@ def linear_logprobs(
         out = linear_logprobs(hidden, head, rows=tensor([0, 1]), targets=tensor([9, 7]))
         out.logprobs    # [log p(9), log p(7)]
     """
-    _check_head(hidden, head_weight, rows, targets, temperature, softcap, chunk_tokens)
+    _check_options(temperature, softcap, chunk_tokens, vocab_start, impl)
+    _check_head(hidden, head_weight, rows, targets)
     given = LogprobsArguments(
         hidden=hidden.detach(),
         head_weight=head_weight.detach(),
@@ -180,15 +188,29 @@ def linear_logprobs(
     return LinearLogprobs(logprobs=logprobs, entropies=entropies)
 
 
-def _check_head(
-    hidden: Tensor,
-    head_weight: Tensor,
-    rows: Tensor,
-    targets: Tensor,
+def _check_options(
     temperature: float,
     softcap: float | None,
     chunk_tokens: int | None,
-) -> int:
+    vocab_start: int,
+    impl: str,
+) -> None:
+    # Comparisons, not isfinite, which a compiler cannot trace for a symbol.
+    if not isinstance(temperature, NUMBERS) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    if softcap is not None and (not isinstance(softcap, NUMBERS) or not 0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    if chunk_tokens is not None and (not isinstance(chunk_tokens, WHOLE) or chunk_tokens < 1):
+        raise ValueError(f"chunk_tokens: expected an integer >= 1 or None, got {chunk_tokens!r}")
+    if not isinstance(vocab_start, WHOLE):
+        raise ValueError(f"vocab_start: expected an integer, got {vocab_start!r}")
+    if not isinstance(impl, str):
+        raise ValueError(f"impl: expected a name, got {impl!r}")
+
+
+def _check_head(hidden: Tensor, head_weight: Tensor, rows: Tensor, targets: Tensor) -> int:
+    for name, x in (("hidden", hidden), ("head_weight", head_weight), ("rows", rows)):
+        _check_is_tensor(name, x)
     if hidden.ndim != 2 or hidden.dtype not in FLOATS:
         raise ValueError(
             f"hidden: expected [T, D] of a floating dtype, got {list(hidden.shape)} {hidden.dtype}"
@@ -205,14 +227,13 @@ def _check_head(
     N = rows.shape[0]
     _check("rows", rows, hidden, (N,), INTS)
     _check("targets", targets, hidden, (N,), INTS)
-    # Comparisons only: a compiler may trace these numbers as symbols.
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected an integer >= 1 or None, got {chunk_tokens}")
     return N
+
+
+def _check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        found = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a dense tensor, got {found}")
 
 
 def _check(
@@ -222,6 +243,7 @@ def _check(
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
+    _check_is_tensor(name, x)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
     if x.dtype not in dtypes:
@@ -236,4 +258,6 @@ def _constant(x: Tensor | None) -> Tensor | None:
 
 
 def _group_name(group: dist.ProcessGroup | None) -> str:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group: expected a process group or None, got {type(group).__name__}")
     return "" if group is None else group.group_name
