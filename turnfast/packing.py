@@ -215,15 +215,15 @@ def batch_of(
     lengths = [len(row.tokens) for row in rows]
     first_token = [0, *accumulate(lengths)]
     first_turn = [0, *accumulate(len(row.advantages) for row in rows)]
-    positions = torch.cat([torch.arange(length) for length in lengths])
     rows_N = _each(row.rows for row in rows) + _repeat(first_token, [len(row.rows) for row in rows])
-    ends_T = None
-    edges = torch.tensor(first_token, dtype=torch.int32)
     if share_prefixes:
         tree = prefix_tree(tokens, lengths)
         tokens, positions, ends_T = tokens[tree.sources_T], tree.positions_T, tree.ends_T
         rows_N = tree.places[rows_N]
         edges = torch.cat([(positions == 0).nonzero().squeeze(1), torch.tensor([len(tokens)])])
+    else:
+        positions, ends_T = _each(map(range, lengths)), None
+        edges = torch.tensor(first_token)
     num_targets = [len(row.targets) for row in rows]
     on_host = {
         "tokens_T": tokens,
