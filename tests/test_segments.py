@@ -110,6 +110,9 @@ def test_bad_input_is_refused_by_name() -> None:
         (lambda: segment_sum(values, segments[:2], num_segments=2), "segments: expected shape"),
         (lambda: segment_sum(values, segments, num_segments=1), "segments: expected 0 <= .* < 1"),
         (lambda: segment_sum(values, segments, num_segments=-1), "num_segments: expected"),
+        (lambda: segment_sum(values, segments, num_segments=2.5), "num_segments: .* got 2.5"),
+        (lambda: segment_sum([1.0], segments, num_segments=2), "values: .* tensor, got list"),
+        (lambda: segment_broadcast(values, [0, 0, 1]), "segments: .* tensor, got list"),
         (lambda: segment_broadcast(values, segments - 1), "segments: expected 0 <="),
         (
             lambda: segment_sum(values, torch.tensor([0, 1, 0]), num_segments=2),

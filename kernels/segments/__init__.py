@@ -37,9 +37,11 @@ def segment_sum(
     _check_values("values", values)
     _check_segments(segments, values)
     if segments.shape != values.shape:
-        raise ValueError(f"segments: expected shape {list(values.shape)}, got {segments.shape}")
-    if num_segments < 0:
-        raise ValueError(f"num_segments: expected an integer >= 0, got {num_segments}")
+        raise ValueError(
+            f"segments: expected shape {list(values.shape)}, got {list(segments.shape)}"
+        )
+    if not isinstance(num_segments, int | torch.SymInt) or num_segments < 0:
+        raise ValueError(f"num_segments: expected an integer >= 0, got {num_segments!r}")
     impl = _resolve(impl, values.device)
     _check_range(segments, num_segments)
     return _sum_op(values, segments, num_segments, impl)
@@ -60,7 +62,13 @@ def segment_broadcast(values: Tensor, segments: Tensor, *, impl: str = "auto") -
     return _broadcast_op(values, segments, impl)
 
 
+def _check_is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
 def _check_values(name: str, x: Tensor) -> None:
+    _check_is_tensor(name, x)
     if x.ndim != 1 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name}: expected a vector of float32 or float64, got {list(x.shape)} {x.dtype}"
@@ -68,6 +76,7 @@ def _check_values(name: str, x: Tensor) -> None:
 
 
 def _check_segments(segments: Tensor, values: Tensor) -> None:
+    _check_is_tensor("segments", segments)
     if segments.ndim != 1 or segments.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"segments: expected a vector of int32 or int64, got {list(segments.shape)} "
