@@ -196,6 +196,13 @@ def test_logprobs_that_differ_too_much_are_not_reused(policy):
         assert all(p.grad is None for p in policy.model.parameters())
 
 
+def test_an_update_trains_what_a_sampler_has_left_in_eval_mode(policy):
+    policy.model.eval()
+    packed, _ = packed_step(seed=2)
+    update(policy, optimizer_of(policy), packed.batches, LossConfig())
+    assert all(module.training for module in policy.model.modules())
+
+
 def test_the_first_update_is_on_policy(policy):
     packed, _ = packed_step(seed=2)
     done = update(policy, optimizer_of(policy), packed.batches, LossConfig())
