@@ -11,10 +11,12 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from transformers import AutoTokenizer
 
 from turnfast.config import ConfigError
 from turnfast.envs import Demonstrator, LookupEnv, contains_answer, load_env
 from turnfast.envs.lookup_demos import malformations
+from turnfast.tiny import write_tiny_model
 from turnfast.tools import ToolError, check_call, parse_call, parse_calls
 
 SMALL = {"people": 80, "held_out_people": 40, "train_tasks": 600, "eval_tasks": 60}
@@ -227,6 +229,18 @@ def test_the_mixture_is_what_its_options_say(env, talks):
     for prompt, answer in guesses:
         noun, name = re.findall(r"the (\w+) of (.*)\?", prompt)[0]
         assert not contains_answer(env.search(f"{noun} of {name}"), [answer[8:-9].strip()])
+
+
+def test_names_can_be_spelt_with_whole_syllables(tmp_path):
+    world = LookupEnv(**SMALL, spelling="syllables")
+    folder = write_tiny_model(tmp_path / "tiny", world.corpus(), seed=0, cut=world.token_cut)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_out = [name for entity in world.held_out.entities for name in entity.names]
+    for name in held_out:
+        spelt = tokenizer.tokenize(f" {name}")
+        assert [token.lstrip("Ġ") for token in spelt] == re.findall("..", name.replace(" ", ""))
+    text = f'{{"name": "search", "args": {{"query": "seat of {held_out[0]}"}}}} Where?'
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_walks_ask_for_one_fact_after_the_other():

@@ -154,8 +154,13 @@ def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
         )
     folder = run_dir / "tiny"
     if not (folder / "config.json").exists():
-        context = config.rollout.max_context
-        write_tiny_model(folder, env.corpus(), seed=config.train.seed, max_context=context)
+        write_tiny_model(
+            folder,
+            env.corpus(),
+            seed=config.train.seed,
+            cut=getattr(env, "token_cut", None),
+            max_context=config.rollout.max_context,
+        )
     return folder
 
 

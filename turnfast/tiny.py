@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +27,7 @@ def write_tiny_model(
     corpus: Iterable[str],
     *,
     seed: int,
+    cut: str | None = None,
     vocab_size: int = 520,
     layers: int = 4,
     width: int = 128,
@@ -35,7 +36,8 @@ def write_tiny_model(
     """Train a tokenizer on `corpus`, draw random weights, write both to `folder`.
 
     The vocabulary ends where merges of syllables end and those of whole names would begin: a token
-    that occurs in one name only is hardly ever copied, so copying it is not learned.
+    that occurs in one name only is hardly ever copied, so copying it is not learned. `cut` is a
+    regular expression of pieces that no token reaches beyond.
 
     config.json comes last: a folder that has it is whole, whenever the process ended.
     """
@@ -43,7 +45,7 @@ def write_tiny_model(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer = _tokenizer(corpus, vocab_size)
+    tokenizer = _tokenizer(corpus, vocab_size, cut)
     tokenizer.save_pretrained(partial)
     torch.manual_seed(seed)
     config = tiny_architecture(
@@ -89,9 +91,11 @@ def tiny_architecture(
     )
 
 
-def _tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _tokenizer(corpus: Iterable[str], vocab_size: int, cut: str | None) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = [pre_tokenizers.Split(Regex(cut), "isolated")] if cut else []
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([*cuts, words]) if cuts else words
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

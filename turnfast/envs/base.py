@@ -106,5 +106,8 @@ class Demonstrator(Protocol):
     def demonstrations(self, seed: int) -> Sequence[Demonstration]: ...
 
     def corpus(self) -> Sequence[str]:
-        """Text on which the tokenizer of the built-in model is trained."""
+        """Text on which the tokenizer of the built-in model is trained.
+
+        An attribute `token_cut`, a regular expression, names pieces that its tokens keep within.
+        """
         ...

@@ -35,7 +35,7 @@ from .base import Demonstration, Split
 from .lookup_demos import Mixture, write_demonstrations
 from .rewards import contains_answer, exact_match
 from .tool_env import PlayedTurn, ToolEnv
-from .world import NameMaker, Question, Region, make_region
+from .world import SYLLABLE, NameMaker, Question, Region, make_region
 
 Hops = Annotated[int, Field(ge=1, le=4)]
 
@@ -59,6 +59,8 @@ class LookupEnv(ToolEnv):
         eval_popular: share of the eval questions that are popular instead of held out.
         train_tasks, eval_tasks: questions per split; those of eval are all different.
         top_k: passages that a search returns, one per line.
+        spelling: "learned" leaves it to the tokenizer of the built-in model how it spells names; with
+            "syllables" a token is never more or less than a syllable of a name.
         prompt: "short" names the tool in four words, for the small model that has seen
             demonstrations; "full" explains tools and format to a model that has not.
         demos: number of demonstrations.
@@ -101,6 +103,7 @@ class LookupEnv(ToolEnv):
         eval_tasks: PositiveInt = 256,
         top_k: Annotated[int, Field(ge=1, le=100)] = 1,
         reward_hops: bool = False,
+        spelling: Literal["learned", "syllables"] = "learned",
         prompt: Literal["short", "full"] = "short",
         demos: PositiveInt = 12_000,
         demo_calls: Share = 0.3,
@@ -136,6 +139,7 @@ class LookupEnv(ToolEnv):
         self._top_k = top_k
         self._reward_hops = reward_hops
         self._prompt = prompt
+        self.token_cut = SYLLABLE if spelling == "syllables" else None
         names = NameMaker(self._rng("names"))
         style = {"aliased": aliased, "inverted": inverted, "distractors": distractors}
         self.region: Region = make_region(self._rng("train"), names, people=people, **style)

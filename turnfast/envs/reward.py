@@ -141,6 +141,10 @@ class _RewardedDemonstrator(_RewardedEnv):
     def corpus(self) -> Sequence[str]:
         return self._env.corpus()
 
+    @property
+    def token_cut(self) -> str | None:
+        return getattr(self._env, "token_cut", None)
+
 
 class _RewardedEpisode:
     def __init__(

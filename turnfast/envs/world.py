@@ -30,6 +30,10 @@ yu za zi
 """
 SYLLABLES = tuple(_SYLLABLE_TEXT.split())
 
+_ONE = "[B-DF-HJ-NP-TV-Zb-df-hj-np-tv-z][aeiou]"
+SYLLABLE = rf" ?\b{_ONE}(?=(?:{_ONE})*\b)|(?<=\b{_ONE}|\b{_ONE}{_ONE}){_ONE}(?=(?:{_ONE})*\b)"
+"""A syllable of a word of up to three, which is all of a name and hardly any other word."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
