@@ -59,8 +59,8 @@ class LookupEnv(ToolEnv):
         eval_popular: share of the eval questions that are popular instead of held out.
         train_tasks, eval_tasks: questions per split; those of eval are all different.
         top_k: passages that a search returns, one per line.
-        spelling: "learned" leaves it to the tokenizer of the built-in model how it spells names; with
-            "syllables" a token is never more or less than a syllable of a name.
+        spelling: "learned" leaves to the tokenizer of the built-in model how it spells names; with
+            "syllables" each syllable of a name is one token.
         prompt: "short" names the tool in four words, for the small model that has seen
             demonstrations; "full" explains tools and format to a model that has not.
         demos: number of demonstrations.
