@@ -1,7 +1,7 @@
-// The whole policy loss in one call, for a head that is not cut over ranks: plan, log-probs, policy
-// and gradients, chunk by chunk. The same mathematics and order as kernels/loss_head/driver.py with
-// loss_head.cpp's operators, without what Python and a tensor per vector cost a small vocabulary,
-// and with two things that need the whole at hand:
+// The whole policy loss in one call, and log-probs alone in another, for a head that is not cut
+// over ranks: plan, log-probs, policy and gradients, chunk by chunk. The same mathematics and order
+// as kernels/loss_head/driver.py with loss_head.cpp's operators, without what Python and a tensor
+// per vector cost a small vocabulary, and with two things that need the whole at hand:
 //   E @ W is taken while E is made, block by block, since its token's coefficient acts on the
 //   D-wide side; E is kept for the head's gradient alone, and not at all for a frozen head.
 //   The gradient of a bf16 head is summed in 20 bits (HeadGradient), less than half of what a
@@ -422,6 +422,14 @@ bool all_differ(const std::vector<int64_t>& tokens, const int64_t* rows, int64_t
   return true;
 }
 
+void check_indices(const Tensor& a, const Tensor& b, int64_t N) {
+  for (const Tensor& index : {a, b}) {
+    TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.is_contiguous() &&
+                          index.dim() == 1 && index.numel() == N,
+                      "rows, targets, turns: expected contiguous int64 of one size");
+  }
+}
+
 void check_tokens(const char* name, const Tensor& values, int64_t N) {
   TORCH_CHECK_VALUE(values.scalar_type() == at::kFloat && values.is_contiguous() &&
                         values.dim() == 1 && values.numel() == N,
@@ -518,11 +526,8 @@ std::vector<Tensor> policy_loss(
   const Kernel& kernel = chosen(std::string(kernel_name));
   const Head head = make_head(hidden, weight, 1.0 / temperature, softcap);
   const int64_t N = rows.numel(), K = advantages.numel();
-  for (const Tensor& index : {rows, targets, turns}) {
-    TORCH_CHECK_VALUE(index.scalar_type() == at::kLong && index.is_contiguous() &&
-                          index.dim() == 1 && index.numel() == N,
-                      "rows, targets, turns: expected contiguous int64 of one size");
-  }
+  check_indices(rows, targets, N);
+  check_indices(rows, turns, N);
   for (const std::optional<Tensor>& values : {std::optional(weights), old, ref, sampler}) {
     if (values) check_tokens("weights and log-probs", *values, N);
   }
@@ -619,6 +624,39 @@ std::vector<Tensor> policy_loss(
   return {loss, logprobs, entropies, turn_logprobs, stats, sums.d_hidden, sums.d_head};
 }
 
+// logprobs, entropies [N] float32, nothing kept; or nothing, as above.
+std::vector<Tensor> linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
+                                    const Tensor& targets, double temperature, double softcap,
+                                    int64_t chunk_tokens, c10::string_view kernel_name) {
+  const Kernel& kernel = chosen(std::string(kernel_name));
+  const Head head = make_head(hidden, weight, 1.0 / temperature, softcap);
+  const int64_t N = rows.numel();
+  check_indices(rows, targets, N);
+  if (!within(rows, hidden.size(0)) || !within(targets, weight.size(0)) ||
+      !finite_rows(hidden, rows)) {
+    return {};
+  }
+  Sums none;
+  Pass pass(kernel, head, hidden, rows.const_data_ptr<int64_t>(),
+            targets.const_data_ptr<int64_t>(), temperature, false, {false, false}, none);
+  const int64_t size = chunk_tokens > 0 ? chunk_tokens : pass.chunk_tokens();
+  pass.reserve(std::min(size, N));
+  std::vector<int64_t> order(N);
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<double> lp(N), H(N);
+  Tensor logprobs = at::empty({N}, at::kFloat), entropies = at::empty({N}, at::kFloat);
+  float *logprobs_N = logprobs.data_ptr<float>(), *entropies_N = entropies.data_ptr<float>();
+  for (int64_t i = 0; i < N; i += size) {
+    pass.forward(&order[i], std::min(size, N - i), false, &lp[i], &H[i]);
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    if (!std::isfinite(lp[n])) return {};
+    logprobs_N[n] = static_cast<float>(lp[n]);
+    entropies_N[n] = static_cast<float>(H[n]);
+  }
+  return {logprobs, entropies};
+}
+
 }  // namespace
 }  // namespace turnfast
 
@@ -630,6 +668,12 @@ TORCH_LIBRARY_FRAGMENT(turnfast, m) {
       "float clip_high, float? dual_clip, float kl_coef, float entropy_coef, float? is_cap, "
       "float temperature, float softcap, int chunk_tokens, bool need_hidden, bool need_head, "
       "str kernel=\"\") -> Tensor[]");
+  m.def(
+      "logprobs(Tensor hidden, Tensor head_weight, Tensor rows, Tensor targets, "
+      "float temperature, float softcap, int chunk_tokens, str kernel=\"\") -> Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(turnfast, CPU, m) { m.impl("policy_loss", &turnfast::policy_loss); }
+TORCH_LIBRARY_IMPL(turnfast, CPU, m) {
+  m.impl("policy_loss", &turnfast::policy_loss);
+  m.impl("logprobs", &turnfast::linear_logprobs);
+}

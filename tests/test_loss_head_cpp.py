@@ -269,6 +269,22 @@ def test_a_bf16_gradient_over_many_chunks_is_rounded_once():
 
 
 @needs_extension
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logprobs_alone_on_every_instruction_set(kernel, softcap):
+    case = make_case(150, 37, 203, BF16)
+    given = (case["hidden"], case["head_weight"], case["rows"], case["targets"])
+    wide = (given[0].double(), given[1].double(), *given[2:])
+    true = linear_logprobs(*wide, impl="reference", temperature=0.7, softcap=softcap)
+    for chunk in (0, 64):
+        options = (0.7, softcap or 0.0, chunk, kernel)
+        logprobs, entropies = torch.ops.turnfast.logprobs(*given, *options)
+        torch.testing.assert_close(logprobs.double(), true.logprobs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropies.double(), true.entropies, atol=1e-5, rtol=1e-5)
+    assert torch.ops.turnfast.logprobs(*given[:3], given[3] + 203, *options) == []
+
+
+@needs_extension
 def test_what_is_not_plainly_right_is_left_to_python():
     case = make_case(8, 16, 100, F32, T=8)
     good = as_problem(case, PolicyRule())

@@ -1,5 +1,5 @@
-"""The loss head on the CPU, in C++: a whole policy loss in one call (csrc/policy_loss.cpp), and the
-driver's Head over the operators of one chunk for heads in shards and for log-probs alone.
+"""The loss head on the CPU, in C++: a whole policy loss, or log-probs alone, in one call
+(csrc/policy_loss.cpp), and the driver's Head over the operators of one chunk for heads in shards.
 
 With the logit z_y of a token's target known first (one dot product), every exponential is anchored
 there and no pass over the logits looks for a maximum:
@@ -186,8 +186,15 @@ def _flat(p: Problem) -> tuple[object, ...]:
 
 
 def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
-    """log-probs and entropies, [N] float32."""
+    """log-probs and entropies, [N] float32: in one call of C++ where that can take it."""
     p = problem
+    if p.vocab.group is None:
+        given = (p.hidden_TD, p.head_VD, p.rows_N, p.targets_N)
+        options = (p.temperature, p.softcap or 0.0, p.chunk_tokens or 0)
+        found = torch.ops.turnfast.logprobs(*(x.contiguous() for x in given), *options)
+        if found:
+            logprobs_N, entropies_N = found
+            return logprobs_N, entropies_N
     return run_logprobs(p, CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, False))
 
 
