@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,7 @@ def hops(record: dict[str, Any]) -> str:
         for rule, row in record["rules"].items()
     ]
     start = record["start"]
+    run_s = fmean(row["seconds_per_step"] * row["steps"] for row in record["rules"].values())
     return "\n".join(
         [
             "| rule | exact match at step 10 | at the end | tool success | turns used "
@@ -72,7 +74,8 @@ def hops(record: dict[str, Any]) -> str:
             f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} | |",
             *rows,
             "",
-            f"{_seeds(record)}; the last column per seed. {_source(record)}",
+            f"{_seeds(record)}; the last column per seed. The steps of a run take {run_s:.0f} s, "
+            f"two runs at a time. {_source(record)}",
             "",
             "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
         ]
