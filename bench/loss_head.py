@@ -29,7 +29,7 @@ from timing import CLOCKS, environment, medians_s, peak_bytes, save, table
 SHAPES = {
     "cuda": "8192x2048x151936,8192x3584x151936,32768x2048x151936,32768x3584x151936,"
     "32768x4096x151936",
-    "cpu": "2048x128x600,2048x128x32000,2048x896x151936",
+    "cpu": "2048x128x600,16384x128x600,2048x128x32000,2048x896x151936",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GATE_TOKENS = 64
