@@ -134,7 +134,7 @@ class LogprobsProblem:
 class Outcome:
     """What an implementation gives back: loss 0-d, [N] vectors with NaN where nothing was computed,
     the statistics as one vector in the order of PolicyStats, and the gradients in the compute dtype
-    (empty when not asked for; that of the head may have the head's own dtype)."""
+    or the model's own (empty when not asked for)."""
 
     loss: Tensor
     logprobs_N: Tensor
