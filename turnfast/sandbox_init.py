@@ -29,8 +29,9 @@ def main(limit: int, user: int, program: list[str]) -> None:
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         if user >= 0 or counted_here():
-            # one more than is allowed, so that it can be seen
-            resource.setrlimit(resource.RLIMIT_NPROC, (limit + 1, limit + 1))
+            # one more than is allowed, so that it can be seen; process 1 counts for its own user
+            most = limit + (1 if user >= 0 else 2)
+            resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
         os.execv(program[0], program)
     while count() <= limit:
         signal.sigtimedwait({signal.SIGCHLD}, LOOK_EVERY_S)
