@@ -143,7 +143,7 @@ def overhead(record: dict[str, Any]) -> str:
         f"{record['rollouts']:.0f} rollouts and {record['tool_calls']:.0f} tool calls is neither "
         f"model, loss nor generation. "
         f"{played:.1%} are tools, environment, chat and bookkeeping of the rollouts, "
-        f"{shares['sync']:.1%} the sync of the weights with its probe, "
+        f"{shares['sync']:.1%} the sync of the weights, "
         f"{small:.1%} credit, packing and logs. One thread, {record['clock']} time. "
         f"From `{record['command']}`, commit `{record['commit']}`."
     )

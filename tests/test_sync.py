@@ -21,6 +21,7 @@ from turnfast.sync import (
     compare,
     default_tolerance,
     make_probe,
+    sync_after_step,
     sync_weights,
     teacher_forced_logprobs,
 )
@@ -84,6 +85,37 @@ def test_a_skipped_sync_is_caught(trainer, monkeypatch, probe):
     monkeypatch.setattr(sampler, "load_weights", drop_caches_only)
     with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
         sync_weights(trainer, sampler, probe, TOLERANCE)
+
+
+def test_a_shared_module_needs_no_probe_after_a_step(trainer):
+    sampler = own_sampler(trainer)
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert warm(sampler, PROBE) == [1] * len(PROBE.prompts)
+    for seed in range(2):
+        train_one_step(trainer, seed)
+        report = sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+        assert report.num_tokens == 0 and report.gap == 0.0 < report.time_s
+        gap, completions = compare(trainer, sampler, PROBE)
+        assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
+
+
+def test_a_copy_is_probed_after_every_step(trainer, monkeypatch):
+    sampler = own_sampler(copy.deepcopy(trainer))
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    train_one_step(trainer)
+    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+    assert report.num_tokens == 4 and report.gap <= 1e-5
+    train_one_step(trainer, seed=1)
+    monkeypatch.setattr(sampler, "load_weights", lambda named_weights: sampler._slots.forget())
+    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
+        sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+
+
+def test_a_shared_module_with_requests_in_flight_is_refused(trainer):
+    sampler = own_sampler(trainer)
+    sampler.submit(Request(id=0, prompt_ids=(5, 6), max_new_tokens=3, temperature=1.0, seed=0))
+    with pytest.raises(SyncError, match="1 requests are in flight"):
+        sync_after_step(trainer, sampler, PROBE, TOLERANCE)
 
 
 def test_every_dropped_matrix_is_felt_by_the_probe(trainer, probe):

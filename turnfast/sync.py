@@ -4,6 +4,8 @@ Every failure of this hand-over that others have met is silent: the engine answe
 of yesterday or with keys and values computed by them. So after every sync the engine continues a
 fixed probe, and its log-probabilities are compared with the trainer's own of the same ids. A run
 starts with a long probe; after a step, when only the weights can have gone wrong, a short one does.
+A sampler that samples with the trainer's own module is not handed anything after a step: that these
+are the weights needs no proof, and that its cached keys and values go the long probe has seen.
 
 What the probe cannot see: a tensor that none of its tokens feels, such as the embedding row of an
 id that does not occur in it, and a change smaller than the tolerance (a bfloat16 policy at lr 1e-6
@@ -59,7 +61,7 @@ class Probe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
     """Attributes:
-    gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens.
+    gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens; 0 without any.
     num_tokens: how many of these were compared.
     time_s: the whole sync, probe included.
     """
@@ -107,12 +109,7 @@ def sync_weights(
     begin = time.perf_counter()
     if not sampler.asleep:
         _continue(sampler, probe.prompts[:1], max_new_tokens=1)
-    sampler.wake()
-    try:
-        sampler.load_weights(merged(model, model.named_parameters()))
-    except (KeyError, ValueError, RuntimeError) as error:
-        text = error.args[0] if error.args else type(error).__name__
-        raise SyncError(f"the sampler could not take the new weights: {text}") from error
+    _load(model, sampler)
     gap, completions = compare(model, sampler, probe)
     cached = max(completion.cached_tokens for completion in completions)
     if cached:
@@ -132,6 +129,22 @@ def sync_weights(
     return SyncReport(gap=gap, num_tokens=num_tokens, time_s=time.perf_counter() - begin)
 
 
+def sync_after_step(
+    model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
+) -> SyncReport:
+    """`sync_weights` with the short form of a probe that has passed whole; none where the sampler
+    shares the model.
+
+    Raises:
+        SyncError: see `sync_weights`.
+    """
+    if not sampler.shares(model):
+        return sync_weights(model, sampler, probe.short, tolerance)
+    begin = time.perf_counter()
+    _load(model, sampler)
+    return SyncReport(gap=0.0, num_tokens=0, time_s=time.perf_counter() - begin)
+
+
 def compare(
     model: torch.nn.Module, sampler: Sampler, probe: Probe
 ) -> tuple[float, list[Completion]]:
@@ -147,6 +160,15 @@ def compare(
         if worst.isnan():
             break
     return gap, completions
+
+
+def _load(model: torch.nn.Module, sampler: Sampler) -> None:
+    sampler.wake()
+    try:
+        sampler.load_weights(merged(model, model.named_parameters()))
+    except (KeyError, ValueError, RuntimeError) as error:
+        text = error.args[0] if error.args else type(error).__name__
+        raise SyncError(f"the sampler could not take the new weights: {text}") from error
 
 
 def teacher_forced_logprobs(

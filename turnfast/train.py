@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from .checkpoint import save_checkpoint
@@ -23,7 +22,7 @@ from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .stopwatch import Stopwatch
-from .sync import sync_weights
+from .sync import sync_after_step, sync_weights
 from .types import Batch, Credit, Group
 
 SHARED_ENDS = (Interrupted, RolloutError, OutOfMemory)
@@ -49,13 +48,13 @@ def train(
         _progress(run) as show,
         Collector(run, should_stop) as collector,
     ):
-        sync = partial(sync_weights, run.policy.model, run.sampler, tolerance=run.tolerance)
+        synced_by = (run.policy.model, run.sampler, run.probe, run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         budget = config.train.tokens_per_microbatch
         try:
             with ranks.together():
-                sync(run.probe)
+                sync_weights(*synced_by)
             if not run.evaluated:
                 _evaluate(run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
@@ -76,7 +75,7 @@ def train(
                 with clock.phase("rollout"):
                     collector.settle()
                 with clock.phase("sync"), ranks.together():
-                    synced = sync(run.probe.short)
+                    synced = sync_after_step(*synced_by)
                 ranks.refuse_difference(run.policy.model.parameters())
                 done = step
                 record = StepRecord(

@@ -84,7 +84,10 @@ def curves(lines: Lines) -> list[Chart]:
             [
                 _series(lines, "logprob_gap", "mean", 1),
                 _series(lines, "logprob_gap/max", "largest", 2),
-                _series(lines, "sync_gap", "after sync", 3),
+                # 0 where sampler and trainer share their module
+                _series(
+                    [line for line in lines if line.get("sync_gap")], "sync_gap", "after sync", 3
+                ),
             ],
             log=True,
         ),

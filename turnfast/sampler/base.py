@@ -64,6 +64,10 @@ class Sampler(Protocol):
         """True between `sleep` and the next `load_weights`, where sleeping does anything."""
         ...
 
+    def shares(self, model: torch.nn.Module) -> bool:
+        """Whether it samples with this very module, so that its weights cannot be others."""
+        ...
+
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place, by Hugging Face parameter name, and drop every cache that
         was computed with the old ones."""

@@ -137,6 +137,9 @@ class LocalSampler:
         )
         return self._record(rows, ids, logprobs)
 
+    def shares(self, model: torch.nn.Module) -> bool:
+        return self._model is model
+
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy the tensors that are not the model's own already, and forget every cached token."""
         if self.num_pending:

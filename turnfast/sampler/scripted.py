@@ -95,6 +95,9 @@ class ScriptedSampler:
             del self._waiting[request.id]
         return [self._complete(request) for request in picked]
 
+    def shares(self, model: torch.nn.Module) -> bool:
+        return False
+
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Count the call; there is nothing to load."""
         for _ in named_weights:

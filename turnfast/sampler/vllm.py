@@ -144,6 +144,9 @@ class VllmSampler:
             outputs = self._engine.step()
         return [_completion(output) for output in outputs if output.finished]
 
+    def shares(self, model: torch.nn.Module) -> bool:
+        return False
+
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights in place, and prove that every one was replaced.
 
