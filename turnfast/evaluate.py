@@ -91,4 +91,4 @@ def _check_writable(out: Path) -> None:
 def _write(out: Path, groups: Sequence[Group]) -> None:
     out.unlink(missing_ok=True)
     for index, group in enumerate(groups):
-        append_line(out, to_strict({"step": 0, "group": index, **plain_group(group)})[0])
+        append_line(out, {"step": 0, "group": index, **plain_group(group)})

@@ -17,10 +17,14 @@ from .config import ConfigError
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one object and close the file. Every number in it must be finite (`to_strict`)."""
+    """Write one object, as `to_strict` makes it, and close the file."""
+    try:
+        line = _encode(record)
+    except (TypeError, ValueError):  # what JSON does not take as it is, or has no word for
+        line = _encode(to_strict(record)[0])
     with path.open("ab+") as file:
         _cut_torn_line(file)
-        file.write(_encode(record))
+        file.write(line)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -125,9 +125,7 @@ class RunDir:
         """Append one line per group; without credits the advantages are null."""
         for index, group in enumerate(groups if self.writes else ()):
             credit = credits[index] if credits else None
-            line, _ = to_strict(
-                {"step": step, "split": split, "group": index, **plain_group(group, credit)}
-            )
+            line = {"step": step, "split": split, "group": index, **plain_group(group, credit)}
             append_line(self.rollouts, line)
 
     def rewind(self, step: int) -> int:

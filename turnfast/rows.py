@@ -101,6 +101,8 @@ def without_idle_end(row: Row) -> Row:
     live = len(row.targets)
     while live and row.advantages[row.turns[live - 1]] == 0.0:
         live -= 1
+    if live == len(row.targets):
+        return row
     return replace(
         row,
         tokens=row.tokens[: row.rows[live - 1] + 1 if live else 0],

@@ -30,6 +30,9 @@ from .sampler import Sampler, make_sampler
 from .sync import Probe, default_tolerance, make_probe
 from .tiny import write_tiny_model
 
+GARBAGE_THRESHOLD = 20_000
+"""Objects made and not freed before young ones are searched for cycles; Python's own is 700."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -105,6 +108,9 @@ def open_run(
         # what is there now stays: to walk all of torch for garbage takes a quarter of a second
         gc.freeze()
         opened.callback(gc.unfreeze)
+        # and what a step makes is nearly all freed without its help: let it look less often
+        opened.callback(gc.set_threshold, *gc.get_threshold())
+        gc.set_threshold(GARBAGE_THRESHOLD, 10, 10)
         yield Run(
             config=config,
             directory=directory,

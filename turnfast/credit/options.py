@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -57,7 +58,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def _pop(record: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {name: values.pop(name) for name in get_type_hints(record) if name in values}
+    return {f.name: values.pop(f.name) for f in fields(record) if f.name in values}
 
 
 @cache

@@ -33,7 +33,7 @@ from ..tools import SearchIndex, tool
 from ..types import Message, Task
 from .base import Demonstration, Split
 from .lookup_demos import Mixture, write_demonstrations
-from .rewards import contains_answer, exact_match
+from .rewards import contains_answer
 from .tool_env import PlayedTurn, ToolEnv
 from .world import SYLLABLE, NameMaker, Question, Region, make_region
 
@@ -200,8 +200,8 @@ class LookupEnv(ToolEnv):
         """Those of `ToolEnv`, and exact match once more under the kind of question: a figure that
         a popular question does not have is left out there, not counted as 0."""
         kind = "popular" if task.data["popular"] else "rare"
-        right = exact_match(answer, task.answers) if answer is not None else 0.0
-        return {**super().metrics(task, answer, turns), f"exact_match_{kind}": right}
+        figures = super().metrics(task, answer, turns)
+        return {**figures, f"exact_match_{kind}": figures["exact_match"]}
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
         """Conversations for the warm start, in random order; see `Mixture`."""

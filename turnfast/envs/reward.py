@@ -70,6 +70,8 @@ class Reward:
 def check_reward(value: Any, what: str) -> float:
     """The value as a float; raises RewardFault for None, NaN, what is infinite or
     above LARGEST_REWARD, and what is no number."""
+    if type(value) is float and abs(value) < LARGEST_REWARD:  # nearly always
+        return value
     kind: FaultKind | None = None
     if value is None:
         kind = "missing"

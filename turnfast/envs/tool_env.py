@@ -249,14 +249,12 @@ class ToolEpisode:
 
     async def _call(self, text: str, attempts: Sequence[ToolCall | MalformedCall]) -> Step:
         env = self._env
-        results = await asyncio.gather(
-            *(
-                run_tool(
-                    env.tools, call, timeout_s=env.tool_timeout_s, max_chars=env.max_result_chars
-                )
-                for call in attempts[: env.max_calls]
-            )
-        )
+        running = [
+            run_tool(env.tools, call, timeout_s=env.tool_timeout_s, max_chars=env.max_result_chars)
+            for call in attempts[: env.max_calls]
+        ]
+        # one alone needs no task of its own, and is done before the engine's next step if it can be
+        results = await asyncio.gather(*running) if len(running) > 1 else [await running[0]]
         refused = MalformedCall(reason=f"{TOO_MANY_CALLS}, the limit is {env.max_calls}")
         error = ToolError(kind="malformed", text=refused.reason)
         calls = [CallResult(call=c, result=r) for c, r in zip(attempts, results, strict=False)]

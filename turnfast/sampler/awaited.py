@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .base import Completion, Request, Sampler
@@ -33,6 +33,21 @@ class Usage:
     utilisation: float
     tail: float
     tool_wait: float
+
+
+class Playing:
+    """One rollout more, and one less when it ends."""
+
+    __slots__ = ("_count",)
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        self._count = count
+
+    def __enter__(self) -> None:
+        self._count(+1)
+
+    def __exit__(self, *_: object) -> None:
+        self._count(-1)
 
 
 class AwaitedSampler:
@@ -76,14 +91,9 @@ class AwaitedSampler:
     def num_playing(self) -> int:
         return self._num_playing
 
-    @contextlib.contextmanager
-    def playing(self) -> Iterator[None]:
+    def playing(self) -> Playing:
         """Around one rollout, from its first message to its end."""
-        self._count(+1)
-        try:
-            yield
-        finally:
-            self._count(-1)
+        return Playing(self._count)
 
     def wake(self) -> None:
         """End a wait of `advance`: something has happened."""

@@ -108,6 +108,9 @@ def call_here(
 
 
 def is_async(function: Callable[..., Any]) -> bool:
+    code = getattr(function, "__code__", None)  # the usual case at once: a function or a method
+    if code is not None and code.co_flags & inspect.CO_COROUTINE:
+        return True
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is async
     )
