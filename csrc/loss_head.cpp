@@ -61,12 +61,6 @@ void check_exps(const Kernel& k, const Head& head, const Tensor& exps, int64_t C
                     " of ", exps.scalar_type());
 }
 
-void check_floats(const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-                        tensor.device().is_cpu() && tensor.sizes() == sizes,
-                    name, ": expected a contiguous float32 ", sizes, " on the CPU");
-}
-
 Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
 
 int64_t head_exps_bytes(const Tensor& weight, int64_t C, const std::string& kernel_name) {

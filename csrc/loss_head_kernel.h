@@ -66,9 +66,10 @@ struct ForwardSums {  // of one worker, over its vocabulary rows without the tar
   double* kept;       // of E as it entered the products, rounding included; only with d_x
 };
 
-// The head's gradient [V, D], summed over chunks: float32, or bf16 with the next 4 bits beside it.
-// 20 bits lose 2^-13 per chunk, a sixteenth of what the rounding to bf16 loses in the end, and are
-// cheaper to stream than 32; `high` alone is the sum rounded to bf16 at any time.
+// The head's gradient [V, D], summed over chunks: float32, as every sum that goes on from call to
+// call, or bf16 with the next 4 bits beside it. 20 bits lose 2^-13 per chunk, a sixteenth of what
+// the rounding to bf16 loses in the end, and are cheaper to stream than 32; `high` alone is the sum
+// rounded to bf16 at any time.
 struct HeadGradient {
   float* whole;    // or null, then
   uint16_t* high;  // bf16, or null: not wanted

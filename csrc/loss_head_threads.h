@@ -64,6 +64,12 @@ inline Head make_head(const at::Tensor& x, const at::Tensor& weight, double inv_
   return head;
 }
 
+inline void check_floats(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
+                        tensor.device().is_cpu() && tensor.sizes() == sizes,
+                    name, ": expected a contiguous float32 ", sizes, " on the CPU");
+}
+
 inline int64_t exps_bytes(const Kernel& k, Type type, int64_t V, int64_t C) {
   // The d-hidden tile may read up to `rows` tokens past the last row of E.
   const int64_t elements = round_up(V, kBlock) * round_up(C, k.lanes2) + k.rows;

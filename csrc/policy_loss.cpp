@@ -42,22 +42,24 @@ struct Needs {
 };
 
 // Both sums over the whole call. d_hidden [T, D]: float32, or in the model's dtype where no row
-// comes twice and nothing is left to be added; the head's as HeadGradient.
+// comes twice and nothing is left to be added; the head's as HeadGradient. A sum of earlier calls is
+// gone on with, in float32, and d_head is then empty.
 struct Sums {
   Tensor d_hidden, d_head, low;
   HeadGradient head{};
 };
 
 Sums make_sums(const Kernel& k, const Tensor& hidden, const Tensor& weight, Needs needs,
-               bool rows_differ) {
+               bool rows_differ, const std::optional<Tensor>& head_grad) {
   Sums sums;
   const std::vector<int64_t> none{0};
   sums.d_hidden = at::zeros(needs.hidden ? hidden.sizes() : none,
                             rows_differ ? hidden.scalar_type() : at::kFloat);
-  const bool split = weight.scalar_type() == at::kBFloat16;
-  const at::IntArrayRef shape = needs.head ? weight.sizes() : none;
+  const bool split = weight.scalar_type() == at::kBFloat16, own = needs.head && !head_grad;
+  const at::IntArrayRef shape = own ? weight.sizes() : none;
   sums.d_head = at::empty(shape, split ? at::kBFloat16 : at::kFloat);
-  if (!needs.head) return sums;
+  if (needs.head && head_grad) sums.head = {head_grad->data_ptr<float>(), nullptr, nullptr, 0};
+  if (!own) return sums;
   prefer_huge_pages(sums.d_head.data_ptr(), sums.d_head.nbytes());
   if (split) {
     const int64_t low_row = round_up(weight.size(1), k.lanes2) / 2;
@@ -514,7 +516,8 @@ bool plainly_right(const Tensor& hidden, const Tensor& weight, const Tensor& row
   return contiguous_turns(in.turns, N, K);
 }
 
-// loss, logprobs, entropies, turn_logprobs, stats, d_hidden, d_head; or nothing, see above.
+// loss, logprobs, entropies, turn_logprobs, stats, d_hidden, d_head; or nothing, see above. With
+// head_grad the head's gradient is added to that, and d_head is empty.
 std::vector<Tensor> policy_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& targets,
     const Tensor& turns, const std::optional<Tensor>& sequences, const Tensor& advantages,
@@ -522,9 +525,11 @@ std::vector<Tensor> policy_loss(
     const std::optional<Tensor>& sampler, c10::string_view ratio, c10::string_view kind,
     double clip_low, double clip_high, std::optional<double> dual_clip, double kl_coef,
     double entropy_coef, std::optional<double> is_cap, double temperature, double softcap,
-    int64_t chunk_tokens, bool need_hidden, bool need_head, c10::string_view kernel_name) {
+    int64_t chunk_tokens, bool need_hidden, bool need_head, const std::optional<Tensor>& head_grad,
+    c10::string_view kernel_name) {
   const Kernel& kernel = chosen(std::string(kernel_name));
   const Head head = make_head(hidden, weight, 1.0 / temperature, softcap);
+  if (head_grad) check_floats("head_grad", *head_grad, weight.sizes());
   const int64_t N = rows.numel(), K = advantages.numel();
   check_indices(rows, targets, N);
   check_indices(rows, turns, N);
@@ -561,7 +566,7 @@ std::vector<Tensor> policy_loss(
   const auto active = static_cast<int64_t>(plan.order.size());
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const bool rows_differ = all_differ(plan.order, row, hidden.size(0));
-  sums = make_sums(kernel, hidden, weight, needs, rows_differ);
+  sums = make_sums(kernel, hidden, weight, needs, rows_differ, head_grad);
   if (active == 0) sums.d_head.zero_();
   int64_t longest = 0;
   for (const Chunk& chunk : plan.chunks) {
@@ -573,7 +578,7 @@ std::vector<Tensor> policy_loss(
   Tensor turn_logprobs = at::zeros({K}, at::kFloat);
   std::vector<double> of_turns(K), lp(active), H(active), d_lp(active), d_H(entropy ? active : 0);
   PolicySums total;
-  bool first = true;
+  bool first = !head_grad;
   for (const Chunk& chunk : plan.chunks) {
     // The coefficients of a segment longer than a chunk are known only after its last token.
     const bool again = chunk.stop - chunk.start > size;
@@ -582,7 +587,9 @@ std::vector<Tensor> policy_loss(
       pass.forward(&plan.order[i], C, gradients && !again, &lp[i], &H[i]);
     }
     for (int64_t i = chunk.start; i < chunk.stop; ++i) {
-      if (!std::isfinite(lp[i])) return {};
+      TORCH_CHECK_VALUE(std::isfinite(lp[i]),
+                        "head_weight: expected finite logits, got none at index ", plan.order[i],
+                        " of rows");
     }
     for (int64_t s = chunk.first; s < chunk.last; ++s) {
       const int64_t i = plan.edges[s], count = plan.edges[s + 1] - i;
@@ -667,7 +674,7 @@ TORCH_LIBRARY_FRAGMENT(turnfast, m) {
       "Tensor? ref_logprobs, Tensor? sampler_logprobs, str ratio, str kind, float clip_low, "
       "float clip_high, float? dual_clip, float kl_coef, float entropy_coef, float? is_cap, "
       "float temperature, float softcap, int chunk_tokens, bool need_hidden, bool need_head, "
-      "str kernel=\"\") -> Tensor[]");
+      "Tensor(a!)? head_grad=None, str kernel=\"\") -> Tensor[]");
   m.def(
       "logprobs(Tensor hidden, Tensor head_weight, Tensor rows, Tensor targets, "
       "float temperature, float softcap, int chunk_tokens, str kernel=\"\") -> Tensor[]");

@@ -212,6 +212,69 @@ def make_case(
     )
 
 
+def onto(case: Case, impl: str, head_grad: Tensor, **options: object) -> Tensor:
+    """turn_policy_loss of the case onto a sum of head gradients; the gradient of hidden."""
+    hidden = case.hidden.detach().clone().requires_grad_()
+    head = case.head.detach().clone().requires_grad_()
+    out = turn_policy_loss(
+        hidden,
+        head,
+        case.rows,
+        case.targets,
+        case.turns,
+        case.advantages,
+        case.old,
+        weights=case.weights,
+        rule=case.rule,
+        impl=impl,
+        head_grad=head_grad,
+        **options,  # type: ignore[arg-type]
+    )
+    out.loss.backward()
+    assert head.grad is None and hidden.grad is not None
+    return hidden.grad.double()
+
+
+def microbatches(case: Case, count: int) -> list[Case]:
+    """The case's tokens, cut between turns."""
+    parts = []
+    for number in range(count):
+        mine = case.turns % count == number
+        fields = {
+            name: value[mine]
+            for name in ("rows", "targets", "turns", "old", "weights")
+            if (value := getattr(case, name)) is not None
+        }
+        parts.append(dataclasses.replace(case, **fields))
+    return parts
+
+
+def assert_head_grad_adds_up(impl: str, dtype: torch.dtype, chunk_tokens: int | None) -> None:
+    """Micro-batches onto one sum give the gradient of the whole, and no worse than added up by
+    autograd, each rounded to the head's dtype."""
+    case = make_case(3, N=63, V=150, D=24, rule=PolicyRule(ratio="turn"), dtype=dtype)
+    parts, true = microbatches(case, 4), truth(case)
+    added = torch.zeros_like(case.head)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    start = torch.linspace(-1, 1, case.head.numel()).view(case.head.shape).to(wide)
+    head_grad, moved = torch.zeros_like(start), start.clone()
+    d_hidden = torch.zeros_like(true.d_hidden)
+    for part in parts:
+        _, alone = run(part, impl, chunk_tokens=chunk_tokens)
+        added += alone.d_head.to(dtype)
+        found = onto(part, impl, head_grad, chunk_tokens=chunk_tokens)
+        assert torch.equal(found, alone.d_hidden)
+        onto(part, impl, moved, chunk_tokens=chunk_tokens)
+        d_hidden += found
+    error, before = (relative(x.double(), true.d_head) for x in (head_grad, added))
+    assert error <= max(before, 1e-6), f"{error:.1e}, rounded every time {before:.1e}"
+    assert (moved - start - head_grad).abs().max() < 1e-6
+    if dtype == torch.float32:
+        _, whole = run(case, impl, chunk_tokens=chunk_tokens)
+        assert (head_grad - whole.d_head).abs().max() < 1e-6
+        assert (d_hidden - whole.d_hidden).abs().max() < 1e-6
+
+
 def relative(found: Tensor, true: Tensor) -> float:
     """Error in units of the truth's own size."""
     if true.numel() == 0:

@@ -194,8 +194,9 @@ def test_every_instruction_set(kernel, dtype, C, D, V, softcap):
     for weight, options in ((head, {"kernel": kernel}), (head, None), (head.double(), None)):
         kind = ReferenceHead if options is None else cpp.CppHead
         vocab = Vocab.of(weight, 0, "")
-        one = kind(weight, vocab, 0.9, softcap, True, True, **(options or {}))
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(weight.dtype)
+        d_head = torch.zeros(weight.shape, dtype=wide)
+        one = kind(weight, vocab, 0.9, softcap, True, d_head, **(options or {}))
         forward = one.forward(x.to(weight.dtype), targets, keep=True)
         d_x = one.backward(g.to(wide), h.to(wide))
         plain = one.backward(g.to(wide), None) if kind is cpp.CppHead else None

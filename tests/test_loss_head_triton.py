@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
+    assert_head_grad_adds_up,
     assert_reads_what_it_wrote,
     assert_same_alone,
     assert_within_budget,
@@ -188,6 +189,12 @@ def test_a_broken_head_weight_is_not_hidden_by_the_guard(impl: str) -> None:
     case.head[40, 3] = torch.nan
     with pytest.raises(ValueError, match="head_weight: expected finite"):
         run(case, impl)
+
+
+@both_designs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_microbatches_add_up_in_one_buffer(impl: str, dtype: torch.dtype) -> None:
+    assert_head_grad_adds_up(impl, dtype, chunk_tokens=10)
 
 
 @both_designs

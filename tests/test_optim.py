@@ -66,6 +66,44 @@ def test_it_is_adamw(dtype):
         assert torch.allclose(mine, other.to(dtype), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_in_place_is_part_of_the_gradient(dtype):
+    """What is added to it and what autograd leaves in .grad are one gradient, clipped as one."""
+    ours = [weights(3, 5, dtype=dtype), weights(7, dtype=dtype, seed=1)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    config = constant(1e-2, grad_clip=0.5)
+    optimizer, plain = Optimizer(ours, config), Optimizer(theirs, config)
+    for seed in range(3):
+        total = optimizer.grad_sum(ours[0])
+        assert total.dtype == torch.float32 and not total.any()
+        assert total is optimizer.grad_sum(ours[0])
+        assert (total is ours[0].grad) == (dtype == torch.float32)
+        pull(theirs, seed)
+        ours[1].grad = theirs[1].grad.clone()
+        # halves are exact in both dtypes
+        total += theirs[0].grad.float() / 2
+        if dtype == torch.float32:
+            ours[0].grad += theirs[0].grad / 2
+        else:
+            ours[0].grad = theirs[0].grad / 2
+        assert optimizer.step() == pytest.approx(plain.step(), rel=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(p.grad is None for p in ours)
+    total = optimizer.grad_sum(ours[0])
+    total += 1.0
+    optimizer.zero_grad()
+    assert not optimizer.grad_sum(ours[0]).any()
+
+
+def test_what_is_not_trained_has_no_sum():
+    frozen, trained = weights(3, dtype=torch.float32), weights(3, dtype=torch.float32)
+    frozen.requires_grad_(False)
+    optimizer = Optimizer([frozen, trained], constant(1e-2))
+    assert optimizer.grad_sum(frozen) is None
+    assert optimizer.grad_sum(weights(3, dtype=torch.float32)) is None
+    assert frozen.grad is None and trained.grad is None
+
+
 def test_a_state_dict_does_not_change_the_optimizer():
     parameter = weights(4, dtype=torch.bfloat16)
     optimizer = Optimizer([parameter], constant(1e-3))

@@ -110,6 +110,28 @@ def test_the_step_of_several_ranks_is_that_of_one(tiny_folder, size, one_thread)
             assert ours.num_updates == expected.num_updates == 1
 
 
+def test_sums_in_place_are_added_up_over_the_ranks(one_thread):
+    """A bf16 head whose sum is float32: this rank has one, that one none, and a third both."""
+
+    def step(ranks: Ranks) -> torch.Tensor:
+        head = torch.nn.Parameter(torch.ones(5, 3, dtype=torch.bfloat16))
+        optimizer = Optimizer(
+            [head], OptimConfig(lr=0.1, warmup_steps=0, grad_clip=0.5), ranks=ranks
+        )
+        total = optimizer.grad_sum(head)
+        if ranks.rank != 1:
+            total += torch.arange(15.0).view(5, 3) / 64 - 0.1
+        if ranks.rank == 2:
+            head.grad = torch.full_like(head, 0.25)
+        norm = optimizer.step()
+        expected = 2 * (torch.arange(15.0).view(5, 3) / 64 - 0.1) + 0.25
+        assert norm == pytest.approx(float(expected.norm()), rel=1e-6)
+        return head.detach()
+
+    first, *others = on_ranks(3, step)
+    assert (first < 1).any() and all(torch.equal(first, other) for other in others)
+
+
 def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
     def tokens(ranks: Ranks) -> tuple[int, int]:
         # all that there is comes from one rank

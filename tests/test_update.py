@@ -7,9 +7,11 @@ from itertools import groupby
 
 import pytest
 import torch
-from step_data import make_groups, optimizer_of
+from families import SMALL, policy_of
+from step_data import Keeping, make_groups, optimizer_of
+from transformers import Qwen2Config
 
-from turnfast.config import LossConfig
+from turnfast.config import LossConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.loss import TrainingError, Update, update
 from turnfast.packing import Packed, pack
@@ -271,6 +273,55 @@ def test_what_is_no_number_changes_no_weight(policy, where):
     assert all(p.grad is None for p in policy.model.parameters())
     assert optimizer.num_steps == 1
     update(policy, optimizer, packed.batches, LossConfig())
+
+
+class Apart(Keeping):
+    """The head's gradient is made anew in every micro-batch, and added up by autograd."""
+
+    def grad_sum(self, parameter):
+        return None
+
+
+class Step:
+    """The gradients that AdamW is given, and what the parameters' own .grad are made of."""
+
+    def __init__(self, optimizer):
+        self.own = [p.grad is not None for p in optimizer._parameters]
+        self.gradients = [m.grad.clone() for m in optimizer._masters]
+
+
+def step_of(optimizer_class, batches, *, tied: bool, dtype: torch.dtype) -> Step:
+    config = Qwen2Config(**{**SMALL, "vocab_size": 300}, tie_word_embeddings=tied, dtype=dtype)
+    policy = policy_of(config)
+    policy.model.to(dtype)
+    optimizer = optimizer_class(policy.model.parameters(), OptimConfig(grad_clip=1e9))
+    steps = []
+    optimizer._adamw.register_step_pre_hook(lambda *given: steps.append(Step(optimizer)))
+    update(policy, optimizer, batches, LossConfig())
+    assert len(steps) == 1 and all(p.grad is None for p in policy.model.parameters())
+    return steps[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_microbatches_add_to_one_head_gradient(tied, dtype):
+    many, one = (packed_step(seed=1, budget=budget)[0].batches for budget in (32, 4096))
+    assert len(many) >= 3 and len(one) == 1
+    place = 0 if tied else -1
+    found, apart = (step_of(kind, many, tied=tied, dtype=dtype) for kind in (Keeping, Apart))
+    # a bf16 head has no gradient of its own dtype at all, tied or not
+    assert found.own[place] == (dtype == torch.float32) and apart.own[place]
+    rounded = apart.gradients.pop(place)
+    head_VD = found.gradients.pop(place)
+    assert all(map(torch.equal, found.gradients, apart.gradients))
+    assert rounded.abs().max() > 1e-3
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (head_VD - rounded).norm() <= bound * rounded.norm()
+    if dtype == torch.float32:
+        whole = step_of(Keeping, one, tied=tied, dtype=dtype)
+        assert (whole.gradients.pop(place) - head_VD).abs().max() <= 1e-6
+        for a, b in zip(found.gradients, whole.gradients, strict=True):
+            assert (a - b).abs().max() <= 1e-6
 
 
 def test_the_entropy_bonus_raises_entropy(policy):

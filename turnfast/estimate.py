@@ -44,7 +44,8 @@ class Estimate:
     Attributes:
         optimizer: moments, and float32 masters of low-precision weights.
         activations: what autograd keeps of one micro-batch of `tokens` tokens.
-        loss_head: gradient buffer of the head, of the hidden states, and a chunk of logits.
+        loss_head: float32 sum of a narrower head's gradient, gradient buffer of the hidden states,
+            and a chunk of logits.
         cache: keys and values of the sampler, whose `sequences` requests run at a time.
         machine: memory of the device, None where it is not known.
     """
@@ -98,7 +99,8 @@ def estimate(config: Config) -> Estimate:
     tokens = config.train.tokens_per_microbatch
     V, D = head.shape
     chunk = min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens)
-    head_gradient = 4 * V * D if head.requires_grad else 0
+    # a float32 head adds to its gradient in place, a narrower one to a float32 sum beside it
+    head_gradient = masters * V * D if head.requires_grad else 0
     sampler, sequences, cache = _cache(config, architecture, dtype, device)
     return Estimate(
         architecture=type(model).__name__,

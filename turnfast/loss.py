@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from .config import ConfigError, LossConfig
 from .critic import Critic
@@ -168,9 +169,15 @@ def _gradient(
 ) -> tuple[list[tuple[PolicyLoss, float]], Sequence[Batch], int]:
     """This rank's part of the gradient: its passes, the batches they are of, and how often these
     were halved."""
+
+    def attempt(parts: Sequence[Batch]) -> list[tuple[PolicyLoss, float]]:
+        # one buffer for all micro-batches; a rank without any takes part in its sum
+        head_grad = optimizer.grad_sum(policy.head_VD)
+        return [_backward(policy, critic, part, config, temperature, head_grad) for part in parts]
+
     try:
         return replayed(
-            lambda parts: [_backward(policy, critic, part, config, temperature) for part in parts],
+            attempt,
             batches,
             lambda: _zero_grad(optimizer, critic),
             whole_sequences=config.ratio == "sequence",
@@ -180,7 +187,12 @@ def _gradient(
 
 
 def _backward(
-    policy: Policy, critic: Critic | None, batch: Batch, config: LossConfig, temperature: float
+    policy: Policy,
+    critic: Critic | None,
+    batch: Batch,
+    config: LossConfig,
+    temperature: float,
+    head_grad: Tensor | None,
 ) -> tuple[PolicyLoss, float]:
     hidden_TD = hidden_states(policy, batch)
     result = turn_policy_loss(
@@ -195,6 +207,7 @@ def _backward(
         ref_logprobs=batch.ref_logprobs_N,
         sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
         sequences=batch.sequences_K if config.ratio == "sequence" else None,
+        head_grad=head_grad,
         rule=policy_rule(config),
         temperature=temperature,
         softcap=policy.softcap,

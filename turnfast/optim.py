@@ -21,7 +21,7 @@ class Optimizer:
     """AdamW over a model's trainable parameters.
 
     Args:
-        parameters: those with `requires_grad`; gradients are read from them.
+        parameters: those with `requires_grad`; gradients are read from them, see `grad_sum`.
         ranks: their gradients are added up before every step; they must hold the same weights and
             take the same steps.
         total_steps: None for a constant rate after the warm-up, else a linear decay to 10 %.
@@ -48,11 +48,12 @@ class Optimizer:
 
         A gradient that is not finite changes nothing: its norm is returned, the step is skipped.
         """
+        self._gather_sums()
         if self._ranks.size > 1:
             self._add_up()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master.dtype)
+            if master.grad is None and parameter.grad is not None:
+                master.grad = parameter.grad.to(master.dtype)
         norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
         if norm == norm and norm != float("inf"):
             self._set_rate(self.lr)
@@ -61,6 +62,20 @@ class Optimizer:
             self.num_steps += 1
         self.zero_grad()
         return norm
+
+    def grad_sum(self, parameter: Tensor) -> Tensor | None:
+        """The float32 sum, zeros at first, that the next step takes for the parameter's gradient
+        together with what autograd leaves in `.grad`; of a float32 parameter it is `.grad`.
+
+        What adds to it in place needs no gradient of its own in every micro-batch. None if the
+        parameter is not trained here; on ranks all have to ask, or none. `zero_grad` drops it.
+        """
+        for own, master in zip(self._parameters, self._masters, strict=True):
+            if own is parameter:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master, memory_format=torch.contiguous_format)
+                return master.grad
+        return None
 
     @property
     def lr(self) -> float:
@@ -113,11 +128,23 @@ class Optimizer:
                 fill_entries(self._adamw, self._masters[i], plain)
         self._write_back()
 
+    def _gather_sums(self) -> None:
+        """What autograd has left beside a `grad_sum` goes there, as of an embedding that is the
+        head, too."""
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if master is not parameter and master.grad is not None and parameter.grad is not None:
+                master.grad += parameter.grad
+                parameter.grad = None
+
     def _add_up(self) -> None:
-        for parameter in self._parameters:
+        own = [
+            parameter if master.grad is None else master
+            for parameter, master in zip(self._parameters, self._masters, strict=True)
+        ]
+        for parameter in own:
             if parameter.grad is None:  # this rank had nothing to learn from
                 parameter.grad = torch.zeros_like(parameter)
-        self._ranks.add_up(p.grad for p in self._parameters if p.grad is not None)
+        self._ranks.add_up(p.grad for p in own if p.grad is not None)
 
     def _set_rate(self, rate: float) -> None:
         for group in self._adamw.param_groups:

@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .op import LogprobsArguments, PolicyArguments, logprobs_op, policy_loss_op
+from .op import (
+    LogprobsArguments,
+    PolicyArguments,
+    logprobs_op,
+    policy_loss_onto_op,
+    policy_loss_op,
+    with_hidden_gradient,
+)
+from .problem import compute_dtype
 from .records import LinearLogprobs, PolicyLoss, PolicyRule, PolicyStats
 
 __all__ = [
@@ -44,6 +52,7 @@ def turn_policy_loss(
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     sequences: Tensor | None = None,
+    head_grad: Tensor | None = None,
     rule: PolicyRule = DEFAULT_RULE,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -65,6 +74,12 @@ def turn_policy_loss(
     ref_logprobs [N]: reference model, measured as ref_kl and weighted by rule.kl_coef.
     sampler_logprobs [N]: log-probs the sampler reported, for rule.is_cap.
     sequences [K]: sequence of each turn, any ids >= 0, needed for rule.ratio == "sequence".
+    head_grad [V, D], float32 (float64 for float64): the call adds the head's gradient to it, as a
+        kernel adds to Megatron's main_grad; head_weight gets none from autograd. So micro-batches
+        share one buffer, which may be head_weight.grad. It is added to in the forward pass, with
+        the factor 1: backward with another one raises ValueError (a compiled or CUDA one makes the
+        gradient of hidden NaN), and a call that is repeated, as by activation checkpointing, or
+        that raises after its first chunk has changed it.
     temperature, softcap: logits are softcap * tanh(logits / softcap) / temperature.
     chunk_tokens: tokens per workspace chunk; None lets the implementation choose. Changes no
         result beyond float32 rounding.
@@ -114,6 +129,8 @@ def turn_policy_loss(
         raise ValueError(
             "sampler_logprobs: given, but rule.is_cap is None so they would be ignored"
         )
+    if head_grad is not None:
+        _check_head_grad(head_grad, head_weight)
     grads = torch.is_grad_enabled()
     given = PolicyArguments(
         hidden=hidden,
@@ -137,7 +154,13 @@ def turn_policy_loss(
         need_head=grads and head_weight.requires_grad,
         impl=impl,
     )
-    loss, logprobs, entropies, turn_logprobs, stats, _, _ = policy_loss_op(*given.flat())
+    if head_grad is None or not given.need_head:
+        loss, logprobs, entropies, turn_logprobs, stats, _, _ = policy_loss_op(*given.flat())
+    else:
+        plain = given._replace(hidden=hidden.detach(), head_weight=head_weight.detach())
+        found = policy_loss_onto_op(*plain.flat(), head_grad)
+        loss, logprobs, entropies, turn_logprobs, stats, d_hidden = found
+        loss = with_hidden_gradient(hidden, head_weight, loss, d_hidden)
     return PolicyLoss(
         loss=loss,
         logprobs=logprobs.detach(),
@@ -228,6 +251,17 @@ def _check_head(hidden: Tensor, head_weight: Tensor, rows: Tensor, targets: Tens
     _check("rows", rows, hidden, (N,), INTS)
     _check("targets", targets, hidden, (N,), INTS)
     return N
+
+
+def _check_head_grad(head_grad: Tensor, head_weight: Tensor) -> None:
+    dtypes = (compute_dtype(head_weight.dtype),)
+    _check("head_grad", head_grad, head_weight, tuple(head_weight.shape), dtypes)
+    if not head_grad.is_contiguous():
+        raise ValueError("head_grad: expected a contiguous tensor")
+    if head_grad.requires_grad:
+        raise ValueError("head_grad: expected a tensor that requires no gradient itself")
+    if not head_weight.requires_grad:
+        raise ValueError("head_grad: given, but head_weight requires no gradient to be added to it")
 
 
 def _check_is_tensor(name: str, x: object) -> None:

@@ -52,7 +52,7 @@ def _measure(head_VD: Tensor, tokens: int) -> str:
     targets_C = torch.randint(V, (tokens,), device=head_VD.device)
     times_ms: dict[str, list[float]] = {design: [] for design in DESIGNS}
     heads = {
-        design: TritonHead(head_VD, whole_vocab(head_VD), 1.0, None, False, False, design, tokens)
+        design: TritonHead(head_VD, whole_vocab(head_VD), 1.0, None, False, None, design, tokens)
         for design in DESIGNS
     }
     for trial in range(TRIALS + 1):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..extension import load_error
-from .driver import run_logprobs, run_policy_loss
+from .driver import head_sum, run_logprobs, run_policy_loss
 from .problem import LogprobsProblem, Outcome, Problem, Vocab
 
 # Tokens per chunk. A chunk reads W twice and reads and writes dW, 6 C flops for each of their
@@ -60,18 +60,17 @@ class CppHead:
         temperature: float,
         softcap: float | None,
         need_hidden: bool,
-        need_head: bool,
+        d_head_VD: Tensor | None,
         kernel: str = "",
     ) -> None:
         self.head_VD = head_VD.contiguous()
         self.vocab = vocab
         self.temperature, self.softcap = temperature, softcap
         self.scaling = (1.0 / temperature, softcap or 0.0)
-        self.need_hidden, self.need_head = need_hidden, need_head
+        self.need_hidden, self.d_head_VD = need_hidden, d_head_VD
         self.kernel = kernel
         self.ops = torch.ops.turnfast
         self.exps = torch.empty(0, dtype=torch.uint8)
-        self.d_head_VD: Tensor | None = None
         self.kept: tuple[Tensor, ...] = ()
 
     def chunk_tokens(self) -> int:
@@ -110,16 +109,13 @@ class CppHead:
 
     def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
         x_CD, column_C, z_y_C, anchor_C, S_C, E_y_C, Z_C, log_Z_C, entropies_C = self.kept
-        if not (self.need_hidden or self.need_head):
+        if not self.need_hidden and self.d_head_VD is None:
             return None
         scale_C = -d_logprob_C / (Z_C * self.temperature)
         slope_C = bonus_C = None
         if d_entropy_C is not None:
             bonus_C = entropies_C - log_Z_C
             slope_C = -d_entropy_C / (Z_C * self.temperature)
-        first = self.d_head_VD is None
-        if self.need_head and self.d_head_VD is None:
-            self.d_head_VD = torch.empty(self.head_VD.shape, dtype=torch.float32)
         d_x_CD, G_sum_C = self.ops.head_backward(
             x_CD,
             self.head_VD,
@@ -130,7 +126,7 @@ class CppHead:
             slope_C,
             bonus_C,
             self.d_head_VD,
-            first,
+            False,
             self.need_hidden,
             self.kernel,
         )
@@ -150,13 +146,6 @@ class CppHead:
         )
         return self.vocab.sum(d_x_CD) if self.need_hidden else None
 
-    def head_gradient(self) -> Tensor:
-        if not self.need_head:
-            return torch.zeros(0)
-        if self.d_head_VD is None:
-            return torch.zeros(self.head_VD.shape)
-        return self.d_head_VD
-
     def _exps_bytes(self, tokens: int) -> int:
         return self.ops.head_exps_bytes(self.head_VD, tokens, self.kernel)
 
@@ -169,7 +158,7 @@ def policy_loss(problem: Problem) -> Outcome:
         if found:
             return Outcome(**dict(zip(OUTCOME_FIELDS, found, strict=True)))
     # Of a head in shards, and to say what is wrong with a problem.
-    head = CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
+    head = CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, head_sum(p))
     return run_policy_loss(p, head)
 
 
@@ -181,7 +170,7 @@ def _flat(p: Problem) -> tuple[object, ...]:
         *(x if x is None else x.contiguous() for x in given),
         *(r.ratio, r.kind, r.clip_low, r.clip_high, r.dual_clip, r.kl_coef, r.entropy_coef),
         *(r.is_cap, p.temperature, p.softcap or 0.0, p.chunk_tokens or 0),
-        *(p.need_hidden, p.need_head),
+        *(p.need_hidden, p.need_head, p.head_grad_VD),
     )
 
 
@@ -195,7 +184,7 @@ def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
         if found:
             logprobs_N, entropies_N = found
             return logprobs_N, entropies_N
-    return run_logprobs(p, CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, False))
+    return run_logprobs(p, CppHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, None))
 
 
 def _fake_like_tokens(x: Tensor, *_: object) -> Tensor:

@@ -23,10 +23,11 @@ Policy = Callable[[PolicyRule, Tokens, Tensor, Tensor], Terms]
 
 
 class Head(Protocol):
-    """One linear head during one call. Owns the workspace of one chunk and the sum for the head's
-    gradient."""
+    """One linear head during one call. Owns the workspace of one chunk, and adds to d_head_VD, the
+    sum for the head's gradient, unless that is None."""
 
     vocab: Vocab
+    d_head_VD: Tensor | None
 
     def chunk_tokens(self) -> int:
         """Tokens per chunk that the workspace allows."""
@@ -44,13 +45,9 @@ class Head(Protocol):
         """Gradients of the chunk of the last forward(keep=True), from dloss/dlogprob and
         dloss/dentropy.
 
-        Adds to the head's gradient if that was asked for; returns d_x [C, D] in the compute dtype
-        summed over the group, or None if it was not.
+        Returns d_x [C, D] in the compute dtype summed over the group, or None if it was not asked
+        for.
         """
-        ...
-
-    def head_gradient(self) -> Tensor:
-        """The sum over all chunks, [V, D] in the compute dtype; empty if not asked for."""
         ...
 
 
@@ -100,7 +97,7 @@ def run_policy_loss(
         turn_logprobs_K=turn_logprobs_K,
         stats=stats_vector(sums, plan.order_M.shape[0], plan.masked, plan.skipped),
         d_hidden_TD=d_hidden_TD,
-        d_head_VD=head.head_gradient(),
+        d_head_VD=loss.new_empty(0) if head.d_head_VD is None else head.d_head_VD,
     )
 
 
@@ -170,10 +167,15 @@ def _tokens(p: Problem, plan: Plan, chunk: Chunk) -> Tokens:
     )
 
 
-def empty_head_gradient(head_VD: Tensor, need: bool) -> Tensor:
-    """The accumulator of the head's gradient in the compute dtype; empty if not needed."""
-    shape = head_VD.shape if need else (0,)
-    return torch.zeros(shape, dtype=compute_dtype(head_VD.dtype), device=head_VD.device)
+def head_sum(p: Problem) -> Tensor | None:
+    """What the head's gradient is added to, [V, D] in the compute dtype: the caller's sum over
+    earlier calls, else zeros; None if it is not wanted."""
+    if not p.need_head:
+        return None
+    if p.head_grad_VD is not None:
+        return p.head_grad_VD
+    dtype = compute_dtype(p.head_VD.dtype)
+    return torch.zeros(p.head_VD.shape, dtype=dtype, device=p.head_VD.device)
 
 
 def whole_vocab(head_VD: Tensor) -> Vocab:

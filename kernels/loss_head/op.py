@@ -3,6 +3,9 @@
 The operators take the arguments of the public functions flattened, so that torch.compile sees one
 opaque node whose output shapes do not depend on values; checks that need values happen inside. The
 arguments of each are said once, as a record: its schema is made from the record's annotations.
+
+An operator that writes to an argument can have no autograd formula. So the one that adds to a sum
+of head gradients knows nothing of autograd, and `with_hidden_gradient` tells it what it has found.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .problem import LogprobsProblem, Problem, Vocab, check_indices, compute_dtype
+from .problem import LogprobsProblem, Outcome, Problem, Vocab, check_indices, compute_dtype
 from .records import PolicyRule
 
 NUM_STATS = 11
@@ -77,14 +80,18 @@ class LogprobsArguments(NamedTuple):
     impl: str
 
 
-def _operator(name: str, body: Callable[..., Any], record: Any, returns: object) -> Any:
-    """The body, of positional arguments, as an operator whose schema is that of the record."""
+def _operator(
+    name: str, body: Callable[..., Any], record: Any, returns: object, written: tuple[str, ...] = ()
+) -> Any:
+    """The body, of positional arguments, as an operator whose schema is that of the record, after
+    which come tensors that it writes to."""
     kinds = get_type_hints(record)
     if kinds.pop("rule", None):
         # In the place of the rule, as PolicyArguments.flat does.
         before, after = record._fields[:RULE_PLACE], record._fields[RULE_PLACE + 1 :]
         rule = get_type_hints(PolicyRule)
         kinds = {name: (kinds | rule)[name] for name in (*before, *RULE_FIELDS, *after)}
+    kinds |= dict.fromkeys(written, Tensor)
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_plain(kind))
         for name, kind in kinds.items()
@@ -95,8 +102,8 @@ def _operator(name: str, body: Callable[..., Any], record: Any, returns: object)
     prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         parameters, return_annotation=returns
     )
-    schema = torch.library.infer_schema(prototype, mutates_args=())
-    return torch.library.custom_op(name, body, mutates_args=(), schema=schema)
+    schema = torch.library.infer_schema(prototype, mutates_args=written)
+    return torch.library.custom_op(name, body, mutates_args=written, schema=schema)
 
 
 def _plain(kind: Any) -> Any:
@@ -106,6 +113,17 @@ def _plain(kind: Any) -> Any:
 
 def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
     given = PolicyArguments.of(flat)
+    out = _outcome(given, None)
+    return *_figures(given, out), out.d_head_VD.to(given.head_weight.dtype)
+
+
+def _policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
+    *flat, head_grad = flat
+    given = PolicyArguments.of(tuple(flat))
+    return _figures(given, _outcome(given, head_grad))
+
+
+def _outcome(given: PolicyArguments, head_grad: Tensor | None) -> Outcome:
     hidden, head_weight = given.hidden, given.head_weight
     vocab = Vocab.of(head_weight, given.vocab_start, given.group)
     chosen = implementation(given.impl, hidden.device, hidden.dtype, vocab)
@@ -137,20 +155,17 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         chunk_tokens=given.chunk_tokens,
         need_hidden=given.need_hidden,
         need_head=given.need_head,
+        head_grad_VD=head_grad,
     )
     # The dtypes are chosen here, float32 where it counts: a caller's autocast would undo that.
     with torch.autocast(hidden.device.type, enabled=False):
-        out = chosen.policy_loss(problem)
-    return (
-        out.loss,
-        out.logprobs_N,
-        out.entropies_N,
-        out.turn_logprobs_K,
-        out.stats,
-        # Kept from here to backward: not wider than they will be there.
-        out.d_hidden_TD.to(hidden.dtype),
-        out.d_head_VD.to(head_weight.dtype),
-    )
+        return chosen.policy_loss(problem)
+
+
+def _figures(given: PolicyArguments, out: Outcome) -> tuple[Tensor, ...]:
+    figures = (out.loss, out.logprobs_N, out.entropies_N, out.turn_logprobs_K, out.stats)
+    # Kept from here to backward: not wider than it will be there.
+    return *figures, out.d_hidden_TD.to(given.hidden.dtype)
 
 
 def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
@@ -172,6 +187,10 @@ def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _fake_policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
+    return _fake_policy_loss(*flat[:-1])[:-1]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = PolicyArguments.of(inputs)
     ctx.dtypes = given.hidden.dtype, given.head_weight.dtype
@@ -190,6 +209,37 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
         for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
     )
     return *grads, *nothing
+
+
+class _HiddenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trained: Tensor, loss: Tensor, d_hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(d_hidden)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
+        (d_hidden,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or d_loss.device.type != "cpu":
+            # A look at the factor would stall an accelerator; it shows in the gradient instead.
+            d_loss = d_loss.where(d_loss == 1, torch.nan)
+        elif d_loss != 1:
+            raise ValueError(
+                f"head_grad: expected loss.backward() with a factor of 1, got {float(d_loss):g}; "
+                "the head's gradient was added to it before: give the factor to weights"
+            )
+        known = d_hidden.numel() > 0
+        return _scaled(d_hidden, d_loss, d_hidden.dtype) if known else None, None, None
+
+
+def with_hidden_gradient(
+    hidden: Tensor, head_weight: Tensor, loss: Tensor, d_hidden: Tensor
+) -> Tensor:
+    """The loss, whose backward gives d_hidden to hidden and nothing to the head, whose gradient has
+    been added up elsewhere."""
+    # A loss of the head alone can be differentiated, too; it is then known by the head.
+    trained = hidden if hidden.requires_grad else head_weight
+    return _HiddenGradient.apply(trained, loss, d_hidden)
 
 
 def _scaled(grad: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,10 +303,15 @@ def _fake_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
     return out, torch.empty_like(out)
 
 
+_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 policy_loss_op = _operator("turnfast::turn_policy_loss", _policy_loss, PolicyArguments, _Seven)
 policy_loss_op.register_fake(_fake_policy_loss)
 policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+policy_loss_onto_op = _operator(
+    "turnfast::turn_policy_loss_onto", _policy_loss_onto, PolicyArguments, _Six, ("head_grad",)
+)
+policy_loss_onto_op.register_fake(_fake_policy_loss_onto)
 logprobs_op = _operator(
     "turnfast::linear_logprobs", _logprobs, LogprobsArguments, tuple[Tensor, Tensor]
 )

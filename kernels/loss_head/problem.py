@@ -77,7 +77,8 @@ class Problem:
     """All arguments of one turn_policy_loss, shapes and dtypes already checked.
 
     Integer tensors are int64; the per-token and per-turn floats have the compute dtype (float32, or
-    float64 for float64 hidden states). N tokens, K turns, T rows of hidden.
+    float64 for float64 hidden states), as head_grad_VD has, to which the head's gradient is added
+    where it is given. N tokens, K turns, T rows of hidden.
     """
 
     hidden_TD: Tensor
@@ -98,6 +99,7 @@ class Problem:
     chunk_tokens: int | None
     need_hidden: bool
     need_head: bool
+    head_grad_VD: Tensor | None = None
 
     def without_loss(self) -> LogprobsProblem:
         """The same tokens, of which only the log-probs are wanted."""
@@ -134,7 +136,8 @@ class LogprobsProblem:
 class Outcome:
     """What an implementation gives back: loss 0-d, [N] vectors with NaN where nothing was computed,
     the statistics as one vector in the order of PolicyStats, and the gradients in the compute dtype
-    or the model's own (empty when not asked for)."""
+    or the model's own (empty when not asked for; the head's means nothing where it was added to a
+    sum of the caller's)."""
 
     loss: Tensor
     logprobs_N: Tensor

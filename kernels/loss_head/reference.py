@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..segments.reference import add_rows
-from .driver import empty_head_gradient, run_logprobs, run_policy_loss
+from .driver import head_sum, run_logprobs, run_policy_loss
 from .problem import LogprobsProblem, Outcome, Problem, Vocab, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
@@ -35,14 +35,13 @@ class ReferenceHead:
         temperature: float,
         softcap: float | None,
         need_hidden: bool,
-        need_head: bool,
+        d_head_VD: Tensor | None,
     ) -> None:
         self.dtype = compute_dtype(head_VD.dtype)
         self.head_VD = head_VD.to(self.dtype)
         self.vocab = vocab
         self.temperature, self.softcap = temperature, softcap
-        self.need_hidden, self.need_head = need_hidden, need_head
-        self.d_head_VD = empty_head_gradient(head_VD, need_head)
+        self.need_hidden, self.d_head_VD = need_hidden, d_head_VD
         self.kept: tuple[Tensor, ...] = ()
 
     def chunk_tokens(self) -> int:
@@ -96,16 +95,13 @@ class ReferenceHead:
             y_C = y_C * (1.0 - ((u_y_C + m_C) * by_cap).square())
         # The target's own term, up to V times any other, stays out of the products' long sums.
         y_C1 = (y_C * owned_C).unsqueeze(1)
-        if self.need_head:
+        if self.d_head_VD is not None:
             self.d_head_VD.addmm_(E_CV.T, x_CD * scale_C.unsqueeze(1))
             add_rows(self.d_head_VD, column_C, x_CD * y_C1)
         if not self.need_hidden:
             return None
         d_x_CD = (E_CV @ self.head_VD).mul_(scale_C.unsqueeze(1))
         return self.vocab.sum(d_x_CD.addcmul_(self.head_VD[column_C], y_C1))
-
-    def head_gradient(self) -> Tensor:
-        return self.d_head_VD
 
 
 def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
@@ -122,12 +118,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str:
 def policy_loss(problem: Problem) -> Outcome:
     """Loss and gradients of a checked problem."""
     p = problem
-    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, p.need_head)
+    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, head_sum(p))
     return run_policy_loss(p, head)
 
 
 def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
     """log-probs and entropies, [N] in the compute dtype."""
     p = problem
-    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, False)
+    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, None)
     return run_logprobs(p, head)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..segments import triton_segments
 from . import memory, reference, triton_policy
-from .driver import Head, run_logprobs, run_policy_loss, whole_vocab
+from .driver import Head, head_sum, run_logprobs, run_policy_loss, whole_vocab
 from .problem import Problem
 from .records import PolicyRule
 from .reference import ReferenceHead
@@ -82,7 +82,8 @@ def _answers(p: Problem, design: str) -> dict[str, Tensor]:
     """All that training takes from a design, or from the reference where it is empty."""
 
     def head(need: bool) -> Head:
-        given = (p.head_VD, p.vocab, p.temperature, p.softcap, need, need)
+        given = (p.head_VD, p.vocab, p.temperature, p.softcap, need)
+        given += (head_sum(p) if need else None,)
         return TritonHead(*given, design, p.rows_N.shape[0]) if design else ReferenceHead(*given)
 
     # Triton launches on the current device, which need not be that of the tensors.

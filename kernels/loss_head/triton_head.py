@@ -22,7 +22,6 @@ import triton
 from torch import Tensor
 
 from ..segments.reference import add_rows
-from .driver import empty_head_gradient
 from .problem import Vocab
 from .triton_gemm import anchored_kernel
 from .triton_rows import (
@@ -80,7 +79,7 @@ class TritonHead:
         temperature: float,
         softcap: float | None,
         need_hidden: bool,
-        need_head: bool,
+        d_head_VD: Tensor | None,
         design: str,
         tokens: int,
     ) -> None:
@@ -88,9 +87,8 @@ class TritonHead:
         self.head_VD = head_VD if head_VD.stride(1) == 1 else head_VD.contiguous()
         self.vocab = vocab
         self.scale, self.softcap = 1.0 / temperature, softcap
-        self.need_hidden, self.need_head = need_hidden, need_head
+        self.need_hidden, self.d_head_VD = need_hidden, d_head_VD
         self.design, self.tokens = design, max(tokens, 1)
-        self.d_head_VD = empty_head_gradient(head_VD, need_head)
         self.half = head_VD.dtype == torch.float16
         self.one = torch.ones((), dtype=torch.float32, device=head_VD.device)
         self.tiles = _tiles(self.head_VD)
@@ -142,7 +140,7 @@ class TritonHead:
             factor_C = -d_logprob_C * self.scale / Z_C
             y_C = -factor_C * S_C * (target_C >= 0)
             scaled_CD = x_CD
-            if self.need_head:
+            if self.d_head_VD is not None:
                 scaled_CD = torch.empty_like(x_CD)
                 scale_rows_kernel[grid_CD](
                     x_CD, x_CD.stride(0), factor_C, unit, scaled_CD, D, BLOCK_D=D_BLOCK
@@ -156,8 +154,8 @@ class TritonHead:
                 HAS_SOFTCAP=self.softcap is not None, HAS_ENTROPY=d_entropy_C is not None,
                 BLOCK_V=ROW_BLOCK,
             )  # fmt: skip
-        if self.need_head:
-            self._add_to_head(E_CV, scaled_CD, unit)
+        if self.d_head_VD is not None:
+            self._add_to_head(self.d_head_VD, E_CV, scaled_CD, unit)
             add_rows(self.d_head_VD, column_C, x_CD * y_C.unsqueeze(1))
         if not self.need_hidden:
             return None
@@ -167,9 +165,6 @@ class TritonHead:
             BLOCK_D=D_BLOCK,
         )  # fmt: skip
         return self.vocab.sum(d_x_CD)
-
-    def head_gradient(self) -> Tensor:
-        return self.d_head_VD
 
     def _safe_sums(
         self, x_CD: Tensor, target_C: Tensor, z_y_C: Tensor, E_CV: Tensor, keep: bool
@@ -260,15 +255,15 @@ class TritonHead:
             most = torch.maximum(most, d_entropy_C.abs().max())
         return torch.exp2(torch.log2(most.clamp(min=1e-30)).round())
 
-    def _add_to_head(self, E_CV: Tensor, scaled_CD: Tensor, unit: Tensor) -> None:
+    def _add_to_head(
+        self, d_head_VD: Tensor, E_CV: Tensor, scaled_CD: Tensor, unit: Tensor
+    ) -> None:
         if self.half:
-            self.d_head_VD += product(E_CV.T, scaled_CD) * unit
+            d_head_VD += product(E_CV.T, scaled_CD) * unit
         elif E_CV.is_cuda and E_CV.dtype != torch.float32:
-            torch.addmm(
-                self.d_head_VD, E_CV.T, scaled_CD, out_dtype=torch.float32, out=self.d_head_VD
-            )
+            torch.addmm(d_head_VD, E_CV.T, scaled_CD, out_dtype=torch.float32, out=d_head_VD)
         else:
-            self.d_head_VD.addmm_(E_CV.T.float(), scaled_CD.float())
+            d_head_VD.addmm_(E_CV.T.float(), scaled_CD.float())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..segments.triton_segments import segment_sum
 from . import selftest
 from .choice import choose_design
-from .driver import run_logprobs, run_policy_loss
+from .driver import head_sum, run_logprobs, run_policy_loss
 from .problem import LogprobsProblem, Outcome, Problem
 from .triton_head import INTERPRETED, TritonHead
 from .triton_policy import policy_terms
@@ -44,18 +44,20 @@ class TritonLoss:
         p = problem
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device_of(p.hidden_TD):
-            head = self._head(p, p.need_hidden, p.need_head)
+            head = self._head(p, p.need_hidden, head_sum(p))
             return run_policy_loss(p, head, policy_terms, segment_sum)
 
     def logprobs(self, problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
         """log-probs and entropies, [N] float32."""
         with torch.cuda.device_of(problem.hidden_TD):
-            return run_logprobs(problem, self._head(problem, False, False))
+            return run_logprobs(problem, self._head(problem, False, None))
 
-    def _head(self, p: Problem | LogprobsProblem, need_hidden: bool, need_head: bool) -> TritonHead:
+    def _head(
+        self, p: Problem | LogprobsProblem, need_hidden: bool, d_head_VD: Tensor | None
+    ) -> TritonHead:
         tokens = p.chunk_tokens or p.rows_N.shape[0]
         design = self.design or choose_design(p.head_VD, p.vocab, tokens)
-        options = (p.temperature, p.softcap, need_hidden, need_head, design, tokens)
+        options = (p.temperature, p.softcap, need_hidden, d_head_VD, design, tokens)
         return TritonHead(p.head_VD, p.vocab, *options)
 
 
