@@ -347,7 +347,12 @@ def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
     adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     assert found.gradients == 4 * adapter and found.optimizer == 8 * adapter
     assert found.weights == whole.weights // 2 + 4 * adapter  # no copy for the reference
-    assert found.loss_head == whole.loss_head - 4 * policy.head_VD.numel()
+    assert found.loss_head == whole.loss_head  # a float32 head adds to its gradient in place
+    tree["model"]["dtype"] = "bfloat16"
+    narrow = estimate(build_config(tree))
+    tree["model"]["lora"] = {"r": 0}
+    assert narrow.loss_head == estimate(build_config(tree)).loss_head - 4 * policy.head_VD.numel()
+    tree["model"] |= {"lora": {"r": 4}, "dtype": "float32"}
     tree["loss"]["reference"] = str(tiny_folder)
     assert estimate(build_config(tree)).weights > 2 * found.weights - 4 * adapter - 1
 
