@@ -80,12 +80,10 @@ def test_a_sum_in_place_is_part_of_the_gradient(dtype):
         assert (total is ours[0].grad) == (dtype == torch.float32)
         pull(theirs, seed)
         ours[1].grad = theirs[1].grad.clone()
-        # halves are exact in both dtypes
-        total += theirs[0].grad.float() / 2
-        if dtype == torch.float32:
-            ours[0].grad += theirs[0].grad / 2
-        else:
-            ours[0].grad = theirs[0].grad / 2
+        half = theirs[0].grad / 2  # exact in both dtypes
+        total += half.float()
+        ours[0].backward(half.to_sparse() if seed else half)
+        assert total.equal(theirs[0].grad.float()) and total is optimizer.grad_sum(ours[0])
         assert optimizer.step() == pytest.approx(plain.step(), rel=1e-6)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         assert all(p.grad is None for p in ours)

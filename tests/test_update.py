@@ -324,6 +324,23 @@ def test_microbatches_add_to_one_head_gradient(tied, dtype):
             assert (a - b).abs().max() <= 1e-6
 
 
+def test_a_tied_embedding_gives_the_rows_of_its_tokens(policy):
+    """And no [V, D] of its own; outside an update it is as it was."""
+    packed, _ = packed_step(seed=1)
+    embedding = policy.model.get_input_embeddings()
+    assert embedding.weight is policy.head_VD and len(packed.batches) == 2
+    seen = []
+    handle = policy.head_VD.register_hook(seen.append)
+    optimizer = optimizer_of(policy)
+    update(policy, optimizer, packed.batches, LossConfig())
+    handle.remove()
+    assert all(g.layout == torch.sparse_coo for g in seen)
+    rows = [set(g._indices()[0].tolist()) for g in seen]
+    assert rows == [set(batch.tokens_T.tolist()) for batch in packed.batches]
+    assert not optimizer.gradients[0][0].is_sparse
+    assert not embedding.sparse
+
+
 def test_the_entropy_bonus_raises_entropy(policy):
     packed, _ = packed_step(seed=6)
     optimizer = optimizer_of(policy, lr=1e-2)

@@ -13,7 +13,7 @@ from .config import ConfigError, LossConfig
 from .critic import Critic
 from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from .kernels.loss_head.backends import implementation
-from .model import Policy, hidden_states
+from .model import Policy, hidden_states, sparse_embedding
 from .optim import Optimizer
 from .ranks import ALONE, RankError, Ranks
 from .replay import replayed
@@ -173,7 +173,8 @@ def _gradient(
     def attempt(parts: Sequence[Batch]) -> list[tuple[PolicyLoss, float]]:
         # one buffer for all micro-batches; a rank without any takes part in its sum
         head_grad = optimizer.grad_sum(policy.head_VD)
-        return [_backward(policy, critic, part, config, temperature, head_grad) for part in parts]
+        with sparse_embedding(policy, wanted=head_grad is not None):
+            return [_backward(policy, critic, p, config, temperature, head_grad) for p in parts]
 
     try:
         return replayed(

@@ -8,7 +8,8 @@ states and the head's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,25 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
     finally:
         _in_packed_forward.reset(token)
     return out.last_hidden_state[0]
+
+
+@contextmanager
+def sparse_embedding(policy: Policy, *, wanted: bool) -> Iterator[None]:
+    """An embedding that is the head, too, gives its gradient as the rows of its tokens within.
+
+    A dense one would be a second [V, D] in every micro-batch. It needs a dense gradient to be added
+    to, as the optimizer's sum for the head is. A compiled model gives it dense.
+    """
+    embedding = policy.model.get_input_embeddings()
+    tied = isinstance(embedding, nn.Embedding) and embedding.weight is policy.head_VD
+    if not (wanted and tied and policy.body is None):
+        yield
+        return
+    before, embedding.sparse = embedding.sparse, True
+    try:
+        yield
+    finally:
+        embedding.sparse = before
 
 
 def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:

@@ -7,10 +7,12 @@ low-precision parameters get a float32 master copy here, and the model holds its
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import OptimConfig
 from .moments import fill_entries, make_adamw, plain_entries
@@ -40,6 +42,7 @@ class Optimizer:
         self._config = config
         self._total_steps = total_steps
         self._ranks = ranks
+        self._hooks: list[RemovableHandle] = []
         self._adamw = make_adamw(self._masters, config)
         self.num_steps = 0
 
@@ -48,7 +51,8 @@ class Optimizer:
 
         A gradient that is not finite changes nothing: its norm is returned, the step is skipped.
         """
-        self._gather_sums()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            _into_sum(parameter, master)
         if self._ranks.size > 1:
             self._add_up()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
@@ -67,13 +71,16 @@ class Optimizer:
         """The float32 sum, zeros at first, that the next step takes for the parameter's gradient
         together with what autograd leaves in `.grad`; of a float32 parameter it is `.grad`.
 
-        What adds to it in place needs no gradient of its own in every micro-batch. None if the
-        parameter is not trained here; on ranks all have to ask, or none. `zero_grad` drops it.
+        What adds to it in place needs no gradient of its own in every micro-batch; what autograd
+        finds is added to it at the end of each backward, and may be sparse. None if the parameter
+        is not trained here; on ranks all have to ask, or none. `zero_grad` drops it.
         """
         for own, master in zip(self._parameters, self._masters, strict=True):
             if own is parameter:
                 if master.grad is None:
                     master.grad = torch.zeros_like(master, memory_format=torch.contiguous_format)
+                    move = partial(_into_sum, master=master)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
                 return master.grad
         return None
 
@@ -89,6 +96,9 @@ class Optimizer:
     def zero_grad(self) -> None:
         for parameter in (*self._parameters, *self._masters):
             parameter.grad = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the master copies and the step count beside the moments."""
@@ -128,14 +138,6 @@ class Optimizer:
                 fill_entries(self._adamw, self._masters[i], plain)
         self._write_back()
 
-    def _gather_sums(self) -> None:
-        """What autograd has left beside a `grad_sum` goes there, as of an embedding that is the
-        head, too."""
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            if master is not parameter and master.grad is not None and parameter.grad is not None:
-                master.grad += parameter.grad
-                parameter.grad = None
-
     def _add_up(self) -> None:
         own = [
             parameter if master.grad is None else master
@@ -156,6 +158,15 @@ class Optimizer:
             for parameter, master in zip(self._parameters, self._masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
+
+
+def _into_sum(parameter: Tensor, master: Tensor) -> None:
+    """What autograd has left beside a `grad_sum` goes there."""
+    if master is parameter or master.grad is None or parameter.grad is None:
+        return
+    found, parameter.grad = parameter.grad, None
+    # only the dense ones of other dtypes are added without a copy
+    master.grad += found.to(master.dtype) if found.is_sparse else found
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
