@@ -165,7 +165,9 @@ def gather(
         )
         return Group(task=prompt.task, trajectories=tuple(played))
 
-    async def play_all() -> Gathered:
+    ended: list[Gathered] = []
+
+    async def play_all() -> None:
         engine = AwaitedSampler(sampler)
         field = _Field(prompts, quota, counts, lambda prompt: play_group(prompt, engine))
         end = time.perf_counter() + config.step_timeout_s
@@ -180,12 +182,15 @@ def gather(
                         f"{config.step_timeout_s} s"
                     )
                 await engine.advance()
-            return field.gathered(engine.usage())
+            ended.append(field.gathered(engine.usage()))
         finally:
             await field.clear()
             engine.abandon()
 
-    gathered = asyncio.run(play_all())
+    # not the result of its task: where Ctrl-C has Python's own handler, `run` ends with a lookup
+    # whose error message spells that result out, all rollouts of the step
+    asyncio.run(play_all())
+    (gathered,) = ended
     _check_failures(gathered.groups, config.max_error_share)
     return gathered
 
