@@ -29,6 +29,8 @@ from turnfast.metrics import read_metrics
 from turnfast.report.plots import learning_plot
 
 RESULTS = Path(__file__).parent / "results"
+HELD_OUT = 512
+"""Questions that a trained model is asked at the end; an evaluation on the way asks 128."""
 FIGURES = ("eval/tool_success", "eval/exact_match", "eval/turns")
 
 
@@ -71,15 +73,24 @@ def main() -> None:
     if options.warm_start is None:
         warm_start(study)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda cell: train(study, *cell), [(r, s) for s in seeds for r in rules]))
+        cells = [(rule, seed) for seed in seeds for rule in rules]
+        list(pool.map(lambda cell: train(study, *cell), cells))
+        right = dict(zip(cells, pool.map(lambda cell: examine(study, *cell), cells), strict=True))
 
-    table = {rule: row([study.metrics(rule, seed) for seed in seeds]) for rule in rules}
+    table = {
+        rule: {
+            **row([study.metrics(rule, seed) for seed in seeds]),
+            "held_out/exact_match": _over_seeds([right[rule, seed] for seed in seeds]),
+        }
+        for rule in rules
+    }
     first = study.metrics(rules[0], seeds[0])
     write(
         options.out,
         {
             **provenance("learning", options.recipe),
             "seeds": seeds,
+            "held_out_questions": HELD_OUT,
             "start": portrait(study, first),
             "rules": table,
         },
@@ -131,6 +142,23 @@ def train(study: Study, rule: str, seed: int) -> None:
         threads=study.threads,
     )
     print(f"{folder}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def examine(study: Study, rule: str, seed: int) -> float:
+    """Exact match of a trained model on more held-out questions than its evaluations had."""
+    folder = study.folder(rule, seed)
+    told = folder / "held_out.jsonl"
+    if not told.exists():
+        last = max((folder / "checkpoints").glob("step_*"))
+        _turnfast(
+            *("eval", study.recipe, "--model.path", str(last), "--out", str(told), *study.flags),
+            *("--train.eval-tasks", str(HELD_OUT), "--env.options.eval-tasks", str(HELD_OUT)),
+            log=folder / "held_out.log",
+            threads=study.threads,
+        )
+    right = _right(_rollouts(told))
+    assert right is not None  # every rollout has the figure
+    return right
 
 
 def _turnfast(*words: str, log: Path, threads: int | None = None) -> None:
@@ -222,8 +250,7 @@ def portrait(study: Study, run: list[dict]) -> dict:
         *(*study.flags, "--train.eval-tasks", "1024", "--out", str(drawn)),
         log=study.runs / "start.log",
     )
-    lines = drawn.read_text(encoding="utf-8").splitlines()
-    rollouts = [rollout for line in lines for rollout in json.loads(line)["rollouts"]]
+    rollouts = _rollouts(drawn)
     called = [r for r in rollouts if any(turn["tool_calls"] for turn in r["turns"])]
     silent = [r for r in rollouts if r not in called]
     return {
@@ -236,6 +263,11 @@ def portrait(study: Study, run: list[dict]) -> dict:
         "sampled/exact_match_without_a_call_popular": _right(silent, "exact_match_popular"),
         "sampled/exact_match_after_success": _right([r for r in called if r["tool_success"]]),
     }
+
+
+def _rollouts(path: Path) -> list[dict]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [rollout for line in lines for rollout in json.loads(line)["rollouts"]]
 
 
 def _right(rollouts: list[dict], name: str = "exact_match") -> float | None:
