@@ -58,24 +58,25 @@ def starts(record: dict[str, Any]) -> str:
 
 def hops(record: dict[str, Any]) -> str:
     rows = [
-        f"| `{rule}` | {row['exact_match_by_step']['10']:.2f} | {_spread(row['eval/exact_match'])} "
-        f"| {_spread(row['eval/tool_success'])} | {_spread(row['eval/turns'])} "
-        f"| {_steps(row['steps_to_80'])} |"
+        f"| `{rule}` | {_steps(row['steps_to_80'])} | {_spread(row['exact_match_over_run'])} "
+        f"| {_spread(row['held_out/exact_match'])} | {_spread(row['eval/tool_success'])} "
+        f"| {_spread(row['eval/turns'])} |"
         for rule, row in record["rules"].items()
     ]
     start = record["start"]
     run_s = fmean(row["seconds_per_step"] * row["steps"] for row in record["rules"].values())
     return "\n".join(
         [
-            "| rule | exact match at step 10 | at the end | tool success | turns used "
-            "| steps until exact match is 0.8 |",
+            "| rule | steps until exact match is 0.8 | exact match over the run | at the end "
+            "| tool success | turns used |",
             "|---|---|---|---|---|---|",
-            f"| the common start | | {start['eval/exact_match']:.2f} "
-            f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} | |",
+            f"| the common start | | | {start['eval/exact_match']:.2f} "
+            f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} |",
             *rows,
             "",
-            f"{_seeds(record)}; the last column per seed. The steps of a run take {run_s:.0f} s, "
-            f"two runs at a time. {_source(record)}",
+            f"{_seeds(record)}; the steps per seed, over the run the mean of all evaluations, at "
+            f"the end {record['held_out_questions']} held-out questions. "
+            f"The steps of a run take {run_s:.0f} s, two runs at a time. {_source(record)}",
             "",
             "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
         ]
