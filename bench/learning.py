@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,19 +130,28 @@ def warm_start(study: Study, *, seed: int = 0, threads: int | None = None) -> No
 
 
 def train(study: Study, rule: str, seed: int) -> None:
-    """One run, unless it is there already."""
+    """One run, unless it is there already; one that was stopped goes on."""
     folder = study.folder(rule, seed)
-    if (folder / "report.html").exists():
+    if _finished(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "held_out.jsonl").unlink(missing_ok=True)
     begin = time.perf_counter()
     _turnfast(
         *("train", study.recipe, "--run-dir", str(folder), "--model.path", str(study.model)),
         *(*study.flags, "--credit.rule", rule, "--train.seed", str(seed)),
+        *(("--resume",) if (folder / "checkpoints").exists() else ()),
         log=folder.with_suffix(".log"),
         threads=study.threads,
     )
     print(f"{folder}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _finished(folder: Path) -> bool:
+    if not (folder / "report.html").exists():  # which a run that is stopped writes, too
+        return False
+    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    return read_metrics(folder)[-1]["step"] == config["train"]["steps"]
 
 
 def examine(study: Study, rule: str, seed: int) -> float:
