@@ -22,6 +22,8 @@ LOOKS = (
     *(("#1f77d0", "o"), ("#e0842c", "s"), ("#b14fb0", "^"), ("#1a9c7c", "D"), ("#8c8c3a", "v")),
     *(("#6fb1e8", "<"), ("#c0392b", ">"), ("#6a5acd", "p"), ("#5fae57", "X"), ("#7f6a55", "P")),
 )
+LEGEND_COLUMNS = 6
+"""More names do not fit the figure's width: further ones begin another line."""
 TEXT = "#7c858f"
 """A grey that can be read on white and on the dark of code hosts alike."""
 SETTINGS: dict[Any, Any] = {
@@ -66,7 +68,8 @@ def learning_plot(runs: Mapping[str, Sequence[Path]], out: Path) -> Path:
                 _draw(axes, rule, spread_over_seeds(rule, paths, name), look)
             _dress(axes, title)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(runs), frameon=False)
+        columns = min(len(runs), LEGEND_COLUMNS)
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
         out.parent.mkdir(parents=True, exist_ok=True)
         # no date in the file: the same runs give the same bytes
         metadata = {"Date": None} if out.suffix == ".svg" else None
