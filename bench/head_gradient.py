@@ -12,7 +12,6 @@ Errors are of a few tokens of the same shape against float64, relative in norm.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from loss_head import DTYPES, GATE, GATE_TOKENS, make_data
 from loss_head_peers import CLIP, Data
-from timing import CLOCKS, arguments, finish, medians_s, peak_bytes, table
+from timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from torch import Tensor
 from turnfast.kernels import PolicyRule, turn_policy_loss
 
@@ -32,15 +31,9 @@ def main() -> None:
     parser.add_argument("--shapes", help="NxDxV, comma separated")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of bf16, fp16, fp32")
     parser.add_argument("--microbatches", type=int, default=2)
-    options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
-    device, clock = torch.device(options.device), CLOCKS[options.clock]
-    torch.set_num_threads(options.threads)
+    options, device, clock = begin(parser)
     rows: list[dict[str, Any]] = []
-    for text in (options.shapes or SHAPES[options.device]).split(","):
-        N, D, V = (int(n) for n in text.split("x"))
+    for N, D, V in sizes(options.shapes or SHAPES[options.device]):
         for dtype in options.dtypes.split(","):
             count = options.microbatches
             rows += bench_shape(N, D, V, dtype, count, device, options.rounds, clock)

@@ -10,7 +10,6 @@ in the same run over the time of the row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from loss_head import DTYPES, GATE, GATE_TOKENS, SHAPES, make_data
 from loss_head_peers import CHUNK, Data, picked
-from timing import CLOCKS, arguments, finish, medians_s, peak_bytes, table
+from timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from torch import Tensor
 from turnfast.kernels import linear_logprobs
 
@@ -30,16 +29,10 @@ def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--shapes", help="NxDxV, comma separated")
     parser.add_argument("--dtypes", help="of bf16, fp16, fp32, comma separated; CPU: fp32,bf16")
-    options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
-    device, clock = torch.device(options.device), CLOCKS[options.clock]
-    torch.set_num_threads(options.threads)
+    options, device, clock = begin(parser)
     dtypes = options.dtypes or {"cuda": "bf16", "cpu": "fp32,bf16"}[options.device]
     rows: list[dict[str, Any]] = []
-    for text in (options.shapes or SHAPES[options.device]).split(","):
-        N, D, V = (int(n) for n in text.split("x"))
+    for N, D, V in sizes(options.shapes or SHAPES[options.device]):
         for dtype in dtypes.split(","):
             rows += bench_shape(N, D, V, dtype, device, options.rounds, clock)
     finish("linear_logprobs", rows, options)

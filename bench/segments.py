@@ -10,12 +10,11 @@ reads 8 N and writes 4 N.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import CLOCKS, arguments, finish, medians_s, table
+from timing import arguments, begin, finish, medians_s, sizes
 from torch import Tensor
 from turnfast.kernels.segments import segment_broadcast, segment_sum
 
@@ -26,15 +25,9 @@ FLOOR = "floor: a copy of 12 N bytes"
 def main() -> None:
     parser = arguments(__doc__, rounds=20)
     parser.add_argument("--sizes", default=SIZES, help="NxK, comma separated")
-    options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
-        return
-    device, clock = torch.device(options.device), CLOCKS[options.clock]
-    torch.set_num_threads(options.threads)
+    options, device, clock = begin(parser)
     rows: list[dict[str, Any]] = []
-    for text in options.sizes.split(","):
-        N, K = (int(n) for n in text.split("x"))
+    for N, K in sizes(options.sizes):
         rows += bench_size(N, K, device, options.rounds, clock)
     finish("segments", rows, options)
 

@@ -116,6 +116,23 @@ def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
+def begin(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse.Namespace, torch.device, Callable[[], float]]:
+    """The options, the device and the clock; --table prints its file, and that is all."""
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        raise SystemExit
+    torch.set_num_threads(options.threads)
+    return options, torch.device(options.device), CLOCKS[options.clock]
+
+
+def sizes(text: str) -> list[tuple[int, ...]]:
+    """Numbers with an x between them, from a list with commas."""
+    return [tuple(int(n) for n in one.split("x")) for one in text.split(",")]
+
+
 def finish(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the rows as a table and save them under the name and the device."""
     record = {

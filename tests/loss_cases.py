@@ -108,6 +108,27 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
 
 def run(case: Case, impl: str, **options: object) -> tuple[PolicyLoss, Answer]:
     """turn_policy_loss of the case, with gradients."""
+    hidden, head, out = _backward(case, impl, options)
+    assert hidden.grad is not None and head.grad is not None
+    return out, Answer(
+        loss=out.loss.detach().double(),
+        d_hidden=hidden.grad.double(),
+        d_head=head.grad.double(),
+        logprobs=out.logprobs.double(),
+        entropies=out.entropies.double(),
+    )
+
+
+def onto(case: Case, impl: str, head_grad: Tensor, **options: object) -> Tensor:
+    """turn_policy_loss of the case onto a sum of head gradients; the gradient of hidden."""
+    hidden, head, _ = _backward(case, impl, {**options, "head_grad": head_grad})
+    assert head.grad is None and hidden.grad is not None
+    return hidden.grad.double()
+
+
+def _backward(
+    case: Case, impl: str, options: dict[str, object]
+) -> tuple[Tensor, Tensor, PolicyLoss]:
     hidden = case.hidden.detach().clone().requires_grad_()
     head = case.head.detach().clone().requires_grad_()
     out = turn_policy_loss(
@@ -129,14 +150,7 @@ def run(case: Case, impl: str, **options: object) -> tuple[PolicyLoss, Answer]:
         **options,  # type: ignore[arg-type]
     )
     out.loss.backward()
-    assert hidden.grad is not None and head.grad is not None
-    return out, Answer(
-        loss=out.loss.detach().double(),
-        d_hidden=hidden.grad.double(),
-        d_head=head.grad.double(),
-        logprobs=out.logprobs.double(),
-        entropies=out.entropies.double(),
-    )
+    return hidden, head, out
 
 
 def make_case(
@@ -210,29 +224,6 @@ def make_case(
         ref=near(0.3) if rule.kl_coef else None,
         sampler=near(0.5) if rule.is_cap is not None else None,
     )
-
-
-def onto(case: Case, impl: str, head_grad: Tensor, **options: object) -> Tensor:
-    """turn_policy_loss of the case onto a sum of head gradients; the gradient of hidden."""
-    hidden = case.hidden.detach().clone().requires_grad_()
-    head = case.head.detach().clone().requires_grad_()
-    out = turn_policy_loss(
-        hidden,
-        head,
-        case.rows,
-        case.targets,
-        case.turns,
-        case.advantages,
-        case.old,
-        weights=case.weights,
-        rule=case.rule,
-        impl=impl,
-        head_grad=head_grad,
-        **options,  # type: ignore[arg-type]
-    )
-    out.loss.backward()
-    assert head.grad is None and hidden.grad is not None
-    return hidden.grad.double()
 
 
 def microbatches(case: Case, count: int) -> list[Case]:

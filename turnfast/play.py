@@ -126,7 +126,7 @@ def _as(kind: type[Answer], value: object, what: str) -> Answer:
 
 def _messages(messages: Sequence[Message], what: str) -> Sequence[Message]:
     for message in messages:
-        if not isinstance(message, dict | Mapping) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise TypeError(
                 f"the environment's {what} gave the message {message!r:.60}; each is a mapping "
                 "with 'role' and 'content'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .base import Completion, Request, Sampler
@@ -33,21 +33,6 @@ class Usage:
     utilisation: float
     tail: float
     tool_wait: float
-
-
-class Playing:
-    """One rollout more, and one less when it ends."""
-
-    __slots__ = ("_count",)
-
-    def __init__(self, count: Callable[[int], None]) -> None:
-        self._count = count
-
-    def __enter__(self) -> None:
-        self._count(+1)
-
-    def __exit__(self, *_: object) -> None:
-        self._count(-1)
 
 
 class AwaitedSampler:
@@ -91,9 +76,14 @@ class AwaitedSampler:
     def num_playing(self) -> int:
         return self._num_playing
 
-    def playing(self) -> Playing:
+    @contextlib.contextmanager
+    def playing(self) -> Iterator[None]:
         """Around one rollout, from its first message to its end."""
-        return Playing(self._count)
+        self._count(+1)
+        try:
+            yield
+        finally:
+            self._count(-1)
 
     def wake(self) -> None:
         """End a wait of `advance`: something has happened."""
