@@ -1,14 +1,14 @@
 """What a training step spends outside model, loss and generation.
 
-    python bench/overhead.py --model runs/demo/warm-start/model [--recipe demo] [--steps 12]
+    python bench/overhead.py --model runs/demo/warm-start/model [--backends local,vllm] [--steps 12]
     python bench/overhead.py --random 24x896 --steps 4 --rollout.prompts-per-step 2
 
 A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
 Its metrics.jsonl splits every step into phases that add up to it; of `time/rollout` this script
-also measures what the sampler's own calls take. Generation is those calls, `time/train` is model,
-loss and optimizer. The rest is overhead: environment, chat and bookkeeping inside the rollout,
-credit, packing, weight sync, and logging. Tools run in threads of their own, beside the generation
-where there are two cores.
+also measures what the sampler's own calls take, to hand it a request and to step it. Generation is
+those calls, `time/train` is model, loss and optimizer. The rest is overhead: environment, chat and
+bookkeeping inside the rollout, credit, packing, weight sync, and logging. Tools run in threads of
+their own, beside the generation where there are two cores.
 
 `--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
 and earns nothing, so its steps are generation alone.
@@ -27,7 +27,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,7 @@ import turnfast.tools.deadline
 import turnfast.train
 from turnfast.metrics import read_metrics
 from turnfast.recipe import load_config
+from turnfast.sampler import Request
 from turnfast.signals import stop_on_signals
 from turnfast.stopwatch import Stopwatch
 from turnfast.tiny import write_tiny_model
@@ -54,6 +55,9 @@ class Watch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
+        self.clear()
+
+    def clear(self) -> None:
         self.sampler = self.tools = 0.0
         self.parameters = 0
         self.generation: list[float] = []
@@ -71,9 +75,15 @@ class Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    def submit(self, request: Request) -> None:
+        self._time(self._engine.submit, request)
+
     def step(self) -> Any:
+        return self._time(self._engine.step)
+
+    def _time(self, call: Callable[..., Any], *args: Any) -> Any:
         begin = self._watch.clock()
-        done = self._engine.step()
+        done = call(*args)
         self._watch.sampler += self._watch.clock() - begin
         return done
 
@@ -83,23 +93,45 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
     parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
-    parser.add_argument("--backend", default="auto", choices=["auto", "local", "vllm"])
+    parser.add_argument(
+        "--backends", default="auto", help="of auto, local, vllm; one after another"
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     options, fields = parser.parse_known_args()
     torch.set_num_threads(1)
+    seen = Watch(CLOCKS[options.clock])
+    watch(seen)
+    result: dict[str, Any] = {
+        "command": " ".join(["python bench/overhead.py", *sys.argv[1:]]),
+        "machine": platform.machine(),
+        "commit": commit(),
+        "clock": options.clock,
+        "backends": {},
+    }
+    with stop_on_signals() as stop:
+        for backend in options.backends.split(","):
+            seen.clear()
+            lines = trained(backend, options, fields, stop)
+            result["backends"][backend] = summarise(lines, seen, options.clock)
+    write(result, options.out)
+    print(json.dumps(result, indent=1))
+
+
+def trained(
+    backend: str, options: argparse.Namespace, fields: Sequence[str], stop: Callable[[], bool]
+) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl of a run's steps."""
     flags = {
-        "sampler.backend": options.backend,
+        "sampler.backend": backend,
         "train.steps": str(options.steps),
         "train.eval-every": "0",
         "train.eval-tasks": "1",
         "train.save-every": "0",
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    seen = Watch(CLOCKS[options.clock])
-    watch(seen)
-    with tempfile.TemporaryDirectory() as folder, stop_on_signals() as stop:
+    with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         config = load_config(options.recipe, [*words, *fields])
         model = options.model
@@ -110,10 +142,7 @@ def main() -> None:
             write_tiny_model(model, corpus, seed=0, layers=layers, width=width)
         config = load_config(options.recipe, [*words, "--model.path", str(model), *fields])
         turnfast.train.train(config, run_dir, should_stop=stop)
-        lines = [line for line in read_metrics(run_dir) if "time/step" in line]
-    result = summarise(lines, seen, options)
-    write(result, options.out)
-    print(json.dumps(result, indent=1))
+        return [line for line in read_metrics(run_dir) if "time/step" in line]
 
 
 def watch(seen: Watch) -> None:
@@ -153,16 +182,14 @@ def watch(seen: Watch) -> None:
     turnfast.tools.deadline._Call.run = call_timed  # type: ignore[method-assign]
 
 
-def summarise(
-    lines: list[dict[str, float]], seen: Watch, options: argparse.Namespace
-) -> dict[str, Any]:
+def summarise(lines: list[dict[str, float]], seen: Watch, clock: str) -> dict[str, Any]:
     columns = (lines, seen.generation, seen.tool_calls, seen.logging)
     steps = [
         {
             "generation": sampled,
             "train": line["time/train"],
             "rollout besides generation": line["time/rollout"] - sampled,
-            "tools": called if options.clock == "cpu" else 0.0,
+            "tools": called if clock == "cpu" else 0.0,
             "score": line["time/score"],
             "pack": line["time/pack"],
             "sync": line["time/sync"],
@@ -174,10 +201,6 @@ def summarise(
     shares = {name: median(step[name] / sum(step.values()) for step in steps) for name in steps[0]}
     work = {"generation", "train"}
     return {
-        "command": " ".join(["python bench/overhead.py", *sys.argv[1:]]),
-        "machine": platform.machine(),
-        "commit": commit(),
-        "clock": options.clock,
         "parameters": seen.parameters,
         "steps": len(steps),
         "rollouts": median(line["rollouts"] for line in lines[1:]),

@@ -136,18 +136,28 @@ def trl_step(record: dict[str, Any]) -> str:
 
 
 def overhead(record: dict[str, Any]) -> str:
-    shares = record["shares"]
-    small = sum(shares[name] for name in ("score", "pack", "other", "log"))
-    played = shares["rollout besides generation"] + shares["tools"]
-    return (
-        f"**{record['overhead']:.1%}** of a step of {record['step_s']:.2f} s with "
-        f"{record['rollouts']:.0f} rollouts and {record['tool_calls']:.0f} tool calls is neither "
-        f"model, loss nor generation. "
-        f"{played:.1%} are tools, environment, chat and bookkeeping of the rollouts, "
-        f"{shares['sync']:.1%} the sync of the weights, "
-        f"{small:.1%} credit, packing and logs. One thread, {record['clock']} time. "
-        f"From `{record['command']}`, commit `{record['commit']}`."
-    )
+    names = {"local": "plain torch, the trainer's own module", "vllm": "vLLM, a copy in process"}
+    lines = [
+        "| sampler | a step | neither model, loss nor generation | tools, environment, chat, "
+        "bookkeeping of the rollouts | weight sync | credit, packing, logs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for backend, each in record["backends"].items():
+        shares = each["shares"]
+        played = shares["rollout besides generation"] + shares["tools"]
+        small = sum(shares[name] for name in ("score", "pack", "other", "log"))
+        lines.append(
+            f"| {names.get(backend, backend)} | {each['step_s']:.2f} s "
+            f"| **{each['overhead']:.1%}** | {played:.1%} | {shares['sync']:.1%} | {small:.1%} |"
+        )
+    counts = next(iter(record["backends"].values()))
+    lines += [
+        "",
+        f"{counts['rollouts']:.0f} rollouts a step, about {counts['tool_calls']:.0f} tool calls, "
+        f"{counts['parameters'] / 1e6:.1f} M parameters. One thread, {record['clock']} time. "
+        f"From `{record['command']}`, commit `{record['commit']}`.",
+    ]
+    return "\n".join(lines)
 
 
 def rollout_stalls(record: dict[str, Any]) -> str:

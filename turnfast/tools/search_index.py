@@ -166,15 +166,20 @@ class SearchIndex:
         return tuple(hits)
 
     def _added(self, word: str) -> dict[int, float]:
-        """What a word adds to the score of each row that it is in."""
+        """What a word adds to the score of each row that it is in; not all of too many."""
         rows = self._fetch(
-            "SELECT rowid, -bm25(passages, ?, 1.0) FROM passages WHERE passages MATCH ?",
+            "SELECT rowid, -bm25(passages, ?, 1.0) FROM passages WHERE passages MATCH ? LIMIT ?",
             self._title_weight,
             match_expression((word,)),
+            MAX_HELD_PASSAGES + 1,
         )
         return dict(rows)
 
     def _count(self, word: str) -> int:
+        # most words that are new are rare: what they add is asked for next, and counts them too
+        added = self._held(word)
+        if len(added) <= MAX_HELD_PASSAGES:
+            return len(added)
         counted = "SELECT count(*) FROM passages WHERE passages MATCH ?"
         return self._fetch(counted, match_expression((word,)))[0][0]
 
