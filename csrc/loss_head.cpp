@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& w
   std::vector<double> sums(2 * workers * ld);
   std::vector<float> maxima(workers * ld);
   for_each_worker(workers, [&](int64_t w) {
-    const auto [begin, end] = range_of(k, head.V, w, workers);
+    const auto [begin, end] = range_of(k, head, w, workers);
     k.forward(head, chunk, begin, end, {scratch.data_ptr<float>() + w * scratch_floats},
               {&sums[2 * w * ld], &sums[(2 * w + 1) * ld], &maxima[w * ld], nullptr}, nullptr);
   });
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   chunk.d_head = {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0};
   chunk.first = first;
   const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
-  const int64_t d_x_floats = need_hidden ? round_up(C, k.rows) * width : 0;
+  const int64_t d_x_floats = need_hidden ? round_up(C, k.rows_of(head.type)) * width : 0;
   Tensor scratch = floats(workers * scratch_floats);
   Tensor partial = floats(workers * d_x_floats);
   std::vector<float*> d_x(workers, nullptr);
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   }
   std::vector<double> sums(workers * ld);
   for_each_worker(workers, [&](int64_t w) {
-    const auto [begin, end] = range_of(k, head.V, w, workers);
+    const auto [begin, end] = range_of(k, head, w, workers);
     k.backward(head, chunk, begin, end, {scratch.data_ptr<float>() + w * scratch_floats},
                &sums[w * ld], d_x[w]);
   });

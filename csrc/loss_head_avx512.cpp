@@ -11,6 +11,7 @@
 #define TURNFAST_ROWS 12
 #define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 0
+#define TURNFAST_AMX 0
 
 #include "loss_head_avx512.h"
 

@@ -94,7 +94,7 @@ struct BackwardChunk {
 struct Kernel {
   const char* name;
   int64_t lanes2;            // tokens or hidden columns per register tile
-  int64_t rows;              // broadcast rows per register tile
+  int64_t rows[3];           // broadcast rows per register tile, by type of the head
   int64_t bytes_per_exp[3];  // of E, by type of the head
   bool (*supported)();
 
@@ -131,9 +131,11 @@ struct Kernel {
   void (*patch)(const Head&, const void* x, const int32_t* columns, const float* patches, int64_t C,
                 int64_t begin, int64_t end, float* d_x, const HeadGradient& d_head);
   void (*exp)(const float* x, int64_t n, float* out);
+
+  int64_t rows_of(Type type) const { return rows[static_cast<int>(type)]; }
 };
 
-extern const Kernel kAvx512Bf16, kAvx512, kAvx2, kPortable;
+extern const Kernel kAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

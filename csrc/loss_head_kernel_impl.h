@@ -3,7 +3,9 @@
 //   TURNFAST_LANES   floats per vector
 //   TURNFAST_ROWS    broadcast rows per register tile
 //   TURNFAST_AVX512  1: loss_head_avx512.h is included
-//   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`dot_pairs`, `narrow` are defined)
+//   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`narrow` is defined)
+//   TURNFAST_AMX     1: of whole tiles (`TileShapes`, `multiply_tiles`, `transpose` are defined);
+//                    0: of vectors (`dot_pairs` is defined)
 //
 // "Unit" below is 4 bytes: one float, or a pair of bf16 that lie next to each other along the
 // summed index. With units, the float and the bf16 products are the same loop.
@@ -218,7 +220,14 @@ TF_INLINE bool use_pairs(const Head& head) {
 
 // --- the register tile ---------------------------------------------------------------------------
 
+// A product's register tile: kRows broadcast rows by NR lanes. Its rows lie along k in memory but
+// for G in the d-hidden product, where kGAlongK says so. Shapes is what lives during products.
+struct NoShapes {};
+
 struct MulFloat {
+  using Shapes = NoShapes;
+  static constexpr int kRows = MR;
+  static constexpr bool kInRegisters = true, kGAlongK = false;
   static TF_INLINE F add(uint32_t a, F b, F c) {
     float x;
     __builtin_memcpy(&x, &a, 4);
@@ -226,24 +235,35 @@ struct MulFloat {
   }
 };
 
-#if TURNFAST_PAIRS
+#if TURNFAST_AMX
 struct MulPairs {
+  using Shapes = TileShapes;
+  static constexpr int kRows = 32;
+  static constexpr bool kInRegisters = false, kGAlongK = true;
+};
+#elif TURNFAST_PAIRS
+struct MulPairs : MulFloat {
   static TF_INLINE F add(uint32_t a, F b, F c) { return dot_pairs(a, b, c); }
 };
 #else
 using MulPairs = MulFloat;
 #endif
+static_assert(kBlock % MulPairs::kRows == 0);
 
-// acc[i][lane] = sum_k a(i, k) b(k, lane) for MR rows; a(i, k) = a[i * ld + k] with kAlongK, else
+// acc[i][lane] = sum_k a(i, k) b(k, lane) for all rows; a(i, k) = a[i * ld + k] with kAlongK, else
 // a[i + k * ld]; b is a packed panel [k][NR].
 template <class Mul, bool kAlongK>
-TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k, F (&acc)[MR][2]) {
+  requires Mul::kInRegisters
+TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k,
+                        F (&acc)[Mul::kRows][2]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Mul::kRows; ++i) acc[i][0] = acc[i][1] = F{};
   for (int64_t step = 0; step < k; ++step) {
     const F b0 = load(b);
     const F b1 = load(b + L);
     b += NR;
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < Mul::kRows; ++i) {
       const uint32_t x = kAlongK ? a[i * ld] : a[i];
       acc[i][0] = Mul::add(x, b0, acc[i][0]);
       acc[i][1] = Mul::add(x, b1, acc[i][1]);
@@ -252,22 +272,31 @@ TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k
   }
 }
 
+#if TURNFAST_AMX
+template <class Mul, bool kAlongK>
+  requires(!Mul::kInRegisters && kAlongK)
+TF_INLINE void multiply(const uint32_t* a, int64_t ld, const float* b, int64_t k,
+                        F (&acc)[Mul::kRows][2]) {
+  multiply_tiles(a, ld, b, k, acc);
+}
+#endif
+
 // c[i][lane] (+)= the tile. What is there is added last: sums over the vocabulary then have two
 // levels, and their error grows with the number of blocks instead of the number of terms.
 template <class Mul, bool kAlongK>
 __attribute__((noinline)) void tile(const uint32_t* a, int64_t ld, const float* b, int64_t k,
                                     float* c, int64_t ldc, bool add) {
-  F acc[MR][2]{};
+  F acc[Mul::kRows][2];
   multiply<Mul, kAlongK>(a, ld, b, k, acc);
   if (add) {
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < Mul::kRows; ++i) {
       acc[i][0] += load(c + i * ldc);
       acc[i][1] += load(c + i * ldc + L);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < Mul::kRows; ++i) {
     store(c + i * ldc, acc[i][0]);
     store(c + i * ldc + L, acc[i][1]);
   }
@@ -275,7 +304,11 @@ __attribute__((noinline)) void tile(const uint32_t* a, int64_t ld, const float* 
 
 // --- packing -------------------------------------------------------------------------------------
 
-int64_t units(const Head& head, int64_t n) { return use_pairs(head) ? (n + 1) / 2 : n; }
+// Units along a summed index, zeros behind the last: tiles take 16 at a time.
+int64_t units(const Head& head, int64_t n) {
+  if (!use_pairs(head)) return n;
+  return round_up((n + 1) / 2, TURNFAST_AMX ? 16 : 1);
+}
 
 int64_t panel_bytes(const Head& head, int64_t C, bool scaled) {
   const int64_t k = scaled ? units(head, C) : units(head, head.D);
@@ -300,10 +333,10 @@ void pack_tokens(const Head& head, const void* x, int64_t C, int64_t begin, int6
       if (pairs || head.type == Type::kFloat) {
         const int64_t whole = pairs ? head.D / 2 : head.D;
         for (int64_t i = 0; i < whole; ++i) __builtin_memcpy(panel + i * NR + lane, row + 4 * i, 4);
-        if (whole < k) {
-          uint16_t last;
-          __builtin_memcpy(&last, row + 4 * whole, 2);
-          panel[whole * NR + lane] = last;
+        for (int64_t i = whole; i < k; ++i) {
+          uint16_t last = 0;
+          if (2 * i < head.D) __builtin_memcpy(&last, row + 4 * i, 2);
+          panel[i * NR + lane] = last;
         }
         continue;
       }
@@ -347,14 +380,14 @@ void pack_weight(const Head& head, int64_t v, int64_t n, float* out) {
   const int64_t k = units(head, n);
   const int64_t panels = round_up(head.D, NR) / NR;
   for (int64_t i = 0; i < k; ++i) {
-    const int64_t v0 = v + (use_pairs(head) ? 2 * i : i);
-    const char* row = at(head.weight, head.type, v0 * head.D);
-    const bool lone = 2 * i + 1 >= n;
+    const int64_t first = use_pairs(head) ? 2 * i : i;
+    const char* row = at(head.weight, head.type, (v + first) * head.D);
+    const bool none = first >= n, lone = first + 1 >= n;
     for (int64_t j = 0; j < panels; ++j) {
       for (int64_t lane = 0; lane < NR; lane += L) {
         const int64_t d = j * NR + lane;
         float* to = out + (j * k + i) * NR + lane;
-        if (d >= head.D) {
+        if (none || d >= head.D) {
           store(to, F{});
         } else if (!use_pairs(head)) {
           store(to, load_some(row + d * bytes(head.type), head.type, head.D - d));
@@ -369,16 +402,17 @@ void pack_weight(const Head& head, int64_t v, int64_t n, float* out) {
   }
 }
 
-// Rows [v, v + MR) as broadcast rows: in place where their memory has the right form, else a copy
+// Rows [v, v + count) as broadcast rows: in place where their memory has the right form, else a copy
 // with zero rows past `end`.
-const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t end, float* copy, int64_t* ld) {
+const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t count, int64_t end, float* copy,
+                               int64_t* ld) {
   const bool pairs = use_pairs(head);
-  const bool in_place = pairs ? head.D % 2 == 0 : head.type == Type::kFloat;
   *ld = units(head, head.D);
-  if (in_place && v + MR <= end) {
+  const bool in_place = pairs ? head.D == 2 * *ld : head.type == Type::kFloat;
+  if (in_place && v + count <= end) {
     return reinterpret_cast<const uint32_t*>(at(head.weight, head.type, v * head.D));
   }
-  for (int64_t i = 0; i < MR; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     float* to = copy + i * *ld;
     if (v + i >= end) {
       for (int64_t d = 0; d < *ld; ++d) to[d] = 0.0f;
@@ -386,7 +420,7 @@ const uint32_t* broadcast_rows(const Head& head, int64_t v, int64_t end, float* 
     }
     const char* row = at(head.weight, head.type, (v + i) * head.D);
     if (pairs) {
-      to[*ld - 1] = 0.0f;
+      for (int64_t d = head.D / 2; d < *ld; ++d) to[d] = 0.0f;
       __builtin_memcpy(to, row, 2 * head.D);
       continue;
     }
@@ -410,9 +444,10 @@ int64_t block_rows(const Head& head, int64_t C) {
 
 // Rows of dW that are summed over a chunk's tokens before they go to memory: a panel of tokens is
 // read once per tile of them.
-constexpr int kStrip = 4 * MR;
+template <class Mul>
+constexpr int kStrip = Mul::kInRegisters ? 4 * Mul::kRows : 2 * Mul::kRows;
 
-// Of one worker, in floats. rows: MR rows of W on the way in, kStrip of dW on the way out. sums:
+// Of one worker, in floats. rows: those of W on the way in, kStrip of dW on the way out. sums:
 // four of the tokens. weight: the packed block of W. g_rows, g_pairs: G of the block in both forms.
 struct Layout {
   int64_t rows, sums, weight, g_rows, g_pairs, end;
@@ -423,7 +458,7 @@ Layout layout(const Head& head, int64_t C) {
   const int64_t ld = round_up(C, NR);
   const int64_t rows = block_rows(head, C);
   Layout at{};
-  at.sums = at.rows + kStrip * width;
+  at.sums = at.rows + (use_pairs(head) ? kStrip<MulPairs> : kStrip<MulFloat>)*width;
   at.weight = at.sums + 4 * ld;
   at.g_rows = at.weight + units(head, rows) * width;
   at.g_pairs = at.g_rows + rows * ld + NR;
@@ -451,7 +486,8 @@ TF_INLINE F coefficient(const Head& head, const BackwardChunk& chunk, F e, int64
 }
 
 // G of `n` vocabulary rows in the two forms that the products take:
-// rows: [n][ld], broadcast along tokens; pairs: [units of n][ld], broadcast along the vocabulary.
+// rows: [n][ld], broadcast along tokens; pairs: broadcast along the vocabulary, [units of n][ld] or,
+// for tiles, [ld][units of n].
 struct Gradient {
   const uint32_t* rows;
   const uint32_t* pairs;
@@ -485,20 +521,44 @@ TF_INLINE H pair_half(const Head& head, const BackwardChunk* transform, const ui
   return bits;
 }
 
+// The pair of rows i and i + 1 of G at the tokens from t on.
+TF_INLINE U pair(const Head& head, const BackwardChunk* transform, const uint16_t* e, uint16_t* g,
+                 int64_t ld, int64_t n, int64_t i, int64_t t) {
+  if (i >= n) return U{};
+  const U low = from_halves(pair_half(head, transform, e, g, i * ld + t, t));
+  if (i + 1 >= n) return low;
+  return low | (from_halves(pair_half(head, transform, e, g, (i + 1) * ld + t, t)) << 16);
+}
+
+TF_INLINE void add_pair(float* sums, U both) {
+  store(sums, load(sums) + (as_float(both << 16) + as_float(both & 0xffff0000u)));
+}
+
 Gradient prepare_pairs(const Head& head, const BackwardChunk* transform, const uint16_t* e,
                        int64_t ld, int64_t n, float* rows, float* pairs, float* sums) {
   auto* g = reinterpret_cast<uint16_t*>(rows);
-  for (int64_t i = 0; i < n; i += 2) {
+#if TURNFAST_AMX
+  const int64_t k = units(head, n);
+  for (int64_t unit = 0; unit < k; unit += L) {
     for (int64_t t = 0; t < ld; t += L) {
-      const U low = from_halves(pair_half(head, transform, e, g, i * ld + t, t));
-      U high{};
-      if (i + 1 < n) {
-        high = from_halves(pair_half(head, transform, e, g, (i + 1) * ld + t, t)) << 16;
+      U block[L];
+      for (int64_t i = 0; i < L; ++i) {
+        block[i] = pair(head, transform, e, g, ld, n, 2 * (unit + i), t);
+        add_pair(sums + t, block[i]);
       }
-      store(pairs + i / 2 * ld + t, as_float(low | high));
-      store(sums + t, load(sums + t) + (as_float(low << 16) + as_float(high)));
+      transpose(block);
+      for (int64_t i = 0; i < L; ++i) store(pairs + (t + i) * k + unit, as_float(block[i]));
     }
   }
+#else
+  for (int64_t i = 0; i < n; i += 2) {
+    for (int64_t t = 0; t < ld; t += L) {
+      const U both = pair(head, transform, e, g, ld, n, i, t);
+      store(pairs + i / 2 * ld + t, as_float(both));
+      add_pair(sums + t, both);
+    }
+  }
+#endif
   return {reinterpret_cast<const uint32_t*>(transform != nullptr ? g : e),
           reinterpret_cast<const uint32_t*>(pairs)};
 }
@@ -515,32 +575,25 @@ Gradient prepare(const Head& head, const BackwardChunk* transform, const void* e
 
 // --- G @ W ---------------------------------------------------------------------------------------
 
-template <class Mul>
-void add_tiles(const Head& head, int64_t C, const uint32_t* g, const float* weight, int64_t k,
-               bool add, float* d_x) {
-  const int64_t width = round_up(head.D, NR), ld = round_up(C, NR);
+// d_x (+)= G @ W over vocabulary rows [v, v + n).
+template <class Mul, bool kPairs>
+void add_d_x(const Head& head, int64_t C, const Gradient& g, int64_t v, int64_t n, bool add,
+             float* weight, float* d_x) {
+  pack_weight(head, v, n, weight);
+  const int64_t k = units(head, n), width = round_up(head.D, NR);
+  const int64_t ld = Mul::kGAlongK ? k : round_up(C, NR);
   // G's few lines per tile stay in the first-level cache while the packed weight streams by.
-  for (int64_t n = 0; n < C; n += MR) {
+  for (int64_t t = 0; t < C; t += Mul::kRows) {
+    const uint32_t* rows = (kPairs ? g.pairs : g.rows) + t * (Mul::kGAlongK ? ld : 1);
     for (int64_t j = 0; j < width; j += NR) {
-      tile<Mul, false>(g + n, ld, weight + j * k, k, d_x + n * width + j, width, add);
+      tile<Mul, Mul::kGAlongK>(rows, ld, weight + j * k, k, d_x + t * width + j, width, add);
     }
   }
 }
 
-// d_x (+)= G @ W over vocabulary rows [v, v + n).
-void add_d_x(const Head& head, int64_t C, const Gradient& g, int64_t v, int64_t n, bool add,
-             float* weight, float* d_x) {
-  pack_weight(head, v, n, weight);
-  const int64_t k = units(head, n);
-  if (use_pairs(head)) {
-    add_tiles<MulPairs>(head, C, g.pairs, weight, k, add, d_x);
-  } else {
-    add_tiles<MulFloat>(head, C, g.rows, weight, k, add, d_x);
-  }
-}
-
 void clear_d_x(const Head& head, int64_t C, float* d_x) {
-  const int64_t size = round_up(C, MR) * round_up(head.D, NR);
+  const int64_t rows = use_pairs(head) ? MulPairs::kRows : MulFloat::kRows;
+  const int64_t size = round_up(C, rows) * round_up(head.D, NR);
   for (int64_t i = 0; i < size; ++i) d_x[i] = 0.0f;
 }
 
@@ -558,17 +611,19 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
                                             const uint32_t* a, int64_t lda, const float* b,
                                             int64_t k, int64_t v, int64_t rows, int64_t n,
                                             char* e_rows, float* sums) {
-  // Out of registers at once: indexing the accumulators by a loop variable would keep them in
-  // memory during the product, too.
-  F z[MR][2];
-  {
-    F acc[MR][2]{};
+  F z[Mul::kRows][2];
+  if constexpr (Mul::kInRegisters) {
+    // Out of registers at once: indexing the accumulators by a loop variable would keep them in
+    // memory during the product, too.
+    F acc[Mul::kRows][2];
     multiply<Mul, true>(a, lda, b, k, acc);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < Mul::kRows; ++i) {
       z[i][0] = acc[i][0];
       z[i][1] = acc[i][1];
     }
+  } else {
+    multiply<Mul, true>(a, lda, b, k, z);
   }
   for (int half = 0; half < 2; ++half) {
     const int64_t lane = n + half * L;
@@ -599,6 +654,8 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
 template <class Mul, bool kPairs>
 void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
                 Scratch scratch, ForwardSums out, float* d_x) {
+  constexpr int64_t kRows = Mul::kRows;
+  [[maybe_unused]] const typename Mul::Shapes shapes;
   const Layout layout_of = layout(head, chunk.C);
   float* sums = scratch.base + layout_of.sums;
   const int64_t k = units(head, head.D), ld = chunk.ld, row_bytes = ld * (kPairs ? 2 : 4);
@@ -619,13 +676,13 @@ void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int6
     }
     // Float sums within a block, double across blocks: the error does not grow with V.
     for (int64_t n = 0; n < 2 * ld; ++n) sums[n] = 0.0f;
-    for (int64_t v = block; v < stop; v += MR) {
+    for (int64_t v = block; v < stop; v += kRows) {
       int64_t lda;
-      const uint32_t* a = broadcast_rows(head, v, stop, scratch.base, &lda);
-      const int64_t rows = stop - v < MR ? stop - v : MR;
-      const int64_t next = end - v - MR < MR ? (end - v > MR ? end - v - MR : 0) : MR;
+      const uint32_t* a = broadcast_rows(head, v, kRows, stop, scratch.base, &lda);
+      const int64_t rows = stop - v < kRows ? stop - v : kRows, behind = end - v - rows;
+      const int64_t next = behind < kRows ? behind : kRows;
       for (int64_t n = 0; n < ld; n += NR) {
-        prefetch_part(at(head.weight, head.type, (v + MR) * head.D),
+        prefetch_part(at(head.weight, head.type, (v + kRows) * head.D),
                       next * head.D * bytes(head.type), n / NR, ld / NR);
         const float* b = static_cast<const float*>(chunk.x_panels) + n * k;
         forward_tile<Mul, kPairs>(head, chunk, a, lda, b, k, v, rows, n,
@@ -641,8 +698,8 @@ void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int6
     for (int64_t n = 0; n < ld; ++n) kept[n] = 0.0f;
     const Gradient g = prepare(head, nullptr, e, ld, stop - block, scratch.base, layout_of, kept);
     for (int64_t n = 0; n < ld; ++n) out.kept[n] += kept[n];
-    add_d_x(head, chunk.C, g, block, stop - block, block > begin, scratch.base + layout_of.weight,
-            d_x);
+    add_d_x<Mul, kPairs>(head, chunk.C, g, block, stop - block, block > begin,
+                         scratch.base + layout_of.weight, d_x);
   }
   for (int64_t n = 0; n < ld; ++n) out.max[n] = sums[2 * ld + n];
 }
@@ -680,6 +737,7 @@ void prefetch_gradient(const Head& head, const HeadGradient& g, int64_t begin, i
 template <class Mul>
 void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g, int64_t ldg,
                  int64_t v, int64_t n, int64_t ahead, float* strip) {
+  constexpr int64_t kStrip = turnfast::TURNFAST_ISA::kStrip<Mul>, kRows = Mul::kRows;
   const int64_t width = round_up(head.D, NR);
   const int64_t k = units(head, chunk.C);
   const auto* x = static_cast<const float*>(chunk.x_panels);
@@ -688,10 +746,10 @@ void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g
     const int64_t stop = n - top < kStrip ? n : top + kStrip;
     const int64_t next = n + ahead - stop < kStrip ? n + ahead - stop : kStrip;
     for (int64_t j = 0; j < width; j += NR) {
-      for (int64_t row = top; row < stop; row += MR) {
-        const int64_t end = row + MR < stop ? row + MR : stop;
+      for (int64_t row = top; row < stop; row += kRows) {
+        const int64_t end = row + kRows < stop ? row + kRows : stop;
         prefetch_part(reinterpret_cast<const char*>(g + stop * ldg), next * ldg * 4,
-                      j / NR * (kStrip / MR) + (row - top) / MR, width / NR * (kStrip / MR));
+                      j / NR * (kStrip / kRows) + (row - top) / kRows, width / NR * (kStrip / kRows));
         if (!chunk.first) prefetch_gradient(head, chunk.d_head, v + row, v + end, j);
         tile<Mul, true>(g + row * ldg, ldg, x + j * k, k, strip + (row - top) * width + j, width,
                         false);
@@ -706,12 +764,14 @@ void make_d_head(const Head& head, const BackwardChunk& chunk, const uint32_t* g
   }
 }
 
-void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
-              Scratch scratch, double* g_sums, float* d_x) {
+template <class Mul, bool kPairs>
+void backward_as(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
+                 Scratch scratch, double* g_sums, float* d_x) {
+  [[maybe_unused]] const typename Mul::Shapes shapes;
   const Layout layout_of = layout(head, chunk.C);
   float* sums = scratch.base + layout_of.sums;
-  const bool pairs = use_pairs(head), plain = g_sums == nullptr;
-  const int64_t row_bytes = chunk.ld * (pairs ? 2 : 4);
+  const bool plain = g_sums == nullptr;
+  const int64_t row_bytes = chunk.ld * (kPairs ? 2 : 4);
   if (!plain) {
     for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] = 0.0;
   }
@@ -728,15 +788,20 @@ void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64
       for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] += sums[t];
     }
     if (d_x != nullptr) {
-      add_d_x(head, chunk.C, g, v, n, v > begin, scratch.base + layout_of.weight, d_x);
+      add_d_x<Mul, kPairs>(head, chunk.C, g, v, n, v > begin, scratch.base + layout_of.weight, d_x);
     }
     if (!chunk.d_head.wanted()) continue;
     const int64_t ahead = plain ? end - v - n : 0;
-    if (pairs) {
-      make_d_head<MulPairs>(head, chunk, g.rows, chunk.ld / 2, v, n, ahead, scratch.base);
-    } else {
-      make_d_head<MulFloat>(head, chunk, g.rows, chunk.ld, v, n, ahead, scratch.base);
-    }
+    make_d_head<Mul>(head, chunk, g.rows, chunk.ld / (kPairs ? 2 : 1), v, n, ahead, scratch.base);
+  }
+}
+
+void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
+              Scratch scratch, double* g_sums, float* d_x) {
+  if (use_pairs(head)) {
+    backward_as<MulPairs, true>(head, chunk, begin, end, scratch, g_sums, d_x);
+  } else {
+    backward_as<MulFloat, false>(head, chunk, begin, end, scratch, g_sums, d_x);
   }
 }
 
@@ -828,14 +893,22 @@ void exp_all(const float* x, int64_t n, float* out) {
 // Constant, so that loading the library runs no instruction of this set.
 constexpr Kernel table(const char* name, bool (*supported)()) {
   const int64_t bf16_bytes = TURNFAST_PAIRS ? 2 : 4;
-  return {name,        NR,
-          MR,          {4, bf16_bytes, 4},
-          supported,   scratch_floats,
-          panel_bytes, pack_tokens,
-          pack_scaled, pick,
-          forward,     backward,
-          finish_d_x,  scatter_d_x,
-          patch,       exp_all};
+  return {name,
+          NR,
+          {MR, MulPairs::kRows, MR},
+          {4, bf16_bytes, 4},
+          supported,
+          scratch_floats,
+          panel_bytes,
+          pack_tokens,
+          pack_scaled,
+          pick,
+          forward,
+          backward,
+          finish_d_x,
+          scatter_d_x,
+          patch,
+          exp_all};
 }
 
 }  // namespace turnfast::TURNFAST_ISA

@@ -7,6 +7,7 @@
 #define TURNFAST_ROWS 6
 #define TURNFAST_AVX512 0
 #define TURNFAST_PAIRS 0
+#define TURNFAST_AMX 0
 
 #include "loss_head_kernel_impl.h"
 

@@ -21,7 +21,7 @@ namespace turnfast {
 
 inline const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16, &kAvx512, &kAvx2,
+    &kAmx, &kAvx512Bf16, &kAvx512, &kAvx2,
 #endif
     &kPortable};
 
@@ -72,7 +72,7 @@ inline void check_floats(const char* name, const at::Tensor& tensor, at::IntArra
 
 inline int64_t exps_bytes(const Kernel& k, Type type, int64_t V, int64_t C) {
   // The d-hidden tile may read up to `rows` tokens past the last row of E.
-  const int64_t elements = round_up(V, kBlock) * round_up(C, k.lanes2) + k.rows;
+  const int64_t elements = round_up(V, kBlock) * round_up(C, k.lanes2) + k.rows_of(type);
   return elements * k.bytes_per_exp[static_cast<int>(type)];
 }
 
@@ -96,16 +96,16 @@ struct Range {
 // sizes and the thread count alone, as the order of sums does.
 inline int64_t count_workers(const Kernel& k, const Head& head, int64_t C) {
   const int64_t by_work = C * head.V * head.D >> 18;
-  const int64_t most = std::min(head.V / k.rows, by_work);
+  const int64_t most = std::min(head.V / k.rows_of(head.type), by_work);
   return std::clamp<int64_t>(most, 1, at::get_num_threads());
 }
 
 // Items per thread at least, for loops over items of so many elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, (1 << 15) / elements); }
 
-inline Range range_of(const Kernel& k, int64_t V, int64_t worker, int64_t workers) {
-  const int64_t tiles = round_up(V, k.rows) / k.rows;
-  const auto edge = [&](int64_t w) { return std::min(V, tiles * w / workers * k.rows); };
+inline Range range_of(const Kernel& k, const Head& head, int64_t worker, int64_t workers) {
+  const int64_t rows = k.rows_of(head.type), tiles = round_up(head.V, rows) / rows;
+  const auto edge = [&](int64_t w) { return std::min(head.V, tiles * w / workers * rows); };
   return {edge(worker), edge(worker + 1)};
 }
 

@@ -132,7 +132,7 @@ class Pass {
         {&panels_, k_.panel_bytes(head_, tokens, false)},
         {&scaled_, needs_.head ? k_.panel_bytes(head_, tokens, true) : 0},
         {&scratch_, 4 * threads * k_.scratch_floats(head_, tokens)},
-        {&d_x_, needs_.hidden ? 4 * threads * round_up(tokens, k_.rows) * width : 0},
+        {&d_x_, needs_.hidden ? 4 * threads * round_up(tokens, k_.rows_of(head_.type)) * width : 0},
         {&exps_, small ? exps : 0}};
     int64_t total = 0;
     for (const auto& [place, bytes] : places) total += round_up(bytes, 64);
@@ -198,7 +198,7 @@ class Pass {
     const bool with_sums = !fused();
     if (needs_.head || with_sums) {
       for_each_worker(workers_, [&](int64_t w) {
-        const auto [begin, end] = range_of(k_, head_.V, w, workers_);
+        const auto [begin, end] = range_of(k_, head_, w, workers_);
         k_.backward(head_, chunk, begin, end, scratch(w), with_sums ? kept(w) : nullptr,
                     with_sums ? d_x(w) : nullptr);
       });
@@ -244,7 +244,7 @@ class Pass {
   }
   float* d_x(int64_t w) const {
     if (!needs_.hidden) return nullptr;
-    const int64_t floats = round_up(C_, k_.rows) * round_up(head_.D, k_.lanes2);
+    const int64_t floats = round_up(C_, k_.rows_of(head_.type)) * round_up(head_.D, k_.lanes2);
     return reinterpret_cast<float*>(d_x_) + w * floats;
   }
   double* sum(int64_t w) { return &partial_sums_[3 * w * ld_]; }
@@ -260,7 +260,7 @@ class Pass {
                              anchors_.data(),
                              stored ? exps_ : nullptr};
     for_each_worker(workers_, [&](int64_t w) {
-      const auto [begin, end] = range_of(k_, head_.V, w, workers_);
+      const auto [begin, end] = range_of(k_, head_, w, workers_);
       k_.forward(head_, chunk, begin, end, scratch(w),
                  {sum(w), dot(w), &partial_max_[w * ld_], product ? kept(w) : nullptr},
                  product ? d_x(w) : nullptr);
