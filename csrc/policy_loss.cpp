@@ -31,7 +31,7 @@ using at::Tensor;
 // kHidingTokens hide that traffic. E stays within kLargeBytes, a fraction of a large head; where
 // more tokens fit into kSmallBytes, a core's cache, they make the steps in between few.
 constexpr int64_t kHidingTokens = 384, kMaxTokens = 2304, kStep = 96;
-constexpr int64_t kSmallBytes = 1 << 20, kLargeBytes = 96 << 20;
+constexpr int64_t kSmallBytes = 1 << 20, kLargeBytes = 128 << 20;
 // Above this, sums of exponentials anchored at the target come near the end of float32.
 constexpr float kAnchorLimit = 60.0f;
 // Tokens of the padding are anchored so high that their exponentials vanish.
