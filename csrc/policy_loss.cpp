@@ -28,10 +28,16 @@ namespace {
 using at::Tensor;
 
 // Tokens per chunk. A chunk reads W and dW and writes dW, 6 C flops for each of their elements:
-// kHidingTokens hide that traffic. E stays within kLargeBytes, a fraction of a large head; where
-// more tokens fit into kSmallBytes, a core's cache, they make the steps in between few.
+// kHidingTokens hide that traffic. E of a large head is limited so that all memory stays within a
+// quarter of what PyTorch takes (bench/loss_head.py); where more tokens fit into kSmallBytes, a
+// core's cache, they make the steps in between few.
 constexpr int64_t kHidingTokens = 384, kMaxTokens = 2304, kStep = 96;
-constexpr int64_t kSmallBytes = 1 << 20, kLargeBytes = 128 << 20;
+constexpr int64_t kSmallBytes = 1 << 20;
+
+constexpr int64_t large_bytes(Type type) {
+  return (type == Type::kBFloat16 ? int64_t{128} : int64_t{96}) << 20;
+}
+
 // Above this, sums of exponentials anchored at the target come near the end of float32.
 constexpr float kAnchorLimit = 60.0f;
 // Tokens of the padding are anchored so high that their exponentials vanish.
@@ -114,7 +120,7 @@ class Pass {
   int64_t chunk_tokens() const {
     if (!keeps_exps()) return kHidingTokens;
     const int64_t step_bytes = exps_bytes(k_, head_.type, head_.V, kStep);
-    const int64_t hiding = std::min(kHidingTokens / kStep, kLargeBytes / step_bytes);
+    const int64_t hiding = std::min(kHidingTokens / kStep, large_bytes(head_.type) / step_bytes);
     const int64_t steps = std::max({int64_t{1}, hiding, kSmallBytes / step_bytes});
     return std::min(kMaxTokens, steps * kStep);
   }

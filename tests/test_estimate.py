@@ -133,6 +133,10 @@ def test_every_family_is_counted(architecture, tmp_path):
     assert 2 * low.optimizer == found.optimizer
     half = estimate(build_config(recipe(tmp_path, model={"dtype": "bfloat16"})))
     assert half.weights < 0.6 * found.weights and half.optimizer == 12 * found.parameters
+    # the head's are summed in float32, and counted with the loss
+    head = model.get_output_embeddings().weight.numel()
+    assert half.gradients == 2 * (found.parameters - head)
+    assert half.loss_head == found.loss_head + 4 * head
     frozen = estimate(build_config(recipe(tmp_path, model={"freeze_head": True})))
     assert frozen.gradients < found.gradients
 

@@ -99,8 +99,8 @@ def estimate(config: Config) -> Estimate:
     tokens = config.train.tokens_per_microbatch
     V, D = head.shape
     chunk = min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens)
-    # a float32 head adds to its gradient in place, a narrower one to a float32 sum beside it
-    head_gradient = masters * V * D if head.requires_grad else 0
+    # a float32 head adds to its gradient in place, a narrower one to a float32 sum instead
+    summed = V * D if masters and head.requires_grad else 0
     sampler, sequences, cache = _cache(config, architecture, dtype, device)
     return Estimate(
         architecture=type(model).__name__,
@@ -109,10 +109,10 @@ def estimate(config: Config) -> Estimate:
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=tokens,
         weights=(_size(model.parameters()) + _size(model.buffers())) * copies,
-        gradients=trained * dtype.itemsize,
+        gradients=(trained - summed) * dtype.itemsize,
         optimizer=int(trained * (masters + 2 * BYTES[config.optim.state])),
         activations=_activations(model, config, device),
-        loss_head=chunk + head_gradient + 4 * D * tokens,
+        loss_head=chunk + 4 * summed + 4 * D * tokens,
         sampler=sampler,
         sequences=sequences,
         cache=cache,
