@@ -30,11 +30,6 @@
 namespace turnfast::amx {
 namespace {
 
-// To bf16, rounded to nearest even.
-inline __attribute__((always_inline)) HalfLanes narrow(Lanes x) {
-  return (HalfLanes)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
-}
-
 // What the tile registers hold while this lives: 16 rows of 64 bytes each.
 class TileShapes {
  public:
@@ -148,7 +143,14 @@ extern constinit const Kernel kAmx = amx::table("amx", [] {
 namespace turnfast {
 
 // A compiler that knows no tiles, or another system.
-extern constinit const Kernel kAmx{"amx", 0, {}, {}, [] { return false; }};
+constexpr Kernel unsupported(const char* name) {
+  Kernel kernel{};
+  kernel.name = name;
+  kernel.supported = [] { return false; };
+  return kernel;
+}
+
+extern constinit const Kernel kAmx = unsupported("amx");
 
 }  // namespace turnfast
 #endif

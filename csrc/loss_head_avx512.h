@@ -1,4 +1,4 @@
-// What AVX-512 has an instruction for and the compiler does not find. Included by the files of both
+// What AVX-512 has an instruction for and the compiler does not find. Included by the files of the
 // AVX-512 kernels after they set the compiler's target and TURNFAST_ISA. The masks are all ones:
 // GCC warns of its own header in the forms without one.
 
@@ -36,6 +36,13 @@ inline __attribute__((always_inline)) HalfLanes to_halves(WordLanes x) {
 inline __attribute__((always_inline)) ByteLanes to_bytes(WordLanes x) {
   return (ByteLanes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x);
 }
+
+#if TURNFAST_PAIRS
+// To bf16, rounded to nearest even.
+inline __attribute__((always_inline)) HalfLanes narrow(Lanes x) {
+  return (HalfLanes)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+}
+#endif
 
 }  // namespace
 }  // namespace turnfast::TURNFAST_ISA

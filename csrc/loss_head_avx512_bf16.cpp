@@ -24,11 +24,6 @@ inline __attribute__((always_inline)) Lanes dot_pairs(uint32_t a, Lanes b, Lanes
       reinterpret_cast<__m512>(c), (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b));
 }
 
-// To bf16, rounded to nearest even.
-inline __attribute__((always_inline)) HalfLanes narrow(Lanes x) {
-  return (HalfLanes)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
-}
-
 }  // namespace
 }  // namespace turnfast::avx512_bf16
 
