@@ -1,6 +1,7 @@
 """What a training step spends outside model, loss and generation.
 
-    python bench/overhead.py --model runs/demo/warm-start/model [--backends local,vllm] [--steps 12]
+    python bench/overhead.py --model runs/demo/warm-start/model [--backends local,vllm]
+                             [--recipe demo] [--steps 12]
     python bench/overhead.py --random 24x896 --steps 4 --rollout.prompts-per-step 2
 
 A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
@@ -47,6 +48,7 @@ from turnfast.signals import stop_on_signals
 from turnfast.stopwatch import Stopwatch
 from turnfast.tiny import write_tiny_model
 
+BACKENDS = ("auto", "local", "vllm")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
@@ -93,13 +95,14 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
     parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
-    parser.add_argument(
-        "--backends", default="auto", help="of auto, local, vllm; one after another"
-    )
+    parser.add_argument("--backends", default="auto", help=f"of {', '.join(BACKENDS)}, in turn")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     options, fields = parser.parse_known_args()
+    backends = options.backends.split(",")
+    if unknown := [name for name in backends if name not in BACKENDS]:
+        parser.error(f"--backends: {unknown[0]!r} is none of {', '.join(BACKENDS)}")
     torch.set_num_threads(1)
     seen = Watch(CLOCKS[options.clock])
     watch(seen)
@@ -111,7 +114,7 @@ def main() -> None:
         "backends": {},
     }
     with stop_on_signals() as stop:
-        for backend in options.backends.split(","):
+        for backend in backends:
             seen.clear()
             lines = trained(backend, options, fields, stop)
             result["backends"][backend] = summarise(lines, seen, options.clock)
