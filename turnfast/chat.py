@@ -17,12 +17,13 @@ turn is shown to them in that form, and only what they put after it is used.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
 
+from .codec import Codec
 from .tools import ToolCall, parse_calls
 from .types import Message
 
@@ -99,10 +100,11 @@ class Chat:
             raise ChatError("the tokenizer has no chat template; use an instruction-tuned model")
         self.end_id = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
+        self._stops = frozenset(self.stop_ids)
         self._opened: Conversation | None = None
         # the rollouts of a group are told much the same
         self._ids = functools.lru_cache(maxsize=MAX_CACHED_TEXTS)(self._ids_of)
-        self._decode = _decoder(tokenizer)
+        self._codec = Codec(tokenizer)
         self._wants_structure = self._tools is not None and not self._takes_plain_turns()
 
     def open(self, messages: Sequence[Message]) -> Conversation:
@@ -178,8 +180,10 @@ class Chat:
 
     def text(self, ids: Sequence[int]) -> str:
         """Sampled ids as text, without the end-of-turn token."""
-        kept = [token for token in ids if token not in self.stop_ids]
-        return self._decode(kept, skip_special_tokens=False)
+        kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        if not self._stops.isdisjoint(kept):
+            kept = [token for token in kept if token not in self._stops]
+        return self._codec.decode(kept)
 
     def encode_reply(self, text: str) -> tuple[int, ...]:
         """A scripted assistant turn as ids, end of turn included: targets of supervised tuning."""
@@ -218,12 +222,12 @@ class Chat:
             literal, found, rest = rest.partition(_PLACE.format(i))
             if not found:
                 raise ChatError(f"the chat template leaves out or reorders message {first + i}")
-            ids += self.tokenizer.encode(literal, add_special_tokens=False)
+            ids += self._codec.encode(literal)
             ids += self._plain(content)
-        return (*ids, *self.tokenizer.encode(rest, add_special_tokens=False))
+        return (*ids, *self._codec.encode(rest))
 
     def _ids_of(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._codec.encode(text))
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -260,17 +264,6 @@ class Chat:
                 "end of a turn could not be trained; use an instruction-tuned model's template"
             )
         return ids[0]
-
-
-def _decoder(tokenizer: Any) -> Callable[..., str]:
-    """The tokenizer's `decode`; that of its backend, at a third of the price, where it adds nothing
-    but a look at every id."""
-    kinds = type(tokenizer).__mro__
-    owners = {next(c.__name__ for c in kinds if name in vars(c)) for name in ("decode", "_decode")}
-    plain = owners == {"PreTrainedTokenizerBase", "TokenizersBackend"}
-    if plain and not tokenizer.clean_up_tokenization_spaces:
-        return tokenizer.backend_tokenizer.decode
-    return tokenizer.decode
 
 
 def _match(

@@ -6,9 +6,10 @@ would make the index score nearly every passage.
 
 A score is a sum over the words of the query, and a common word adds little. So the passages with
 the rarest words are scored first, and the others only if what the remaining words could give them
-is as much as the best have already. Where few are to be scored, what a common word adds to each of
-its passages is held in memory: the index would go through all of them again for every query. The
-hits are those of scoring everything.
+is as much as the best have already. Where few are to be scored, what a word adds to each of its
+passages is held in memory: the index would go through all of them again for every query. A corpus
+of few words has that of all of them asked for when it is opened, which takes it less than a second.
+The hits are those of scoring everything.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ FEW_PASSAGES = 128
 MAX_HELD_WORDS = 128
 MAX_HELD_PASSAGES = 4096
 """Of one word; a word that is in more is left to the index."""
+MAX_KNOWN_WORDS = 8192
+MAX_KNOWN_PLACES = 500_000
+"""Words of a corpus, and passages summed over these words, up to which all are held at once."""
 
 BM25_K1 = 1.2
 """Of the index's bm25(): a word that is in n of N passages adds less to a score than
@@ -106,8 +110,9 @@ class SearchIndex:
         # the rollouts of a group ask much the same
         self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
         self._num_with = functools.lru_cache(maxsize=MAX_CACHED_WORDS)(self._count)
-        self._held = functools.lru_cache(maxsize=MAX_HELD_WORDS)(self._added)
+        self._asked = functools.lru_cache(maxsize=MAX_HELD_WORDS)(self._added)
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
+        self._known = self._every_word()
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
         """The `k` best passages, best first, ties in corpus order; empty without a match."""
@@ -164,6 +169,27 @@ class SearchIndex:
             ((title, text),) = self._fetch("SELECT title, text FROM passages WHERE rowid = ?", row)
             hits.append(Hit(row=row - 1, title=title, text=text, score=scores[row]))
         return tuple(hits)
+
+    def _held(self, word: str) -> dict[int, float]:
+        # only of these it is certain how the index folds them
+        if self._known is not None and word.isascii():
+            return self._known.get(word.lower(), {})
+        return self._asked(word)
+
+    def _every_word(self) -> dict[str, dict[int, float]] | None:
+        """What each word of the corpus adds, None if there are too many or they are stemmed."""
+        (statement,) = self._fetch("SELECT sql FROM sqlite_master WHERE name = 'passages'")[0]
+        if "porter" in statement:
+            return None
+        with self._lock:
+            self._connection.execute(
+                "CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, passages, row)"
+            )
+        counted = self._fetch("SELECT term, doc FROM temp.words LIMIT ?", MAX_KNOWN_WORDS + 1)
+        places = sum(min(count, MAX_HELD_PASSAGES + 1) for _, count in counted)
+        if len(counted) > MAX_KNOWN_WORDS or places > MAX_KNOWN_PLACES:
+            return None
+        return {word: self._added(word) for word, _ in counted}
 
     def _added(self, word: str) -> dict[int, float]:
         """What a word adds to the score of each row that it is in; not all of too many."""
