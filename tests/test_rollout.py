@@ -488,6 +488,90 @@ def test_a_step_has_a_deadline(chat):
     assert env.cancelled == 2
 
 
+async def stubborn():
+    """Retries whatever happens, its own cancellation included."""
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except BaseException:
+            continue
+
+
+def test_an_environment_that_will_not_be_called_off_costs_one_trajectory(chat, monkeypatch):
+    monkeypatch.setattr("turnfast.in_play.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.STUBBORN_S", 0.1)
+    groups = play_fragile(chat, Fragile(stubborn), trajectory_timeout_s=0.1)
+    lone = groups[1].trajectories[0]
+    assert (lone.status, lone.turns, lone.index) == ("timeout", (), 0)
+    assert "would not be called off" in lone.error
+    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
+
+
+def test_a_stop_does_not_wait_for_an_environment_that_will_not_be_called_off(chat, monkeypatch):
+    monkeypatch.setattr("turnfast.rollout.STUBBORN_S", 0.1)
+    asked = iter(range(3))
+    with pytest.raises(Interrupted):
+        play_fragile(chat, Fragile(stubborn), should_stop=lambda: next(asked, None) is None)
+
+
+def test_the_clock_of_a_rollout_starts_with_it(chat):
+    """One slot, steps of 50 ms, eight rollouts: the last waits longer than any may take."""
+
+    def slow(waiting):
+        time.sleep(0.05)
+        return waiting[:1]
+
+    sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=slow, capacity=1)
+    env = Fragile(broken, broken=())
+    config = CONFIG.model_copy(update={"trajectory_timeout_s": 0.3})
+    groups = rollout(
+        env.tasks("train"), env, chat, sampler, config, max_turns=1, seed=0, group_size=1
+    )
+    played = [trajectory for group in groups for trajectory in group.trajectories]
+    assert [t.status for t in played] == ["finished"] * 8
+    assert max(t.time_s for t in played) < 0.3
+
+
+def test_a_slot_is_free_for_others_while_a_tool_works(chat, workshop):
+    """One slot. The tool of `a` returns only after `b`, which came later, has had its turn."""
+    workshop.gate = asyncio.Event()
+
+    def say(prompt: str) -> str:
+        if "task b" in prompt:
+            workshop.gate.set()
+            return ANSWER
+        return ANSWER if "open" in prompt else call("wait")
+
+    sampler = Recorder(chat, say)
+    sampler.capacity = 1
+    groups = work(chat, workshop, sampler, seed=0, group_size=1)
+    order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
+    assert order == ["a", "b", "a"]
+    assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
+
+
+def test_an_async_tool_of_many_awaits_does_not_need_an_engine_step_for_each(chat):
+    """Task b awaits 40 times without waiting, beside one whose sample takes many steps of 20 ms."""
+    num_steps = 0
+
+    async def busy():
+        for _ in range(40):
+            await asyncio.sleep(0)
+
+    def pick(waiting):
+        nonlocal num_steps
+        num_steps += 1
+        time.sleep(0.02)
+        late = [r for r in waiting if "task a" in chat.text(r.prompt_ids)]
+        others = [r for r in waiting if r not in late]
+        return others or (late if num_steps >= 100 else [])
+
+    env = Fragile(busy, where="start")
+    groups = play_fragile(chat, env, pick=lambda waiting: pick(waiting))
+    slow, busy_one = (groups[i].trajectories[0] for i in (0, 1))
+    assert slow.time_s > 1.9 and busy_one.time_s < 0.5
+
+
 def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
     config = CONFIG.model_copy(update={"max_context": 160})
     sampler = Recorder(chat, lambda prompt: call("echo", text="more and more of it"))

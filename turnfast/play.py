@@ -14,12 +14,14 @@ from typing import TypeVar
 from .chat import Bridge, Conversation
 from .config import RolloutConfig
 from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
+from .in_play import Limit
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
 from .tools import ToolError, ask
 from .types import Fault, Message, Status, Task, Trajectory, Turn
 
 Answer = TypeVar("Answer")
+_UNSCORED = Outcome()
 _KINDS: Mapping[FaultKind, Fault] = {
     "raised": "reward_raised",
     "timeout": "reward_timeout",
@@ -37,6 +39,7 @@ async def play(
     chat: Bridge,
     sampler: AwaitedSampler,
     config: RolloutConfig,
+    limit: Limit,
     *,
     max_turns: int,
     seed: int,
@@ -46,59 +49,57 @@ async def play(
 
     Args:
         index: the trajectory's place in its group.
+        limit: who plays it cancels it when its time is up.
         seed: with the turn's number it seeds each request.
     Example, `context_full`: the context leaves 5 tokens for the second turn, the policy draws 5 and
     no end of turn. The turn is kept, and the trajectory ends there whatever the environment said.
     """
     turns: list[Turn] = []
     status: Status = "max_turns"
-    outcome, error, begin = Outcome(), "", time.perf_counter()
+    outcome, error, begin = _UNSCORED, "", time.perf_counter()
     kind: Fault = ""
-    limit = asyncio.timeout(config.trajectory_timeout_s)
     try:
-        with sampler.playing():
-            async with limit:
-                episode = env.episode(task)
-                talk = chat.open(_messages(await ask(episode.start, label="env"), "start()"))
-                context = 0
-                for k in range(max_turns):
-                    context = len(talk.prompt_ids) + (0 if talk.restart else context)
-                    room = min(config.max_new_tokens, config.max_context - context)
-                    if room < 1 and k == 0:
-                        raise ValueError(
-                            f"the first prompt has {context} tokens, which leaves no room for a "
-                            f"turn; raise rollout.max_context = {config.max_context}"
-                        )
-                    if room < 1:
-                        status = "context_full"
-                        break
-                    completion = await sampler.generate(
-                        _context(turns, talk), room, temperature, derive_seed(seed, k)
-                    )
-                    context += len(completion.sampled_ids)
-                    text = chat.text(completion.sampled_ids)
-                    step = _as(Step, await ask(episode.step, text, label="env"), "step()")
-                    _messages(step.messages, "step()")
-                    if step.reward is not None:
-                        check_reward(step.reward, "the environment's turn reward")
-                    turns.append(_turn(talk, completion, text, step))
-                    closed = completion.finish == "stop"
-                    if not closed and room < config.max_new_tokens:
-                        status = "context_full"
-                        break
-                    if step.done:
-                        status = "finished"
-                        break
-                    talk = chat.extend(talk, text, closed, step.messages)
-                scored = _as(Outcome, await ask(episode.finish, label="env"), "finish()")
-                check_reward(scored.reward, "the environment's outcome")
-                outcome = scored
+        episode = env.episode(task)
+        talk = chat.open(_messages(await ask(episode.start, label="env"), "start()"))
+        context = 0
+        for k in range(max_turns):
+            context = len(talk.prompt_ids) + (0 if talk.restart else context)
+            room = min(config.max_new_tokens, config.max_context - context)
+            if room < 1 and k == 0:
+                raise ValueError(
+                    f"the first prompt has {context} tokens, which leaves no room for a "
+                    f"turn; raise rollout.max_context = {config.max_context}"
+                )
+            if room < 1:
+                status = "context_full"
+                break
+            completion = await sampler.generate(
+                _context(turns, talk), room, temperature, derive_seed(seed, k)
+            )
+            context += len(completion.sampled_ids)
+            text = chat.text(completion.sampled_ids)
+            step = _as(Step, await ask(episode.step, text, label="env"), "step()")
+            _messages(step.messages, "step()")
+            if step.reward is not None:
+                check_reward(step.reward, "the environment's turn reward")
+            turns.append(_turn(talk, completion, text, step))
+            closed = completion.finish == "stop"
+            if not closed and room < config.max_new_tokens:
+                status = "context_full"
+                break
+            if step.done:
+                status = "finished"
+                break
+            talk = chat.extend(talk, text, closed, step.messages)
+        scored = _as(Outcome, await ask(episode.finish, label="env"), "finish()")
+        check_reward(scored.reward, "the environment's outcome")
+        outcome = scored
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run
-        if isinstance(fault, asyncio.CancelledError) and _is_cancelled():
+        if limit.expired:
+            status, error = "timeout", f"no end after {limit.timeout_s} s"
+        elif isinstance(fault, asyncio.CancelledError) and _is_cancelled():
             raise
-        if isinstance(fault, TimeoutError) and limit.expired():
-            status, error = "timeout", f"no end after {config.trajectory_timeout_s} s"
         elif isinstance(fault, RewardFault):
             status, error, kind = "reward_error", str(fault), _KINDS[fault.kind]
         else:

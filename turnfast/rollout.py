@@ -7,18 +7,19 @@ what goes wrong in one trajectory becomes that trajectory's status.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .chat import Bridge
 from .config import RolloutConfig
 from .envs import Env
+from .event_loop import run_bounded
+from .in_play import STUBBORN_S, InPlay, Limit, Prompt, Quota
 from .play import derive_seed, play
 from .sampler import Sampler
 from .sampler.awaited import AwaitedSampler, Usage
-from .types import Group, Task
+from .types import Group, Task, Trajectory
 
 
 class RolloutError(RuntimeError):
@@ -27,36 +28,6 @@ class RolloutError(RuntimeError):
 
 class Interrupted(Exception):
     """The run was asked to stop while it was rolling out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A task at its place in the data.
-
-    Attributes:
-        place: with the task's id and the rollout's index it seeds the samples, so a prompt that is
-            rolled out again draws with the same random numbers.
-        settled: it was dropped before and must be finished this time.
-    """
-
-    place: int
-    task: Task
-    settled: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quota:
-    """How many groups a step is made of.
-
-    Attributes:
-        wanted: groups after which the rest is dropped; only those that `counts` are counted.
-        ahead: prompts in flight beyond those.
-        most: prompts that may be started in all.
-    """
-
-    wanted: int
-    ahead: int = 0
-    most: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,117 +116,57 @@ def gather(
     """
     size = config.group_size if group_size is None else group_size
 
-    async def play_group(prompt: Prompt, engine: AwaitedSampler) -> Group:
-        played = await asyncio.gather(
-            *(
-                play(
-                    prompt.task,
-                    i,
-                    env,
-                    chat,
-                    engine,
-                    config,
-                    max_turns=max_turns,
-                    # a task that comes twice is rolled out anew, not copied
-                    seed=derive_seed(seed, prompt.place, prompt.task.id, i),
-                    temperature=config.temperature if temperature is None else temperature,
-                )
-                for i in range(size)
-            )
-        )
-        return Group(task=prompt.task, trajectories=tuple(played))
-
-    ended: list[Gathered] = []
-
-    async def play_all() -> None:
+    async def play_all() -> Gathered:
         engine = AwaitedSampler(sampler)
-        field = _Field(prompts, quota, counts, lambda prompt: play_group(prompt, engine))
+
+        async def play_one(prompt: Prompt, index: int, limit: Limit) -> Trajectory:
+            return await play(
+                prompt.task,
+                index,
+                env,
+                chat,
+                engine,
+                config,
+                limit,
+                max_turns=max_turns,
+                # a task that comes twice is rolled out anew, not copied
+                seed=derive_seed(seed, prompt.place, prompt.task.id, index),
+                temperature=config.temperature if temperature is None else temperature,
+            )
+
+        in_play = InPlay(
+            prompts,
+            quota,
+            engine,
+            play_one,
+            size=size,
+            counts=counts,
+            timeout_s=config.trajectory_timeout_s,
+        )
         end = time.perf_counter() + config.step_timeout_s
         try:
-            while field.tend(engine.wake):
+            while await in_play.tend():
                 if should_stop():
                     raise Interrupted
                 if time.perf_counter() > end:
                     raise RolloutError(
-                        f"rollout.step_timeout_s: {engine.num_playing} of "
-                        f"{field.num_started * size} rollouts were still running after "
+                        f"rollout.step_timeout_s: {in_play.num_unfinished} of "
+                        f"{in_play.num_started * size} rollouts were still running after "
                         f"{config.step_timeout_s} s"
                     )
                 await engine.advance()
-            ended.append(field.gathered(engine.usage()))
         finally:
-            await field.clear()
             engine.abandon()
-
-    # not the result of its task: where Ctrl-C has Python's own handler, `run` ends with a lookup
-    # whose error message spells that result out, all rollouts of the step
-    asyncio.run(play_all())
-    (gathered,) = ended
-    _check_failures(gathered.groups, config.max_error_share)
-    return gathered
-
-
-class _Field:
-    """The groups in play: which are whole, which are running, and which come next."""
-
-    def __init__(
-        self,
-        prompts: Iterator[Prompt],
-        quota: Quota,
-        counts: Callable[[Group], bool],
-        play_group: Callable[[Prompt], Coroutine[None, None, Group]],
-    ) -> None:
-        self._prompts = prompts
-        self._quota = quota
-        self._counts = counts
-        self._play_group = play_group
-        self._running: dict[asyncio.Task[Group], Prompt] = {}
-        self._called_off: dict[asyncio.Task[Group], Prompt] = {}
-        self._whole: dict[int, Group] = {}
-        self._num_counted = 0
-        self.num_started = 0
-
-    def tend(self, on_end: Callable[[], None]) -> bool:
-        """Take in what is whole, call off what is no longer needed, start what is; False when
-        nothing is left running."""
-        for done in [task for task in self._running if task.done()]:
-            place = self._running.pop(done).place
-            self._whole[place] = done.result()
-            self._num_counted += self._counts(self._whole[place])
-        settled = sum(prompt.settled for prompt in self._running.values())
-        if self._num_counted + settled >= self._quota.wanted:
-            for task in [task for task, prompt in self._running.items() if not prompt.settled]:
-                self._called_off[task] = self._running.pop(task)
-                task.cancel()
-        else:
-            self._start(on_end)
-        return bool(self._running)
-
-    def _start(self, on_end: Callable[[], None]) -> None:
-        quota = self._quota
-        while self._num_counted + len(self._running) < quota.wanted + quota.ahead:
-            prompt = next(self._prompts, None) if self.num_started < quota.most else None
-            if prompt is None:
-                return
-            task = asyncio.ensure_future(self._play_group(prompt))
-            task.add_done_callback(lambda _: on_end())
-            self._running[task] = prompt
-            self.num_started += 1
-
-    def gathered(self, usage: Usage) -> Gathered:
         return Gathered(
-            groups=tuple(self._whole[place] for place in sorted(self._whole)),
-            dropped=tuple(self._called_off.values()),
-            num_refilled=max(0, self.num_started - self._quota.wanted - self._quota.ahead),
-            usage=usage,
+            groups=tuple(in_play.whole[place] for place in sorted(in_play.whole)),
+            dropped=tuple(in_play.called_off),
+            num_refilled=max(0, in_play.num_started - quota.wanted - quota.ahead),
+            usage=engine.usage(),
         )
 
-    async def clear(self) -> None:
-        """Leave nobody behind."""
-        tasks = [*self._running, *self._called_off]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    gathered = run_bounded(play_all(), patience_s=STUBBORN_S)
+    _check_failures(gathered.groups, config.max_error_share)
+    return gathered
 
 
 def _check_failures(groups: Sequence[Group], limit: float) -> None:

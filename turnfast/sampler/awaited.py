@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .base import Completion, Request, Sampler
 
 TAIL_SHARE = 0.25
 IDLE_WAIT_S = 0.1
+PATIENCE = 0.02
+"""Share of an engine step that rollouts at work in their environments are given after it: an
+`async` tool of many small awaits must not need an engine step for each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,9 @@ class AwaitedSampler:
         self._sampler = sampler
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._next_id = 0
+        self._abandoned = False
         self._news = asyncio.Event()
+        self._new_future = asyncio.get_running_loop().create_future
 
         self._begin = self._since = time.perf_counter()
         self._num_playing = self._most_playing = 0
@@ -62,35 +66,34 @@ class AwaitedSampler:
             temperature=temperature,
             seed=seed,
         )
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[request.id] = future
-        self._sampler.submit(request)
-        self._news.set()
+        if self._abandoned:
+            raise RuntimeError("the rollout that this request belongs to is over")
+        future = self._waiting[request.id] = self._new_future()
         try:
+            self._sampler.submit(request)
+            self._news.set()
             return await future
-        finally:
-            if self._waiting.pop(request.id, None) and future.cancelled():
+        except BaseException:
+            if self._waiting.pop(request.id, None):
                 self._sampler.abort([request.id])
+            raise
 
     @property
-    def num_playing(self) -> int:
-        return self._num_playing
+    def num_free(self) -> int:
+        """Requests that it could take up at once."""
+        return self._sampler.capacity - self._sampler.num_pending
 
-    @contextlib.contextmanager
-    def playing(self) -> Iterator[None]:
-        """Around one rollout, from its first message to its end."""
+    def enter(self) -> None:
+        """A rollout begins."""
         self._count(+1)
-        try:
-            yield
-        finally:
-            self._count(-1)
 
-    def wake(self) -> None:
-        """End a wait of `advance`: something has happened."""
+    def leave(self) -> None:
+        """A rollout has ended; also ends a wait of `advance`."""
+        self._count(-1)
         self._news.set()
 
     async def advance(self) -> None:
-        """One step of the engine; without requests, wait a moment for one or for `wake`."""
+        """One step of the engine; without requests, a wait for one, or for a rollout's end."""
         if not self._sampler.num_pending:
             begin = time.perf_counter()
             self._news.clear()
@@ -102,19 +105,23 @@ class AwaitedSampler:
             return
         self._num_steps += 1
         self._slots_used += min(self._sampler.num_pending, self._sampler.capacity)
+        begin = time.perf_counter()
         done = self._sampler.step()
+        end = time.perf_counter()
         for completion in done:
-            future = self._waiting.get(completion.id)
+            future = self._waiting.pop(completion.id, None)
             if future is not None and not future.done():
                 future.set_result(completion)
+        # in one turn of the loop those that were woken submit their next request, in time for the
+        # next engine step
         await asyncio.sleep(0)
-        if done:
-            # once more: a woken trajectory parses its text in one turn of the loop and submits its
-            # next request in the following one, in time for the next engine step
+        end += PATIENCE * (end - begin)
+        while self._num_playing > len(self._waiting) and time.perf_counter() < end:
             await asyncio.sleep(0)
 
     def abandon(self) -> None:
-        """Take every request back."""
+        """Take every request back, and no more from now on."""
+        self._abandoned = True
         self._sampler.abort(list(self._waiting))
         self._waiting.clear()
 

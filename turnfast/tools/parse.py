@@ -27,6 +27,7 @@ from .formats import (
 
 _THOUGHT = re.compile(r"<(reasoning|think)>.*?</\1>", flags=re.DOTALL)
 _OPEN = re.compile(r"<(tool_call|tool)>\s*")
+_CLOSE = {tag: re.compile(rf"\s*</{tag}>") for tag in ("tool_call", "tool")}
 _TRACE = re.compile(r"</?\s*(?:tool_call|tool)\b", flags=re.IGNORECASE)
 
 
@@ -86,7 +87,7 @@ def _read_call(text: str, opening: re.Match[str]) -> tuple[Attempt, int]:
         if end < 0:
             return MalformedCall(reason=f"no closing {closing}"), opening.end()
         return MalformedCall(reason="not valid JSON"), end + len(closing)
-    rest = re.compile(r"\s*" + re.escape(closing)).match(text, end)
+    rest = _CLOSE[opening[1]].match(text, end)
     if rest:
         return _check_shape(value), rest.end()
     later = text.find(closing, end)

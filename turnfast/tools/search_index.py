@@ -28,6 +28,7 @@ from typing import Any
 MAX_QUERY_WORDS = 64
 MAX_CACHED_QUERIES = 2048
 MAX_CACHED_WORDS = 65536
+MAX_CACHED_PASSAGES = 4096
 
 FEW_PASSAGES = 128
 MAX_HELD_WORDS = 128
@@ -111,6 +112,7 @@ class SearchIndex:
         self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
         self._num_with = functools.lru_cache(maxsize=MAX_CACHED_WORDS)(self._count)
         self._asked = functools.lru_cache(maxsize=MAX_HELD_WORDS)(self._added)
+        self._passage = functools.lru_cache(maxsize=MAX_CACHED_PASSAGES)(self._read)
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
         self._known = self._every_word()
 
@@ -166,7 +168,7 @@ class SearchIndex:
         }
         hits: list[Hit] = []
         for row in sorted(scores, key=lambda row: (-scores[row], row))[:k]:
-            ((title, text),) = self._fetch("SELECT title, text FROM passages WHERE rowid = ?", row)
+            title, text = self._passage(row)
             hits.append(Hit(row=row - 1, title=title, text=text, score=scores[row]))
         return tuple(hits)
 
@@ -208,6 +210,9 @@ class SearchIndex:
             return len(added)
         counted = "SELECT count(*) FROM passages WHERE passages MATCH ?"
         return self._fetch(counted, match_expression((word,)))[0][0]
+
+    def _read(self, row: int) -> tuple[str, str]:
+        return self._fetch("SELECT title, text FROM passages WHERE rowid = ?", row)[0]  # type: ignore[return-value]
 
     def _fetch(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:

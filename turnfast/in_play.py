@@ -1,0 +1,204 @@
+"""The rollouts of a step in play: which groups are whole, which are running, and which come next.
+
+A rollout starts when the sampler has a slot for it, so its clock does not run while it queues, and
+a slot is not left empty while others wait for their tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+
+from .sampler.awaited import AwaitedSampler
+from .types import Group, Task, Trajectory
+
+STUBBORN_S = 10.0
+"""How long a trajectory that is called off may take to clean up before nobody waits for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A task at its place in the data.
+
+    Attributes:
+        place: with the task's id and the rollout's index it seeds the samples, so a prompt that is
+            rolled out again draws with the same random numbers.
+        settled: it was dropped before and must be finished this time.
+    """
+
+    place: int
+    task: Task
+    settled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """How many groups a step is made of.
+
+    Attributes:
+        wanted: groups after which the rest is dropped; only those that `counts` are counted.
+        ahead: prompts in flight beyond those.
+        most: prompts that may be started in all.
+    """
+
+    wanted: int
+    ahead: int = 0
+    most: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Limit:
+    """When a trajectory must have ended; whoever plays it watches the clock and calls it off.
+
+    Attributes:
+        expired: it was called off because its time was up, not because nobody wants it any more.
+    """
+
+    timeout_s: float
+    end: float
+    expired: bool = False
+
+
+Play = Callable[[Prompt, int, Limit], Coroutine[None, None, Trajectory]]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Playing:
+    """A group that is not whole yet."""
+
+    prompt: Prompt
+    played: list[Trajectory | None]
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+class InPlay:
+    """Starts rollouts of prompts and gathers them into groups, in the running event loop.
+
+    Args:
+        size: rollouts per prompt.
+        play: one rollout of a prompt by its index in the group; it never fails, and raises only
+            what it is cancelled with.
+        timeout_s: for one rollout, from its start.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterator[Prompt],
+        quota: Quota,
+        engine: AwaitedSampler,
+        play: Play,
+        *,
+        size: int,
+        counts: Callable[[Group], bool],
+        timeout_s: float,
+    ) -> None:
+        self._prompts = prompts
+        self._quota = quota
+        self._engine = engine
+        self._play = play
+        self._size = size
+        self._counts = counts
+        self._timeout_s = timeout_s
+        self._running: dict[int, _Playing] = {}
+        self._queued: deque[tuple[_Playing, int]] = deque()
+        self._limits: deque[tuple[Limit, asyncio.Task[None], _Playing, int]] = deque()
+        self._overdue: list[tuple[float, asyncio.Task[None], _Playing, int]] = []
+        self._broken: BaseException | None = None
+        self._num_counted = 0
+        self.num_started = 0
+        self.whole: dict[int, Group] = {}
+        self.called_off: list[Prompt] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(group.played.count(None) for group in self._running.values())
+
+    async def tend(self) -> bool:
+        """Call off what is late or no longer needed, start what is; False when nothing is left."""
+        if self._broken is not None:
+            raise self._broken
+        self._call_off_late()
+        settled = sum(group.prompt.settled for group in self._running.values())
+        if self._num_counted + settled >= self._quota.wanted:
+            for place in [p for p, group in self._running.items() if not group.prompt.settled]:
+                group = self._running.pop(place)
+                self.called_off.append(group.prompt)
+                for task in group.tasks:
+                    task.cancel()
+        else:
+            self._take_prompts()
+        if self._start():
+            # their first requests are there for the engine's next step
+            await asyncio.sleep(0)
+        return bool(self._running)
+
+    def _take_prompts(self) -> None:
+        quota = self._quota
+        while self._num_counted + len(self._running) < quota.wanted + quota.ahead:
+            prompt = next(self._prompts, None) if self.num_started < quota.most else None
+            if prompt is None:
+                return
+            group = _Playing(prompt=prompt, played=[None] * self._size)
+            self._running[prompt.place] = group
+            self._queued.extend((group, index) for index in range(self._size))
+            self.num_started += 1
+
+    def _start(self) -> bool:
+        room = most = self._engine.num_free
+        while room > 0 and self._queued:
+            group, index = self._queued.popleft()
+            if self._running.get(group.prompt.place) is not group:
+                continue
+            limit = Limit(timeout_s=self._timeout_s, end=time.perf_counter() + self._timeout_s)
+            task = asyncio.create_task(self._run(group, index, limit))
+            group.tasks.append(task)
+            self._limits.append((limit, task, group, index))
+            room -= 1
+        return room < most
+
+    async def _run(self, group: _Playing, index: int, limit: Limit) -> None:
+        self._engine.enter()
+        try:
+            self._take(group, index, await self._play(group.prompt, index, limit))
+        except Exception as error:  # a fault of ours: it ends the step, not this rollout alone
+            self._broken = error
+        finally:
+            self._engine.leave()
+
+    def _take(self, group: _Playing, index: int, trajectory: Trajectory) -> None:
+        if group.played[index] is not None:
+            return
+        group.played[index] = trajectory
+        played = tuple(each for each in group.played if each is not None)
+        place = group.prompt.place
+        if len(played) == self._size and self._running.get(place) is group:
+            del self._running[place]
+            self.whole[place] = Group(task=group.prompt.task, trajectories=played)
+            self._num_counted += self._counts(self.whole[place])
+
+    def _call_off_late(self) -> None:
+        now = time.perf_counter()
+        while self._limits and (self._limits[0][1].done() or self._limits[0][0].end <= now):
+            limit, task, group, index = self._limits.popleft()
+            if not task.done():
+                limit.expired = True
+                task.cancel()
+                self._overdue.append((now + STUBBORN_S, task, group, index))
+        for late in [late for late in self._overdue if late[0] <= now or late[1].done()]:
+            self._overdue.remove(late)
+            _, task, group, index = late
+            if not task.done():
+                self._take(group, index, self._abandoned(group, index))
+
+    def _abandoned(self, group: _Playing, index: int) -> Trajectory:
+        return Trajectory(
+            task_id=group.prompt.task.id,
+            index=index,
+            turns=(),
+            status="timeout",
+            error=f"no end after {self._timeout_s} s, and its environment would not be called off",
+            time_s=self._timeout_s + STUBBORN_S,
+        )
