@@ -6,6 +6,7 @@ The same faults against the real engine are in test_sampler_vllm.py.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from turnfast.sync import (
     compare,
     default_tolerance,
     make_probe,
+    refuse_strangers,
     sync_after_step,
     sync_weights,
     teacher_forced_logprobs,
@@ -93,29 +95,56 @@ def test_a_shared_module_needs_no_probe_after_a_step(trainer):
     assert warm(sampler, PROBE) == [1] * len(PROBE.prompts)
     for seed in range(2):
         train_one_step(trainer, seed)
-        report = sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+        report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
         assert report.num_tokens == 0 and report.gap == 0.0 < report.time_s
         gap, completions = compare(trainer, sampler, PROBE)
         assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
 
 
-def test_a_copy_is_probed_after_every_step(trainer, monkeypatch):
+def test_a_copy_is_probed_after_a_step_if_asked(trainer, monkeypatch):
     sampler = own_sampler(copy.deepcopy(trainer))
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
     train_one_step(trainer)
-    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
     assert report.num_tokens == 4 and report.gap <= 1e-5
     train_one_step(trainer, seed=1)
     monkeypatch.setattr(sampler, "load_weights", lambda named_weights: sampler._slots.forget())
     with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
-        sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+        sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
+
+
+def test_without_a_probe_the_weights_are_handed_over_all_the_same(trainer):
+    sampler = own_sampler(copy.deepcopy(trainer))
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    train_one_step(trainer)
+    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
+    assert report.num_tokens == 0 and report.gap == 0.0
+    gap, completions = compare(trainer, sampler, PROBE)
+    assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "largest", "refused"),
+    [
+        (torch.float32, 1e-7, 9e-5, False),
+        (torch.float32, 1e-7, 2e-4, True),
+        (torch.float32, 0.0, float("nan"), True),
+        (torch.bfloat16, 0.01, 3.0, False),
+        (torch.bfloat16, 0.06, 3.0, True),
+        (torch.bfloat16, float("nan"), float("nan"), True),
+    ],
+)
+def test_tokens_of_other_weights_are_refused(dtype, mean, largest, refused):
+    tolerance = default_tolerance(dtype)
+    with pytest.raises(SyncError, match="of this step ") if refused else nullcontext():
+        refuse_strangers(mean, largest, tolerance=tolerance, dtype=dtype)
 
 
 def test_a_shared_module_with_requests_in_flight_is_refused(trainer):
     sampler = own_sampler(trainer)
     sampler.submit(Request(id=0, prompt_ids=(5, 6), max_new_tokens=3, temperature=1.0, seed=0))
     with pytest.raises(SyncError, match="1 requests are in flight"):
-        sync_after_step(trainer, sampler, PROBE, TOLERANCE)
+        sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
 
 
 def test_every_dropped_matrix_is_felt_by_the_probe(trainer, probe):

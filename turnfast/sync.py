@@ -1,16 +1,22 @@
 """New weights into the sampler, and proof that it samples with them.
 
 Every failure of this hand-over that others have met is silent: the engine answers, with the weights
-of yesterday or with keys and values computed by them. So after every sync the engine continues a
-fixed probe, and its log-probabilities are compared with the trainer's own of the same ids. A run
-starts with a long probe; after a step, when only the weights can have gone wrong, a short one does.
-A sampler that samples with the trainer's own module is not handed anything after a step: that these
-are the weights needs no proof, and that its cached keys and values go the long probe has seen.
+of yesterday or with keys and values computed by them. So no sync goes unproven:
 
-What the probe cannot see: a tensor that none of its tokens feels, such as the embedding row of an
-id that does not occur in it, and a change smaller than the tolerance (a bfloat16 policy at lr 1e-6
-moves less per step than two bfloat16 forwards differ). Against these the samplers themselves refuse
-an incomplete set of tensors: see `VllmSampler.load_weights`.
+- A run starts with a probe: the engine continues fixed prompts, and its log-probabilities are
+  compared with the trainer's own of the same ids.
+- After a step the proof costs nothing. The pass that computes the next gradient gives the trainer's
+  log-probability of every token that was sampled since; if these are not the sampler's, the run
+  ends before anything is learned from them (`refuse_strangers`).
+- Where that pass does not come, or not with the same weights (an evaluation, rollouts that are a
+  step ahead), a short probe takes its place.
+
+A sampler that samples with the trainer's own module needs no proof after the first.
+
+What no comparison can see: a tensor that none of the tokens feels, such as the embedding row of an
+id that does not occur, and a change smaller than the tolerance (a bfloat16 policy at lr 1e-6 moves
+less per step than two bfloat16 forwards differ). Against these the samplers themselves refuse an
+incomplete set of tensors: see `VllmSampler.load_weights`.
 """
 
 from __future__ import annotations
@@ -37,6 +43,8 @@ SHORT_TOKENS = 40
 SHORT_NEW_TOKENS = 2
 PROBE_ID = -1
 
+MEAN_SHARE = 0.2
+
 
 class SyncError(RuntimeError):
     """The sampler does not sample with the trainer's weights."""
@@ -62,7 +70,7 @@ class Probe:
 class SyncReport:
     """Attributes:
     gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens; 0 without any.
-    num_tokens: how many of these were compared.
+    num_tokens: how many of these were compared; without any the next step's tokens are the proof.
     time_s: the whole sync, probe included.
     """
 
@@ -117,32 +125,59 @@ def sync_weights(
             f"after the new weights were loaded, {cached} tokens of the probe came from the prefix "
             "cache: they were computed with the old weights, and so would be the rollouts' tokens"
         )
-    if not gap <= tolerance:  # also when it is not a number
-        raise SyncError(
-            f"the sampler's log-probs differ from the trainer's by {gap:.3g} on the probe "
-            f"(allowed: {tolerance:.3g}): it does not sample with the weights that were trained. "
-            "Likely: a tensor was not handed over or was ignored by the engine; keys and values of "
-            "the old weights are still cached; engine and trainer compute in different precision "
-            "(then raise sampler.probe_tolerance)"
-        )
+    _refuse_gap(gap, tolerance, "on the probe")
     num_tokens = sum(len(completion.sampled_ids) for completion in completions)
     return SyncReport(gap=gap, num_tokens=num_tokens, time_s=time.perf_counter() - begin)
 
 
 def sync_after_step(
-    model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
+    model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float, *, probed: bool
 ) -> SyncReport:
-    """`sync_weights` with the short form of a probe that has passed whole; none where the sampler
-    shares the model.
+    """Push the model's parameters into the sampler after a step.
 
+    Args:
+        probed: use the short form of a probe that has passed whole; else what is sampled next must
+            go through `refuse_strangers` before it is trained on.
     Raises:
         SyncError: see `sync_weights`.
     """
-    if not sampler.shares(model):
+    if probed and not sampler.shares(model):
         return sync_weights(model, sampler, probe.short, tolerance)
     begin = time.perf_counter()
     _load(model, sampler)
     return SyncReport(gap=0.0, num_tokens=0, time_s=time.perf_counter() - begin)
+
+
+def refuse_strangers(
+    mean_gap: float, largest_gap: float, *, tolerance: float, dtype: torch.dtype
+) -> None:
+    """Refuse sampled tokens that are not of the trainer's weights.
+
+    In float32 no token may differ by more than the tolerance. In lower precision single tokens of
+    small probability do, by rounding alone, so the mean over all of them is looked at: it may be a
+    fifth of the tolerance, which is of the largest of few.
+
+    Args:
+        mean_gap, largest_gap: |log-prob(sampler) - log-prob(trainer)| over all tokens sampled since
+            the last sync, at the sampling temperature.
+    Raises:
+        SyncError: before anything was learned from them.
+    """
+    if dtype == torch.float32:
+        _refuse_gap(largest_gap, tolerance, "on a token of this step")
+    else:
+        _refuse_gap(mean_gap, MEAN_SHARE * tolerance, "on average over the tokens of this step")
+
+
+def _refuse_gap(gap: float, tolerance: float, where: str) -> None:
+    if not gap <= tolerance:  # also when it is not a number
+        raise SyncError(
+            f"the sampler's log-probs differ from the trainer's by {gap:.3g} {where} "
+            f"(allowed: {tolerance:.3g}): it does not sample with the weights that were trained. "
+            "Likely: a tensor was not handed over or was ignored by the engine; keys and values of "
+            "the old weights are still cached; engine and trainer compute in different precision "
+            "(then raise sampler.probe_tolerance)"
+        )
 
 
 def compare(

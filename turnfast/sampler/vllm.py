@@ -244,11 +244,13 @@ def _quiet_stderr() -> Iterator[None]:
 def _replace(
     model: torch.nn.Module, named_weights: Iterable[tuple[str, torch.Tensor]]
 ) -> list[str]:
-    parameters = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
-    for _, parameter in parameters:
+    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    for parameter in parameters.values():
         parameter.fill_(math.nan)
     model.load_weights(named_weights)  # type: ignore[operator]  # every vLLM model has it
-    return [name for name, parameter in parameters if bool(parameter.isnan().any())]
+    # one NaN makes a norm of it; all are looked at in one go, as each look waits for the device
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([*parameters.values()])])
+    return [name for name, stale in zip(parameters, norms.isnan().tolist(), strict=True) if stale]
 
 
 def _completion(output: Any) -> Completion:
