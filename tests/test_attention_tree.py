@@ -98,6 +98,34 @@ def test_long_rows_never_make_a_square_mask():
     assert largest < length * length / 20
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 9, 8), (2, 9, 8), (2, 9, 8)), r"expected 5 tokens.*q \[2, 9, 8\]"),
+        (((2, 3, 8), (2, 3, 8), (2, 3, 8)), r"expected 5 tokens.*q \[2, 3, 8\]"),
+        (((2, 5, 8), (2, 5, 8), (2, 7, 8)), r"expected 5 tokens.*v \[2, 7, 8\]"),
+        (((3, 5, 8), (2, 5, 8), (2, 5, 8)), r"a multiple of key and value heads"),
+    ],
+)
+def test_a_tree_whose_tokens_do_not_match_is_refused_with_the_numbers(backend, shapes, message):
+    rows = tree_rows([[1, 2, 3, 4], [1, 2, 9]], backend=backend)
+    with pytest.raises(ValueError, match=message):
+        tree_attention(*map(torch.zeros, shapes), rows, scale=1.0)
+
+
+def test_a_tree_with_other_positions_or_values_is_refused_with_the_numbers():
+    rows = tree_rows([[1, 2, 3, 4], [1, 2, 9]])
+    q = torch.zeros(2, 5, 8)
+    cut = TreeRows(ends_T=rows.ends_T, positions_T=rows.positions_T[:3])
+    with pytest.raises(ValueError, match="a position for each of 5 ends, got 3"):
+        tree_attention(q, q, q, cut, scale=1.0)
+    on_triton = TreeRows(ends_T=rows.ends_T, positions_T=rows.positions_T, backend="triton")
+    with pytest.raises(ValueError, match=r"'triton' needs values as wide as keys.*v \[2, 5, 6\]"):
+        tree_attention(q, q, q[..., :6], on_triton, scale=1.0)
+    assert tree_attention(q, q, q[..., :6], rows, scale=1.0).shape == (5, 2, 6)
+
+
 def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -108,6 +136,13 @@ def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
         pick_tree_backend(cpu, "triton")
     with pytest.raises(ValueError, match=r"at most 256 dimensions, the model's have 512"):
         pick_tree_backend(cuda, "triton", head_dim=512)
+    with pytest.raises(ValueError, match=r"float32 heads have at most 64 .* have 128; 'sdpa'"):
+        pick_tree_backend(cuda, "triton", head_dim=128, dtype=torch.float32)
+    assert pick_tree_backend(cuda, head_dim=128, dtype=torch.float32) == "sdpa"
+    assert pick_tree_backend(cuda, head_dim=64, dtype=torch.float32) == "triton"
+    with pytest.raises(ValueError, match=r"values as wide as keys, the model's have 128 and 192"):
+        pick_tree_backend(cuda, "triton", head_dim=192, value_dim=128)
+    assert pick_tree_backend(cuda, head_dim=192, value_dim=128) == "sdpa"
     with pytest.raises(ValueError, match="none of"):
         pick_tree_backend(cpu, "flash")
 

@@ -12,16 +12,21 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 Backend = Literal["flash", "varlen", "sdpa"]
 
 # Of flash-attn and of the flash kernels behind varlen_attn.
 _WIDEST_HEAD = 256
+
+# torch 2.10 has a flag for causal attention, and neither a window nor a scale but 1 / sqrt(d).
+_VARLEN_TAKES = signature(varlen_attn).parameters
 
 # A rectangle may hold this much more than its rows: fewer, larger calls for a little waste.
 _MAX_RECTANGLE_WASTE = 0.15
@@ -82,19 +87,23 @@ def pick_backend(
     wanted: str = "auto",
     *,
     head_dim: int = 0,
+    value_dim: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    window: int = 0,
 ) -> Backend:
     """The attention backend for a device and a model.
 
     Args:
         head_dim, dtype: of the model, to be refused here and not in the middle of a step.
+        value_dim: dimensions of a value where they are not those of a key, as in latent attention.
+        window: the model's sliding window, 0 for none.
 
     Raises:
         ValueError: `wanted` cannot run here, or not this model; the text names what would.
     """
     if wanted not in ("auto", "flash", "varlen", "sdpa"):
         raise ValueError(f"{wanted!r} is none of 'auto', 'flash', 'varlen', 'sdpa'")
-    problems = {
+    both = {
         f"a CUDA device, not {device.type}": device.type != "cuda",
         f"bfloat16 or float16, the model is {str(dtype).removeprefix('torch.')}": (
             dtype not in (torch.bfloat16, torch.float16)
@@ -102,14 +111,25 @@ def pick_backend(
         f"heads of at most {_WIDEST_HEAD} dimensions, the model's have {head_dim}": (
             head_dim > _WIDEST_HEAD
         ),
+        f"values as wide as keys, the model's have {value_dim} and {head_dim} dimensions": (
+            value_dim not in (0, head_dim)
+        ),
     }
-    problem = next((text for text, found in problems.items() if found), "")
-    flash = importlib.util.find_spec("flash_attn") is not None
-    best: Backend = "sdpa" if problem else "flash" if flash else "varlen"
-    if wanted == "flash" and not problem and not flash:
-        problem = "flash-attn installed"
-    if wanted in ("flash", "varlen") and problem:
-        raise ValueError(f"{wanted!r} needs {problem}; {best!r} works here")
+    own = {
+        "flash": {"flash-attn installed": importlib.util.find_spec("flash_attn") is None},
+        "varlen": {
+            f"a newer torch for a sliding window, varlen_attn of {torch.__version__} has none": (
+                window > 0 and "window_size" not in _VARLEN_TAKES
+            )
+        },
+    }
+    problems = {
+        name: next((text for text, found in (both | extra).items() if found), "")
+        for name, extra in own.items()
+    }
+    best: Backend = next((name for name in ("flash", "varlen") if not problems[name]), "sdpa")
+    if problems.get(wanted):
+        raise ValueError(f"{wanted!r} needs {problems[wanted]}; {best!r} works here")
     return best if wanted == "auto" else wanted  # type: ignore[return-value]
 
 
@@ -119,11 +139,15 @@ def packed_attention(
     """Causal attention within each row.
 
     Args:
-        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv.
+        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" values
+            may have a width of their own.
         window: 0 for full attention, else a token sees itself and `window - 1` tokens before it.
     Returns:
-        [T, H, d].
+        [T, H, d], d that of the values.
+    Raises:
+        ValueError: shapes that do not fit each other, or not the rows.
     """
+    check_shapes(q_HTd, k_HTd, v_HTd, sum(rows.lengths), rows.backend)
     if rows.backend == "sdpa":
         return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q_HTd, k_HTd, v_HTd))
@@ -131,6 +155,23 @@ def packed_attention(
     if rows.backend == "flash":
         return _flash(q, k, v, rows, scale, span)
     return _varlen(q, k, v, rows, scale, span)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, backend: str) -> None:
+    """What every backend takes for granted, and some would read past the end without.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if any(x.ndim != 3 or x.shape[1] != num_tokens for x in (q, k, v)):
+        raise ValueError(f"expected {num_tokens} tokens, as the layout has, got {shapes}")
+    if k.shape[0] != v.shape[0] or k.shape[0] == 0 or q.shape[0] % k.shape[0]:
+        raise ValueError(f"expected query heads a multiple of key and value heads, got {shapes}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"expected keys as wide as queries, got {shapes}")
+    if backend != "sdpa" and v.shape[2] != k.shape[2]:
+        raise ValueError(f"{backend!r} needs values as wide as keys, got {shapes}")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float, window: int) -> Tensor:
@@ -163,11 +204,18 @@ def _flash(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> Te
 
 
 def _varlen(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     if k.shape[1] != q.shape[1]:
         # repeated heads rather than the operator's own grouping, whose flag came after torch 2.10
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     edges, longest = rows.cu_seqlens, rows.max_seqlen
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scale, window_size=span)
+    options: dict[str, Any] = {}
+    if "window_size" in _VARLEN_TAKES:
+        options["window_size"] = span
+    else:
+        options["is_causal"] = True
+    if "scale" in _VARLEN_TAKES:
+        options["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
     return out if isinstance(out, Tensor) else out[0]

@@ -22,10 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .block_lists import BlockLists, block_lists
+from .packed import check_shapes
 
 TreeBackend = Literal["sdpa", "triton"]
 
-_WIDEST_TRITON_HEAD = 256
+# By bytes of a number: the float32 tiles of 64 dimensions take 161 of the 163 KiB of shared memory
+# that a block has on an A100, those of 128 take 225.
+_WIDEST_TRITON_HEAD = {2: 256, 4: 64}
 
 # Queries per tile: long enough to fill a matrix product, short beside the paths they look at.
 _TILE = 128
@@ -82,12 +85,19 @@ class TreeRows:
 
 
 def pick_tree_backend(
-    device: torch.device, wanted: str = "auto", *, head_dim: int = 0
+    device: torch.device,
+    wanted: str = "auto",
+    *,
+    head_dim: int = 0,
+    value_dim: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> TreeBackend:
     """What attends over trees on a device: Triton on CUDA, SDPA in tiles on the CPU.
 
     Args:
-        head_dim: of the model, to be refused here and not in the middle of a step; 0 if unknown.
+        head_dim, dtype: of the model, to be refused here and not in the middle of a step; a
+            head_dim of 0 is unknown.
+        value_dim: dimensions of a value where they are not those of a key, as in latent attention.
 
     Raises:
         ValueError: `wanted` cannot run here, or not this model; the text names what would.
@@ -97,12 +107,15 @@ def pick_tree_backend(
         raise ValueError(f"tree attention: {wanted!r} is none of 'auto', 'sdpa', 'triton'")
     if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
         return "sdpa"
+    widest, name = _WIDEST_TRITON_HEAD.get(dtype.itemsize, 0), str(dtype).removeprefix("torch.")
     problems = {
         "Triton is not installed": importlib.util.find_spec("triton") is None,
         f"it needs a CUDA device, not {device.type}": device.type != "cuda" and not interpreted,
-        f"its heads have at most {_WIDEST_TRITON_HEAD} dimensions, the model's have {head_dim}": (
-            head_dim > _WIDEST_TRITON_HEAD
+        f"its {name} heads have at most {widest} dimensions, the model's have {head_dim}": (
+            head_dim > widest
         ),
+        f"it needs values as wide as keys, the model's have {value_dim} and {head_dim} "
+        "dimensions": value_dim not in (0, head_dim),
     }
     for problem, found in problems.items():
         if found and wanted == "auto":
@@ -118,11 +131,20 @@ def tree_attention(
     """Attention of every token to its ancestors and itself.
 
     Args:
-        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv.
+        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" values
+            may have a width of their own.
         window: 0 for all ancestors, else a token sees itself and its `window - 1` nearest ones.
     Returns:
-        [T, H, d].
+        [T, H, d], d that of the values.
+    Raises:
+        ValueError: shapes that do not fit each other, or not the tree.
     """
+    num_tokens = len(rows.ends_T)
+    if len(rows.positions_T) != num_tokens:
+        raise ValueError(
+            f"expected a position for each of {num_tokens} ends, got {len(rows.positions_T)}"
+        )
+    check_shapes(q_HTd, k_HTd, v_HTd, num_tokens, rows.backend)
     if rows.backend == "sdpa":
         return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
     lists = partial(rows.block_lists, window)
