@@ -7,15 +7,23 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    DeepseekV3Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
 from turnfast.model import ATTENTION, Policy
+from turnfast.model.architecture import logit_scale, softcap, switch_off_dropout
 from turnfast.rows import Row
 
 SMALL = dict(
@@ -27,7 +35,12 @@ SMALL = dict(
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
 )
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LATENT = dict(kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=4)
 FAMILIES = {
     "llama": LlamaConfig(**SMALL),
     "qwen2": Qwen2Config(**SMALL),
@@ -37,6 +50,41 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SMALL),
     "mistral-sliding": MistralConfig(**SMALL, sliding_window=5),
     "gemma": GemmaConfig(**SMALL),
+    # windows in one layer of two, a final soft-cap
+    "gemma3": Gemma3TextConfig(
+        **SMALL, sliding_window=5, sliding_window_pattern=2, final_logit_softcapping=3.0
+    ),
+    # logits that are scaled, by a factor and by a divisor
+    "cohere2": Cohere2Config(**SMALL, logit_scale=0.25, sliding_window=5),
+    "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
+    "olmo2": Olmo2Config(**SMALL),
+    # a window that only the mask knows of
+    "qwen2_moe": Qwen2MoeConfig(
+        **SMALL,
+        **EXPERTS,
+        shared_expert_intermediate_size=16,
+        decoder_sparse_step=1,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    # learned positions, dropout unless it is switched off
+    "gpt2": GPT2Config(
+        vocab_size=97,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    # latent attention: values narrower than keys
+    "deepseek_v3": DeepseekV3Config(
+        **{**SMALL, "head_dim": 4, "num_key_value_heads": 4},
+        **LATENT,
+        v_head_dim=6,
+        first_k_dense_replace=2,
+    ),
 }
 
 
@@ -44,12 +92,15 @@ def policy_of(config: PretrainedConfig, device: str = "cpu") -> Policy:
     """A model of random weights, always the same ones; it has no tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    switch_off_dropout(model)
     return Policy(
         model=model.to(device),
         tokenizer=None,  # type: ignore[arg-type]
         folder=Path(),
         device=torch.device(device),
         attention="sdpa",
+        softcap=softcap(config),
+        logit_scale=logit_scale(config),
     )
 
 

@@ -160,7 +160,9 @@ def test_a_model_over_a_tree_equals_the_model_over_each_row(family):
         logits.log_softmax(-1).square().mean(1).sum().backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    shared = model.lm_head(hidden_states(policy, batch)[batch.rows_N])
+    shared = hidden_states(policy, batch)[batch.rows_N] @ policy.head_VD.T
+    if policy.softcap:
+        shared = policy.softcap * torch.tanh(shared / policy.softcap)
     model.config._attn_implementation = "eager"
     alone = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
     assert (shared - alone).abs().max() < 1e-5

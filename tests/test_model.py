@@ -13,6 +13,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from turnfast.kernels import linear_logprobs
 
 from turnfast.config import ConfigError, ModelConfig
 from turnfast.model import attention_backends, hidden_states, load_policy
@@ -35,12 +36,22 @@ def pack_of(lengths, vocab_size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_unpacked(family):
+    """The logits, and the log-probs of the loss head, whose every input this goes through."""
     policy, batch = policy_of(FAMILIES[family]), pack_of(LENGTHS, 97)
-    packed = policy.model.lm_head(hidden_states(policy, batch))
-    policy.model.config._attn_implementation = "eager"
+    policy.model.train()
+    place = torch.arange(len(batch.tokens_T))
+    targets = torch.randint(97, place.shape)
+    hidden = hidden_states(policy, batch)
+    found = linear_logprobs(hidden, policy.head_VD, place, targets, softcap=policy.softcap)
+    packed = hidden @ policy.head_VD.T
+    if policy.softcap:
+        packed = policy.softcap * torch.tanh(packed / policy.softcap)
+    policy.model.eval().config._attn_implementation = "eager"
     for row, (begin, end) in enumerate(zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)):
         alone = policy.model(batch.tokens_T[None, begin:end]).logits[0]
+        logprobs = alone.log_softmax(-1).gather(1, targets[begin:end, None]).squeeze(1)
         assert (packed[begin:end] - alone).abs().max() < 1e-4, f"row {row}"
+        assert (found.logprobs[begin:end] - logprobs).abs().max() < 1e-5, f"row {row}"
 
 
 def test_rows_do_not_see_each_other():

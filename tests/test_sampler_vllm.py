@@ -17,12 +17,12 @@ from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_g
 
 from turnfast.config import LoraConfig, SamplerConfig
 from turnfast.lora import add_adapter
+from turnfast.model import default_tolerance
 from turnfast.sampler import make_sampler
 from turnfast.sync import (
     Probe,
     SyncError,
     compare,
-    default_tolerance,
     make_probe,
     sync_weights,
 )

@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 from two_turns import VOCAB, tiny_qwen3
 
+from turnfast.model import default_tolerance
 from turnfast.sampler import Request
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import ScriptedSampler
@@ -20,7 +21,6 @@ from turnfast.sync import (
     Probe,
     SyncError,
     compare,
-    default_tolerance,
     make_probe,
     refuse_strangers,
     sync_after_step,

@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM as AnyModel
 from .config import Config, ConfigError
 from .credit import check_rule
 from .lora import add_adapter
-from .model import attention_backends, dtype_of, pick_device, refuse_long_context
+from .model import (
+    attention_backends,
+    dtype_of,
+    pick_device,
+    refuse_long_context,
+    refuse_unsupported,
+)
 from .moments import BYTES
 from .run import checked_folder
 from .sampler import choose_backend
@@ -85,6 +91,7 @@ def estimate(config: Config) -> Estimate:
     refuse_long_context(architecture, config.rollout.max_context)
     with torch.device("meta"):
         model = AnyModel.from_config(architecture, dtype=dtype, attn_implementation=ATTENTION)
+        refuse_unsupported(model)
         add_adapter(model, config.model.lora, seed=config.train.seed)
     head = model.get_output_embeddings().weight
     if config.model.freeze_head:

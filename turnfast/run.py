@@ -20,14 +20,14 @@ from .envs import Demonstrator, Env, load_env, tasks_of
 from .lora import add_adapter
 from .loss import check_impl
 from .metrics import RunDir, read_metrics
-from .model import Policy, load_policy, pick_device, refuse_long_context
+from .model import Policy, default_tolerance, load_policy, pick_device, refuse_long_context
 from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
 from .ranks import ALONE, Ranks
 from .reference import open_reference
 from .rendered import RenderedChat
 from .sampler import Sampler, make_sampler
-from .sync import Probe, default_tolerance, make_probe
+from .sync import Probe, make_probe
 from .tiny import write_tiny_model
 
 GARBAGE_THRESHOLD = 20_000

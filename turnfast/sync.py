@@ -93,14 +93,6 @@ def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:
     )
 
 
-def default_tolerance(dtype: torch.dtype, device: str = "cpu") -> float:
-    """The largest gap that rounding explains: two float32 forwards on a CPU differ by about 1e-5,
-    two bfloat16 ones by some hundredths, more where a probability is small."""
-    if dtype == torch.float32:
-        return 1e-4 if torch.device(device).type == "cpu" else 2e-3
-    return 0.1 if dtype == torch.float16 else 0.25
-
-
 def sync_weights(
     model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
 ) -> SyncReport:
