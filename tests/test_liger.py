@@ -20,14 +20,15 @@ from turnfast.packing import batch_of
 pytest.importorskip("liger_kernel")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-NAMES = ("llama", "qwen2", "qwen3", "gemma")
+CONFIGS = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "gemma")}
+CONFIGS["mistral"] = FAMILIES["mistral-sliding"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
 def modules_of_transformers(monkeypatch):
     """Liger replaces classes and functions for the whole process; every test has them back."""
-    for name in NAMES:
+    for name in CONFIGS:
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         for attribute, value in vars(module).items():
             if callable(value):
@@ -64,19 +65,19 @@ def interpreter(monkeypatch):
 
 @pytest.mark.triton
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_hidden_states_and_gradients_stay(family, interpreter):
     compare(family, "cpu", bound=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_hidden_states_and_gradients_stay_on_a_gpu(family):
     compare(family, "cuda", bound=1e-4)
 
 
 def compare(family: str, device: str, *, bound: float) -> None:
-    policy = policy_of(FAMILIES[family], device)
+    policy = policy_of(CONFIGS[family], device)
     model = policy.model
     prompt = torch.randint(97, (6,)).tolist()
     rows = [prompt + torch.randint(97, (n,)).tolist() for n in (3, 9, 5)]

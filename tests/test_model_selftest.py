@@ -24,14 +24,16 @@ from transformers import (
 import turnfast.model.attention
 import turnfast.model.policy
 from turnfast.config import ConfigError, ModelConfig
+from turnfast.estimate import estimate
 from turnfast.model import hidden_states, load_policy
 from turnfast.model.attention import packed_forward
 from turnfast.model.selftest import check_logprobs
 from turnfast.packing import batch_of
+from turnfast.recipe import build_config
 
 CPU = torch.device("cpu")
 DOGE = AutoConfig.for_model("doge", **SMALL, sliding_window=5)
-GPT2 = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+GPT2 = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=16)
 OPT = dict(ffn_dim=48, num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=97)
 
 
@@ -74,6 +76,22 @@ def test_a_model_that_is_computed_is_accepted(family, dtype, folder_of):
 def test_a_model_that_is_not_computed_is_refused(config, message, folder_of):
     with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
         load_policy(ModelConfig(), folder_of(config), CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PhiConfig(**SMALL), r"the output projection of phi has a bias"),
+        (RecurrentGemmaConfig(**SMALL), r"recurrent_gemma has layers of type recurrent"),
+    ],
+    ids=["phi", "recurrent_gemma"],
+)
+def test_a_dry_run_refuses_what_shows_without_weights(config, message, tmp_path):
+    config.save_pretrained(tmp_path)
+    rollout = {"max_context": 64, "max_new_tokens": 16}
+    recipe = {"model": {"path": str(tmp_path)}, "rollout": rollout, "train": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
+        estimate(build_config(recipe))
 
 
 def leak(module, inputs, out):
