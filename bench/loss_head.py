@@ -16,15 +16,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import CLOCKS
 from loss_head_peers import Contender, Data, contenders, ppo
-from timing import CLOCKS, environment, medians_s, peak_bytes, save, table
+from provenance import RESULTS, provenance, write
+from timing import medians_s, peak_bytes, table
 
 SHAPES = {
     "cuda": "8192x2048x151936,8192x3584x151936,32768x2048x151936,32768x3584x151936,"
@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--peers", help="comma separated; all that can be imported by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default=str(torch.get_num_threads()), help="comma separated")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
+    )
     parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
     options = parser.parse_args()
     if options.table:
@@ -66,15 +68,9 @@ def main() -> None:
                     N, D, V, dtype, device, wanted, options.rounds, CLOCKS[options.clock]
                 )
                 rows += [{"threads": int(threads), **row} for row in timed]
-    command = f"python bench/loss_head.py {shlex.join(sys.argv[1:])}".strip()
-    record = {
-        "command": command,
-        "clock": options.clock,
-        "environment": environment(device),
-        "rows": rows,
-    }
+    record = {**provenance(device), "clock": options.clock, "rows": rows}
     print(table(record))
-    print(save(f"loss_head_{options.device}", record))
+    print(write(record, RESULTS / f"loss_head_{options.device}.json"))
 
 
 def bench_shape(

@@ -14,9 +14,9 @@ their own, beside the generation where there are two cores.
 `--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
 and earns nothing, so its steps are generation alone.
 
-With `--clock cpu` seconds are those of the processor, of the loop's thread and of the tools, each
-counted in full: a busy machine does not change them. With `--clock wall` tools that run beside the
-generation cost nothing. Medians over the steps, the first one left out. Writes
+With `--clock thread` seconds are those of the processor, of the loop's thread and of the tools,
+each counted in full: a busy machine does not change them. With `--clock wall` tools that run beside
+the generation cost nothing. Medians over the steps, the first one left out. Writes
 bench/results/overhead.json.
 """
 
@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +33,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from recorded import RESULTS, commit, write
+from clocks import CLOCKS
+from provenance import RESULTS, provenance, write
 
 import turnfast.collect
 import turnfast.run
@@ -49,7 +48,6 @@ from turnfast.stopwatch import Stopwatch
 from turnfast.tiny import write_tiny_model
 
 BACKENDS = ("auto", "local", "vllm")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 class Watch:
@@ -97,7 +95,7 @@ def main() -> None:
     parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
     parser.add_argument("--backends", default="auto", help=f"of {', '.join(BACKENDS)}, in turn")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     options, fields = parser.parse_known_args()
     backends = options.backends.split(",")
@@ -107,9 +105,7 @@ def main() -> None:
     seen = Watch(CLOCKS[options.clock])
     watch(seen)
     result: dict[str, Any] = {
-        "command": " ".join(["python bench/overhead.py", *sys.argv[1:]]),
-        "machine": platform.machine(),
-        "commit": commit(),
+        **provenance(),
         "clock": options.clock,
         "backends": {},
     }
@@ -192,7 +188,7 @@ def summarise(lines: list[dict[str, float]], seen: Watch, clock: str) -> dict[st
             "generation": sampled,
             "train": line["time/train"],
             "rollout besides generation": line["time/rollout"] - sampled,
-            "tools": called if clock == "cpu" else 0.0,
+            "tools": called if clock == "thread" else 0.0,
             "score": line["time/score"],
             "pack": line["time/pack"],
             "sync": line["time/sync"],

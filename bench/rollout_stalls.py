@@ -23,7 +23,6 @@ import asyncio
 import hashlib
 import math
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from timing import environment, save
+from provenance import RESULTS, provenance, write
 from transformers import AutoTokenizer
 
 from turnfast.chat import Chat
@@ -151,7 +150,7 @@ def main() -> None:
     if _samples(independent) != locked:
         raise SystemExit("the two drivers do not give the same samples")
     record = bench.measure()
-    save("rollout_stalls", record)
+    write(record, RESULTS / "rollout_stalls.json")
     for name, row in record["drivers"].items():
         print(f"{name:<12} {row['plain_s']:.2f} s  {row['stalled_s']:.2f} s  × {row['ratio']:.2f}")
 
@@ -186,8 +185,7 @@ class Bench:
                 if name == "independent":
                     stalls.append(env.num_stalls)
         return {
-            "command": " ".join(["python bench/rollout_stalls.py", *sys.argv[1:]]),
-            "environment": environment(torch.device("cpu")),
+            **provenance(),
             "rollouts": options.prompts * GROUP_SIZE,
             "hops": options.hops,
             "step_ms": options.step_ms,

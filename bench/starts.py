@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
-from learning import Study, arguments, portrait, provenance, row, show, train, warm_start, write
+from learning import Study, arguments, portrait, row, show, train, warm_start
+from provenance import provenance, write
 
 from turnfast.report.plots import learning_plot
 
@@ -46,8 +47,8 @@ def main() -> None:
         }
         for rule, figures in table.items():
             show(f"start {start} {rule}", figures)
-    record = {**provenance("starts", options.recipe), "seeds": seeds, "starts": starts}
-    write(options.out, record)
+    record = {**provenance(), "recipe": options.recipe, "seeds": seeds, "starts": starts}
+    write(record, options.out)
     paths = {
         rule: [s.folder(rule, seed) / "metrics.jsonl" for s in studies.values() for seed in seeds]
         for rule in rules

@@ -1,243 +1,359 @@
-"""A whole training step on recorded rollouts: what sharing prefixes and skipping idle tokens save.
+"""A whole training step: what sharing prefixes and skipping idle tokens save.
 
-    python bench/step.py [--groups 4] [--hops 1] [--width 128] [--layers 4] [--budget 16384]
+    python bench/step.py [--rollouts one-search,two-searches,many-groups,long-replies]
+                         [--threads 1] [--clock cpu]
+    python bench/step.py --device cuda --shape qwen2.5-1.5b|qwen2.5-7b [--pack-tokens 32768]
+                         [--share 0.6] [--checkpointing] [--compile] [--optim-state 8bit]
 
 Rollouts of the built-in search world (groups of 8, system prompt with the tool description) are
-recorded once, with a scripted agent that searches, rephrases, answers at once, or answers wrongly.
-Then the same step is packed and trained in several ways, interleaved, and timed:
+recorded once, with a scripted agent that searches, rephrases, answers at once, or answers wrongly:
+
+    one-search     3 groups, one micro-batch
+    two-searches   questions of two hops; in one group nobody answers, so last turns earn nothing
+    many-groups    12 groups, in micro-batches of 6,144 tokens: a cut repeats what it parts
+    long-replies   an agent that reasons for 300 tokens in every turn, which nobody else does alike
+    synthetic      no recording: packs of --pack-tokens distinct tokens, of which rollouts share
+                   --share of what they have together; what a --shape but tiny is timed with
+
+The same step is packed and trained in several ways, interleaved, and timed:
 
     rows     packed rows without padding, every row computed whole
     trees    prefix trees: what rows begin with is computed once
-    lean     prefix trees, without the ends of rows that have no advantage
+    lean     prefix trees, without the ends of rows that have no advantage, where there are any
 
-First of all the gradients of all ways must be those of `rows`. `model` is forward and backward up
-to the hidden states; `step` is packing, model, loss head and optimizer. Memory is what a process of
-its own has at most, above what it has before its first step. Results go to bench/results/step.json.
+First of all the gradients of every way must be right: within 1e-5 of the largest entry of float64,
+one trajectory after the other, for the tiny model in float32; a public shape in bf16 is held
+against its own `rows`. Tokens computed must stay within 1.05 x the distinct ones. Else the script
+fails, with the numbers. `model` is forward and backward up to the hidden states; `step` is packing,
+model, loss head and optimizer. Utilisation is of the peak of matrix products measured in the same
+run, and counts distinct tokens only, see flops.py. Memory is the most that is held in a step, above
+what is held before it; on a CPU that of a process of its own. Results go to
+bench/results/step.json, those of a shape to step_<shape>_<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-import transformers
-from recorded import CLOCKS, Recording, arguments, commit, record, watch_memory, write
+from clocks import clock_of
+from flops import body_flops, gemm_peak, head_flops
+from memory import watch_memory
+from provenance import RESULTS, provenance, write
+from recorded import Recording, arguments, record
+from shapes import SHAPES, load
+from synthetic import synthesize
 from torch import Tensor
-from turnfast.kernels import turn_policy_loss
+from truth import gradient_error, gradient_of, step_of, truth_of
 
-from turnfast.config import LossConfig, OptimConfig
+from turnfast.config import LossConfig, ModelConfig, OptimConfig
 from turnfast.loss import update
-from turnfast.model import Policy, hidden_states
+from turnfast.model import hidden_states, pick_device
 from turnfast.optim import Optimizer
 from turnfast.packing import Packed, pack
-from turnfast.types import Batch
 
-WAYS = {
+WAYS: dict[str, dict[str, bool]] = {
     "rows": {"share_prefixes": False},
     "trees": {"share_prefixes": True},
     "lean": {"share_prefixes": True, "drop_idle": True},
 }
-GRADIENT_BUDGET = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is recorded, and the tokens of a micro-batch; `groups` 0 is made up instead."""
+
+    groups: int
+    hops: int = 1
+    thoughts: int = 0
+    budget: int = 16_384
+
+
+CASES = {
+    "one-search": Case(groups=3),
+    "two-searches": Case(groups=3, hops=2),
+    "many-groups": Case(groups=12, budget=6144),
+    "long-replies": Case(groups=1, thoughts=300),
+    "synthetic": Case(groups=0),
+}
+BUDGETS = (2048, 4096, 8192, 16_384)
+TOKENS = 1.05  # computed over distinct, at most
+SPEED = 0.85  # model speed-up over all tokens / distinct tokens, at least
+UTILISATION = 0.45  # of the peak, for a public shape on a GPU
+GRADIENTS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def main() -> None:
-    parser = arguments(__doc__, "step.json", groups=4, repeats=7)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--memory-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser = arguments(__doc__, "step.json", repeats=5)
+    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
+    parser.add_argument("--rollouts", help=f"of {', '.join(CASES)}; comma separated")
+    parser.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct ones")
+    parser.add_argument("--share", type=float, default=0.6, help="synthetic: of all tokens")
+    parser.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the model's body")
+    parser.add_argument("--optim-state", choices=("float32", "bfloat16", "8bit"), default="float32")
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        recording = record(options, Path(folder))
     if options.memory_of:
-        print(_peak_memory(recording, options))
+        name, way = options.memory_of
+        with tempfile.TemporaryDirectory() as folder:
+            print(peak_memory(Bench(name, options, Path(folder)), way))
         return
-    result = measure(recording, options)
-    write(result, options.out)
-    _show(result)
-
-
-def pack_as(recording: Recording, way: str, options: argparse.Namespace) -> Packed:
-    device = recording.policy.device
-    return pack(
-        recording.groups, recording.credits, budget=options.budget, device=device, **WAYS[way]
-    )
-
-
-def measure(recording: Recording, options: argparse.Namespace) -> dict:
-    policy = recording.policy
-    packs = {way: pack_as(recording, way, options) for way in WAYS}
-    distinct = pack(recording.groups, recording.credits, budget=1 << 30).num_tokens
-    differences = _gradient_differences(policy, packs)
-    for way, difference in differences.items():
-        if not difference < GRADIENT_BUDGET:
-            raise SystemExit(f"{way}: gradients differ from those of rows by {difference:.2e}")
-    optimizer = Optimizer(policy.model.parameters(), OptimConfig(lr=1e-6))
-    seconds = partial(_seconds, policy, CLOCKS[options.clock])
-    times: dict[str, dict[str, list[float]]] = {
-        way: {"model": [], "step": [], "pack": []} for way in WAYS
+    tiny = options.shape == "tiny"
+    wanted = options.rollouts or ("synthetic" if not tiny else ",".join(list(CASES)[:-1]))
+    names = wanted.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"--rollouts: {unknown[0]!r} is none of {', '.join(CASES)}")
+    device = pick_device(options.device)
+    if not tiny and options.out == parser.get_default("out"):
+        options.out = RESULTS / f"step_{options.shape}_{device.type}.json"
+    cases = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(name, options, Path(folder))
+            cases[name] = measure(bench)
+        show(name, cases[name])
+    dtype = bench.policy.model.dtype
+    result = {
+        **provenance(device),
+        "clock": options.clock,
+        "shape": options.shape,
+        "parameters": sum(p.numel() for p in bench.policy.model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "gemm_peak_flops": bench.peak,
+        "cases": cases,
     }
-    for repeat in range(options.repeats + 1):
-        for way in WAYS:
-            model_s = seconds(lambda way=way: _model_only(policy, packs[way]))
-            pack_s = seconds(lambda way=way: pack_as(recording, way, options))
-            step_s = seconds(lambda way=way: _step(recording, way, optimizer, options))
-            if repeat:  # the first round is for caches
-                for name, value in (("model", model_s), ("pack", pack_s), ("step", step_s)):
-                    times[way][name].append(value)
-    peak = _gemm_flops(policy.device, CLOCKS[options.clock])
+    print(write(result, options.out))
+    if missed := [f"{name}: {gate}" for name in cases for gate in cases[name]["missed"]]:
+        raise SystemExit("\n".join(missed))
+
+
+class Bench:
+    """One case: its rollouts, a model, and what times them."""
+
+    def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
+        self.name, self.options, self.case = name, options, CASES[name]
+        self.device = pick_device(options.device)
+        self.tiny = options.shape == "tiny"
+        self.recording = self._rollouts(folder)
+        self.budget = self.case.budget if self.case.groups else options.pack_tokens
+        dtype = options.dtype or ("float32" if self.tiny else "bfloat16")
+        config = ModelConfig(
+            dtype=dtype, checkpointing=options.checkpointing, compile=options.compile
+        )
+        self.policy = load(options.shape, config, folder, self.device, options.layers)
+        self.clock = clock_of(options.clock, self.device)
+        self.peak = 0.0
+
+    def _rollouts(self, folder: Path) -> Recording:
+        case, options = self.case, self.options
+        # a made-up case has the tokenizer of a recording, which no step looks at
+        recording = record(
+            options, folder, groups=case.groups or 1, hops=case.hops, thoughts=case.thoughts
+        )
+        if case.groups:
+            return recording
+        return synthesize(
+            pack_tokens=options.pack_tokens,
+            share=options.share,
+            groups=options.groups,
+            group_size=options.group_size,
+            vocab_size=SHAPES.get(options.shape, {"vocab_size": 520})["vocab_size"],
+            seed=options.seed,
+        )
+
+    def pack(self, way: str, budget: int | None = None) -> Packed:
+        groups, credits = self.recording.groups, self.recording.credits
+        budget = budget or self.budget
+        return pack(groups, credits, budget=budget, device=self.device, **WAYS[way])
+
+    def model(self, packed: Packed) -> None:
+        """Forward and backward up to the hidden states, without the loss head."""
+        for batch in packed.batches:
+            hidden_states(self.policy, batch)[batch.rows_N].sum().backward()
+        self.policy.model.zero_grad()
+
+    def step(self, way: str, optimizer: Optimizer) -> None:
+        update(self.policy, optimizer, self.pack(way).batches, LossConfig())
+
+    def optimizer(self) -> Optimizer:
+        config = OptimConfig(lr=1e-6, state=self.options.optim_state)
+        return Optimizer(self.policy.model.parameters(), config)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        begin = self.clock()
+        call()
+        return self.clock() - begin
+
+    @property
+    def rounding(self) -> float:
+        return GRADIENTS[self.policy.model.dtype]
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    policy, device = bench.policy, bench.device
+    packs = {way: bench.pack(way) for way in WAYS}
+    if not packs["lean"].num_idle_tokens:
+        del packs["lean"]
+    distinct = {way: bench.pack(way, budget=1 << 40) for way in packs if way != "rows"}
+    distinct["rows"] = distinct["trees"]
+    errors = gradient_errors(bench, packs)
+    if wrong := {way: error for way, error in errors.items() if not error < bench.rounding}:
+        raise SystemExit(f"{bench.name}: gradients are off by more than {bench.rounding}: {wrong}")
+    bench.peak = gemm_peak(device, policy.model.dtype, bench.clock)
+    optimizer = bench.optimizer()
+    times = timed(bench, packs, optimizer)
     ways = {}
     for way, packed in packs.items():
-        medians = {f"{name}_s": median(values) for name, values in times[way].items()}
-        flops = _flops(policy, packed)
+        seconds = {f"{name}_s": median(values) for name, values in times[way].items()}
+        body = body_flops(policy, distinct[way])
+        whole = body + head_flops(policy, distinct[way])
         ways[way] = {
-            **medians,
+            **seconds,
             "microbatches": len(packed.batches),
             "tokens_computed": packed.num_tokens,
+            "computed_over_distinct": packed.num_tokens / distinct[way].num_tokens,
             "targets": packed.num_targets,
-            "padding": 0.0,
             "shared_prefix": packed.shared_prefix,
             "idle_tokens": packed.num_idle_tokens,
-            "gradient_difference": differences[way],
-            "effective_tokens_per_s": packs["rows"].num_tokens / medians["step_s"],
-            "trained_targets_per_s": packs["rows"].num_targets / medians["step_s"],
-            "model_flop_utilisation": flops / medians["model_s"] / peak,
-            "model_speedup": median(times["rows"]["model"]) / medians["model_s"],
-            "step_speedup": median(times["rows"]["step"]) / medians["step_s"],
-            "peak_memory_mib": _memory_of(way),
+            "gradient_error": errors[way],
+            "trained_tokens_per_s": packed.num_tokens / seconds["step_s"],
+            "effective_tokens_per_s": packs["rows"].num_tokens / seconds["step_s"],
+            "trained_targets_per_s": packs["rows"].num_targets / seconds["step_s"],
+            "model_flop_utilisation": body / seconds["model_s"] / bench.peak,
+            "step_flop_utilisation": whole / seconds["step_s"] / bench.peak,
+            "model_speedup": median(times["rows"]["model"]) / seconds["model_s"],
+            "step_speedup": median(times["rows"]["step"]) / seconds["step_s"],
+            "peak_memory_mib": memory_of(bench, way, optimizer),
         }
-    ratio = packs["rows"].num_tokens / distinct
+    ratio = packs["rows"].num_tokens / distinct["trees"].num_tokens
+    computed = {way: row["computed_over_distinct"] for way, row in ways.items() if way != "rows"}
+    turns = [t for g in bench.recording.groups for one in g.trajectories for t in one.turns]
     return {
-        "command": " ".join(["python bench/step.py", *sys.argv[1:]]),
-        "device": platform.processor() or platform.machine()
-        if policy.device.type == "cpu"
-        else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
-        "clock": options.clock,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": commit(),
-        "rollouts_sha256": recording.digest,
-        "parameters": sum(p.numel() for p in policy.model.parameters()),
-        "gemm_peak_flops": peak,
-        "rollouts": sum(len(group.trajectories) for group in recording.groups),
+        "rollouts": bench.recording.num_rollouts,
+        "rollouts_sha256": bench.recording.digest,
+        "sampled_per_turn": sum(len(turn.sampled_ids) for turn in turns) / len(turns),
+        "budget": bench.budget,
         "tokens_of_rows": packs["rows"].num_tokens,
-        "tokens_distinct": distinct,
+        "tokens_distinct": distinct["trees"].num_tokens,
         "ratio": ratio,
-        "padding_of_a_rectangle": _rectangle_padding(packs["rows"]),
-        "computed_over_distinct": packs["trees"].num_tokens / distinct,
-        "model_speedup_over_ratio": ways["trees"]["model_speedup"] / ratio,
+        "padding": 0.0,  # the layout has none
+        "padding_of_a_rectangle": rectangle_padding(packs["rows"]),
+        "computed_over_distinct_by_budget": {
+            budget: bench.pack("trees", budget=budget).num_tokens / distinct["trees"].num_tokens
+            for budget in BUDGETS
+            if budget >= packs["rows"].batches[0].max_seqlen
+        },
+        "gradient_against": "float64" if bench.tiny else "its own rows",
+        "targets": targets(bench, ways["trees"], ratio),
+        "missed": [
+            f"{way}: {share:.3f} x the distinct tokens are computed, more than {TOKENS}"
+            for way, share in computed.items()
+            if not share <= TOKENS
+        ],
         "ways": ways,
     }
 
 
-def _model_only(policy: Policy, packed: Packed) -> None:
-    policy.model.zero_grad()
-    for batch in packed.batches:
-        hidden = hidden_states(policy, batch)
-        hidden[batch.rows_N].sum().backward()
+def timed(
+    bench: Bench, packs: dict[str, Packed], optimizer: Optimizer
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of model, packing and whole step of every way, interleaved."""
+    times: dict[str, dict[str, list[float]]] = {
+        way: {"model": [], "pack": [], "step": []} for way in packs
+    }
+    for repeat in range(bench.options.repeats + 1):
+        for way in packs:
+            calls: dict[str, Callable[[], object]] = {
+                "model": partial(bench.model, packs[way]),
+                "pack": partial(bench.pack, way),
+                "step": partial(bench.step, way, optimizer),
+            }
+            for name, call in calls.items():
+                seconds = bench.seconds(call)
+                if repeat:  # the first round is for caches
+                    times[way][name].append(seconds)
+    return times
 
 
-def _step(recording: Recording, way: str, optimizer: Optimizer, options) -> None:
-    packed = pack_as(recording, way, options)
-    update(recording.policy, optimizer, packed.batches, LossConfig())
+def gradient_errors(bench: Bench, packs: dict[str, Packed]) -> dict[str, float]:
+    """Of every way, as a share of the largest entry of the gradient that is held to be true."""
+    true: Tensor | None = truth_of(bench.policy, bench.recording)[0] if bench.tiny else None
+    errors = {}
+    for way, packed in packs.items():
+        step_of(bench.policy, packed.batches)
+        gradient = gradient_of(bench.policy.model)
+        true = gradient if true is None else true
+        errors[way] = gradient_error(gradient, true)
+    bench.policy.model.zero_grad()
+    return errors
 
 
-def _gradient_differences(policy: Policy, packs: dict[str, Packed]) -> dict[str, float]:
-    gradients = {way: _gradient(policy, packed.batches) for way, packed in packs.items()}
-    whole = gradients["rows"]
-    return {way: float((gradient - whole).abs().max()) for way, gradient in gradients.items()}
+def targets(bench: Bench, trees: dict[str, Any], ratio: float) -> dict[str, dict[str, Any]]:
+    """What the project asks of sharing, and whether it is met here."""
+    found = {f"model speed-up of trees over {ratio:.2f}": (trees["model_speedup"] / ratio, SPEED)}
+    if bench.device.type == "cuda" and not bench.tiny:
+        name = "model flop utilisation of trees, on distinct tokens"
+        found[name] = (trees["model_flop_utilisation"], UTILISATION)
+    return {
+        name: {"found": value, "wanted": wanted, "met": value >= wanted}
+        for name, (value, wanted) in found.items()
+    }
 
 
-def _gradient(policy: Policy, batches: tuple[Batch, ...]) -> Tensor:
-    policy.model.zero_grad()
-    for batch in batches:
-        turn_policy_loss(
-            hidden_states(policy, batch),
-            policy.head_VD,
-            batch.rows_N,
-            batch.targets_N,
-            batch.turns_N,
-            batch.advantages_K,
-            weights=batch.weights_N,
-        ).loss.backward()
-    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
-
-
-def _seconds(policy: Policy, clock: Callable[[], float], function: Callable[[], object]) -> float:
-    policy.synchronize()
-    begin = clock()
-    function()
-    policy.synchronize()
-    return clock() - begin
-
-
-def _flops(policy: Policy, packed: Packed) -> float:
-    """Of forward and backward, matrix products and attention, on the tokens that are computed."""
-    config = policy.model.config
-    matrices = sum(
-        p.numel()
-        for name, p in policy.model.named_parameters()
-        if p.ndim == 2 and "embed" not in name
-    )
-    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    keys = sum(float((batch.positions_T + 1).sum()) for batch in packed.batches)
-    return 6.0 * matrices * packed.num_tokens + 12.0 * heads * keys
-
-
-def _gemm_flops(device: torch.device, clock: Callable[[], float], size: int = 2048) -> float:
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        begin = clock()
-        (a @ b).sum().item()
-        seconds.append(clock() - begin)
-    return 2.0 * size**3 / min(seconds)
-
-
-def _rectangle_padding(packed: Packed) -> float:
+def rectangle_padding(packed: Packed) -> float:
     """The share of padding, had the rows been padded to the longest of the step."""
     lengths = torch.cat([batch.cu_seqlens.diff() for batch in packed.batches]).float()
     return float(1 - lengths.mean() / lengths.max())
 
 
-def _memory_of(way: str) -> float:
-    command = [sys.executable, *sys.argv, "--memory-of", way]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def memory_of(bench: Bench, way: str, optimizer: Optimizer) -> float:
+    """MiB of a step; a process that has stepped before holds on to freed memory, a GPU does not."""
+    if bench.device.type == "cuda":
+        return peak_memory(bench, way, optimizer)
+    command = [sys.executable, *sys.argv, "--memory-of", bench.name, way]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(told.splitlines()[-1])
 
 
-def _peak_memory(recording: Recording, options: argparse.Namespace) -> float:
-    optimizer = Optimizer(recording.policy.model.parameters(), OptimConfig())
-    _step(recording, options.memory_of, optimizer, options)  # the optimizer's own state is made
-    peak = watch_memory(recording.policy.device)
-    _step(recording, options.memory_of, optimizer, options)
-    return peak()
+def peak_memory(bench: Bench, way: str, optimizer: Optimizer | None = None) -> float:
+    optimizer = optimizer or bench.optimizer()
+    bench.step(way, optimizer)  # the optimizer's own state is made
+    peak = watch_memory(bench.device)
+    bench.step(way, optimizer)
+    return peak() / 2**20
 
 
-def _show(result: dict) -> None:
+def show(name: str, case: dict[str, Any]) -> None:
     print(
-        f"{result['rollouts']} rollouts, {result['tokens_of_rows']} tokens, "
-        f"{result['tokens_distinct']} distinct (ratio {result['ratio']:.2f}); "
-        f"computed / distinct {result['computed_over_distinct']:.3f}; "
-        f"model speed-up / ratio {result['model_speedup_over_ratio']:.2f}; "
-        f"a rectangle would have {result['padding_of_a_rectangle']:.0%} padding"
+        f"{name}: {case['rollouts']} rollouts, {case['tokens_of_rows']:,} tokens, "
+        f"{case['tokens_distinct']:,} distinct (ratio {case['ratio']:.2f}); "
+        f"a rectangle would have {case['padding_of_a_rectangle']:.0%} padding; "
+        f"gradients against {case['gradient_against']}"
     )
-    for way, row in result["ways"].items():
+    for way, row in case["ways"].items():
         print(
-            f"{way:<6} {row['tokens_computed']:>7} tokens  model {row['model_s'] * 1e3:7.1f} ms "
-            f"({row['model_speedup']:.2f}x)  step {row['step_s'] * 1e3:7.1f} ms "
-            f"({row['step_speedup']:.2f}x)  pack {row['pack_s'] * 1e3:5.1f} ms  "
-            f"{row['effective_tokens_per_s']:8.0f} tokens/s  "
+            f"  {way:<6} {row['tokens_computed']:>7} tokens, {row['computed_over_distinct']:.3f} x "
+            f"distinct  model {row['model_s'] * 1e3:7.1f} ms ({row['model_speedup']:.2f}x)  "
+            f"step {row['step_s'] * 1e3:7.1f} ms ({row['step_speedup']:.2f}x)  "
+            f"pack {row['pack_s'] * 1e3:5.1f} ms  {row['effective_tokens_per_s']:8.0f} tokens/s  "
             f"MFU {row['model_flop_utilisation']:.2f}  {row['peak_memory_mib']:6.0f} MiB  "
-            f"gradients {row['gradient_difference']:.1e}"
+            f"gradients {row['gradient_error']:.1e}"
         )
+    for target, row in case["targets"].items():
+        met = "met" if row["met"] else "not met"
+        print(f"  {target}: {row['found']:.2f}, wanted {row['wanted']}: {met}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: interleaved medians, peak memory, the environment, the table.
+"""What the kernel benchmarks share: arguments, interleaved medians, peak memory, the table.
 
 Figures go to bench/results/ as JSON with device, versions and commit; a README's table is made from
 that file (`--table FILE`), never by hand.
@@ -7,29 +7,20 @@ that file (`--table FILE`), never by hand.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import CLOCKS
+from memory import watch_memory
+from provenance import RESULTS, provenance, write
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "liger-kernel", "trl", "verl", "cut-cross-entropy", "quack-kernels")
 # Several times the L2 cache of any GPU of today.
 FLUSH_BYTES = 256 << 20
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def medians_s(
@@ -69,39 +60,10 @@ def medians_s(
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most memory that the call held above what was there before."""
-    gc.collect()
-    if device.type == "cuda":
-        _settle(device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        _settle(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    # Freed heap goes back first, or it hides what the call takes. Linux: 5 resets the peak.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    peak = watch_memory(device)
     call()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit of a result."""
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else ""),
-        "load_average": Path("/proc/loadavg").read_text().split()[0],
-    }
+    _settle(device)
+    return int(peak())
 
 
 def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
@@ -111,7 +73,9 @@ def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: shared machine"
+    )
     parser.add_argument("--table", type=Path, help="print a result file as a table and stop")
     return parser
 
@@ -135,22 +99,9 @@ def sizes(text: str) -> list[tuple[int, ...]]:
 
 def finish(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the rows as a table and save them under the name and the device."""
-    record = {
-        "command": f"python bench/{name}.py {shlex.join(sys.argv[1:])}".strip(),
-        "clock": options.clock,
-        "environment": environment(torch.device(options.device)),
-        "rows": rows,
-    }
+    record = {**provenance(options.device), "clock": options.clock, "rows": rows}
     print(table(record))
-    print(save(f"{name}_{options.device}", record))
-
-
-def save(name: str, record: dict[str, Any]) -> Path:
-    """bench/results/<name>.json."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return path
+    print(write(record, RESULTS / f"{name}_{options.device}.json"))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -175,22 +126,3 @@ def _cell(value: Any) -> str:
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip()

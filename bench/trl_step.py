@@ -1,19 +1,22 @@
 """One optimizer step on the same recorded rollouts through TRL's GRPOTrainer and through turnfast.
 
     pip install "turnfast[bench]"
-    python bench/trl_step.py [--groups 3] [--width 128] [--layers 4] [--trl-batches 1,2,4,8,24]
+    python bench/trl_step.py [--device cpu|cuda] [--dtype float32|bfloat16] [--groups 3]
+                             [--width 128] [--layers 4] [--trl-batches 1,2,4,8,24]
 
 The rollouts are those of bench/step.py: groups of 8 in the built-in search world, system prompt
 with the tool description, several turns. Both sides have the same model (two copies of one start),
 the same advantage for every token, the same loss (token-level PPO clip, on policy, mean over the
-sampled tokens of the step, no KL), AdamW with the same settings, float32, one CPU.
+sampled tokens of the step, no KL), AdamW with the same settings, on one CPU or one GPU. In bfloat16
+either side keeps float32 weights: TRL's model has them, and its Trainer casts what it multiplies;
+turnfast's optimizer has them, and the model their rounding.
 
-TRL's trainer is used as shipped, from `train()` down: rollouts enter through its `rollout_func`,
-tool results are masked through its `env_mask`, and padding, batching, chunked log-probs, loss,
-accumulation, clipping and optimizer are its own. Its settings are those that suit it here: no bf16,
-no gradient checkpointing, nothing logged, old log-probs not recomputed, and of the micro-batch
-sizes of --trl-batches the fastest. One method is overridden, to put turn-level advantages, a tensor
-with one per token that its loss accepts, in the place of those it computes.
+TRL's trainer does everything from `train()` down: rollouts enter through its `rollout_func`, tool
+results are masked through its `env_mask`, and padding, batching, chunked log-probs, loss,
+accumulation, clipping and optimizer are its own. Its settings are those that suit it here: no
+gradient checkpointing, nothing logged, old log-probs not recomputed, and of the micro-batch sizes
+of --trl-batches the fastest. One method is overridden, to put turn-level advantages, a tensor with
+one per token that its loss accepts, in the place of those it computes.
 
 What is timed, interleaved step by step in one process:
 
@@ -22,81 +25,58 @@ What is timed, interleaved step by step in one process:
               rewards are in it. `train` is the rest: forward, backward, clip, AdamW.
     turnfast  `prepare` is `pack`, `train` is `update`: the same work.
 
-Neither the data loader of TRL nor the rollout of either is in it. Gradients and log-probs of both
-are compared with a float64 model run on one trajectory at a time; no figure is written if they
-differ. Memory is what a process of its own has at most, above what it holds before its third step
-(the optimizer's state is made by then). Results go to bench/results/trl_step.json.
+Neither the data loader of TRL nor the rollout of either is in it. On a GPU every reading of the
+clock waits for it. Gradients and log-probs of both are compared with a float64 model run on one
+trajectory at a time; no figure is written if they differ. Tokens computed must stay within 1.05 x
+the distinct ones. Memory is what a process of its own has at most, on a GPU what torch has given it
+there, above what it holds before its third step (the optimizer's state is made by then). Results go
+to bench/results/trl_step.json, those of a GPU to trl_step_cuda.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-import transformers
-import trl
+from clocks import clock_of
 from datasets import Dataset
-from recorded import CLOCKS, Recording, arguments, commit, record, watch_memory, write
+from memory import watch_memory
+from provenance import RESULTS, provenance, write
+from recorded import Recording, arguments, record
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turnfast.kernels import turn_policy_loss
+from truth import (
+    Sample,
+    gradient_error,
+    gradient_of,
+    logprob_error,
+    samples_of,
+    step_of,
+    truth_of,
+)
 
-from turnfast.config import LossConfig, OptimConfig
+from turnfast.config import LossConfig, ModelConfig, OptimConfig
 from turnfast.loss import update
-from turnfast.model import Policy, hidden_states
+from turnfast.model import Policy, load_policy, pick_device
 from turnfast.optim import Optimizer
-from turnfast.packing import pack
-from turnfast.types import Trajectory
+from turnfast.packing import Packed, pack
 
-# float32 against float64: log-probs of a few nats, gradients as a share of the largest entry
-LOGPROB_BUDGET = 1e-4
-GRADIENT_BUDGET = 1e-4
+# Against float64: log-probs of a few nats, gradients as a share of the largest entry. In bfloat16
+# a gradient's entries have three digits, and a log-prob is the difference of two rounded numbers.
+BUDGETS = {"float32": (1e-4, 1e-4), "bfloat16": (2e-1, 1e-1)}
+TOKENS = 1.05  # computed over distinct, at most
+SPEED = 3.0  # TRL's step over turnfast's, at least
 OPTIM = OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=1e9)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """A trajectory as one row: prompt, and all that follows; `sampled` marks the agent's ids."""
-
-    prompt: list[int]
-    completion: list[int]
-    sampled: list[int]
-    logprobs: list[float]
-    advantages: list[float]
-
-
-def sample_of(trajectory: Trajectory, advantages: tuple[float, ...]) -> Sample:
-    completion: list[int] = []
-    sampled: list[int] = []
-    logprobs: list[float] = []
-    each: list[float] = []
-    for k, turn in enumerate(trajectory.turns):
-        if turn.restart:
-            raise SystemExit("a rewritten history is two rows in turnfast and none in TRL")
-        given = turn.prompt_ids if k else ()
-        completion += [*given, *turn.sampled_ids]
-        sampled += [0] * len(given) + [1] * len(turn.sampled_ids)
-        logprobs += [0.0] * len(given) + list(turn.logprobs)
-        each += [0.0] * len(given) + [advantages[k]] * len(turn.sampled_ids)
-    return Sample(
-        prompt=list(trajectory.turns[0].prompt_ids),
-        completion=completion,
-        sampled=sampled,
-        logprobs=logprobs,
-        advantages=each,
-    )
 
 
 class Recorded(GRPOTrainer):
@@ -112,7 +92,7 @@ class Recorded(GRPOTrainer):
         advantages = torch.zeros(made["completion_ids"].shape)
         for row, sample in zip(advantages, chosen, strict=True):
             row[: len(sample.advantages)] = torch.tensor(sample.advantages)
-        return {**made, "advantages": advantages}
+        return {**made, "advantages": advantages.to(made["completion_ids"].device)}
 
     def _prepare_inputs(self, generation_batch):
         begin = self.clock()
@@ -143,7 +123,7 @@ def recorded_rollouts(prompts: list[str], trainer: Recorded) -> dict[str, list]:
 class Rounds(TrainerCallback):
     """Times TRL's step from inside, and takes ours after each of its own."""
 
-    def __init__(self, trainer: Recorded, ours) -> None:
+    def __init__(self, trainer: Recorded, ours: Ours) -> None:
         self._trainer, self._ours = trainer, ours
         self.gradient: Tensor | None = None
         self.trl: list[tuple[float, float]] = []
@@ -160,25 +140,37 @@ class Rounds(TrainerCallback):
     def on_step_end(self, *args, **kwargs) -> None:
         seconds, prepare = self._trainer.clock() - self._begin, self._trainer.prepare_s
         self.trl.append((prepare, seconds - prepare))
-        if self._ours is not None:
-            self.turnfast.append(self._ours(self._trainer.clock))
+        self.turnfast.append(self._ours())
 
 
 def main() -> None:
-    parser = arguments(__doc__, "trl_step.json", groups=3, repeats=5)
+    parser = arguments(__doc__, "trl_step.json", repeats=5)
+    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--hops", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens of a micro-batch")
     parser.add_argument("--trl-batches", default="1,2,4,8,24", help="rows per micro-batch to try")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.device = "cpu"
+    options.dtype = options.dtype or "float32"
+    device = pick_device(options.device)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise SystemExit("TRL would split its batches over all GPUs: set CUDA_VISIBLE_DEVICES=0")
+    if device.type == "cuda" and options.out == parser.get_default("out"):
+        options.out = RESULTS / "trl_step_cuda.json"
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        recording = with_signal(record(options, Path(folder)))
+        played = record(options, Path(folder), groups=options.groups, hops=options.hops)
+        recording = with_signal(played)
+        policy = load_policy(ModelConfig(dtype=options.dtype), Path(folder), device)
+        sides = Sides(recording, policy, options)
         if options.memory_of:
-            print(peak_memory(recording, options, Path(folder)))
+            print(sides.peak_memory(options.memory_of))
             return
-        result = measure(recording, options, Path(folder))
-    write(result, options.out)
-    print(json.dumps(result, indent=1))
+        result = measure(sides)
+    print(write({**provenance(device), "clock": options.clock, **result}, options.out))
+    show(result)
+    if missed := result["missed"]:
+        raise SystemExit(missed)
 
 
 def with_signal(recording: Recording) -> Recording:
@@ -186,145 +178,197 @@ def with_signal(recording: Recording) -> Recording:
     kept = [
         (group, credit)
         for group, credit in zip(recording.groups, recording.credits, strict=True)
-        if credit.has_signal and not any(t.failed for t in group.trajectories)
+        if credit.has_signal and not any(t.left_out for t in group.trajectories)
     ]
     groups, credits = zip(*kept, strict=True)
-    return Recording(groups=list(groups), credits=list(credits), policy=recording.policy)
+    return Recording(groups=list(groups), credits=list(credits))
 
 
-def samples_of(recording: Recording) -> list[list[Sample]]:
-    return [
-        [sample_of(*pair) for pair in zip(group.trajectories, credit.advantages, strict=True)]
-        for group, credit in zip(recording.groups, recording.credits, strict=True)
-    ]
+class Sides:
+    """The same rollouts and two copies of one model, for TRL's step and for turnfast's."""
+
+    def __init__(self, recording: Recording, policy: Policy, options: argparse.Namespace) -> None:
+        self.recording, self.policy, self.options = recording, policy, options
+        self.clock = clock_of(options.clock, policy.device)
+        self.samples = samples_of(recording)
+
+    def pack(self, **options: Any) -> Packed:
+        given = {"budget": self.options.budget, "device": self.policy.device, **options}
+        return pack(self.recording.groups, self.recording.credits, **given)
+
+    def ours(self) -> Ours:
+        return Ours(self, Optimizer(self.policy.model.parameters(), OPTIM))
+
+    def trainer(self, batch: int, steps: int) -> Recorded:
+        """TRL's trainer with micro-batches of so many rows."""
+        options, prompts = self.options, [f"prompt {n}" for n in range(len(self.samples))]
+        rows = sum(len(group) for group in self.samples)
+        if rows % batch:
+            raise SystemExit(f"--trl-batches: {batch} does not divide {rows} rollouts")
+        settings = GRPOConfig(
+            output_dir=str(self.policy.folder / "trl"),
+            use_cpu=self.policy.device.type == "cpu",
+            bf16=options.dtype == "bfloat16",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=rows // batch,
+            steps_per_generation=rows // batch,
+            num_generations=options.group_size,
+            max_completion_length=2048,
+            loss_type="dapo",
+            beta=0.0,
+            learning_rate=OPTIM.lr,
+            adam_beta1=OPTIM.betas[0],
+            adam_beta2=OPTIM.betas[1],
+            weight_decay=OPTIM.weight_decay,
+            max_grad_norm=OPTIM.grad_clip,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            max_steps=steps,
+            shuffle_dataset=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=options.seed,
+        )
+        trainer = Recorded(
+            model=AutoModelForCausalLM.from_pretrained(self.policy.folder, dtype="float32"),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=settings,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=self.policy.tokenizer,
+            rollout_func=recorded_rollouts,
+        )
+        trainer.samples = dict(zip(prompts, self.samples, strict=True))
+        trainer.clock = self.clock
+        return trainer
+
+    def memory_of(self, side: str) -> float:
+        command = [sys.executable, *sys.argv, "--memory-of", side]
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+        return float(found.stdout.splitlines()[-1])
+
+    def peak_memory(self, side: str) -> float:
+        """MiB of a step above what is held before it; by its third all lasting state is made."""
+        if side == "turnfast":
+            ours = self.ours()
+            for _ in range(2):
+                ours()
+            peak = watch_memory(self.policy.device)
+            ours()
+            return peak() / 2**20
+        trainer = self.trainer(int(side), 3)
+        watch = Watch(self.policy.device)
+        trainer.add_callback(watch)
+        trainer.train()
+        return watch.bytes / 2**20
 
 
-def trainer_of(
-    recording: Recording, options: argparse.Namespace, folder: Path, batch: int, steps: int
-) -> Recorded:
-    groups = samples_of(recording)
-    rows = sum(len(group) for group in groups)
-    if rows % batch:
-        raise SystemExit(f"--trl-batches: {batch} does not divide {rows} rollouts")
-    settings = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=rows // batch,
-        steps_per_generation=rows // batch,
-        num_generations=options.group_size,
-        max_completion_length=2048,
-        loss_type="dapo",
-        beta=0.0,
-        learning_rate=OPTIM.lr,
-        adam_beta1=OPTIM.betas[0],
-        adam_beta2=OPTIM.betas[1],
-        weight_decay=OPTIM.weight_decay,
-        max_grad_norm=OPTIM.grad_clip,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        max_steps=steps,
-        shuffle_dataset=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=options.seed,
-    )
-    prompts = [f"prompt {number}" for number in range(len(groups))]
-    trainer = Recorded(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        args=settings,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=recording.policy.tokenizer,
-        rollout_func=recorded_rollouts,
-    )
-    trainer.samples = dict(zip(prompts, groups, strict=True))
-    trainer.clock = CLOCKS[options.clock]
-    return trainer
+class Watch(TrainerCallback):
+    """The memory of TRL's third step."""
+
+    bytes = float("nan")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            self._peak = watch_memory(self._device)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 3:
+            self.bytes = self._peak()
 
 
 class Ours:
     """turnfast's step, as its trainer takes it."""
 
-    def __init__(self, recording: Recording, options: argparse.Namespace) -> None:
-        self._recording, self._options = recording, options
-        self._optimizer = Optimizer(recording.policy.model.parameters(), OPTIM)
+    def __init__(self, sides: Sides, optimizer: Optimizer) -> None:
+        self._sides, self._optimizer = sides, optimizer
 
-    def pack(self):
-        recording = self._recording
-        return pack(
-            recording.groups, recording.credits, budget=self._options.budget, drop_idle=True
-        )
-
-    def __call__(self, clock) -> tuple[float, float]:
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of packing, and of the rest."""
+        clock = self._sides.clock
         begin = clock()
-        packed = self.pack()
+        packed = self._sides.pack(drop_idle=True)
         middle = clock()
-        update(self._recording.policy, self._optimizer, packed.batches, LossConfig())
+        update(self._sides.policy, self._optimizer, packed.batches, LossConfig())
         return middle - begin, clock() - middle
 
 
-def measure(recording: Recording, options: argparse.Namespace, folder: Path) -> dict:
-    policy = recording.policy
-    truth = truth_of(recording)
+def measure(sides: Sides) -> dict[str, Any]:
+    policy, options = sides.policy, sides.options
+    true_gradient, true_logprobs = truth_of(policy, sides.recording)
     start = deepcopy(policy.model.state_dict())
-    own_gradient, _ = own_side(policy, Ours(recording, options).pack().batches)
+
+    def errors_of(gradient: Tensor, logprobs: Tensor) -> dict[str, float]:
+        return {
+            "logprob": logprob_error(logprobs, true_logprobs),
+            "gradient": gradient_error(gradient, true_gradient),
+        }
+
+    step_of(policy, sides.pack(drop_idle=True).batches)
+    own_gradient = gradient_of(policy.model)
     # idle ends of rows have no log-prob where they are left out
-    whole = pack(recording.groups, recording.credits, budget=options.budget)
-    _, own_logprobs = own_side(policy, whole.batches)
-    errors = {"turnfast": compared(own_gradient, own_logprobs, truth)}
-    sides: dict[str, dict] = {}
-    for batch in map(int, options.trl_batches.split(",")):
+    own_logprobs = step_of(policy, sides.pack().batches)
+    policy.model.zero_grad()
+    errors = {"turnfast": errors_of(own_gradient, own_logprobs)}
+    seconds: dict[str, dict[str, float]] = {}
+    batches = [int(batch) for batch in options.trl_batches.split(",")]
+    for batch in batches:
         policy.model.load_state_dict(start)
-        trainer = trainer_of(recording, options, folder, batch, options.repeats + 1)
+        trainer = sides.trainer(batch, options.repeats + 1)
         logprobs = trl_logprobs(trainer)
-        rounds = Rounds(trainer, Ours(recording, options))
+        rounds = Rounds(trainer, sides.ours())
         trainer.add_callback(rounds)
         trainer.train()
-        errors[f"trl {batch}"] = compared(rounds.gradient, logprobs, truth)
+        assert rounds.gradient is not None
+        errors[f"trl {batch}"] = {
+            **errors_of(rounds.gradient, logprobs),
+            "gradient_against_turnfast": gradient_error(rounds.gradient, own_gradient),
+        }
         # the first round is for caches
-        sides[f"trl {batch}"] = seconds_of(rounds.trl[1:])
-        sides[f"turnfast beside trl {batch}"] = seconds_of(rounds.turnfast[1:])
-        gap = float((rounds.gradient - own_gradient).abs().max())
-        errors[f"trl {batch}"]["gradient_against_turnfast"] = gap / float(own_gradient.abs().max())
+        seconds[f"trl {batch}"] = seconds_of(rounds.trl[1:])
+        seconds[f"turnfast beside trl {batch}"] = seconds_of(rounds.turnfast[1:])
+    most_logprob, most_gradient = BUDGETS[options.dtype]
     for name, found in errors.items():
-        if not (found["logprob"] < LOGPROB_BUDGET and found["gradient"] < GRADIENT_BUDGET):
+        if not (found["logprob"] < most_logprob and found["gradient"] < most_gradient):
             raise SystemExit(f"{name}: not the same step, {found}")
-    best = min((name for name in sides if name.startswith("trl")), key=lambda n: sides[n]["step_s"])
-    ours = sides[f"turnfast beside {best}"]
-    packed = Ours(recording, options).pack()
-    rows = pack(recording.groups, recording.credits, budget=1 << 30, share_prefixes=False)
-    samples = [sample for group in samples_of(recording) for sample in group]
+    best = min((f"trl {batch}" for batch in batches), key=lambda name: seconds[name]["step_s"])
+    ours = seconds[f"turnfast beside {best}"]
+    packed, whole = sides.pack(drop_idle=True), sides.pack(budget=1 << 40)
+    distinct = sides.pack(drop_idle=True, budget=1 << 40).num_tokens
+    samples = [sample for group in sides.samples for sample in group]
     width = max(len(s.prompt) for s in samples) + max(len(s.completion) for s in samples)
+    computed, speedup = packed.num_tokens / distinct, seconds[best]["step_s"] / ours["step_s"]
+    missed = f"{computed:.3f} x the distinct tokens are computed, more than {TOKENS}"
     return {
-        "command": " ".join(["python bench/trl_step.py", *sys.argv[1:]]),
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "clock": options.clock,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
-        "commit": commit(),
-        "rollouts_sha256": recording.digest,
+        "dtype": options.dtype,
+        "rollouts_sha256": sides.recording.digest,
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "rollouts": len(samples),
-        "tokens_of_rows": rows.num_tokens,
-        "shared_tokens": pack(recording.groups, recording.credits, budget=1 << 30).shared_prefix,
+        "tokens_of_rows": whole.num_tokens_total,
+        "shared_tokens": whole.shared_prefix,
         "tokens_computed": {"trl": width * len(samples), "turnfast": packed.num_tokens},
+        "computed_over_distinct": computed,
         "trl_setting": best,
-        "step_speedup": sides[best]["step_s"] / ours["step_s"],
-        "train_speedup": sides[best]["train_s"] / ours["train_s"],
-        "peak_memory_mib": {
-            side: memory_of(side.removeprefix("trl "))
-            for side in (*(name for name in sides if name.startswith("trl ")), "turnfast")
+        "step_speedup": speedup,
+        "train_speedup": seconds[best]["train_s"] / ours["train_s"],
+        "targets": {
+            "step of TRL over that of turnfast": {
+                "found": speedup,
+                "wanted": SPEED,
+                "met": speedup >= SPEED,
+            }
         },
-        "seconds": sides,
+        "missed": "" if computed <= TOKENS else missed,
+        "peak_memory_mib": {
+            **{f"trl {batch}": sides.memory_of(str(batch)) for batch in batches},
+            "turnfast": sides.memory_of("turnfast"),
+        },
+        "seconds": seconds,
         "errors": errors,
     }
 
@@ -338,105 +382,26 @@ def seconds_of(rounds: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def truth_of(recording: Recording) -> tuple[Tensor, Tensor]:
-    """Gradient and log-probs by a float64 model, one trajectory after the other, by definition."""
-    config = deepcopy(recording.policy.model.config)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    model.load_state_dict(recording.policy.model.state_dict())
-    samples = [sample for group in samples_of(recording) for sample in group]
-    count = sum(sum(sample.sampled) for sample in samples)
-    found = []
-    for sample in samples:
-        ids = torch.tensor([sample.prompt + sample.completion])
-        logits = model(ids, use_cache=False).logits[0, len(sample.prompt) - 1 : -1]
-        logprobs = logits.log_softmax(-1).gather(1, ids[0, len(sample.prompt) :, None]).squeeze(1)
-        live = torch.tensor(sample.sampled, dtype=torch.bool)
-        # on policy the ratio is 1 and its gradient that of the log-prob
-        advantages = torch.tensor(sample.advantages, dtype=torch.float64)
-        (-(logprobs * advantages)[live].sum() / count).backward()
-        found.append(logprobs.detach()[live])
-    return gradient_of(model), torch.cat(found)
-
-
-def gradient_of(model) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
-
-
-def own_side(policy: Policy, batches) -> tuple[Tensor, Tensor]:
-    policy.model.zero_grad()
-    found = []
-    for batch in batches:
-        out = turn_policy_loss(
-            hidden_states(policy, batch),
-            policy.head_VD,
-            batch.rows_N,
-            batch.targets_N,
-            batch.turns_N,
-            batch.advantages_K,
-            weights=batch.weights_N,
-        )
-        out.loss.backward()
-        turns = batch.sequences_K[batch.turns_N.long()]
-        found += [(int(n), lp) for n, lp in zip(turns, out.logprobs.detach(), strict=True)]
-    found.sort(key=lambda pair: pair[0])
-    gradient = gradient_of(policy.model)
-    policy.model.zero_grad()
-    return gradient, torch.stack([logprob for _, logprob in found])
-
-
 def trl_logprobs(trainer: Recorded) -> Tensor:
     inputs = [{"prompt": prompt} for prompt, rows in trainer.samples.items() for _ in rows]
     made = trainer._generate_and_score_completions(inputs)
     ids = torch.cat([made["prompt_ids"], made["completion_ids"]], 1)
     mask = torch.cat([made["prompt_mask"], made["completion_mask"]], 1)
-    with torch.no_grad():
+    with torch.no_grad(), trainer.accelerator.autocast():
         logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, made["completion_ids"].shape[1]
         )
-    return logprobs[(made["completion_mask"] * made["tool_mask"]).bool()]
+    return logprobs[(made["completion_mask"] * made["tool_mask"]).bool()].float().cpu()
 
 
-def compared(gradient: Tensor, logprobs: Tensor, truth: tuple[Tensor, Tensor]) -> dict[str, float]:
-    gradients, expected = truth
-    error = (logprobs.double() - expected).abs()
-    # turnfast computes no log-prob for a token without advantage
-    return {
-        "logprob": float(error[~error.isnan()].max()),
-        "gradient": float((gradient - gradients).abs().max() / gradients.abs().max()),
-    }
-
-
-def memory_of(side: str) -> float:
-    command = [sys.executable, *sys.argv, "--memory-of", side]
-    found = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(found.stdout.splitlines()[-1])
-
-
-def peak_memory(recording: Recording, options: argparse.Namespace, folder: Path) -> float:
-    """MiB of a step above what is held before it; the steps before have made all lasting state."""
-    if options.memory_of == "turnfast":
-        ours = Ours(recording, options)
-        for _ in range(2):
-            ours(time.perf_counter)
-        peak = watch_memory(recording.policy.device)
-        ours(time.perf_counter)
-        return peak()
-    trainer = trainer_of(recording, options, folder, int(options.memory_of), 3)
-    found: list[float] = []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs) -> None:
-            if state.global_step == 2:
-                self.peak = watch_memory(recording.policy.device)
-
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            if state.global_step == 3:
-                found.append(self.peak())
-
-    trainer.add_callback(Watch())
-    trainer.train()
-    return found[0]
+def show(result: dict[str, Any]) -> None:
+    for side, seconds in result["seconds"].items():
+        print(f"{side:<24} " + "  ".join(f"{n} {s * 1e3:8.1f} ms" for n, s in seconds.items()))
+    for side, errors in result["errors"].items():
+        print(f"{side:<24} " + "  ".join(f"{n} {error:.1e}" for n, error in errors.items()))
+    for target, row in result["targets"].items():
+        met = "met" if row["met"] else "not met"
+        print(f"{target}: {row['found']:.2f}, wanted {row['wanted']}: {met}")
 
 
 if __name__ == "__main__":
