@@ -1,27 +1,37 @@
 """Attention over a prefix tree against attention over the same rows unshared, forward and backward.
 
-    python bench/attention.py [--shared 0.6] [--tokens 8192] [--heads 4] [--kv-heads 2] [--width 32]
+    python bench/attention.py [--pack-tokens 4096] [--share 0.6] [--groups 2] [--group-size 8]
+                              [--heads 4] [--kv-heads 2] [--width 32] [--threads 1] [--clock cpu]
+                              [--table FILE]
 
-Groups of 8 rows of random length share a prefix, so that the given share of all tokens is shared.
-First the outputs and gradients of both must agree. Operations are counted on the pairs of a query
-and a key that see each other, forward 4·d and backward 10·d per pair and head. On CUDA the defaults
-are those of a 7B model: 28 heads, 4 key heads, width 128, 32,768 tokens, bf16.
-Results go to bench/results/attention_<device>.json.
+The tree has --pack-tokens distinct tokens: groups of rollouts that share a prompt, so that the
+given share of all their tokens need not be computed (synthetic.py). On CUDA the defaults are the
+heads of a 7B model (28, 4 of them keys', width 128) and 32,768 tokens in bf16. First the outputs
+and gradients of both must agree.
+
+Work is counted on the pairs of a query and a key that see each other, forward 4·d and backward
+10·d per pair and head. "pairs saved" is how many more of them the rows have: what a kernel that
+does a pair as fast as the rows' own would gain. "speed-up" is what it gains, and "per pair" the
+quotient of both, the kernel's own merit.
+
+How many pairs are saved depends on where the shared tokens are. Of G rows of equal length L that
+share a prefix x·L, a share s = x·(G - 1) / G is saved in tokens, and in pairs a factor
+
+    1 / (1 - x² · (G - 1) / G)      for s = 0.6:  G = 3: 2.2   G = 4: 1.9   G = 8: 1.7   G = 16: 1.6
+
+since the tokens at the end of a row, which see most, are its own. So with a prompt that 8 share
+twice the speed takes a kernel that is 1.2 times as fast per pair; what an unshared kernel spends
+besides pairs, such as repeating the keys' heads, counts in favour of the tree.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
+from synthetic import rows_of, synthesize
+from timing import arguments, begin, finish, medians_s
 from torch import Tensor
 from turnfast.kernels.attention import (
     PackedRows,
@@ -33,54 +43,44 @@ from turnfast.kernels.attention import (
 )
 from turnfast.kernels.tree import prefix_tree
 
-RESULTS = Path(__file__).parent / "results"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-GROUP = 8
+SIZES = {
+    "cuda": {"pack_tokens": 32_768, "groups": 4, "heads": 28, "kv_heads": 4, "width": 128},
+    "cpu": {"pack_tokens": 4096, "groups": 2, "heads": 4, "kv_heads": 2, "width": 32},
+}
+GATE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+SPEED = 2.0  # of a tree over unshared rows on a GPU, at least
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=float, default=0.6, help="share of all tokens")
-    parser.add_argument("--tokens", type=int, default=32768 if cuda else 8192, help="of all rows")
-    parser.add_argument("--row", type=int, default=2048 if cuda else 512, help="mean row length")
-    parser.add_argument("--heads", type=int, default=28 if cuda else 4)
-    parser.add_argument("--kv-heads", type=int, default=4 if cuda else 2)
-    parser.add_argument("--width", type=int, default=128 if cuda else 32)
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--share", type=float, default=0.6, help="of all tokens")
+    parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--window", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=30 if cuda else 7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: shared machine")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if cuda else "cpu")
-    result = measure(options, device)
-    out = options.out or RESULTS / f"attention_{device.type}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    for name in SIZES["cpu"]:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    options, device, clock = begin(parser)
+    for name, size in SIZES[device.type].items():
+        if getattr(options, name) is None:
+            setattr(options, name, size)
+    rows = measure(options, device, clock)
+    finish("attention", rows, options)
+    if device.type == "cuda":
+        met = "met" if rows[1]["speed-up"] >= SPEED else "not met"
+        print(f"speed-up {rows[1]['speed-up']:.2f}, wanted {SPEED}: {met}")
 
 
-def make_rows(options: argparse.Namespace) -> list[list[int]]:
-    draw = random.Random(0)
-    # of G rows of L tokens with a prefix P, the share (G - 1)·P / (G·L) need not be computed
-    prefix = round(options.shared * options.row * GROUP / (GROUP - 1))
-    if prefix >= options.row:
-        raise SystemExit(f"--shared {options.shared}: {GROUP} rows can share at most 7 / 8")
-    rows: list[list[int]] = []
-    while sum(len(row) for row in rows) < options.tokens:
-        first = [draw.randrange(1 << 20) for _ in range(prefix)]
-        for _ in range(GROUP):
-            own = draw.randrange(1, 2 * (options.row - prefix))
-            rows.append(first + [draw.randrange(1 << 20) for _ in range(own)])
-    return rows
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> dict:
-    rows = make_rows(options)
+def measure(options: Any, device: torch.device, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """A row of the unshared computation, and one of the tree's."""
+    recording = synthesize(
+        pack_tokens=options.pack_tokens,
+        share=options.share,
+        groups=options.groups,
+        group_size=options.group_size,
+    )
+    rows = rows_of(recording)
     lengths = [len(row) for row in rows]
     tree = prefix_tree(torch.tensor([t for row in rows for t in row]), lengths)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     trees = TreeRows(
         ends_T=tree.ends_T.to(device),
         positions_T=tree.positions_T.to(device),
@@ -89,11 +89,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     plain = PackedRows(
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int().to(device),
         lengths=tuple(lengths),
-        backend=pick_backend(device),
+        backend=pick_backend(device, head_dim=options.width, dtype=dtype),
         max_seqlen=max(lengths),
     )
     places = tree.places.to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     heads = (options.heads, options.kv_heads, options.kv_heads)
     qkv = [
@@ -103,7 +102,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     unshared = [x[:, places] for x in qkv]
     scale = options.width**-0.5
 
-    def run(function: Callable, inputs: list[Tensor], layout, d_out: Tensor) -> list[Tensor]:
+    def run(function: Callable, inputs: list[Tensor], layout: Any, d_out: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = function(*leaves, layout, scale=scale, window=options.window)
         out.backward(d_out)
@@ -117,39 +116,35 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
         "tree": lambda: run(tree_attention, qkv, trees, d_tree),
     }
     difference = _difference(ways["rows"](), ways["tree"](), places)
-    if not difference < (1e-5 if dtype == torch.float32 else 3e-2):
+    if not difference < GATE[dtype]:
         raise SystemExit(f"tree and rows differ by {difference:.2e} of the largest value")
-    clock, times = CLOCKS[options.clock], {way: [] for way in ways}
-    for _ in range(options.repeats):
-        for way, function in ways.items():
-            _wait(device)
-            begin = clock()
-            function()
-            _wait(device)
-            times[way].append(clock() - begin)
+    seconds = medians_s(ways, options.rounds, device, clock)
     pairs = {
-        "rows": sum(n * (n + 1) // 2 for n in lengths),
-        "tree": int((tree.positions_T + 1).sum()),
+        "rows": sum(_pairs(torch.arange(n), options.window) for n in lengths),
+        "tree": _pairs(tree.positions_T, options.window),
     }
-    seconds = {way: median(values) for way, values in times.items()}
-    return {
-        "command": " ".join(["python bench/attention.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "clock": options.clock,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "backends": {"rows": plain.backend, "tree": trees.backend},
-        "tokens": {"rows": len(places), "tree": len(tree.ends_T)},
-        "difference": difference,
-        "seconds": seconds,
-        "speedup": seconds["rows"] / seconds["tree"],
-        "speedup_of_pairs": pairs["rows"] / pairs["tree"],
-        "tflops": {
-            way: 14.0 * options.width * options.heads * pairs[way] / seconds[way] / 1e12
-            for way in ways
-        },
-    }
+    backends = {"rows": plain.backend, "tree": trees.backend}
+    tokens = {"rows": len(places), "tree": len(tree.ends_T)}
+    return [
+        {
+            "what": way,
+            "backend": backends[way],
+            "tokens": tokens[way],
+            "pairs": pairs[way],
+            "ms": seconds[way] * 1e3,
+            "TFLOP/s": 14.0 * options.width * options.heads * pairs[way] / seconds[way] / 1e12,
+            "speed-up": seconds["rows"] / seconds[way],
+            "pairs saved": pairs["rows"] / pairs[way],
+            "per pair": seconds["rows"] / seconds[way] * pairs[way] / pairs["rows"],
+            "difference": difference if way == "tree" else 0.0,
+        }
+        for way in ways
+    ]
+
+
+def _pairs(positions: Tensor, window: int) -> int:
+    """Keys that queries at these depths see."""
+    return int((positions + 1).clamp(max=window or 1 << 40).sum())
 
 
 def _difference(plain: list[Tensor], tree: list[Tensor], places: Tensor) -> float:
@@ -163,17 +158,6 @@ def _difference(plain: list[Tensor], tree: list[Tensor], places: Tensor) -> floa
         float((a.float() - b.float()).abs().max() / a.float().abs().max())
         for a, b in zip(expected, found, strict=True)
     )
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":
