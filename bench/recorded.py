@@ -14,6 +14,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from clocks import CLOCKS
 from provenance import RESULTS
 from transformers import AutoTokenizer
@@ -66,6 +67,13 @@ def arguments(text: str, name: str, *, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--clock", choices=clocks, default="wall", help="cpu: shared machine")
     parser.add_argument("--out", type=Path, default=RESULTS / name)
     return parser
+
+
+def device_of(wanted: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise SystemExit("--device cuda: torch sees no CUDA device; take --device cpu")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 def record(

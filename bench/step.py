@@ -28,7 +28,7 @@ fails, with the numbers. `model` is forward and backward up to the hidden states
 model, loss head and optimizer. Utilisation is of the peak of matrix products measured in the same
 run, and counts distinct tokens only, see flops.py. Memory is the most that is held in a step, above
 what is held before it; on a CPU that of a process of its own. Results go to
-bench/results/step.json, those of a shape to step_<shape>_<device>.json.
+bench/results/step.json, those of a public shape or a GPU to step_<shape>_<device>.json.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from clocks import clock_of
 from flops import body_flops, gemm_peak, head_flops
 from memory import watch_memory
 from provenance import RESULTS, provenance, write
-from recorded import Recording, arguments, record
+from recorded import Recording, arguments, device_of, record
 from shapes import SHAPES, load
 from synthetic import synthesize
 from torch import Tensor
@@ -57,7 +57,7 @@ from truth import gradient_error, gradient_of, step_of, truth_of
 
 from turnfast.config import LossConfig, ModelConfig, OptimConfig
 from turnfast.loss import update
-from turnfast.model import hidden_states, pick_device
+from turnfast.model import hidden_states
 from turnfast.optim import Optimizer
 from turnfast.packing import Packed, pack
 
@@ -96,6 +96,7 @@ def main() -> None:
     parser = arguments(__doc__, "step.json", repeats=5)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--rollouts", help=f"of {', '.join(CASES)}; comma separated")
+    parser.add_argument("--budget", type=int, help="tokens of a micro-batch, not the case's")
     parser.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct ones")
     parser.add_argument("--share", type=float, default=0.6, help="synthetic: of all tokens")
     parser.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
@@ -115,26 +116,28 @@ def main() -> None:
     names = wanted.split(",")
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--rollouts: {unknown[0]!r} is none of {', '.join(CASES)}")
-    device = pick_device(options.device)
-    if not tiny and options.out == parser.get_default("out"):
+    device = device_of(options.device)
+    elsewhere = not tiny or device.type == "cuda"
+    if elsewhere and options.out == parser.get_default("out"):
         options.out = RESULTS / f"step_{options.shape}_{device.type}.json"
-    cases = {}
+    cases: dict[str, dict[str, Any]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(name, options, Path(folder))
             cases[name] = measure(bench)
         show(name, cases[name])
-    dtype = bench.policy.model.dtype
-    result = {
-        **provenance(device),
-        "clock": options.clock,
-        "shape": options.shape,
-        "parameters": sum(p.numel() for p in bench.policy.model.parameters()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "gemm_peak_flops": bench.peak,
-        "cases": cases,
-    }
-    print(write(result, options.out))
+        policy = bench.policy
+        result = {
+            **provenance(device),
+            "clock": options.clock,
+            "shape": options.shape,
+            "parameters": sum(p.numel() for p in policy.model.parameters()),
+            "dtype": str(policy.model.dtype).removeprefix("torch."),
+            "attention": {"rows": policy.attention, "trees": policy.tree_attention},
+            "cases": cases,
+        }
+        write(result, options.out)  # what is done is kept, should a later case fail
+        del bench, policy
     if missed := [f"{name}: {gate}" for name in cases for gate in cases[name]["missed"]]:
         raise SystemExit("\n".join(missed))
 
@@ -144,17 +147,18 @@ class Bench:
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
         self.name, self.options, self.case = name, options, CASES[name]
-        self.device = pick_device(options.device)
+        self.device = device_of(options.device)
         self.tiny = options.shape == "tiny"
         self.recording = self._rollouts(folder)
-        self.budget = self.case.budget if self.case.groups else options.pack_tokens
+        self.budget = options.budget or (
+            self.case.budget if self.case.groups else options.pack_tokens
+        )
         dtype = options.dtype or ("float32" if self.tiny else "bfloat16")
         config = ModelConfig(
             dtype=dtype, checkpointing=options.checkpointing, compile=options.compile
         )
         self.policy = load(options.shape, config, folder, self.device, options.layers)
         self.clock = clock_of(options.clock, self.device)
-        self.peak = 0.0
 
     def _rollouts(self, folder: Path) -> Recording:
         case, options = self.case, self.options
@@ -211,7 +215,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     errors = gradient_errors(bench, packs)
     if wrong := {way: error for way, error in errors.items() if not error < bench.rounding}:
         raise SystemExit(f"{bench.name}: gradients are off by more than {bench.rounding}: {wrong}")
-    bench.peak = gemm_peak(device, policy.model.dtype, bench.clock)
+    peak = gemm_peak(device, policy.model.dtype, bench.clock)
     optimizer = bench.optimizer()
     times = timed(bench, packs, optimizer)
     ways = {}
@@ -231,8 +235,8 @@ def measure(bench: Bench) -> dict[str, Any]:
             "trained_tokens_per_s": packed.num_tokens / seconds["step_s"],
             "effective_tokens_per_s": packs["rows"].num_tokens / seconds["step_s"],
             "trained_targets_per_s": packs["rows"].num_targets / seconds["step_s"],
-            "model_flop_utilisation": body / seconds["model_s"] / bench.peak,
-            "step_flop_utilisation": whole / seconds["step_s"] / bench.peak,
+            "model_flop_utilisation": body / seconds["model_s"] / peak,
+            "step_flop_utilisation": whole / seconds["step_s"] / peak,
             "model_speedup": median(times["rows"]["model"]) / seconds["model_s"],
             "step_speedup": median(times["rows"]["step"]) / seconds["step_s"],
             "peak_memory_mib": memory_of(bench, way, optimizer),
@@ -245,6 +249,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "rollouts_sha256": bench.recording.digest,
         "sampled_per_turn": sum(len(turn.sampled_ids) for turn in turns) / len(turns),
         "budget": bench.budget,
+        "gemm_peak_flops": peak,
         "tokens_of_rows": packs["rows"].num_tokens,
         "tokens_distinct": distinct["trees"].num_tokens,
         "ratio": ratio,
@@ -289,7 +294,7 @@ def timed(
 
 def gradient_errors(bench: Bench, packs: dict[str, Packed]) -> dict[str, float]:
     """Of every way, as a share of the largest entry of the gradient that is held to be true."""
-    true: Tensor | None = truth_of(bench.policy, bench.recording)[0] if bench.tiny else None
+    true: list[Tensor] | None = truth_of(bench.policy, bench.recording)[0] if bench.tiny else None
     errors = {}
     for way, packed in packs.items():
         step_of(bench.policy, packed.batches)

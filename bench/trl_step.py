@@ -51,7 +51,7 @@ from clocks import clock_of
 from datasets import Dataset
 from memory import watch_memory
 from provenance import RESULTS, provenance, write
-from recorded import Recording, arguments, record
+from recorded import Recording, arguments, device_of, record
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -67,7 +67,7 @@ from truth import (
 
 from turnfast.config import LossConfig, ModelConfig, OptimConfig
 from turnfast.loss import update
-from turnfast.model import Policy, load_policy, pick_device
+from turnfast.model import Policy, load_policy
 from turnfast.optim import Optimizer
 from turnfast.packing import Packed, pack
 
@@ -125,7 +125,7 @@ class Rounds(TrainerCallback):
 
     def __init__(self, trainer: Recorded, ours: Ours) -> None:
         self._trainer, self._ours = trainer, ours
-        self.gradient: Tensor | None = None
+        self.gradient: list[Tensor] | None = None
         self.trl: list[tuple[float, float]] = []
         self.turnfast: list[tuple[float, float]] = []
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.dtype = options.dtype or "float32"
-    device = pick_device(options.device)
+    device = device_of(options.device)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise SystemExit("TRL would split its batches over all GPUs: set CUDA_VISIBLE_DEVICES=0")
     if device.type == "cuda" and options.out == parser.get_default("out"):
@@ -303,7 +303,7 @@ def measure(sides: Sides) -> dict[str, Any]:
     true_gradient, true_logprobs = truth_of(policy, sides.recording)
     start = deepcopy(policy.model.state_dict())
 
-    def errors_of(gradient: Tensor, logprobs: Tensor) -> dict[str, float]:
+    def errors_of(gradient: list[Tensor], logprobs: Tensor) -> dict[str, float]:
         return {
             "logprob": logprob_error(logprobs, true_logprobs),
             "gradient": gradient_error(gradient, true_gradient),

@@ -1,0 +1,361 @@
+"""The README's tables, each from a result file: a function of the name of file and block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+
+def starts(record: dict[str, Any]) -> str:
+    rules = next(iter(record["starts"].values()))["rules"]
+    rows = []
+    for name, study in record["starts"].items():
+        drawn = {what.removeprefix("sampled/"): share for what, share in study["start"].items()}
+        portrait = (
+            f"{drawn['calls']:.0%} | {drawn['calls_that_fail']:.0%} "
+            f"| {drawn['exact_match_after_a_call']:.0%} | {drawn['exact_match_without_a_call']:.0%}"
+        )
+        reached = [
+            f"{row['eval/tool_success']['mean']:.2f} / {row['eval/exact_match']['mean']:.2f} "
+            f"/ {_steps(row['steps_to_80'])}"
+            for row in study["rules"].values()
+        ]
+        rows.append(f"| {name} | {portrait} | {' | '.join(reached)} |")
+    seeds = len(record["seeds"])
+    return "\n".join(
+        [
+            "| start | calls | of them in vain | right after a call | right from memory | "
+            + " | ".join(f"`{rule}`" for rule in rules)
+            + " |",
+            "|---" * (5 + len(rules)) + "|",
+            *rows,
+            "",
+            "Left, what the start does in sampled rollouts; right, what each rule makes of it: "
+            "tool success / exact match after "
+            f"{next(iter(rules.values()))['steps']} steps, greedy and held out / the step at which "
+            f"an evaluation first finds 0.8; {seeds} run{'s' * (seeds > 1)} each. "
+            f"{_source(record)}",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/starts.svg)",
+        ]
+    )
+
+
+def hops(record: dict[str, Any]) -> str:
+    rows = [
+        f"| `{rule}` | {_steps(row['steps_to_80'])} | {_spread(row['exact_match_over_run'])} "
+        f"| {_spread(row['held_out/exact_match'])} | {_spread(row['eval/tool_success'])} "
+        f"| {_spread(row['eval/turns'])} |"
+        for rule, row in record["rules"].items()
+    ]
+    start = record["start"]
+    run_s = fmean(row["seconds_per_step"] * row["steps"] for row in record["rules"].values())
+    return "\n".join(
+        [
+            "| rule | steps until exact match is 0.8 | exact match over the run | at the end "
+            "| tool success | turns used |",
+            "|---|---|---|---|---|---|",
+            f"| the common start | | | {start['eval/exact_match']:.2f} "
+            f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} |",
+            *rows,
+            "",
+            f"{_seeds(record)}; the steps per seed, over the run the mean of all evaluations, at "
+            f"the end {record['held_out_questions']} held-out questions. "
+            f"The steps of a run take {run_s:.0f} s, two runs at a time. {_source(record)}",
+            "",
+            "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
+        ]
+    )
+
+
+def step(record: dict[str, Any]) -> str:
+    names = {"rows": "rows, each whole", "trees": "prefix trees", "lean": "and no idle tokens"}
+    rows = [
+        f"| {name.replace('-', ' ')} | {names[way]} | {row['tokens_computed']:,} "
+        f"| {row['model_speedup']:.2f} × | {row['step_speedup']:.2f} × "
+        f"| {row['peak_memory_mib']:.0f} MiB | {row['gradient_error']:.0e} |"
+        for name, case in record["cases"].items()
+        for way, row in case["ways"].items()
+    ]
+    ratios = [
+        f"{name.replace('-', ' ')} {case['ratio']:.2f} × (model {met} of that)"
+        for name, case in record["cases"].items()
+        for met in [f"{case['ways']['trees']['model_speedup'] / case['ratio']:.2f}"]
+    ]
+    most = max(case["ways"]["trees"]["computed_over_distinct"] for case in record["cases"].values())
+    return "\n".join(
+        [
+            "| rollouts | packing | tokens computed | model | whole step | peak memory "
+            "| gradient error |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"All tokens over distinct ones: {', '.join(ratios)}; the aim is 0.85 of it. At most "
+            f"{most:.3f} × the distinct tokens are computed. Errors are against float64. "
+            f"{record['parameters'] / 1e6:.1f} M parameters, {record['dtype']}. {_where(record)}",
+        ]
+    )
+
+
+def trl_step(record: dict[str, Any]) -> str:
+    best, seconds, errors = record["trl_setting"], record["seconds"], record["errors"]
+    sides = {
+        f"TRL {_environment(record)['packages']['trl']}": ("trl", best, best),
+        "turnfast": ("turnfast", f"turnfast beside {best}", "turnfast"),
+    }
+    rows = [
+        f"| {label} | {record['tokens_computed'][side]:,} | {seconds[timed]['step_s']:.2f} s "
+        f"| {record['peak_memory_mib'][error]:.0f} MiB | {errors[error]['logprob']:.0e} "
+        f"| {errors[error]['gradient']:.0e} |"
+        for label, (side, timed, error) in sides.items()
+    ]
+    others = [
+        f"{side.removeprefix('trl ')} {seconds[side]['step_s']:.2f} s and {mib:.0f} MiB"
+        for side, mib in record["peak_memory_mib"].items()
+        if side not in (best, "turnfast")
+    ]
+    return "\n".join(
+        [
+            "| step | tokens computed | seconds | peak memory | log-prob error | gradient error |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"**{record['step_speedup']:.1f} ×**, interleaved; the aim is 3. "
+            f"{record['rollouts']} recorded rollouts, {record['tokens_of_rows']:,} tokens, "
+            f"{record['shared_tokens']:.0%} shared; {record['parameters'] / 1e6:.1f} M parameters, "
+            f"{record['dtype']}. TRL in micro-batches of {best.removeprefix('trl ')} rows, the "
+            f"fastest of those tried (of {', of '.join(others)}). Errors are against float64. "
+            f"{_where(record)}",
+        ]
+    )
+
+
+def overhead(record: dict[str, Any]) -> str:
+    names = {"local": "plain torch, the trainer's own module", "vllm": "vLLM, a copy in process"}
+    lines = [
+        "| sampler | a step | neither model, loss nor generation | tools, environment, chat, "
+        "bookkeeping of the rollouts | weight sync | credit, packing, logs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for backend, each in record["backends"].items():
+        shares = each["shares"]
+        played = shares["rollout besides generation"] + shares["tools"]
+        small = sum(shares[name] for name in ("score", "pack", "other", "log"))
+        lines.append(
+            f"| {names.get(backend, backend)} | {each['step_s']:.2f} s "
+            f"| **{each['overhead']:.1%}** | {played:.1%} | {shares['sync']:.1%} | {small:.1%} |"
+        )
+    counts = next(iter(record["backends"].values()))
+    lines += [
+        "",
+        f"{counts['rollouts']:.0f} rollouts a step, about {counts['tool_calls']:.0f} tool calls, "
+        f"{counts['parameters'] / 1e6:.1f} M parameters. One thread, {record['clock']} time. "
+        f"{_source(record)}",
+    ]
+    return "\n".join(lines)
+
+
+def rollout_stalls(record: dict[str, Any]) -> str:
+    names = {
+        "independent": "trajectories on their own",
+        "cut": "and 25 % more prompts, the slowest dropped for the next step",
+        "lock step": "lock step",
+    }
+    rows = [
+        f"| {names[driver]} | {row['plain_s']:.1f} s | {row['stalled_s']:.1f} s "
+        f"| {row['ratio']:.2f} × |"
+        for driver, row in record["drivers"].items()
+    ]
+    return "\n".join(
+        [
+            "| rollouts | no stalls | with stalls | |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"{record['share']:.0%} of the tool calls take {record['stall_s']:.1f} s longer, a "
+            f"quarter of the time of {record['rollouts']} rollouts of {record['hops']} searches "
+            f"without stalls; an engine with steps of {record['step_ms']:g} ms, medians of "
+            f"{record['rounds']} interleaved rounds. {_source(record)}",
+        ]
+    )
+
+
+def credit_bias(record: dict[str, Any]) -> str:
+    worlds = record["worlds"]
+    rules = next(iter(worlds.values()))["rules"]
+    titles = {
+        "nothing to gain": "all lengths earn the same",
+        "every turn costs": "every turn costs 0.1",
+        "a late reward": "the second turn pays 1, later ones cost 0.1",
+    }
+    rows = [
+        f"| `{rule}` | "
+        + " | ".join(
+            f"{row['turns']:.2f} ({row['least']:.2f}–{row['most']:.2f})"
+            for row in (world["rules"][rule] for world in worlds.values())
+        )
+        + " |"
+        for rule in rules
+    ]
+    right = [f"{world['best'] or record['start']:.2f}" for world in worlds.values()]
+    return "\n".join(
+        [
+            f"| turns after training | {' | '.join(titles[world] for world in worlds)} |",
+            "|---|" + "---|" * len(worlds),
+            f"| right would be | {' | '.join(right)} |",
+            *rows,
+            "",
+            f"A table of {record['longest'] - 1} logits, from {record['start']:.2f} turns at the "
+            f"start; mean (least–most) over {record['seeds']} seeds after {record['steps']} steps. "
+            f"{_source(record)}",
+            "",
+            "![turns per rollout over the steps](bench/results/credit_bias.svg)",
+        ]
+    )
+
+
+def loss_head_cpu(record: dict[str, Any]) -> str:
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        threads = row.get("threads", _environment(record)["threads"])
+        case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"], threads), {})
+        case[row["what"]] = row
+    ways = {row["what"] for row in record["rows"]}
+    torch_ways = {way.removeprefix("torch ") for way in ways if way.startswith("torch ")}
+    peer = "best of PyTorch" if len(torch_ways) > 1 else f"PyTorch, {min(torch_ways)}"
+    lines = []
+    for (N, D, V, dtype, threads), whats in cases.items():
+        ours, floor = whats["turnfast cpp"], whats["floor: three products"]
+        best = min((row for what, row in whats.items() if "torch" in what), key=lambda r: r["ms"])
+        liger = whats.get("liger chunked grpo")
+        times = [ours["ms"], floor["ms"], best["ms"], liger and liger["ms"]]
+        cells = [f"{ms:,.1f}" if ms else "–" for ms in times]
+        if len(torch_ways) > 1:
+            cells[2] += f" ({best['what'].removeprefix('torch ')})"
+        lines.append(
+            f"| {N:,} × {D} × {V:,} | {dtype} | {threads} | {' | '.join(cells)} "
+            f"| {ours['peak MB']:,.0f} / {best['peak MB']:,.0f} "
+            f"| {ours['log-prob error']:.0e} / {best['log-prob error']:.0e} "
+            f"| {ours['gradient error']:.0e} / {best['gradient error']:.0e} |"
+        )
+    env = _environment(record)
+    packages = ", ".join(
+        f"{name} {env['packages'][name]}"
+        for name in ("torch", "triton", "liger-kernel")
+        if name in env["packages"]
+    )
+    return "\n".join(
+        [
+            "| N × D × V | dtype | threads | turnfast, ms | its three products alone "
+            f"| {peer} | Liger chunked GRPO | peak MB | log-prob error | gradient error |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            f"Forward and both gradients of a clipped policy loss; pairs are turnfast / {peer}; "
+            f"errors are against float64. {env['device']}, {record.get('clock', 'wall')} time, "
+            f"load average {env['load_average']}, {packages}. {_source(record)}",
+        ]
+    )
+
+
+def linear_logprobs_cpu(record: dict[str, Any]) -> str:
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        case = cases.setdefault((row["N"], row["D"], row["V"], row["dtype"]), {})
+        case[row["what"]] = row
+    lines, speeds = [], []
+    for (N, D, V, dtype), whats in cases.items():
+        ours, floor = whats["turnfast cpp"], whats["floor: one product"]
+        best = min((row for what, row in whats.items() if "torch" in what), key=lambda r: r["ms"])
+        speeds.append(best["ms"] / ours["ms"])
+        lines.append(
+            f"| {N:,} × {D} × {V:,} | {dtype} | {ours['ms']:,.1f} | {floor['ms']:,.1f} "
+            f"| {best['ms']:,.1f} ({best['what'].removeprefix('torch ')}) "
+            f"| {ours['peak MB']:,.0f} / {best['peak MB']:,.0f} "
+            f"| {ours['log-prob error']:.0e} / {best['log-prob error']:.0e} |"
+        )
+    return "\n".join(
+        [
+            "| N × D × V | dtype | log-probs alone, ms | the product alone | best of PyTorch "
+            "| peak MB | error |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            "`linear_logprobs`, for the old policy and the reference model, is "
+            f"{min(speeds):.2f} to {max(speeds):.2f} × as fast as the best of PyTorch (eager, "
+            f"chunked, compiled). Pairs are turnfast / that best; errors are against float64. "
+            f"{_where(record)}",
+        ]
+    )
+
+
+def segments_cpu(record: dict[str, Any]) -> str:
+    largest = max(row["N"] for row in record["rows"])
+    rows = {row["what"]: row for row in record["rows"] if row["N"] == largest}
+    sums, plain = rows["sum, turnfast reference"], rows["sum, torch index_add"]
+    spread, indexed = rows["broadcast, turnfast reference"], rows["broadcast, torch indexing"]
+    floor = rows["floor: a copy of 12 N bytes"]
+    return (
+        f"The sums of {sums['K']:,} turns over {largest:,} tokens take {sums['us'] / 1e3:,.1f} ms "
+        f"with their checks (`index_add_` alone {plain['us'] / 1e3:,.1f}), the broadcast back "
+        f"{spread['us'] / 1e3:,.1f} ms (indexing alone {indexed['us'] / 1e3:,.1f}); a copy of as "
+        f"many bytes takes {floor['us'] / 1e3:,.1f} ms. {_where(record)}"
+    )
+
+
+def commit_of(record: dict[str, Any]) -> str:
+    """The commit that a result was measured at; it ends in + where files differed from it."""
+    return _environment(record)["commit"]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "starts": starts,
+    "hops": hops,
+    "step": step,
+    "credit_bias": credit_bias,
+    "trl_step": trl_step,
+    "loss_head_cpu": loss_head_cpu,
+    "linear_logprobs_cpu": linear_logprobs_cpu,
+    "segments_cpu": segments_cpu,
+    "rollout_stalls": rollout_stalls,
+    "overhead": overhead,
+}
+
+
+def _spread(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.2f} ± {figure['spread']:.2f}"
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    steps = next(iter(record["rules"].values()))["steps"]
+    return (
+        f"Mean ± standard deviation over {len(record['seeds'])} seeds after {steps} steps, "
+        f"{_machine(record)}"
+    )
+
+
+def _machine(record: dict[str, Any]) -> str:
+    env = _environment(record)
+    return env.get("machine") or f"{env['cores']} cores, {env['device']}"
+
+
+def _environment(record: dict[str, Any]) -> dict[str, Any]:
+    """What `provenance` tells; files of some scripts have it beside everything else."""
+    return record.get("environment", record)
+
+
+def _where(record: dict[str, Any]) -> str:
+    env = _environment(record)
+    threads = f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
+    return f"{env['device']}, {threads}, {record['clock']} time. {_source(record)}"
+
+
+def _source(record: dict[str, Any]) -> str:
+    name = commit_of(record)
+    changed = ", + for changes of that time that were not committed" if name[-1:] == "+" else ""
+    return f"From `{record['command']}`, commit `{name}`{changed}."
+
+
+def _steps(steps: list[int | None]) -> str:
+    return ", ".join("—" if step is None else str(step) for step in steps)
