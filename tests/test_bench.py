@@ -1,0 +1,150 @@
+"""What the benchmarks count, and what they refuse to report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from turnfast.config import ModelConfig
+from turnfast.model import hidden_states, load_policy
+from turnfast.packing import pack
+from turnfast.tiny import write_tiny_model
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(autouse=True)
+def by_path(monkeypatch):
+    """Imports as `python bench/step.py` has them."""
+    monkeypatch.syspath_prepend(BENCH)
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_commit_is_marked_where_anything_but_results_differs(tmp_path):
+    from provenance import commit
+
+    assert commit(tmp_path) == "unknown"
+    git(tmp_path, "init")
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "bench" / "step.py").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    (results / "step.json").write_text("{}")
+    clean = commit(tmp_path / "bench")
+    assert len(clean) >= 7 and not clean.endswith("+")
+    (tmp_path / "new.py").write_text("")
+    assert commit(tmp_path / "bench") == clean + "+"
+
+
+def test_the_readme_is_what_the_results_say():
+    import readme
+
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.filled(text, readme.RESULTS, readme.EXCEPTIONS) == text
+
+
+def test_a_result_of_no_commit_is_refused(tmp_path):
+    import readme
+
+    record = json.loads((readme.RESULTS / "segments_cpu.json").read_text(encoding="utf-8"))
+    record["environment"]["commit"] += "+"
+    (tmp_path / "segments_cpu.json").write_text(json.dumps(record))
+    text = "<!-- segments_cpu:begin -->\n<!-- segments_cpu:end -->"
+    with pytest.raises(
+        SystemExit, match=r"segments_cpu\.json: measured at .*--unclean segments_cpu"
+    ):
+        readme.filled(text, tmp_path, ())
+    assert "+`, + for changes" in readme.filled(text, tmp_path, {"segments_cpu"})
+
+
+@pytest.mark.parametrize(
+    ("pack_tokens", "share", "groups"), [(32_768, 0.6, 4), (4096, 0.3, 1), (5001, 0.8, 3)]
+)
+def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, groups):
+    from synthetic import rows_of, synthesize
+
+    made = synthesize(pack_tokens=pack_tokens, share=share, groups=groups)
+    packed = pack(made.groups, made.credits, budget=pack_tokens)
+    assert packed.num_tokens == pack_tokens and len(packed.batches) == 1
+    assert packed.shared_prefix == pytest.approx(share, abs=2e-3)
+    rows = rows_of(made)
+    assert sum(map(len, rows)) == packed.num_tokens_total and len(rows) == 8 * groups
+    assert max(map(len, rows)) > min(map(len, rows))
+
+
+def test_more_than_a_group_can_share_is_refused():
+    from synthetic import synthesize
+
+    with pytest.raises(SystemExit, match=r"8 rollouts of a group share less than 0\.875"):
+        synthesize(pack_tokens=4096, share=0.875, groups=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512)]
+)
+def test_the_public_shapes_have_the_published_sizes(shape, parameters):
+    from shapes import architecture
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture(shape))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_operations_are_those_of_the_products(tmp_path):
+    from flops import body_flops
+    from synthetic import synthesize
+
+    write_tiny_model(tmp_path, ["a b c"], seed=0, layers=2, width=32)
+    policy = load_policy(ModelConfig(), tmp_path, torch.device("cpu"))
+    made = synthesize(pack_tokens=600, share=0.5, groups=1, vocab_size=250)
+    packed = pack(made.groups, made.credits, budget=600)
+    (batch,) = packed.batches
+    with FlopCounterMode(display=False) as counter:
+        hidden_states(policy, batch).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if "mm" in str(op))
+    # layers, heads and width of the tiny model; two products of 2 operations, thrice
+    pairs = sum(depth + 1 for depth in batch.positions_T.tolist())
+    attention = 2 * 4 * 8 * pairs * 2 * 2 * 3
+    assert body_flops(policy, packed) == products + attention
+
+
+def test_pairs_are_those_that_see_each_other():
+    from attention import _pairs
+
+    depths = torch.tensor([0, 1, 2, 3, 2, 3])  # a path of four, and a branch behind its second
+    for window in (0, 2):
+        seen = sum(min(d + 1, window or 9) for d in depths.tolist())
+        assert _pairs(depths, window) == seen
+
+
+def test_the_processors_time_is_no_clock_for_a_gpu():
+    from clocks import clock_of
+
+    with pytest.raises(SystemExit, match="--clock cpu"):
+        clock_of("cpu", torch.device("cuda"))
+
+
+def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
+    words = "--rollouts one-search --budget 2048 --width 32 --layers 1 --repeats 1 --threads 1"
+    command = [sys.executable, BENCH / "step.py", *words.split(), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "step.json"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("1.143 x the distinct tokens are computed, more than 1.05")
+    case = json.loads((tmp_path / "step.json").read_text())["cases"]["one-search"]
+    assert case["ways"]["trees"]["microbatches"] == 2
+    assert case["ways"]["rows"]["gradient_error"] < 1e-5
