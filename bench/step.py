@@ -38,53 +38,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from clocks import clock_of
+from cases import CASES, WAYS, Bench
 from flops import body_flops, gemm_peak, head_flops
 from memory import watch_memory
 from provenance import RESULTS, provenance, write
-from recorded import Recording, arguments, device_of, record
-from shapes import SHAPES, load
-from synthetic import synthesize
+from recorded import arguments, device_of
+from shapes import SHAPES
 from torch import Tensor
 from truth import gradient_error, gradient_of, step_of, truth_of
 
-from turnfast.config import LossConfig, ModelConfig, OptimConfig
-from turnfast.loss import update
-from turnfast.model import hidden_states
 from turnfast.optim import Optimizer
-from turnfast.packing import Packed, pack
+from turnfast.packing import Packed
 
-WAYS: dict[str, dict[str, bool]] = {
-    "rows": {"share_prefixes": False},
-    "trees": {"share_prefixes": True},
-    "lean": {"share_prefixes": True, "drop_idle": True},
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What is recorded, and the tokens of a micro-batch; `groups` 0 is made up instead."""
-
-    groups: int
-    hops: int = 1
-    thoughts: int = 0
-    budget: int = 16_384
-
-
-CASES = {
-    "one-search": Case(groups=3),
-    "two-searches": Case(groups=3, hops=2),
-    "many-groups": Case(groups=12, budget=6144),
-    "long-replies": Case(groups=1, thoughts=300),
-    "synthetic": Case(groups=0),
-}
 BUDGETS = (2048, 4096, 8192, 16_384)
 TOKENS = 1.05  # computed over distinct, at most
 SPEED = 0.85  # model speed-up over all tokens / distinct tokens, at least
@@ -142,69 +113,6 @@ def main() -> None:
         raise SystemExit("\n".join(missed))
 
 
-class Bench:
-    """One case: its rollouts, a model, and what times them."""
-
-    def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
-        self.name, self.options, self.case = name, options, CASES[name]
-        self.device = device_of(options.device)
-        self.tiny = options.shape == "tiny"
-        self.recording = self._rollouts(folder)
-        self.budget = options.budget or (
-            self.case.budget if self.case.groups else options.pack_tokens
-        )
-        dtype = options.dtype or ("float32" if self.tiny else "bfloat16")
-        config = ModelConfig(
-            dtype=dtype, checkpointing=options.checkpointing, compile=options.compile
-        )
-        self.policy = load(options.shape, config, folder, self.device, options.layers)
-        self.clock = clock_of(options.clock, self.device)
-
-    def _rollouts(self, folder: Path) -> Recording:
-        case, options = self.case, self.options
-        # a made-up case has the tokenizer of a recording, which no step looks at
-        recording = record(
-            options, folder, groups=case.groups or 1, hops=case.hops, thoughts=case.thoughts
-        )
-        if case.groups:
-            return recording
-        return synthesize(
-            pack_tokens=options.pack_tokens,
-            share=options.share,
-            groups=options.groups,
-            group_size=options.group_size,
-            vocab_size=SHAPES.get(options.shape, {"vocab_size": 520})["vocab_size"],
-            seed=options.seed,
-        )
-
-    def pack(self, way: str, budget: int | None = None) -> Packed:
-        groups, credits = self.recording.groups, self.recording.credits
-        budget = budget or self.budget
-        return pack(groups, credits, budget=budget, device=self.device, **WAYS[way])
-
-    def model(self, packed: Packed) -> None:
-        """Forward and backward up to the hidden states, without the loss head."""
-        for batch in packed.batches:
-            hidden_states(self.policy, batch)[batch.rows_N].sum().backward()
-        self.policy.model.zero_grad()
-
-    def step(self, way: str, optimizer: Optimizer) -> None:
-        update(self.policy, optimizer, self.pack(way).batches, LossConfig())
-
-    def optimizer(self) -> Optimizer:
-        config = OptimConfig(lr=1e-6, state=self.options.optim_state)
-        return Optimizer(self.policy.model.parameters(), config)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        begin = self.clock()
-        call()
-        return self.clock() - begin
-
-    @property
-    def rounding(self) -> float:
-        return GRADIENTS[self.policy.model.dtype]
-
-
 def measure(bench: Bench) -> dict[str, Any]:
     policy, device = bench.policy, bench.device
     packs = {way: bench.pack(way) for way in WAYS}
@@ -213,8 +121,12 @@ def measure(bench: Bench) -> dict[str, Any]:
     distinct = {way: bench.pack(way, budget=1 << 40) for way in packs if way != "rows"}
     distinct["rows"] = distinct["trees"]
     errors = gradient_errors(bench, packs)
-    if wrong := {way: error for way, error in errors.items() if not error < bench.rounding}:
-        raise SystemExit(f"{bench.name}: gradients are off by more than {bench.rounding}: {wrong}")
+    if wrong := {
+        way: error for way, error in errors.items() if not error < GRADIENTS[policy.model.dtype]
+    }:
+        raise SystemExit(
+            f"{bench.name}: gradients are off by more than {GRADIENTS[policy.model.dtype]}: {wrong}"
+        )
     peak = gemm_peak(device, policy.model.dtype, bench.clock)
     optimizer = bench.optimizer()
     times = timed(bench, packs, optimizer)
