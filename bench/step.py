@@ -63,19 +63,24 @@ UTILISATION = 0.45  # of the peak, for a public shape on a GPU
 GRADIENTS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
+def parser() -> argparse.ArgumentParser:
+    made = arguments(__doc__, "step.json", repeats=5)
+    made.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
+    made.add_argument("--rollouts", help=f"of {', '.join(CASES)}; comma separated")
+    made.add_argument("--budget", type=int, help="tokens of a micro-batch, not the case's")
+    made.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct ones")
+    made.add_argument("--share", type=float, default=0.6, help="synthetic: of all tokens")
+    made.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
+    made.add_argument("--checkpointing", action="store_true")
+    made.add_argument("--compile", action="store_true", help="the model's body")
+    made.add_argument("--optim-state", choices=("float32", "bfloat16", "8bit"), default="float32")
+    made.add_argument("--memory-of", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
+    return made
+
+
 def main() -> None:
-    parser = arguments(__doc__, "step.json", repeats=5)
-    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
-    parser.add_argument("--rollouts", help=f"of {', '.join(CASES)}; comma separated")
-    parser.add_argument("--budget", type=int, help="tokens of a micro-batch, not the case's")
-    parser.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct ones")
-    parser.add_argument("--share", type=float, default=0.6, help="synthetic: of all tokens")
-    parser.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="the model's body")
-    parser.add_argument("--optim-state", choices=("float32", "bfloat16", "8bit"), default="float32")
-    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    asked = parser()
+    options = asked.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
         name, way = options.memory_of
@@ -86,10 +91,10 @@ def main() -> None:
     wanted = options.rollouts or ("synthetic" if not tiny else ",".join(list(CASES)[:-1]))
     names = wanted.split(",")
     if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--rollouts: {unknown[0]!r} is none of {', '.join(CASES)}")
+        asked.error(f"--rollouts: {unknown[0]!r} is none of {', '.join(CASES)}")
     device = device_of(options.device)
     elsewhere = not tiny or device.type == "cuda"
-    if elsewhere and options.out == parser.get_default("out"):
+    if elsewhere and options.out == asked.get_default("out"):
         options.out = RESULTS / f"step_{options.shape}_{device.type}.json"
     cases: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -121,12 +126,9 @@ def measure(bench: Bench) -> dict[str, Any]:
     distinct = {way: bench.pack(way, budget=1 << 40) for way in packs if way != "rows"}
     distinct["rows"] = distinct["trees"]
     errors = gradient_errors(bench, packs)
-    if wrong := {
-        way: error for way, error in errors.items() if not error < GRADIENTS[policy.model.dtype]
-    }:
-        raise SystemExit(
-            f"{bench.name}: gradients are off by more than {GRADIENTS[policy.model.dtype]}: {wrong}"
-        )
+    most = GRADIENTS[policy.model.dtype]
+    if wrong := {way: error for way, error in errors.items() if not error < most}:
+        raise SystemExit(f"{bench.name}: gradients are off by more than {most}: {wrong}")
     peak = gemm_peak(device, policy.model.dtype, bench.clock)
     optimizer = bench.optimizer()
     times = timed(bench, packs, optimizer)

@@ -146,3 +146,27 @@ def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
     case = json.loads((tmp_path / "step.json").read_text())["cases"]["one-search"]
     assert case["ways"]["trees"]["microbatches"] == 2
     assert case["ways"]["rows"]["gradient_error"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_public_shape_takes_a_step_without_a_file_of_weights(tmp_path, monkeypatch, dtype):
+    import cases
+    import shapes
+    import step
+
+    small = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64}
+    monkeypatch.setitem(shapes.SHAPES, "qwen2.5-7b", shapes.SHAPES["qwen2.5-7b"] | small)
+    monkeypatch.setitem(shapes.SHAPES["qwen2.5-7b"], "num_attention_heads", 12)
+    words = f"--shape qwen2.5-7b --layers 2 --pack-tokens 1024 --groups 2 --dtype {dtype}"
+    options = step.parser().parse_args([*words.split(), "--checkpointing", "--device", "cpu"])
+    bench = cases.Bench("synthetic", options, tmp_path)
+    assert bench.policy.model.dtype == getattr(torch, dtype)
+    packs = {way: bench.pack(way) for way in ("rows", "trees")}
+    assert packs["trees"].num_tokens == 1024 and len(packs["rows"].batches) > 1
+    errors = step.gradient_errors(bench, packs)
+    assert errors["rows"] == 0 and 0 < errors["trees"] < step.GRADIENTS[bench.policy.model.dtype]
+    before = bench.policy.head_VD.detach().clone()
+    bench.model(packs["trees"])
+    assert all(p.grad is None for p in bench.policy.model.parameters())
+    bench.step("trees", bench.optimizer())
+    assert dtype == "bfloat16" or not torch.equal(bench.policy.head_VD, before)
