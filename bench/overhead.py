@@ -8,8 +8,10 @@ A recipe is trained for some steps by the real loop, on one thread; further word
 Its metrics.jsonl splits every step into phases that add up to it; of `time/rollout` this script
 also measures what the sampler's own calls take, to hand it a request and to step it. Generation is
 those calls, `time/train` is model, loss and optimizer. The rest is overhead: environment, chat and
-bookkeeping inside the rollout, credit, packing, weight sync, and logging. Tools run in threads of
-their own, beside the generation where there are two cores.
+bookkeeping inside the rollout, credit, packing, weight sync, and logging. The environment's part,
+its tools and rewards, is what passes until its methods answer; one that waits for something else
+has that counted too. Tools may run in threads of their own, beside the generation where there are
+two cores.
 
 `--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
 and earns nothing, so its steps are generation alone.
@@ -37,6 +39,7 @@ from clocks import CLOCKS
 from provenance import RESULTS, provenance, write
 
 import turnfast.collect
+import turnfast.play
 import turnfast.run
 import turnfast.tools.deadline
 import turnfast.train
@@ -51,16 +54,17 @@ BACKENDS = ("auto", "local", "vllm")
 
 
 class Watch:
-    """Seconds in the sampler, in tools and in logging, of each step as it is done."""
+    """Seconds in sampler, environment, tools and logging, of each step as it is done."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.clear()
 
     def clear(self) -> None:
-        self.sampler = self.tools = 0.0
+        self.sampler = self.answers = self.tools = 0.0
         self.parameters = 0
         self.generation: list[float] = []
+        self.environment: list[float] = []
         self.tool_calls: list[float] = []
         self.logging: list[float] = []
 
@@ -146,9 +150,10 @@ def trained(
 
 def watch(seen: Watch) -> None:
     """Have the loop tell what the seconds of its phases are spent on."""
-    make, gather, log, call = (
+    make, gather, ask, log, call = (
         turnfast.run.make_sampler,
         turnfast.collect.gather,
+        turnfast.play.ask,
         turnfast.train._log,
         turnfast.tools.deadline._Call.run,
     )
@@ -158,11 +163,18 @@ def watch(seen: Watch) -> None:
         return Timed(make(*args, **kwargs), seen)
 
     def gather_timed(*args: Any, **kwargs: Any) -> Any:
-        before = seen.sampler, seen.tools
+        before = seen.sampler, seen.tools, seen.answers
         gathered = gather(*args, **kwargs)
         seen.generation.append(seen.sampler - before[0])
         seen.tool_calls.append(seen.tools - before[1])
+        seen.environment.append(seen.answers - before[2])
         return gathered
+
+    async def ask_timed(*args: Any, **kwargs: Any) -> Any:
+        begin = seen.clock()
+        answer = await ask(*args, **kwargs)
+        seen.answers += seen.clock() - begin
+        return answer
 
     def log_timed(*args: Any) -> None:
         begin = seen.clock()
@@ -176,18 +188,20 @@ def watch(seen: Watch) -> None:
 
     turnfast.run.make_sampler = make_timed  # type: ignore[assignment]
     turnfast.collect.gather = gather_timed
+    turnfast.play.ask = ask_timed
     turnfast.train._log = log_timed
     turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]
     turnfast.tools.deadline._Call.run = call_timed  # type: ignore[method-assign]
 
 
 def summarise(lines: list[dict[str, float]], seen: Watch, clock: str) -> dict[str, Any]:
-    columns = (lines, seen.generation, seen.tool_calls, seen.logging)
+    columns = (lines, seen.generation, seen.environment, seen.tool_calls, seen.logging)
     steps = [
         {
             "generation": sampled,
             "train": line["time/train"],
-            "rollout besides generation": line["time/rollout"] - sampled,
+            "environment": answers,
+            "rollout besides": line["time/rollout"] - sampled - answers,
             "tools": called if clock == "thread" else 0.0,
             "score": line["time/score"],
             "pack": line["time/pack"],
@@ -195,7 +209,7 @@ def summarise(lines: list[dict[str, float]], seen: Watch, clock: str) -> dict[st
             "other": line["time/other"],
             "log": logged,
         }
-        for line, sampled, called, logged in list(zip(*columns, strict=True))[1:]
+        for line, sampled, answers, called, logged in list(zip(*columns, strict=True))[1:]
     ]
     shares = {name: median(step[name] / sum(step.values()) for step in steps) for name in steps[0]}
     work = {"generation", "train"}

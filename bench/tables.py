@@ -134,17 +134,18 @@ def trl_step(record: dict[str, Any]) -> str:
 def overhead(record: dict[str, Any]) -> str:
     names = {"local": "plain torch, the trainer's own module", "vllm": "vLLM, a copy in process"}
     lines = [
-        "| sampler | a step | neither model, loss nor generation | tools, environment, chat, "
-        "bookkeeping of the rollouts | weight sync | credit, packing, logs |",
-        "|---|---|---|---|---|---|",
+        "| sampler | a step | neither model, loss nor generation | environment: tools and rewards "
+        "| chat and bookkeeping of the rollouts | weight sync | credit, packing, logs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for backend, each in record["backends"].items():
         shares = each["shares"]
-        played = shares["rollout besides generation"] + shares["tools"]
+        answers = shares["environment"] + shares["tools"]
         small = sum(shares[name] for name in ("score", "pack", "other", "log"))
         lines.append(
             f"| {names.get(backend, backend)} | {each['step_s']:.2f} s "
-            f"| **{each['overhead']:.1%}** | {played:.1%} | {shares['sync']:.1%} | {small:.1%} |"
+            f"| **{each['overhead']:.1%}** | {answers:.1%} | {shares['rollout besides']:.1%} "
+            f"| {shares['sync']:.1%} | {small:.1%} |"
         )
     counts = next(iter(record["backends"].values()))
     lines += [
