@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+import textwrap
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +16,7 @@ from torch import nn
 
 from turnfast.checkpoint import load_checkpoint, save_checkpoint
 from turnfast.config import ConfigError, OptimConfig
-from turnfast.optim import Optimizer
+from turnfast.optim import Optimizer, TornStep
 
 
 def weights(*shape: int, dtype: torch.dtype, seed: int = 0) -> nn.Parameter:
@@ -82,7 +87,8 @@ def test_a_sum_in_place_is_part_of_the_gradient(dtype):
         ours[1].grad = theirs[1].grad.clone()
         half = theirs[0].grad / 2  # exact in both dtypes
         total += half.float()
-        ours[0].backward(half.to_sparse() if seed else half)
+        with optimizer.accumulating():
+            ours[0].backward(half.to_sparse() if seed else half)
         assert total.equal(theirs[0].grad.float()) and total is optimizer.grad_sum(ours[0])
         assert optimizer.step() == pytest.approx(plain.step(), rel=1e-6)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -91,6 +97,28 @@ def test_a_sum_in_place_is_part_of_the_gradient(dtype):
     total += 1.0
     optimizer.zero_grad()
     assert not optimizer.grad_sum(ours[0]).any()
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    """1,000 micro-batches, each far below the last digit of a bf16 sum of them all."""
+    draw = torch.Generator().manual_seed(0)
+    gradients = [(torch.randn(64, generator=draw) + 1).bfloat16() for _ in range(1000)]
+    truth = sum(gradient.double() for gradient in gradients)
+    ours, naive = weights(64, dtype=torch.bfloat16), weights(64, dtype=torch.bfloat16)
+    optimizer = Optimizer([ours], constant(1e-3))
+    seen = []
+    optimizer._adamw.register_step_pre_hook(lambda *_: seen.append(optimizer._masters[0].grad))
+    for gradient in gradients:
+        with optimizer.accumulating():
+            ours.backward(gradient)
+        assert ours.grad is None
+        naive.backward(gradient)
+    ours.backward(torch.zeros_like(ours))
+    assert ours.grad is not None  # outside an update gradients stay where autograd leaves them
+    optimizer.step()
+    assert seen[0].dtype == torch.float32
+    assert (seen[0] - truth).norm() / truth.norm() < 1e-6
+    assert (naive.grad - truth).norm() / truth.norm() > 1e-2
 
 
 def test_what_is_not_trained_has_no_sum():
@@ -293,3 +321,126 @@ def test_eight_bits_and_more_cannot_be_mixed(kinds, eager):
         states.append((optimizer, optimizer.state_dict()))
     with pytest.raises(ValueError, match=r"8.bit"):
         states[1][0].load_state_dict(states[0][1])
+
+
+@pytest.mark.parametrize("state", ["float32", *STATES])
+def test_moments_are_there_before_the_first_step(state, eager):
+    """And the first step is the one that finds none, and makes them."""
+    parameters = [weights(64, 64, dtype=torch.bfloat16) for _ in range(2)]
+    optimizer, lazy = (Optimizer([p], constant(1e-2, state=state)) for p in parameters)
+    made = optimizer._adamw.state[optimizer._masters[0]]
+    assert {"step", "exp_avg", "exp_avg_sq"} == made.keys() and float(made["step"]) == 0.0
+    if state != "bfloat16":
+        lazy._adamw.state.clear()
+    for seed in range(2):
+        for p, each in zip(parameters, (optimizer, lazy), strict=True):
+            pull([p], seed)
+            each.step()
+    after = lazy._adamw.state[lazy._masters[0]]
+    assert {n: x.dtype for n, x in made.items()} == {n: x.dtype for n, x in after.items()}
+    assert {n: x.device for n, x in made.items()} == {n: x.device for n, x in after.items()}
+    assert torch.equal(*parameters)
+
+
+def test_a_resumed_run_has_the_settings_of_its_own_recipe():
+    old = Optimizer([weights(4, dtype=torch.float32)], constant(1e-3, betas=(0.9, 0.99)))
+    pull(old._parameters, 0)
+    old.step()
+    changed = constant(1e-2, betas=(0.5, 0.8), weight_decay=0.25)
+    parameter = weights(4, dtype=torch.float32)
+    new = Optimizer([parameter], changed)
+    new.load_state_dict(old.state_dict())
+    (group,) = new.state_dict()["param_groups"]
+    assert group["betas"] == (0.5, 0.8) and group["weight_decay"] == 0.25
+    pull([parameter], 1)
+    gradient, before = parameter.grad.clone(), old.state_dict()["state"][0]["exp_avg"].clone()
+    new.step()
+    moment = new.state_dict()["state"][0]["exp_avg"]
+    torch.testing.assert_close(moment, 0.5 * before + 0.5 * gradient)
+    assert new.num_steps == 2
+
+
+CHILD = """
+    import json, re, resource, sys
+    from pathlib import Path
+    import torch
+    from torch import nn
+    from turnfast.config import ConfigError, OptimConfig
+    from turnfast.optim import Optimizer, TornStep
+    from turnfast.replay import OutOfMemory
+
+    torch.set_num_threads(1)
+    MiB = 1 << 20
+
+    def leave(most):
+        held = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, (held * 1024 + most, -1))
+
+    config = OptimConfig(lr=0.1, warmup_steps=0, state=sys.argv[1])
+    Optimizer([nn.Parameter(torch.ones(8))], config)  # libraries
+    said = {}
+    parameter = nn.Parameter(torch.ones(8, MiB, dtype=torch.bfloat16))
+    leave(50 * MiB)  # of 32 for masters, and 32 to 64 for moments
+    try:
+        Optimizer([parameter], config)
+    except ConfigError as error:
+        said["start"] = str(error)
+    leave(1 << 40)
+    optimizer = Optimizer([parameter], config)
+    parameter.grad = torch.ones_like(parameter)
+    leave(20 * MiB)  # of 32 for the float32 gradient
+    try:
+        optimizer.step()
+    except OutOfMemory as error:
+        said["gradient"] = str(error)
+    leave(1 << 40)
+    parameter.grad = torch.ones_like(parameter)
+    with optimizer.accumulating():
+        parameter.backward(torch.ones_like(parameter))
+    leave(60 * MiB)  # of 112 for the workspace of bfloat16 moments
+    try:
+        optimizer.step()
+    except OutOfMemory as error:
+        said["step"] = str(error)
+    kept = {**optimizer.state_dict()["state"][0], "weights": parameter}
+    said["kept"] = {name: [float(x.min()), float(x.max())] for name, x in kept.items()}
+    leave(1 << 40)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    said["later"] = float(parameter.min())
+    print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and an address-space limit")
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_out_of_memory_changes_nothing(state):
+    """Real limits of the allocator: at the start, and in each part of a step."""
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), state]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for name in ("optim.state", "model.lora.r", "sampler.gpu_memory"):
+        assert name in said["start"] and name in said["gradient"]
+    assert ("step" in said) == (state == "bfloat16")
+    if state == "bfloat16":
+        assert "changed nothing" in said["step"]
+        kept = said["kept"]
+        assert kept.pop("weights") == kept.pop("master") == [1.0, 1.0]
+        assert len(kept) == 3 and all(moment == [0.0, 0.0] for moment in kept.values())
+    assert said["later"] < 1.0
+
+
+def test_a_step_that_is_torn_says_so():
+    """Where memory runs out inside AdamW itself, what it has changed is not known."""
+    parameter = weights(4, dtype=torch.float32)
+    optimizer = Optimizer([parameter], constant(1e-3))
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    optimizer._adamw.register_step_pre_hook(run_out)
+    pull([parameter], 0)
+    with pytest.raises(TornStep, match=r"--resume.*optim\.state.*CUDA out of memory"):
+        optimizer.step()

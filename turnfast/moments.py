@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +18,62 @@ from .config import ConfigError, OptimConfig
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
 """Per moment and weight."""
 
+WORKSPACE = 1 << 22
+"""Weights that `Bfloat16AdamW` updates at a time."""
+WORKSPACE_BYTES = 28 * WORKSPACE
+"""What that takes: seven float32 or int32 tensors."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def check_state(config: OptimConfig) -> None:
+    """Raises ConfigError if `optim.state` needs a package that is not installed."""
+    if config.state == "8bit" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "optim.state: '8bit' needs torchao; install turnfast[8bit], or set it to 'bfloat16'"
+        )
+
+
 def make_adamw(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over float32 parameters.
+    """AdamW over float32 parameters, without moments yet.
 
     Raises:
         ConfigError: `optim.state = "8bit"` without torchao.
     """
+    check_state(config)
     settings = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     if config.state == "float32":
         return torch.optim.AdamW(parameters, **settings, fused=True)
     if config.state == "bfloat16":
         return Bfloat16AdamW(parameters, **settings)
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            "optim.state: '8bit' needs torchao; install turnfast[8bit], or set it to 'bfloat16'"
-        )
     return importlib.import_module("torchao.optim").AdamW8bit(parameters, **settings)
+
+
+def make_moments(adamw: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Give every parameter that has none yet its moments, zeros, as the first step would."""
+    for p in parameters:
+        if adamw.state[p]:
+            continue
+        if isinstance(adamw, Bfloat16AdamW):
+            moments = [torch.zeros_like(p, dtype=torch.bfloat16) for _ in _MOMENTS]
+            count = torch.zeros(())
+        elif isinstance(adamw, torch.optim.AdamW):
+            moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in _MOMENTS]
+            count = torch.zeros((), device=p.device)  # a fused step counts where it computes
+        else:
+            moments = [adamw._new_buffer(p, signed) for signed in (True, False)]  # type: ignore
+            count = torch.zeros(())
+        adamw.state[p] = {"step": count, **dict(zip(_MOMENTS, moments, strict=True))}
+
+
+def ask_for_workspace(adamw: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Take and give back the memory of a step, so that it runs out before anything is changed.
+
+    The float32 one works in place; what torchao's compiled one takes is not known here.
+    """
+    if isinstance(adamw, Bfloat16AdamW):
+        for device in {p.device for p in parameters}:
+            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 class Bfloat16AdamW(torch.optim.Optimizer):
@@ -53,31 +90,48 @@ class Bfloat16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
             for place, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    for name in _MOMENTS:
-                        state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
                 state["step"] += 1
-                count = int(state["step"])
-                mean = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
-                square = state["exp_avg_sq"].float().mul_(beta2)
-                square.addcmul_(p.grad, p.grad, value=1 - beta2)
-                draw = torch.Generator(p.device).manual_seed((count << 20) + place)
-                state["exp_avg"].copy_(_rounded(mean, draw))
-                state["exp_avg_sq"].copy_(_rounded(square, draw))
-                scale = square.div_(1 - beta2**count).sqrt_().add_(group["eps"])
-                p.mul_(1 - lr * decay).addcdiv_(mean, scale, value=-lr / (1 - beta1**count))
+                draw = torch.Generator(p.device).manual_seed((int(state["step"]) << 20) + place)
+                parts = zip(*map(_parts, (p, p.grad, *map(state.get, _MOMENTS))), strict=True)
+                for part in parts:
+                    _update(*part, int(state["step"]), group, draw)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch's has made them float32, like the parameter
             for name in _MOMENTS:
                 state[name] = state[name].bfloat16()
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Views of at most WORKSPACE elements, or of one row."""
+    rows = x if x.dim() else x[None]
+    per_row = max(1, rows[:1].numel())
+    return rows.split(max(1, WORKSPACE // per_row))
+
+
+def _update(
+    p: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    count: int,
+    group: Mapping[str, Any],
+    draw: torch.Generator,
+) -> None:
+    """AdamW's formula on a part of a parameter. What takes memory comes before the first change."""
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    mean = exp_avg.float().lerp_(grad, 1 - beta1)
+    square = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    rounded = _rounded(mean, draw), _rounded(square, draw)
+    scale = square.div_(1 - beta2**count).sqrt_().add_(group["eps"])
+    exp_avg.copy_(rounded[0])
+    exp_avg_sq.copy_(rounded[1])
+    p.mul_(1 - lr * decay).addcdiv_(mean, scale, value=-lr / (1 - beta1**count))
 
 
 def _rounded(x: Tensor, draw: torch.Generator) -> Tensor:
