@@ -15,6 +15,7 @@ from turnfast.loss import update
 from turnfast.model import Policy, hidden_states
 from turnfast.optim import Optimizer
 from turnfast.packing import pack
+from turnfast.replay import Budget
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=1e9)
@@ -90,7 +91,7 @@ def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list
 @pytest.mark.parametrize("share_prefixes", [False, True])
 def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
     groups, critic = make_groups(1), taught(policy)
-    values = critic.values(policy, groups, budget=budget, share_prefixes=share_prefixes)
+    values = critic.values(policy, groups, budget=Budget(budget), share_prefixes=share_prefixes)
     assert [len(row) for row in values] == [3, 3]
     for group, rows in zip(groups, values, strict=True):
         for trajectory, row in zip(group.trajectories, rows, strict=True):
@@ -102,7 +103,7 @@ def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
 
 def test_values_where_memory_runs_out(policy):
     groups, critic = make_groups(1), taught(policy)
-    expected = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    expected = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
     seen: list[int] = []
 
     def limited(module, args, kwargs) -> None:
@@ -111,9 +112,13 @@ def test_values_where_memory_runs_out(policy):
             raise torch.OutOfMemoryError("too large")
 
     handle = policy.model.base_model.register_forward_pre_hook(limited, with_kwargs=True)
-    found = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    budget = Budget(4096)
+    found = critic.values(policy, groups, budget=budget, share_prefixes=True)
+    assert seen[0] > 40 >= max(seen[-2:]) and 1 <= budget.halvings <= 3
+    tried = len(seen)
+    critic.values(policy, groups, budget=budget, share_prefixes=True)
     handle.remove()
-    assert seen[0] > 40 >= max(seen[-2:])
+    assert max(seen[tried:]) <= budget.tokens <= 40  # the next step knows
     for rows, wanted in zip(found, expected, strict=True):
         for row, values in zip(rows, wanted, strict=True):
             assert row == pytest.approx(values, abs=2e-5)
@@ -121,7 +126,7 @@ def test_values_where_memory_runs_out(policy):
 
 def test_a_new_critic_knows_nothing(policy):
     values = Critic(policy, CriticConfig(), OPTIM).values(
-        policy, make_groups(1), budget=64, share_prefixes=True
+        policy, make_groups(1), budget=Budget(64), share_prefixes=True
     )
     assert {v for rows in values for row in rows for v in row} == {0.0}
 
@@ -131,7 +136,7 @@ def test_a_new_critic_knows_nothing(policy):
 def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
     groups = make_groups(2)
     critic = taught(policy, CriticConfig(clip=clip, coef=0.7))
-    values = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    values = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
     shifted = [[tuple(v + 0.1 * (-1) ** i for i, v in enumerate(r)) for r in g] for g in values]
     credits = assign_credits(groups, rule, values=shifted)
     gradients = []
@@ -180,7 +185,7 @@ def test_updates_teach_the_critic_its_targets(policy, rule):
     groups = make_groups(3)
     critic = Critic(policy, CriticConfig(clip=None), OPTIM)
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
-    values = critic.values(policy, groups, budget=64, share_prefixes=True)
+    values = critic.values(policy, groups, budget=Budget(64), share_prefixes=True)
     credits = assign_credits(groups, rule, values=values)
     packed = pack(groups, credits, budget=64)
     sampled = sum(t.num_sampled for g in groups for t in g.trajectories if not t.left_out)
@@ -194,7 +199,7 @@ def test_updates_teach_the_critic_its_targets(policy, rule):
 
 def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
     groups, critic = make_groups(4), taught(policy)
-    values = critic.values(policy, groups, budget=4096, share_prefixes=True)
+    values = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
     credits = assign_credits(groups, "mt_ppo", values=values)
     (batch,) = pack(groups, credits, budget=4096, share_prefixes=False).batches
     expected = [
@@ -210,7 +215,7 @@ def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
 
     def step(critic: Critic) -> None:
-        values = critic.values(policy, groups, budget=64, share_prefixes=True)
+        values = critic.values(policy, groups, budget=Budget(64), share_prefixes=True)
         credits = assign_credits(groups, "mt_ppo", values=values)
         update(
             policy, optimizer, pack(groups, credits, budget=64).batches, LossConfig(), critic=critic

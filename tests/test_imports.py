@@ -50,7 +50,7 @@ LEVELS = [
         "console",
     ],
     ["reference", "critic", "rendered"],
-    ["loss", "sampler"],
+    ["loss", "gradient", "sampler"],
     ["sft", "in_play", "play", "rollout", "sync"],
     ["prompts", "record"],
     ["run"],

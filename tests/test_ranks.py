@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,50 @@ def test_sums_in_place_are_added_up_over_the_ranks(one_thread):
 
     first, *others = on_ranks(3, step)
     assert (first < 1).any() and all(torch.equal(first, other) for other in others)
+
+
+def test_bf16_gradients_are_added_up_in_float32(one_thread):
+    """What a rank adds is less than the last digit of a bf16 sum, and one has nothing to add."""
+
+    def step(ranks: Ranks) -> float:
+        weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        config = OptimConfig(lr=0.1, warmup_steps=0, grad_clip=1e9)
+        optimizer = Optimizer([weight], config, ranks=ranks)
+        if ranks.rank < 2:
+            with optimizer.accumulating():
+                weight.backward(
+                    torch.tensor([1.0, 1 / 512][ranks.rank : ranks.rank + 1]).bfloat16()
+                )
+        return optimizer.step()
+
+    assert on_ranks(3, step) == [1 + 1 / 512] * 3
+
+
+def test_ranks_reuse_log_probs_together_or_not_at_all(tiny_folder, one_thread):
+    """The gap is too large on one rank alone: on average it decides for both."""
+
+    def step(bound: float, shifts: tuple[float, float]) -> Callable[[Ranks], Update]:
+        def work(ranks: Ranks) -> Update:
+            policy = load(tiny_folder)
+            optimizer = Optimizer(policy.model.parameters(), OptimConfig(), ranks=ranks)
+            groups = ranks.share(make_groups(7))
+            batches = pack(groups, assign_credits(groups, "mt_grpo"), budget=1024).batches
+            shifted = [
+                replace(b, sampler_logprobs_N=b.sampler_logprobs_N + shifts[ranks.rank])
+                for b in batches
+            ]
+            config = LossConfig(old_logprobs="sampler", max_logprob_gap=bound)
+            return update(policy, optimizer, shifted, config, ranks=ranks)
+
+        return work
+
+    apart = on_ranks(2, step(20.0, (0.0, 100.0)))
+    assert [each.logprobs_reused for each in apart] == [0, 0]
+    assert apart[0].logprob_gap == apart[1].logprob_gap > 20.0
+    assert apart[0].logprob_gap_max == apart[1].logprob_gap_max > 90.0
+    near = on_ranks(2, step(20.0, (0.0, 20.0)))
+    assert [each.logprobs_reused for each in near] == [1, 1]
+    assert near[0].grad_norm == near[1].grad_norm > 0
 
 
 def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):

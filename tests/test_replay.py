@@ -17,12 +17,18 @@ from turnfast.credit import assign_credits
 from turnfast.loss import TrainingError, update
 from turnfast.model import Policy, hidden_states
 from turnfast.packing import pack
-from turnfast.replay import OutOfMemory, is_out_of_memory, split_batch
+from turnfast.reference import with_reference
+from turnfast.replay import Budget, OutOfMemory, is_out_of_memory, split_batch
 
 
 def packed_step(seed: int, *, share: bool = True):
     groups = make_groups(seed)
     return pack(groups, assign_credits(groups, "mt_grpo"), budget=4096, share_prefixes=share)
+
+
+def many_rows():
+    groups = [group for seed in range(9) for group in make_groups(seed)]
+    return pack(groups, assign_credits(groups, "mt_grpo"), budget=1 << 20, share_prefixes=False)
 
 
 def limit_tokens(policy: Policy, most: int, error: BaseException):
@@ -85,7 +91,7 @@ def test_the_step_is_the_same_in_smaller_batches(policy, ratio, share, caplog):
     handle.remove()
     assert seen[0] == tokens and max(seen[1:]) <= tokens * 3 // 5
     assert done.halvings == 1 and expected.halvings == 0
-    assert f"{tokens // 2 * 2} tokens" in caplog.text
+    assert f"{tokens} tokens" in caplog.text
     assert largest_difference(plain, cut, 0) <= 1e-6
     assert largest_difference(plain, cut, 1) <= 1e-6
     assert done.loss == pytest.approx(expected.loss, abs=1e-6)
@@ -121,6 +127,48 @@ def test_what_never_fits_stops_the_run_and_changes_nothing(policy):
     assert optimizer.num_steps == 1
     update(policy, optimizer, packed.batches, LossConfig())
     assert optimizer.num_steps == 2
+
+
+def test_what_did_not_fit_is_not_tried_again(policy):
+    """The next step packs what fitted, but never less than a row; what it packs is cut to fit."""
+    packed = many_rows()
+    tokens = packed.num_tokens
+    budget = Budget(4096, row=tokens)
+    seen, handle = limit_tokens(policy, tokens // 3, MemoryError("no more"))
+    done = update(policy, optimizer_of(policy), packed.batches, LossConfig(), budget=budget)
+    assert done.halvings == budget.halvings == 2 and budget.tokens == tokens
+    tried = len(seen)
+    budget.begin_step()
+    done = update(policy, optimizer_of(policy), packed.batches, LossConfig(), budget=budget)
+    handle.remove()
+    assert done.halvings == 0 and max(seen[tried:]) <= tokens // 3
+    assert Budget(4096).tokens == 4096
+
+
+@pytest.mark.parametrize("num_updates", [2, 3])
+def test_a_step_is_halved_three_times_whatever_it_consists_of(policy, num_updates):
+    """A reference pass and updates, each with half of the memory of the one before."""
+    packed, optimizer, budget = many_rows(), optimizer_of(policy), Budget()
+
+    def check(module, args, kwargs) -> None:
+        halvings = 1 + optimizer.num_steps if torch.is_grad_enabled() else 0
+        if kwargs["input_ids"].shape[1] > packed.num_tokens >> 1 + halvings:
+            raise MemoryError("less and less")
+
+    handle = policy.model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+    config = LossConfig(kl_coef=0.1)
+    batches = with_reference(packed.batches, policy, config, temperature=1.0, budget=budget)
+    assert budget.halvings == 1 and len(batches) >= 2
+    if num_updates == 2:
+        done = update(policy, optimizer, batches, config, num_updates=2, budget=budget)
+        assert done.halvings == 3 and done.kl is not None
+    else:
+        with pytest.raises(OutOfMemory, match=r"3 halvings in this step"):
+            update(policy, optimizer, batches, config, num_updates=3, budget=budget)
+        assert optimizer.num_steps == 2
+    handle.remove()
+    budget.begin_step()
+    assert budget.halvings == 0 and 0.9 <= 8 * budget.tokens / packed.num_tokens <= 1
 
 
 def test_half_a_gradient_is_forgotten(policy):

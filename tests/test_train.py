@@ -19,10 +19,14 @@ import turnfast.run
 from turnfast.cli import main
 from turnfast.config import ConfigError
 from turnfast.envs import Demonstration, SearchEnv
+from turnfast.loss import TrainingError
 from turnfast.metrics import read_metrics
 from turnfast.recipe import to_toml
+from turnfast.replay import OutOfMemory
 from turnfast.report.trajectories import read_rollouts
 from turnfast.rollout import RolloutError
+from turnfast.sampler.local import LocalSampler
+from turnfast.sync import SyncError
 from turnfast.tiny import write_tiny_model
 from turnfast.train import train
 from turnfast.warm_start import warm_start
@@ -110,7 +114,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
 def test_steps_change_the_weights_and_carry_signal(straight, letters_model):
     steps = training_lines(straight)
     assert all(line["grad_norm"] > 0 and line["tokens_trained"] > 0 for line in steps)
-    assert all(line["ratio/max"] == 1.0 for line in steps)
+    assert all(line["ratio/max"] == 1.0 and "logprobs_reused" not in line for line in steps)
     assert weights(straight, 2) != weights(straight, 4)
     assert [line["lr"] for line in steps] == [1e-2] * 4
 
@@ -273,6 +277,61 @@ def test_too_many_failures_keep_the_steps_that_were_done(
     train(config, run_dir, resume=True)
     assert weights(run_dir, 4) == weights(straight, 4)
     assert logged(run_dir) == logged(straight)
+
+
+@pytest.mark.parametrize("fault", ["gradient", "memory", "sync"])
+def test_a_fault_in_a_step_keeps_the_steps_that_were_done(
+    fault, straight, letters_model, tmp_path, monkeypatch
+):
+    """A gradient that is no number, no memory, an engine that takes no weights: in the third step,
+    where there is no other checkpoint. A step whose weights are not handed over is done, too."""
+    run_dir = tmp_path / "run"
+    load = turnfast.run.load_policy
+
+    def in_the_third_step() -> bool:
+        return (run_dir / "metrics.jsonl").exists() and (2, "eval") in lines_of(run_dir)
+
+    def check(module, args, kwargs, out):
+        if fault != "sync" and "packed_rows" in kwargs and in_the_third_step():
+            if fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            out.last_hidden_state = out.last_hidden_state * float("nan")
+        return out
+
+    def load_policy(*args):
+        policy = load(*args)
+        policy.model.base_model.register_forward_hook(check, with_kwargs=True)
+        return policy
+
+    take = LocalSampler.load_weights
+
+    def load_weights(self, named_weights):
+        if fault == "sync" and in_the_third_step():
+            raise RuntimeError("the engine is gone")
+        take(self, named_weights)
+
+    monkeypatch.setattr("turnfast.run.load_policy", load_policy)
+    monkeypatch.setattr(LocalSampler, "load_weights", load_weights)
+    config = recipe(letters_model, train__save_every=0)
+    error = {"gradient": TrainingError, "memory": OutOfMemory, "sync": SyncError}[fault]
+    with pytest.raises(error):
+        train(config, run_dir)
+    monkeypatch.undo()
+    done = 3 if fault == "sync" else 2
+    assert (run_dir / "checkpoints/latest").read_text().strip() == f"step_{done:06d}"
+    train(config, run_dir, resume=True)
+    assert weights(run_dir, 4) == weights(straight, 4)
+    if fault != "sync":  # whose third step has no line
+        assert logged(run_dir) == logged(straight)
+
+
+@pytest.mark.parametrize(("bound", "reused"), [(1e-12, 0), (1.0, 1)])
+def test_the_metrics_say_whether_log_probs_were_reused(bound, reused, letters_model, tmp_path):
+    config = recipe(
+        letters_model, train__steps=2, loss__old_logprobs="sampler", loss__max_logprob_gap=bound
+    )
+    train(config, tmp_path / "run")
+    assert [x["logprobs_reused"] for x in training_lines(tmp_path / "run")] == [reused] * 2
 
 
 CHILD = "from turnfast.cli import main; raise SystemExit(main())"

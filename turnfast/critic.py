@@ -19,7 +19,7 @@ from .model import Policy, hidden_states
 from .optim import Optimizer
 from .packing import pack
 from .ranks import ALONE, Ranks
-from .replay import replayed
+from .replay import Budget
 from .types import Batch, Credit, Group, Trajectory
 
 
@@ -50,11 +50,11 @@ class Critic:
 
     @torch.no_grad()
     def values(
-        self, policy: Policy, groups: Sequence[Group], *, budget: int, share_prefixes: bool
+        self, policy: Policy, groups: Sequence[Group], *, budget: Budget, share_prefixes: bool
     ) -> list[list[tuple[float, ...]]]:
         """values[g][i][t], before sampled token t of rollout i of group g, from one forward pass;
         an empty tuple for rollouts that are left out. Where memory runs out it is made again, on
-        smaller micro-batches.
+        smaller micro-batches, and the budget keeps that for the rest of the run.
 
         Raises:
             OutOfMemory: not even with these.
@@ -66,17 +66,16 @@ class Critic:
         packed = pack(
             groups,
             everything,
-            budget=budget,
+            budget=budget.tokens,
             device=policy.device,
             share_prefixes=share_prefixes,
         )
         by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        found, batches, _ = replayed(
+        found, batches = budget.replayed(
             lambda parts: [
                 self.values_N(hidden_states(policy, part), part).tolist() for part in parts
             ],
             packed.batches,
-            lambda: None,
         )
         for batch, values_N in zip(batches, found, strict=True):
             turns_N = batch.turns_N.long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .config import ConfigError, LossConfig
 from .critic import Critic
-from .kernels import PolicyLoss, PolicyRule, turn_policy_loss
+from .gradient import Gradient, clear, compute_gradient
 from .kernels.loss_head.backends import implementation
-from .model import Policy, hidden_states, sparse_embedding
+from .model import Policy
 from .optim import Optimizer
 from .ranks import ALONE, RankError, Ranks
-from .replay import replayed
+from .replay import Budget, OutOfMemory
 from .token_figures import by_turn, drawn_kl
 from .types import Batch
 
@@ -29,12 +29,22 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What an update did. `logprob_gap` is the mean |sampler − trainer| over all sampled tokens,
-    `logprob_gap_max` the largest. Ratio, clip and lr figures are of the last update on the data;
-    so are `kl`, the mean KL(policy || reference) over the trained tokens, and `value_loss`, the
-    critic's (None without a reference or a critic). The token budget was halved `halvings` times
-    for want of memory. `by_turn` has, for every turn index, entropy and KL(sampler || trainer) of
-    the first update and, if there are several, KL(old || new) before the last."""
+    """What an update did; without arguments, one that had nothing to learn from.
+
+    Loss, value loss and log-prob gaps are those of all ranks, other figures the rank's own.
+
+    Attributes:
+        logprob, entropy: means over the tokens computed, before the first optimizer step.
+        logprob_gap, logprob_gap_max: mean and largest |sampler - trainer| of their log-probs.
+        ratio_max, clip_fraction, loss, grad_norm, lr: of the last optimizer step.
+        kl: mean KL(policy || reference) of the last one, None without a reference.
+        value_loss: the critic's, None without one.
+        num_updates: optimizer steps. halvings: of the token budget, in this step of the run.
+        logprobs_reused: 1 if the sampler's log-probs were the old ones, 0 if they were to be and
+            differed too much; None where the trainer's are asked for.
+        by_turn: for every turn index, entropy and KL(sampler || trainer) before the first optimizer
+            step and, if there are several, KL(old || new) before the last.
+    """
 
     loss: float = 0.0
     logprob: float = 0.0
@@ -49,30 +59,37 @@ class Update:
     halvings: int = 0
     kl: float | None = None
     value_loss: float | None = None
+    logprobs_reused: int | None = None
     by_turn: Mapping[str, float] = field(default_factory=dict)
 
 
-def policy_rule(config: LossConfig) -> PolicyRule:
-    return PolicyRule(
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        ratio=config.ratio,
-        kind=config.kind,
-        dual_clip=config.dual_clip,
-        entropy_coef=config.entropy_coef,
-        kl_coef=config.kl_coef,
-        is_cap=config.is_cap,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One optimizer step: the gradient, and over all ranks what it was of."""
+
+    gradient: Gradient
+    loss: float
+    value_loss: float
+    grad_norm: float
+    lr: float
 
 
-def check_impl(config: LossConfig, policy: Policy) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gap:
+    """|sampler - trainer| of the log-probs of all ranks' tokens."""
+
+    mean: float
+    largest: float
+
+
+def check_impl(config: LossConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse a `loss.impl` that is not available for the policy's device and dtype.
 
     Raises:
         ConfigError: with the reason.
     """
     try:
-        implementation(config.impl, policy.device, policy.model.dtype)
+        implementation(config.impl, device, dtype)
     except ValueError as error:
         raise ConfigError(f"loss.{error}; 'auto' takes what is available") from None
 
@@ -91,72 +108,71 @@ def update(
     temperature: float = 1.0,
     num_updates: int = 1,
     critic: Critic | None = None,
+    budget: Budget | None = None,
     ranks: Ranks = ALONE,
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
 
-    With `old_logprobs = "trainer"` the first step is on policy: its ratio is 1, no old-policy pass
-    is needed, and the log-probs it computes are the old ones of the steps after it. With "sampler"
-    those of the sampler are the old ones from the first step on, so that the ratio also covers what
-    engine and trainer differ by. With a critic each step also updates that, and the policy's layers
-    below it, by the same pass. Where memory runs out, the batches are cut in halves and the same
-    step is computed again: see `replayed`. All ranks call this at the same time, some perhaps
-    without batches; loss and value loss are those of all of them, other figures the rank's own.
+    The old log-probs of the ratio are those of the trainer or of the sampler. The trainer's cost no
+    pass of their own: the first step is on policy, its ratio is 1, and the log-probs that it
+    computes are the old ones of the steps after it. The sampler's (`old_logprobs = "sampler"`) are
+    the old ones from the first step on, so that the ratio also covers what engine and trainer
+    differ by. If that is more than `max_logprob_gap` on average, the first gradient is dropped and
+    computed again with the trainer's.
+
+    With a critic each step also updates that. Where memory runs out, the batches are cut in halves
+    and the same step is computed again: see `Budget`. All ranks call this at the same time, some
+    perhaps without batches.
 
     Raises:
-        TrainingError: loss or gradient is not finite, or the sampler's log-probs are to be reused
-            and differ by more than `max_logprob_gap`; that update has changed nothing.
-        OutOfMemory: not even with smaller micro-batches; that update has changed nothing.
+        TrainingError: loss or gradient is not finite; that optimizer step has changed nothing.
+        OutOfMemory: not even with smaller micro-batches; that one has changed nothing.
+        TornStep: see `Optimizer.step`.
     """
-    done = Update()
     policy.model.train()  # whoever sampled with it has left it in eval mode
-    reuse = config.old_logprobs == "sampler"
-    if reuse:
-        batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
-    for i in range(num_updates if ranks.any(bool(batches)) else 0):
+    if not ranks.any(bool(batches)):
+        return Update()
+    budget = budget or Budget()
+
+    def gradient_of(batches: Sequence[Batch]) -> Gradient:
         try:
             with ranks.together():
-                passes, batches, halvings = _gradient(
-                    policy, optimizer, critic, batches, config, temperature
-                )
-                results = [result for result, _ in passes]
-                if i == 0 and results:
-                    done = _first(results, batches)
-                if i == 0 and reuse and not done.logprob_gap <= config.max_logprob_gap:
-                    raise TrainingError(
-                        f"loss.old_logprobs: the sampler's log-probs differ from the trainer's by "
-                        f"{done.logprob_gap:.3g} on average, more than loss.max_logprob_gap = "
-                        f"{config.max_logprob_gap:g}; set loss.old_logprobs = 'trainer'"
-                    )
-        except (TrainingError, RankError):
-            _zero_grad(optimizer, critic)
+                return _gradient(policy, optimizer, critic, batches, config, temperature, budget)
+        except (TrainingError, OutOfMemory, RankError):
+            clear(optimizer, critic)  # another rank's failure leaves this one's gradient
             raise
-        if i == 0 and not reuse:
-            # tokens without advantage are not computed; they stay without it in every update
-            batches = [
-                replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
-                for batch, result in zip(batches, results, strict=True)
-            ]
-        own = [sum(float(result.loss.detach()) for result in results), sum(v for _, v in passes)]
-        loss, value_loss = ranks.sum(own)
-        lr = optimizer.lr
-        finite = math.isfinite(loss + value_loss)
-        norm = optimizer.step() if finite else math.nan
-        if not math.isfinite(norm):
-            _zero_grad(optimizer, critic)
-            raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
-        if critic:
-            critic.step()
-        done = replace(
-            _last(done, results, batches) if results else done,
-            loss=loss,
-            value_loss=value_loss if critic else None,
-            grad_norm=norm,
-            lr=lr,
-            num_updates=i + 1,
-            halvings=done.halvings + halvings,
-        )
-    return done
+
+    wanted = config.old_logprobs == "sampler"
+    first = gradient_of(_with_sampler_logprobs(batches) if wanted else batches)
+    gap = _logprob_gap(first, ranks)
+    reused = wanted and gap.mean <= config.max_logprob_gap
+    if wanted and not reused:
+        clear(optimizer, critic)
+        first = gradient_of(batches)
+    batches = first.batches if reused else _with_own_logprobs(first)
+    steps = [_step(first, optimizer, critic, ranks)]
+    while len(steps) < num_updates:
+        gradient = gradient_of(batches)
+        batches = gradient.batches
+        steps.append(_step(gradient, optimizer, critic, ranks))
+    last = steps[-1]
+    return Update(
+        loss=last.loss,
+        value_loss=last.value_loss if critic else None,
+        grad_norm=last.grad_norm,
+        lr=last.lr,
+        num_updates=len(steps),
+        halvings=budget.halvings,
+        logprob=_mean(result.logprobs for result in first.results),
+        entropy=_mean(result.entropies for result in first.results),
+        logprob_gap=gap.mean,
+        logprob_gap_max=gap.largest,
+        logprobs_reused=int(reused) if wanted else None,
+        ratio_max=max((float(r.stats.ratio_max) for r in last.gradient.results), default=1.0),
+        clip_fraction=_clip_fraction(last.gradient),
+        kl=_reference_kl(last.gradient),
+        by_turn=_by_turn(steps),
+    )
 
 
 def _gradient(
@@ -166,114 +182,89 @@ def _gradient(
     batches: Sequence[Batch],
     config: LossConfig,
     temperature: float,
-) -> tuple[list[tuple[PolicyLoss, float]], Sequence[Batch], int]:
-    """This rank's part of the gradient: its passes, the batches they are of, and how often these
-    were halved."""
-
-    def attempt(parts: Sequence[Batch]) -> list[tuple[PolicyLoss, float]]:
-        # one buffer for all micro-batches; a rank without any takes part in its sum
-        head_grad = optimizer.grad_sum(policy.head_VD)
-        with sparse_embedding(policy, wanted=head_grad is not None):
-            return [_backward(policy, critic, p, config, temperature, head_grad) for p in parts]
-
+    budget: Budget,
+) -> Gradient:
     try:
-        return replayed(
-            attempt,
-            batches,
-            lambda: _zero_grad(optimizer, critic),
-            whole_sequences=config.ratio == "sequence",
+        return compute_gradient(
+            policy, optimizer, critic, batches, config, temperature=temperature, budget=budget
         )
     except ValueError as error:  # the loss head refuses hidden states that are not finite
         raise TrainingError(f"{error}; {ADVICE}") from error
 
 
-def _backward(
-    policy: Policy,
-    critic: Critic | None,
-    batch: Batch,
-    config: LossConfig,
-    temperature: float,
-    head_grad: Tensor | None,
-) -> tuple[PolicyLoss, float]:
-    hidden_TD = hidden_states(policy, batch)
-    result = turn_policy_loss(
-        hidden_TD,
-        policy.head_VD,
-        batch.rows_N,
-        batch.targets_N,
-        batch.turns_N,
-        batch.advantages_K,
-        batch.old_logprobs_N,
-        weights=batch.weights_N,
-        ref_logprobs=batch.ref_logprobs_N,
-        sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
-        sequences=batch.sequences_K if config.ratio == "sequence" else None,
-        head_grad=head_grad,
-        rule=policy_rule(config),
-        temperature=temperature,
-        softcap=policy.softcap,
-        impl=config.impl,
-    )
-    if critic is None:
-        result.loss.backward()
-        return result, 0.0
-    value_loss = critic.loss(hidden_TD, batch)
-    (result.loss + value_loss).backward()
-    return result, float(value_loss.detach())
-
-
-def _zero_grad(optimizer: Optimizer, critic: Critic | None) -> None:
-    optimizer.zero_grad()
+def _step(gradient: Gradient, optimizer: Optimizer, critic: Critic | None, ranks: Ranks) -> _Step:
+    loss, value_loss = ranks.sum([gradient.loss, gradient.value_loss])
+    lr = optimizer.lr
+    finite = math.isfinite(loss + value_loss)
+    norm = optimizer.step() if finite else math.nan
+    if not math.isfinite(norm):
+        clear(optimizer, critic)
+        raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
     if critic:
-        critic.zero_grad()
+        critic.step()
+    return _Step(gradient=gradient, loss=loss, value_loss=value_loss, grad_norm=norm, lr=lr)
 
 
-def _first(results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
-    logprobs = torch.cat([result.logprobs for result in results])
-    gap = (logprobs - torch.cat([batch.sampler_logprobs_N for batch in batches])).abs()
-    return Update(
-        logprob=float(logprobs.nanmean()),
-        entropy=float(torch.cat([result.entropies for result in results]).nanmean()),
-        logprob_gap=float(gap.nanmean().nan_to_num()),
-        logprob_gap_max=float(gap.nan_to_num().max()),
-        by_turn=by_turn("entropy", (result.entropies for result in results), batches)
-        | by_turn(
-            "kl_sampler",
-            (
-                drawn_kl(batch.sampler_logprobs_N, result.logprobs)
-                for batch, result in zip(batches, results, strict=True)
-            ),
-            batches,
-        ),
-    )
+def _with_sampler_logprobs(batches: Sequence[Batch]) -> list[Batch]:
+    return [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
 
 
-def _last(before: Update, results: Sequence[PolicyLoss], batches: Sequence[Batch]) -> Update:
-    moved = {}
-    if before.num_updates:
-        moved = by_turn(
-            "kl_old",
-            (
-                drawn_kl(batch.old_logprobs_N, result.logprobs)
-                for batch, result in zip(batches, results, strict=True)
-                if batch.old_logprobs_N is not None
-            ),
-            batches,
-        )
-    trained = [float(result.stats.tokens) for result in results]
-    clipped = [
-        float(stats.clip_low + stats.clip_high + stats.clip_dual)
-        for stats in (result.stats for result in results)
+def _with_own_logprobs(first: Gradient) -> list[Batch]:
+    # tokens without advantage are not computed; they stay without it in every step
+    return [
+        replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
+        for batch, result in zip(first.batches, first.results, strict=True)
     ]
-    kl = None
-    if any(batch.ref_logprobs_N is not None for batch in batches):
-        kls = [float(result.stats.ref_kl) for result in results]
-        kl = sum(x * n for x, n in zip(kls, trained, strict=True)) / max(1.0, sum(trained))
-    return replace(
-        before,
-        kl=kl,
-        ratio_max=max(float(result.stats.ratio_max) for result in results),
-        clip_fraction=sum(c * n for c, n in zip(clipped, trained, strict=True))
-        / max(1.0, sum(trained)),
-        by_turn={**before.by_turn, **moved},
-    )
+
+
+def _logprob_gap(gradient: Gradient, ranks: Ranks) -> _Gap:
+    gaps = [
+        (result.logprobs - batch.sampler_logprobs_N).abs()
+        for batch, result in zip(gradient.batches, gradient.results, strict=True)
+    ]
+    known = torch.cat([gap_N[~gap_N.isnan()] for gap_N in gaps]) if gaps else torch.zeros(0)
+    largest = float(known.max()) if len(known) else 0.0
+    found = ranks.gather([float(known.double().sum()), len(known), largest])
+    totals, counts, extremes = zip(*found, strict=True)
+    return _Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
+
+
+def _mean(values: Iterable[Tensor]) -> float:
+    """Of all that were computed; 0 where none was."""
+    parts = list(values)
+    return float(torch.cat(parts).nanmean().nan_to_num()) if parts else 0.0
+
+
+def _clip_fraction(gradient: Gradient) -> float:
+    stats = [result.stats for result in gradient.results]
+    clipped = [float(s.clip_low + s.clip_high + s.clip_dual) for s in stats]
+    return _over_trained(clipped, gradient)
+
+
+def _reference_kl(gradient: Gradient) -> float | None:
+    if all(batch.ref_logprobs_N is None for batch in gradient.batches):
+        return None
+    return _over_trained([float(r.stats.ref_kl) for r in gradient.results], gradient)
+
+
+def _over_trained(figures: Sequence[float], gradient: Gradient) -> float:
+    """The mean of micro-batches' figures, by their trained tokens."""
+    trained = [float(result.stats.tokens) for result in gradient.results]
+    total = sum(x * n for x, n in zip(figures, trained, strict=True))
+    return total / max(1.0, sum(trained))
+
+
+def _by_turn(steps: Sequence[_Step]) -> dict[str, float]:
+    first, last = steps[0].gradient, steps[-1].gradient
+    drawn = [batch.sampler_logprobs_N for batch in first.batches]
+    figures = by_turn("entropy", (r.entropies for r in first.results), first.batches)
+    figures |= by_turn("kl_sampler", _drawn_kl(drawn, first), first.batches)
+    if len(steps) > 1:
+        old = [b.old_logprobs_N for b in last.batches if b.old_logprobs_N is not None]
+        figures |= by_turn("kl_old", _drawn_kl(old, last), last.batches)
+    return figures
+
+
+def _drawn_kl(drawn: Sequence[Tensor], gradient: Gradient) -> list[Tensor]:
+    pairs = zip(drawn, gradient.results, strict=True)
+    return [drawn_kl(drawn_N, result.logprobs) for drawn_N, result in pairs]

@@ -54,7 +54,11 @@ def figures_of(record: StepRecord) -> dict[str, Any]:
         "ratio/max": updated.ratio_max,
         "clip_fraction": updated.clip_fraction,
         **updated.by_turn,
-        **_present(kl=updated.kl, value_loss=updated.value_loss),
+        **_present(
+            kl=updated.kl,
+            value_loss=updated.value_loss,
+            logprobs_reused=updated.logprobs_reused,
+        ),
         "logprob_gap": updated.logprob_gap,
         "logprob_gap/max": updated.logprob_gap_max,
         "sync_gap": record.synced.gap,

@@ -7,7 +7,7 @@ LoRA adapter the start needs no copy: it is the policy with its adapter off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .config import ConfigError, LossConfig, ModelConfig
 from .kernels import linear_logprobs
 from .lora import adapted_layers, without_adapter
 from .model import Policy, hidden_states, load_policy
+from .replay import Budget
 from .types import Batch
 
 
@@ -44,10 +45,25 @@ def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Poli
 
 
 def with_reference(
-    batches: Iterable[Batch], reference: Policy, loss: LossConfig, *, temperature: float
-) -> tuple[Batch, ...]:
-    """The batches with `ref_logprobs_N`, at the temperature that the policy is trained at."""
-    return tuple(_with_logprobs(batch, reference, loss, temperature) for batch in batches)
+    batches: Sequence[Batch],
+    reference: Policy,
+    loss: LossConfig,
+    *,
+    temperature: float,
+    budget: Budget | None = None,
+) -> list[Batch]:
+    """The batches with `ref_logprobs_N`, at the temperature that the policy is trained at; smaller
+    ones where memory runs out.
+
+    Raises:
+        OutOfMemory: not even with these.
+    """
+    found, _ = (budget or Budget()).replayed(
+        lambda parts: [_with_logprobs(part, reference, loss, temperature) for part in parts],
+        batches,
+        whole_sequences=loss.ratio == "sequence",
+    )
+    return found
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ advantages). So the gradient of the parts is that of the whole.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from .types import Batch
 
-MOST_REPLAYS = 3
+MOST_HALVINGS = 3
+"""In one step, whatever it consists of: a critic's values, a reference pass, several updates."""
 
 Result = TypeVar("Result")
 
@@ -26,56 +28,98 @@ class OutOfMemory(RuntimeError):
     """The step does not fit, however it is cut; the text names the settings that help."""
 
 
-def replayed(
-    attempt: Callable[[Sequence[Batch]], Result],
-    batches: Sequence[Batch],
-    forget: Callable[[], None],
-    *,
-    whole_sequences: bool = False,
-) -> tuple[Result, Sequence[Batch], int]:
-    """`attempt(batches)`, on smaller batches if memory runs out, at most three times.
+class Budget:
+    """The tokens that a micro-batch may have: those of the recipe, until memory runs out.
+
+    It lasts as long as the run, so that what did not fit is not tried again in the next step. A
+    resumed run begins with the recipe's again: what was scarce then may not be now, and otherwise
+    costs one replay.
 
     Args:
-        attempt: computes all batches of one optimizer step; changes no weight.
-        forget: drops what a failed attempt has left behind, such as half of a gradient.
-        whole_sequences: the loss looks at whole sequences, so their targets stay together.
-
-    Returns:
-        The result, the batches that it is of, and how often their budget was halved.
-
-    Raises:
-        OutOfMemory: three halvings were not enough, or there is nothing left to halve.
+        tokens: the most tokens of a micro-batch at first.
+        row: the most tokens of one row, which a pack must be able to hold.
     """
-    largest = budget = max((len(batch.tokens_T) for batch in batches), default=0)
-    for replay in range(MOST_REPLAYS + 1):
-        try:
-            return attempt(batches), batches, replay
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-        # here the traceback is gone, and with it the activations of the attempt
-        forget()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        budget //= 2
-        cut = [
-            part
-            for batch in batches
-            for part in split_batch(batch, budget, whole_sequences=whole_sequences)
-        ]
-        if replay == MOST_REPLAYS or len(cut) == len(batches):
-            break
-        logging.getLogger(__name__).warning(
-            "out of memory on a micro-batch of %d tokens: the step is computed again with %d",
-            2 * budget,
-            budget,
-        )
-        batches = cut
-    raise OutOfMemory(
-        f"out of memory on micro-batches of {largest} tokens, and still after {replay} halvings: "
-        f"lower train.tokens_per_microbatch, or set model.checkpointing = true ({reason})"
-    )
+
+    def __init__(self, tokens: int = sys.maxsize, *, row: int = 1) -> None:
+        self._tokens, self._row = tokens, row
+        self._fits: int | None = None
+        self._halvings = 0
+
+    @property
+    def tokens(self) -> int:
+        """The budget to pack with. Batches are cut further where not even one row fits."""
+        if self._fits is None:
+            return self._tokens
+        return max(min(self._tokens, self._fits), self._row)
+
+    @property
+    def halvings(self) -> int:
+        """How often it was halved since `begin_step`."""
+        return self._halvings
+
+    def begin_step(self) -> None:
+        """From here on it may be halved three times again."""
+        self._halvings = 0
+
+    def replayed(
+        self,
+        attempt: Callable[[Sequence[Batch]], Result],
+        batches: Sequence[Batch],
+        forget: Callable[[], None] = lambda: None,
+        *,
+        whole_sequences: bool = False,
+    ) -> tuple[Result, Sequence[Batch]]:
+        """`attempt(batches)`, again on smaller batches whenever memory runs out.
+
+        Args:
+            attempt: computes all batches of one pass; changes no weight.
+            forget: drops what a failed attempt has left behind, such as half of a gradient.
+            whole_sequences: the loss looks at whole sequences, so their targets stay together.
+
+        Returns:
+            The result, and the batches that it is of.
+
+        Raises:
+            OutOfMemory: the step has used up its halvings, or there is nothing left to halve.
+        """
+        if self._fits is not None:
+            batches = _cut(batches, self._fits, whole_sequences)
+        tried = max((len(batch.tokens_T) for batch in batches), default=0)
+        while True:
+            try:
+                return attempt(batches), batches
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # here the traceback is gone, and with it the activations of the attempt
+            forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            largest = max((len(batch.tokens_T) for batch in batches), default=0)
+            half = min(largest, self._fits or largest) // 2
+            smaller = _cut(batches, half, whole_sequences)
+            if self._halvings == MOST_HALVINGS or len(smaller) == len(batches):
+                raise OutOfMemory(
+                    f"out of memory on micro-batches of {tried} tokens, and still after "
+                    f"{self._halvings} halvings in this step: lower train.tokens_per_microbatch, "
+                    f"or set model.checkpointing = true ({reason})"
+                )
+            self._fits, batches = half, smaller
+            self._halvings += 1
+            logging.getLogger(__name__).warning(
+                "out of memory on a micro-batch of %d tokens: the step is computed again with %d",
+                largest,
+                half,
+            )
+
+
+def _cut(batches: Sequence[Batch], budget: int, whole_sequences: bool) -> list[Batch]:
+    return [
+        part
+        for batch in batches
+        for part in split_batch(batch, budget, whole_sequences=whole_sequences)
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

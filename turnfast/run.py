@@ -82,7 +82,7 @@ def open_run(
         with ranks.together():
             policy = load_policy(config.model, model_folder(config, env, run_dir), device)
             add_adapter(policy.model, config.model.lora, seed=config.train.seed)
-            check_impl(config.loss, policy)
+            check_impl(config.loss, device, policy.model.dtype)
         # the first word between GPUs, before the engine says which network they have
         ranks.add_up([torch.zeros(1, device=device)])
         with ranks.together():

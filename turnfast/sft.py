@@ -18,6 +18,7 @@ from .loss import Update, update
 from .model import Policy
 from .optim import Optimizer
 from .packing import batch_of
+from .replay import Budget
 from .rows import Row, rows_of
 from .types import Turn
 
@@ -55,12 +56,14 @@ def sft(
         raise ConfigError(f"env.name: {type(env).__name__}.demonstrations({seed}) is empty")
     optimizer = optimizer or sft_optimizer(policy, config)
     parts = _parts(rows, config.batch_tokens, seed)
+    budget = Budget()
     for step, part in enumerate(islice(parts, done, config.steps), start=done + 1):
         if should_stop():
             return step - 1
         weight = 1.0 / sum(len(row.targets) for row in part)
         batch = batch_of(part, [weight], policy.device)
-        report(step, update(policy, optimizer, [batch], LossConfig()))
+        budget.begin_step()
+        report(step, update(policy, optimizer, [batch], LossConfig(), budget=budget))
     return max(done, config.steps)
 
 

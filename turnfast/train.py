@@ -12,20 +12,22 @@ from .config import Config
 from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import Update, needs_every_token, update
+from .loss import TrainingError, Update, needs_every_token, update
 from .packing import Packed, pack
 from .ranks import open_ranks
 from .record import StepRecord, figures_of, over_ranks
 from .reference import with_reference
-from .replay import OutOfMemory
+from .replay import Budget, OutOfMemory
 from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .stopwatch import Stopwatch
-from .sync import sync_after_step, sync_weights
+from .sync import SyncError, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
 
-SHARED_ENDS = (Interrupted, RolloutError, OutOfMemory)
+FAULTS = (RolloutError, OutOfMemory, TrainingError, SyncError)
+"""What can fail in a step and leaves the weights whole."""
+SHARED_ENDS = (Interrupted, *FAULTS)
 """What ends the run of all ranks alike, with a checkpoint, wherever it happened."""
 
 
@@ -39,8 +41,9 @@ def train(
     """Train until `train.steps`, or until `should_stop`; both leave a checkpoint and a report.
 
     Raises:
-        RolloutError, OutOfMemory: after a checkpoint of the steps that were done.
-        ConfigError, SyncError, TrainingError, CheckpointError: see their rooms.
+        RolloutError, OutOfMemory, TrainingError, SyncError: after a checkpoint of the steps that
+            were done. Of several updates in a step, those before the fault are in it, too.
+        ConfigError, TornStep, RankError, CheckpointError: see their rooms; without one.
     """
     with (
         open_ranks(timeout_s=2 * config.rollout.step_timeout_s, told=SHARED_ENDS) as ranks,
@@ -51,7 +54,7 @@ def train(
         synced_by = (run.policy.model, run.sampler, run.probe, run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
-        budget = config.train.tokens_per_microbatch
+        budget = Budget(config.train.tokens_per_microbatch, row=config.rollout.max_context)
         try:
             with ranks.together():
                 sync_weights(*synced_by)
@@ -59,6 +62,7 @@ def train(
                 _evaluate(run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
                 clock.lap()
+                budget.begin_step()
                 with clock.phase("rollout"), ranks.together():
                     if should_stop():
                         raise Interrupted
@@ -69,15 +73,14 @@ def train(
                 with clock.phase("pack"):
                     packed = _pack(run, groups, credits, budget)
                 with clock.phase("train"):
-                    updated = _update(run, packed)
-                    # what did not fit is not tried again in the next step
-                    budget = max(budget >> updated.halvings, config.rollout.max_context)
+                    updated = _update(run, packed, budget)
+                # whatever comes now, these weights and data are those after the step
+                done = step
                 with clock.phase("rollout"):
                     collector.settle()
                 with clock.phase("sync"), ranks.together():
                     synced = sync_after_step(*synced_by)
                 ranks.refuse_difference(run.policy.model.parameters())
-                done = step
                 record = StepRecord(
                     step=step,
                     gathered=gathered,
@@ -95,7 +98,7 @@ def train(
         except Interrupted:
             # --resume redoes the step in hand: the places of its prompts seed its samples
             _save(run, collector, done)
-        except (RolloutError, OutOfMemory):
+        except FAULTS:
             if done >= run.first_step:
                 _save(run, collector, done)
             raise
@@ -110,7 +113,7 @@ def _progress(run: Run) -> Progress:
     return Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
 
 
-def _credit(run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
+def _credit(run: Run, groups: Sequence[Group], budget: Budget) -> list[Credit]:
     config, values = run.config, None
     if run.critic is not None:
         share = config.train.share_prefixes
@@ -118,12 +121,12 @@ def _credit(run: Run, groups: Sequence[Group], budget: int) -> list[Credit]:
     return assign_credits(groups, config.credit.rule, values=values, **config.credit.options)
 
 
-def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: int) -> Packed:
+def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: Budget) -> Packed:
     config = run.config
     return pack(
         groups,
         credits,
-        budget=budget,
+        budget=budget.tokens,
         normalizer=config.loss.normalizer,
         constant=config.rollout.max_new_tokens * config.env.max_turns,
         device=run.policy.device,
@@ -134,12 +137,14 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: 
     )
 
 
-def _update(run: Run, packed: Packed) -> Update:
+def _update(run: Run, packed: Packed, budget: Budget) -> Update:
     loss, temperature = run.config.loss, run.config.rollout.temperature
     batches: Sequence[Batch] = packed.batches
     if run.reference is not None:
         with run.ranks.together():
-            batches = with_reference(batches, run.reference, loss, temperature=temperature)
+            batches = with_reference(
+                batches, run.reference, loss, temperature=temperature, budget=budget
+            )
     return update(
         run.policy,
         run.optimizer,
@@ -148,6 +153,7 @@ def _update(run: Run, packed: Packed) -> Update:
         temperature=temperature,
         num_updates=run.config.train.updates_per_step,
         critic=run.critic,
+        budget=budget,
         ranks=run.ranks,
     )
 
