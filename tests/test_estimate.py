@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import SMALL
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
+from turnfast.kernels.attention import tree as attention
+from turnfast.kernels.loss_head import cpp
 
 from turnfast.cli import main
 from turnfast.config import ConfigError
-from turnfast.estimate import estimate
+from turnfast.estimate import HEAD_CHUNK_BYTES, KEPT_MASKS, TILE, estimate, verdict
 from turnfast.recipe import build_config
+from turnfast.sampler.vllm import CPU_CACHE_BYTES
 from turnfast.tiny import write_tiny_model
 
 # The estimate of training memory is within this share of the measured peak.
@@ -90,6 +97,16 @@ def folder(tmp_path_factory) -> Path:
     return write_tiny_model(path, CORPUS, seed=0, layers=4, width=192, max_context=512)
 
 
+def measured_peak(tree: dict) -> dict:
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(tree)]
+    # freed memory goes back to the system at once: what is measured is what tensors hold, without
+    # the holes that the C library keeps in its heap
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
     "changed",
@@ -102,16 +119,29 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_the_estimate_is_near_the_peak(folder, changed):
     tree = recipe(folder, **changed)
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(tree)]
-    # freed memory goes back to the system at once: what is measured is what tensors hold, without
-    # the holes that the C library keeps in its heap
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = measured_peak(tree)
     found = estimate(build_config(tree))
     assert measured["tokens"] > 0.9 * found.tokens
     assert found.training == pytest.approx(measured["peak"], rel=TOLERANCE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_the_estimate_of_a_bf16_model_is_near_the_peak(state, tmp_path):
+    """A wide model and few tokens: what counts is what every weight takes."""
+    folder = write_tiny_model(tmp_path, CORPUS, seed=0, layers=4, width=512, max_context=64)
+    tree = recipe(
+        folder,
+        model={"dtype": "bfloat16"},
+        optim={"state": state},
+        train={"tokens_per_microbatch": 128},
+    )
+    tree["rollout"]["max_context"] = 64
+    found = estimate(build_config(tree))
+    per_weight = (found.weights + found.gradients + found.optimizer) / found.parameters
+    assert per_weight == pytest.approx(18 if state == "float32" else 14, abs=0.2)
+    measured = measured_peak(tree)["peak"]
+    assert found.training == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +155,7 @@ def test_every_family_is_counted(architecture, tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.gradients == 4 * found.parameters and found.optimizer == 2 * found.gradients
-    assert found.cache == 2 * 2 * 2 * 8 * 4 * 512 * 8
+    assert found.sampler_awake == 2 * 2 * 2 * 8 * 4 * 512 * 8
     doubled = estimate(build_config(recipe(tmp_path, train={"tokens_per_microbatch": 12288})))
     # the loss of a share is the masks of the tree tiles, which are kept up to a limit
     assert 1.5 < doubled.activations / found.activations < 2.1
@@ -133,12 +163,55 @@ def test_every_family_is_counted(architecture, tmp_path):
     assert 2 * low.optimizer == found.optimizer
     half = estimate(build_config(recipe(tmp_path, model={"dtype": "bfloat16"})))
     assert half.weights < 0.6 * found.weights and half.optimizer == 12 * found.parameters
-    # the head's are summed in float32, and counted with the loss
-    head = model.get_output_embeddings().weight.numel()
-    assert half.gradients == 2 * (found.parameters - head)
-    assert half.loss_head == found.loss_head + 4 * head
+    # sums are float32, and one gradient at a time is not; the head's is none of its own
+    head = model.get_output_embeddings().weight
+    largest = max(p.numel() for p in model.parameters() if p is not head)
+    assert half.gradients == found.gradients + 2 * largest
+    assert half.loss_head == found.loss_head
     frozen = estimate(build_config(recipe(tmp_path, model={"freeze_head": True})))
     assert frozen.gradients < found.gradients
+
+
+def test_the_sampler_counts_as_it_is(folder, monkeypatch):
+    """Beside training with a copy of the weights; an engine on a CPU with a bounded cache."""
+    plain, beside = (
+        estimate(build_config(recipe(folder, train={"overlap": overlap}, loss={"is_cap": 2.0})))
+        for overlap in (False, True)
+    )
+    assert beside.sampler_awake == plain.sampler_awake + plain.weights
+    assert beside.sampler_asleep == beside.sampler_awake
+    monkeypatch.setattr("turnfast.estimate.choose_backend", lambda config: "vllm")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    tree = recipe(folder)
+    tree["sampler"]["max_sequences"] = 10**6
+    assert estimate(build_config(tree)).sampler_awake == plain.weights + CPU_CACHE_BYTES
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert estimate(build_config(tree)).sampler_awake == plain.weights + (3 << 30)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, r"fits in 0\.5 GiB of 1\.0 GiB"),
+        ({"activations": 1 << 31}, r"does not fit: 2\.4 GiB of 1\.0 .*tokens_per_microbatch"),
+        ({"optimizer": 1 << 31}, r"does not fit: 2\.5 GiB .*lora\.r, or optim\.state"),
+        ({"sampler_awake": 1 << 31}, r"does not fit: 2\.1 GiB .*sampler\.max_sequences"),
+        ({"machine": None}, r"needs 0\.5 GiB; .* not known"),
+    ],
+)
+def test_the_verdict(folder, changed, said):
+    parts = dict.fromkeys(("weights", "gradients", "activations", "loss_head"), 1 << 27)
+    none = dict.fromkeys(("optimizer", "workspace", "sampler_awake", "sampler_asleep", "merged"), 0)
+    found = replace(
+        estimate(build_config(recipe(folder))), **{**parts, **none, "machine": 1 << 30, **changed}
+    )
+    assert re.fullmatch(said + ".*", verdict(found))
+
+
+def test_its_figures_of_other_rooms_are_theirs():
+    triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton_head")
+    assert {"cpu": cpp.LARGE_BYTES, "cuda": triton_head.WORKSPACE_BYTES} == HEAD_CHUNK_BYTES
+    assert (attention._TILE, attention._MOST_KEPT) == (TILE, KEPT_MASKS)
 
 
 def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -146,6 +219,7 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert main(["train", "demo", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "token budget  16,384" in shown and "training, at most" in shown
+    assert re.match(r"fits in [0-9.]+ GiB of |does not fit: ", shown.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
     assert torch.is_grad_enabled()
 
@@ -156,6 +230,40 @@ def test_a_dry_run_finds_what_cannot_run(tmp_path, monkeypatch, capsys):
     assert "model.path" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"model\.path.*no model's config"):
         estimate(build_config(recipe(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "said"),
+    [
+        ("torchao", ["--optim.state", "8bit"], "optim.state: '8bit' needs torchao"),
+        ("liger_kernel", ["--model.liger", "true"], "model.liger: liger-kernel is not installed"),
+        ("", ["--loss.impl", "triton"], "loss.impl"),
+    ],
+)
+def test_a_dry_run_misses_what_a_run_would(package, flags, said, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name == package else find(name, *more),
+    )
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["train", "demo", "--dry-run", "--train.device", "cpu", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_chat_template(folder, tmp_path, capsys):
+    words = ["train", "demo", "--dry-run", "--model.path"]
+    assert main([*words, str(folder)]) == 0
+    shutil.copytree(folder, tmp_path / "model")
+    for path in (tmp_path / "model").glob("chat_template*"):
+        path.unlink()
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    document = json.loads(settings.read_text())
+    document.pop("chat_template", None)
+    settings.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "model")]) == 2
+    assert "chat template" in capsys.readouterr().err
 
 
 def test_rows_beyond_the_model_are_refused_with_both_numbers(folder):

@@ -54,7 +54,7 @@ LEVELS = [
     ["sft", "in_play", "play", "rollout", "sync"],
     ["prompts", "record"],
     ["run"],
-    ["evaluate", "warm_start", "collect", "estimate"],
+    ["evaluate", "warm_start", "collect", "estimate", "preflight"],
     ["train"],
     ["cli"],
     ["__main__"],

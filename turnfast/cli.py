@@ -124,8 +124,11 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load_config(arguments.recipe, flags)
     if arguments.dry_run:
         from .estimate import describe, estimate
+        from .preflight import preflight
 
-        print(describe(config, estimate(config)))
+        found = estimate(config)
+        preflight(config)
+        print(describe(config, found))
         return 0
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
     from .signals import stop_on_signals

@@ -2,7 +2,11 @@
 
 The model is built on torch's meta device, where tensors have shapes and no memory, and run once
 over a full micro-batch while autograd says what it keeps. So the figure holds for any architecture.
-Nothing is loaded but the model's config.json.
+Nothing is loaded but the model's config.json. What a weight takes is told in optim.py.
+
+Three moments can be the peak: the end of a forward pass, the optimizer's step, and a rollout with
+the sampler awake, or a checkpoint then. In the first two the sampler takes what it keeps asleep;
+beside `train.overlap` it never sleeps.
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import AutoModelForCausalLM as AnyModel
 
-from .config import Config, ConfigError
+from .config import Config
 from .credit import check_rule
 from .lora import add_adapter
 from .model import (
@@ -26,11 +30,11 @@ from .model import (
     refuse_long_context,
     refuse_unsupported,
 )
-from .moments import BYTES
-from .run import checked_folder
+from .moments import BYTES, WORKSPACE, WORKSPACE_BYTES
+from .preflight import architecture_of
 from .sampler import choose_backend
 from .sampler.ragged import cache_bytes_per_token
-from .tiny import tiny_architecture
+from .sampler.vllm import cpu_cache_bytes
 
 # The most that a chunk of the loss head takes, by device; see kernels/loss_head.
 HEAD_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2_300_000_000}
@@ -42,17 +46,21 @@ ATTENTION = "turnfast-estimate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Bytes that tensors hold at the end of a full forward pass, where training needs most.
+    """Bytes that tensors hold, part by part.
 
     What an allocator keeps besides is not in it: on a CPU the C library's heap can reach two to
     three times as much, unless MALLOC_MMAP_THRESHOLD_ is set.
 
     Attributes:
+        weights: of the policy, and of a reference that is a model of its own.
+        gradients: float32 sums; of low-precision weights also the largest one that autograd makes.
         optimizer: moments, and float32 masters of low-precision weights.
         activations: what autograd keeps of one micro-batch of `tokens` tokens.
-        loss_head: float32 sum of a narrower head's gradient, gradient buffer of the hidden states,
-            and a chunk of logits.
-        cache: keys and values of the sampler, whose `sequences` requests run at a time.
+        loss_head: gradient buffer of the hidden states, and a chunk of logits.
+        workspace: of the optimizer's step; that of 8-bit moments is torchao's, and not counted.
+        sampler_awake: its keys and values, and its own copy of the weights where it has one.
+        sampler_asleep: what of that stays while the policy is trained.
+        merged: the layers that have taken an adapter up, as a checkpoint holds them all at once.
         machine: memory of the device, None where it is not known.
     """
 
@@ -66,15 +74,28 @@ class Estimate:
     optimizer: int
     activations: int
     loss_head: int
+    workspace: int
     sampler: str
     sequences: int
-    cache: int
+    sampler_awake: int
+    sampler_asleep: int
+    merged: int
     machine: int | None
 
     @property
     def training(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss_head)
-        return sum(parts)
+        """The most that training takes without the sampler."""
+        held = self.weights + self.gradients + self.optimizer
+        return held + max(self.activations + self.loss_head, self.workspace)
+
+    @property
+    def rollout(self) -> int:
+        """The most that is held without a gradient, a checkpoint after it included."""
+        return self.weights + self.optimizer + self.sampler_awake + self.merged
+
+    @property
+    def peak(self) -> int:
+        return max(self.training + self.sampler_asleep, self.rollout)
 
 
 def estimate(config: Config) -> Estimate:
@@ -86,7 +107,7 @@ def estimate(config: Config) -> Estimate:
     check_rule(config.credit.rule, config.credit.options)
     device = pick_device(config.train.device)
     dtype = dtype_of(config.model, device)
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     attention_backends(config.model, architecture, device)
     refuse_long_context(architecture, config.rollout.max_context)
     with torch.device("meta"):
@@ -96,33 +117,38 @@ def estimate(config: Config) -> Estimate:
     head = model.get_output_embeddings().weight
     if config.model.freeze_head:
         head.requires_grad_(False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    num_trained = sum(p.numel() for p in trained)
     # the reference is a model of its own, unless it is the policy without its adapter
     with_copy = config.loss.kl_coef and not (
         config.model.lora.r and config.loss.reference == "start"
     )
     copies = 2 if with_copy else 1
     masters = 0 if dtype == torch.float32 else 4
+    # the head adds to its sum in place, others hand over one gradient of their own dtype at a time
+    largest = max((p.numel() for p in trained if p is not head), default=0)
     tokens = config.train.tokens_per_microbatch
     V, D = head.shape
-    chunk = min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens)
-    # a float32 head adds to its gradient in place, a narrower one to a float32 sum instead
-    summed = V * D if masters and head.requires_grad else 0
-    sampler, sequences, cache = _cache(config, architecture, dtype, device)
+    own_weights = _size(model.parameters()) + _size(model.buffers())
+    sequences, awake, asleep = _sampler(config, model, dtype, device)
+    step = min(1.0, max(largest, head.numel() if head.requires_grad else 0) / WORKSPACE)
     return Estimate(
         architecture=type(model).__name__,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=tokens,
-        weights=(_size(model.parameters()) + _size(model.buffers())) * copies,
-        gradients=(trained - summed) * dtype.itemsize,
-        optimizer=int(trained * (masters + 2 * BYTES[config.optim.state])),
+        weights=own_weights * copies,
+        gradients=4 * num_trained + (largest * dtype.itemsize if masters else 0),
+        optimizer=int(num_trained * (masters + 2 * BYTES[config.optim.state])),
         activations=_activations(model, config, device),
-        loss_head=chunk + 4 * summed + 4 * D * tokens,
-        sampler=sampler,
+        loss_head=min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens) + 4 * D * tokens,
+        workspace=int(step * WORKSPACE_BYTES) if config.optim.state == "bfloat16" else 0,
+        sampler=choose_backend(config.sampler),
         sequences=sequences,
-        cache=cache,
+        sampler_awake=awake,
+        sampler_asleep=asleep,
+        merged=_size(p for name, p in model.named_parameters() if ".base_layer." in name),
         machine=_machine(device),
     )
 
@@ -135,10 +161,13 @@ def describe(config: Config, found: Estimate) -> str:
         "optimizer": found.optimizer,
         "activations": found.activations,
         "loss head": found.loss_head,
+        "optimizer's step": found.workspace,
         "training, at most": found.training,
-        "sampler's cache": found.cache,
+        "sampler, asleep": found.sampler_asleep,
+        "sampler, awake": found.sampler_awake,
+        "merged adapter": found.merged,
+        "at most": found.peak,
     }
-    machine = f" of {found.machine / 2**20:,.0f}" if found.machine else ""
     checkpointing = ", recomputed in the backward pass" if config.model.checkpointing else ""
     return "\n".join(
         [
@@ -149,20 +178,34 @@ def describe(config: Config, found: Estimate) -> str:
             f"sampler       {found.sampler}, {found.sequences:,} sequences at a time",
             f"optimizer     AdamW, moments in {config.optim.state}; activations{checkpointing} "
             "of one micro-batch",
-            f"memory        MiB{machine}",
+            "memory        MiB",
             *(f"  {name:<20}{size / 2**20:>12,.1f}" for name, size in lines.items()),
+            verdict(found),
         ]
     )
 
 
-def _architecture(config: Config) -> Any:
-    if config.model.path == "tiny":
-        return tiny_architecture(max_context=config.rollout.max_context)
-    folder = checked_folder(config.model.path)
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {folder} has no model's config: {error}") from None
+def verdict(found: Estimate) -> str:
+    """Whether it fits the machine, and if not, which setting takes most of what can be lowered."""
+    needed = f"{found.peak / 2**30:,.1f} GiB"
+    if found.machine is None:
+        return f"needs {needed}; how much memory there is on the {found.device} is not known"
+    there = f"{found.machine / 2**30:,.1f} GiB"
+    if found.peak <= found.machine:
+        return f"fits in {needed} of {there}"
+    asleep = found.training + found.sampler_asleep > found.machine
+    sizes = {
+        "train.tokens_per_microbatch, or set model.checkpointing = true": (
+            found.activations + found.loss_head if asleep else 0
+        ),
+        "what is trained, with model.lora.r, or optim.state to 'bfloat16' or '8bit'": (
+            found.optimizer + (found.gradients if asleep else 0)
+        ),
+        "sampler.gpu_memory" if found.device == "cuda" else "sampler.max_sequences": (
+            found.sampler_asleep if asleep else found.sampler_awake
+        ),
+    }
+    return f"does not fit: {needed} of {there}; lower {max(sizes, key=lambda name: sizes[name])}"
 
 
 def _activations(model: Any, config: Config, device: torch.device) -> int:
@@ -222,18 +265,26 @@ def _attend(
     return _Kept.apply(query, key, value), None
 
 
-def _cache(
-    config: Config, architecture: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[str, int, int]:
-    """The sampler, how many sequences it runs at a time, and bytes of their keys and values."""
-    backend = choose_backend(config.sampler)
-    sequences = config.sampler.max_sequences
-    needed = cache_bytes_per_token(architecture, dtype) * config.rollout.max_context * sequences
-    total = _machine(device)
-    if device.type == "cuda" and total:
-        share = int(total * config.sampler.gpu_memory)
-        return backend, sequences, share if backend == "vllm" else min(needed, share)
-    return backend, sequences, min(needed, total // 2) if total else needed
+def _sampler(
+    config: Config, model: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, int]:
+    """Sequences that it runs at a time, and the bytes it takes awake and asleep."""
+    overlap, context = config.train.overlap, config.rollout.max_context
+    sequences, total = config.sampler.max_sequences, _machine(device)
+    share = int((total or 0) * config.sampler.gpu_memory)
+    copy = _size(p for name, p in model.named_parameters() if ".lora_" not in name)
+    copy += _size(model.buffers())
+    if choose_backend(config.sampler) == "vllm":
+        if device.type == "cuda":  # the share is of weights and cache together
+            return sequences, share, 0 if config.sampler.sleep and not overlap else share
+        awake = copy + cpu_cache_bytes(model.config, dtype, sequences, context)
+        return sequences, awake, awake
+    per_sequence = cache_bytes_per_token(model.config, dtype) * context
+    most = share if device.type == "cuda" else (total or 0) // 2
+    if total:
+        sequences = min(sequences, max(1, most // per_sequence))
+    awake = sequences * per_sequence + (copy if overlap else 0)
+    return sequences, awake, awake if overlap or device.type == "cpu" else 0
 
 
 def _machine(device: torch.device) -> int | None:

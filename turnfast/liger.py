@@ -28,26 +28,35 @@ def apply_liger(model: nn.Module, wanted: bool | str, device: torch.device) -> b
     Raises:
         ConfigError: they are asked for and cannot run here, or not in this model.
     """
-    if wanted is False:
+    model_type = model.config.model_type
+    check_liger(wanted, model_type, device)
+    if wanted is False or _problem(wanted, model_type, device):
         return False
+    patch = _patch_of(model_type)
+    options = inspect.signature(patch).parameters
+    # what it offers besides, fused losses, would take the place of the loss head
+    patch(model=model, **{name: name in PARTS for name in options if name != "model"})
+    return True
+
+
+def check_liger(wanted: bool | str, model_type: str, device: torch.device) -> None:
+    """Raises ConfigError if the kernels are asked for and cannot run here, or not in this model."""
+    if wanted is True and (problem := _problem(wanted, model_type, device)):
+        raise ConfigError(f"model.liger: {problem}, or leave it at 'auto'")
+
+
+def _problem(wanted: bool | str, model_type: str, device: torch.device) -> str:
+    """Why the kernels cannot be used; nothing if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    problem = ""
     if importlib.util.find_spec("liger_kernel") is None:
-        problem = "liger-kernel is not installed; install turnfast[liger]"
-    elif device.type != "cuda" and (wanted == "auto" or not interpreted):
-        problem = f"Liger's kernels need a CUDA device, not {device.type}"
-    elif (patch := _patch_of(model)) is None:
-        problem = f"Liger has no kernels for {model.config.model_type}"
-    else:
-        options = inspect.signature(patch).parameters
-        # what it offers besides, fused losses, would take the place of the loss head
-        patch(model=model, **{name: name in PARTS for name in options if name != "model"})
-        return True
-    if wanted == "auto":
-        return False
-    raise ConfigError(f"model.liger: {problem}, or leave it at 'auto'")
+        return "liger-kernel is not installed; install turnfast[liger]"
+    if device.type != "cuda" and (wanted == "auto" or not interpreted):
+        return f"Liger's kernels need a CUDA device, not {device.type}"
+    if _patch_of(model_type) is None:
+        return f"Liger has no kernels for {model_type}"
+    return ""
 
 
-def _patch_of(model: Any):
+def _patch_of(model_type: str) -> Any:
     known = importlib.import_module("liger_kernel.transformers.monkey_patch")
-    return known.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    return known.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)

@@ -182,12 +182,17 @@ def checked_folder(path: str) -> Path:
 
 def open_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
+    return bridge_of(config, policy.tokenizer, policy.folder, schemas)
+
+
+def bridge_of(config: ModelConfig, tokenizer: Any, folder: Path, schemas: list[Any]) -> Bridge:
+    """Messages and ids of a tokenizer from `folder`, for a model that is told of these tools."""
     try:
         if config.renderer == "template":
-            return Chat(policy.tokenizer, schemas)
-        return RenderedChat(policy.tokenizer, config.renderer, schemas)
+            return Chat(tokenizer, schemas)
+        return RenderedChat(tokenizer, config.renderer, schemas)
     except ChatError as error:
-        raise ConfigError(f"model.path: {policy.folder}: {error}") from None
+        raise ConfigError(f"model.path: {folder}: {error}") from None
 
 
 def open_sampler(

@@ -40,7 +40,7 @@ def open_sinks(
 
 
 def _open(name: str, run: Path, recipe: Mapping[str, Any], resume: bool) -> Sink:
-    module = _import(name, "torch.utils.tensorboard" if name == "tensorboard" else name)
+    module = _import(name)
     try:
         if name == "tensorboard":
             return _TensorBoard(module.SummaryWriter(str(run / "tensorboard")))
@@ -58,9 +58,15 @@ def _open(name: str, run: Path, recipe: Mapping[str, Any], resume: bool) -> Sink
         ) from error
 
 
-def _import(name: str, module: str) -> ModuleType:
+def check_sinks(names: Sequence[str]) -> None:
+    """Raises ConfigError if one of them is not installed."""
+    for name in names:
+        _import(name)
+
+
+def _import(name: str) -> ModuleType:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise ConfigError(
             f"train.sinks: {name} is not installed ({error}); install it with "

@@ -50,8 +50,18 @@ def save_optimizer(optimizer: Stateful, folder: Path) -> None:
                 plain.setdefault(str(index), {})[name] = value
     document = {"groups": saved["param_groups"], "plain": plain}
     (folder / "optimizer.json").write_text(to_json(document, "optimizer"), encoding="utf-8")
-    # a copy each: optimizers may let several entries share memory, the format does not
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, _optimizer_file(folder))
+    save_file(_apart(tensors), _optimizer_file(folder))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Optimizers may let several entries share memory, the format does not: those are copied."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def load_optimizer(optimizer: Stateful, folder: Path) -> None:

@@ -90,10 +90,9 @@ class VllmSampler:
                 "enable_chunked_prefill": False,
             }
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                tokens = max_sequences * (max_context + CPU_BLOCK_SIZE)
-                architecture = AutoConfig.from_pretrained(model_folder)
-                needed = tokens * cache_bytes_per_token(architecture, dtype)
-                options["kv_cache_memory_bytes"] = min(needed, CPU_CACHE_BYTES)
+                options["kv_cache_memory_bytes"] = cpu_cache_bytes(
+                    AutoConfig.from_pretrained(model_folder), dtype, max_sequences, max_context
+                )
         else:
             options |= {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self._sleeps}
         _set_environment()
@@ -179,6 +178,16 @@ class VllmSampler:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def cpu_cache_bytes(
+    architecture: Any, dtype: torch.dtype, max_sequences: int, max_context: int
+) -> int:
+    """What the engine takes for keys and values on a CPU."""
+    if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return int(float(space) * (1 << 30))
+    tokens = max_sequences * (max_context + CPU_BLOCK_SIZE)
+    return min(tokens * cache_bytes_per_token(architecture, dtype), CPU_CACHE_BYTES)
 
 
 def _set_environment() -> None:
