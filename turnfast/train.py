@@ -79,7 +79,7 @@ def train(
                 with clock.phase("rollout"):
                     collector.settle()
                 with clock.phase("sync"), ranks.together():
-                    synced = sync_after_step(*synced_by)
+                    synced = sync_after_step(*synced_by, probed=True)
                 ranks.refuse_difference(run.policy.model.parameters())
                 record = StepRecord(
                     step=step,
