@@ -16,7 +16,17 @@ KERNELS = Path(turnfast.kernels.__file__).parent
 
 # Every room on a lower line may import those above it, never those below.
 LEVELS = [
-    ["types", "config", "recipe", "recipes", "signals", "jsonl", "randomness", "sandbox_init"],
+    [
+        "types",
+        "config",
+        "pairs",
+        "recipe",
+        "recipes",
+        "signals",
+        "jsonl",
+        "randomness",
+        "sandbox_init",
+    ],
     ["kernels"],
     [
         "tools",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from by_hand import group_of, rollout, turn
 
-from turnfast.config import Config, RolloutConfig
+from turnfast.config import RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.diagnosis import diagnose
 from turnfast.metrics import summarise
 from turnfast.overlong import settle_overlong
 from turnfast.packing import pack
+from turnfast.recipe import build_config
 from turnfast.types import Credit, Group, Turn
 
 
@@ -71,4 +72,4 @@ def test_all_cut_off_is_no_signal():
 
 def test_a_buffer_beyond_the_limit_is_refused():
     with pytest.raises(ValueError, match=r"rollout\.overlong_buffer: 64 is more than"):
-        Config(rollout=RolloutConfig(overlong="penalty", max_new_tokens=32))
+        build_config({"rollout": {"overlong": "penalty", "max_new_tokens": 32}})

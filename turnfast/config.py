@@ -1,14 +1,14 @@
 """What a run can be told: one frozen record, a section per room, checked whole before a run.
 
-Every field is checked for type and range, and so are the pairs that cannot work together. How a
-record is read from TOML and flags is in recipe.py.
+Every field is checked for type and range here; the pairs that cannot work together are in pairs.py,
+and how a record is read from TOML and flags, with both checks, in recipe.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -242,74 +242,3 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
-
-    @model_validator(mode="after")
-    def _pairs_that_cannot_work(self) -> Config:
-        if self.rollout.group_size < 2 and self.credit.rule not in VALUE_RULES:
-            raise ValueError(
-                "rollout.group_size: 1 rollout has no baseline, its advantage is always 0; "
-                "set it to 2 or more, or take a rule with a critic, credit.rule = 'mt_ppo'"
-            )
-        if self.model.freeze_head and self.model.lora.r:
-            raise ValueError(
-                "model.freeze_head: with model.lora.r nothing but the adapter is trained, and the "
-                "head has none; leave it at false"
-            )
-        if self.rollout.refill_waves and self.credit.rule in VALUE_RULES:
-            raise ValueError(
-                f"rollout.refill_waves: every rollout teaches the critic of {self.credit.rule}, "
-                "none is without signal; leave it at 0"
-            )
-        if self.credit.rule == "mt_ppo" and self.loss.ratio == "turn":
-            raise ValueError(
-                "loss.ratio: 'turn' needs one advantage per turn, mt_ppo has one per token; take "
-                "'token' or 'sequence', or credit.rule = 'turn_ppo'"
-            )
-        if self.loss.reference != "start" and self.loss.kl_coef == 0.0:
-            raise ValueError(
-                f"loss.reference: {self.loss.reference!r} is never looked at with "
-                "loss.kl_coef = 0; set that, or leave the reference out"
-            )
-        if (
-            self.rollout.overlong == "penalty"
-            and self.rollout.overlong_buffer > self.rollout.max_new_tokens
-        ):
-            raise ValueError(
-                f"rollout.overlong_buffer: {self.rollout.overlong_buffer} is more than "
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}; every turn would pay"
-            )
-        if self.rollout.top_p < 1.0:
-            raise ValueError(
-                "rollout.top_p: below 1 the sampled distribution is not the trained one and the "
-                "ratio is biased; leave it at 1.0 and use rollout.temperature"
-            )
-        if self.rollout.max_new_tokens >= self.rollout.max_context:
-            raise ValueError(
-                f"rollout.max_new_tokens: {self.rollout.max_new_tokens} leaves no room for a "
-                f"prompt in rollout.max_context = {self.rollout.max_context}"
-            )
-        if self.loss.dual_clip is not None and self.loss.kind != "ppo":
-            raise ValueError(
-                f"loss.dual_clip: loss.kind = {self.loss.kind!r} has no such clip; leave it out"
-            )
-        if self.loss.old_logprobs == "sampler" and self.loss.is_cap is not None:
-            raise ValueError(
-                "loss.is_cap: the importance weight is always 1 where the sampler's log-probs are "
-                "reused; leave it out, or set loss.old_logprobs = 'trainer'"
-            )
-        if self.train.overlap and self.loss.is_cap is None:
-            raise ValueError(
-                "train.overlap: its rollouts are one step older than the weights they train, which "
-                "needs an importance weight; set loss.is_cap (such as 2.0), or leave overlap off"
-            )
-        if self.train.share_prefixes and self.model.attention in ("flash", "varlen"):
-            raise ValueError(
-                f"model.attention: {self.model.attention!r} cannot attend over rows that share a "
-                "prefix; leave it at 'auto', or set train.share_prefixes = false"
-            )
-        if self.train.tokens_per_microbatch < self.rollout.max_context:
-            raise ValueError(
-                f"train.tokens_per_microbatch: {self.train.tokens_per_microbatch} cannot hold one "
-                f"row of rollout.max_context = {self.rollout.max_context} tokens"
-            )
-        return self

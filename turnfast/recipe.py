@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from .config import Config, ConfigError, RewardConfig
+from .pairs import refusals
 
 
 def recipe_path(name: str) -> Path:
@@ -67,16 +68,24 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build_config(
     tree: Mapping[str, Any], *, source: str = "config", flags: Collection[str] = ()
 ) -> Config:
-    """Check a nested mapping; an error names `source`, or the flag that set the field."""
+    """Check a nested mapping, field by field and then the pairs of them.
+
+    Raises:
+        ConfigError: a line for everything wrong, with `source`, or the flag that set the field.
+    """
     try:
-        return Config.model_validate(_lists_to_tuples(tree))
+        config = Config.model_validate(_lists_to_tuples(tree))
+        wrong = refusals(config)
     except ValidationError as error:
-        lines: list[str] = []
-        for item in error.errors():
-            line = _explain(item)
-            flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
-            lines.append(f"{source}: {line}" if flag is None else f"--{line}")
-        raise ConfigError("\n".join(lines)) from None
+        wrong = [_explain(item) for item in error.errors()]
+    if wrong:
+        raise ConfigError("\n".join(_blame(line, source, flags) for line in wrong))
+    return config
+
+
+def _blame(line: str, source: str, flags: Collection[str]) -> str:
+    flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
+    return f"{source}: {line}" if flag is None else f"--{line}"
 
 
 def to_toml(config: Config) -> str:
@@ -126,8 +135,6 @@ def _explain(item: Any) -> str:
     dotted = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{dotted}: no such field{suggest_field(dotted)}"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
     if item["type"] in ("tuple_type", "model_type", "dict_type"):
         wanted = "a list, [a, b]" if item["type"] == "tuple_type" else f"a section, [{dotted}]"
         return f"{dotted}: expected {wanted} (got {item['input']!r})"
