@@ -23,7 +23,7 @@ from turnfast.kernels.loss_head import cpp
 from turnfast.cli import main
 from turnfast.config import ConfigError
 from turnfast.estimate import HEAD_CHUNK_BYTES, KEPT_MASKS, TILE, estimate, verdict
-from turnfast.recipe import build_config
+from turnfast.recipe import build_config, load_config
 from turnfast.sampler.vllm import CPU_CACHE_BYTES
 from turnfast.tiny import write_tiny_model
 
@@ -212,6 +212,30 @@ def test_its_figures_of_other_rooms_are_theirs():
     triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton_head")
     assert {"cpu": cpp.LARGE_BYTES, "cuda": triton_head.WORKSPACE_BYTES} == HEAD_CHUNK_BYTES
     assert (attention._TILE, attention._MOST_KEPT) == (TILE, KEPT_MASKS)
+
+
+SIZES = {
+    "search": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+        num_hidden_layers=28, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "search_lora": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
+        num_hidden_layers=28, num_key_value_heads=4, vocab_size=152064),
+}  # fmt: skip
+GPU_BYTES = 79 << 30
+
+
+@pytest.mark.parametrize(("name", "path"), [("search", "1.5B"), ("search_lora", "7B")])
+def test_the_shipped_search_recipes_fit_a_gpu_of_80_gb(name, path, tmp_path):
+    """Trainer and engine at the same time, with what a GPU changes put in by hand."""
+    assert load_config(name).model.path == f"Qwen/Qwen2.5-{path}-Instruct"
+    Qwen2Config(max_position_embeddings=32768, **SIZES[name]).save_pretrained(tmp_path)
+    # the keys of a tree's tiles are gathered on a CPU alone
+    flags = [f"--model.path={tmp_path}", "--model.dtype=bfloat16", "--train.device=cpu"]
+    config = load_config(name, [*flags, "--train.share-prefixes=false"])
+    found = estimate(config)
+    training = found.training + HEAD_CHUNK_BYTES["cuda"] - HEAD_CHUNK_BYTES["cpu"]
+    engine = config.sampler.gpu_memory * GPU_BYTES
+    assert found.weights + (1 << 34) < engine  # its own weights, and 16 GiB for the cache
+    assert 0.7 * GPU_BYTES < training + engine < 0.9 * GPU_BYTES
 
 
 def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):

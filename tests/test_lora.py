@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -323,6 +324,29 @@ def test_what_cannot_work_is_refused_by_name(policy, letters_model, monkeypatch,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs peft; install turnfast\[lora\]"):
         add_adapter(policy.model, FORM, seed=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+def test_an_adapter_that_is_rounded_for_the_sampler_needs_a_weight(letters_model, capsys, tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text(to_toml(recipe(letters_model, **RUN)) + "\n")
+    rounded = ["--model.dtype=bfloat16", "--sampler.backend=vllm"]
+    for dry in ([], ["--dry-run"]):
+        words = ["train", str(toml), "--run-dir", str(tmp_path / "run"), *dry]
+        assert main([*words, *rounded]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(
+            "turnfast: loss.is_cap: vLLM is given the adapter merged into bfloat"
+        )
+        assert not (tmp_path / "run").exists()
+    for way_out in (
+        ["--model.dtype=float32"],
+        ["--sampler.backend=local"],
+        ["--loss.is-cap=2.0"],
+        ["--loss.old-logprobs=sampler"],
+        ["--model.lora={r = 0}"],
+    ):
+        assert main(["train", str(toml), "--dry-run", *rounded, *way_out]) == 0
 
 
 def test_a_recipe_comes_back_as_it_was(tmp_path):

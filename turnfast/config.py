@@ -34,7 +34,8 @@ class LoraConfig(Section):
     """An adapter that is trained in the place of the model; the names are peft's."""
 
     r: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="rank of an adapter to train instead of the model; 0: none"
+        default=0,
+        description="rank of an adapter to train instead of the model; wants optim.lr >= 1e-5",
     )
     lora_alpha: PositiveInt = Field(default=32, description="it counts lora_alpha / r")
     target_modules: tuple[str, ...] = Field(

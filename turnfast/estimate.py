@@ -32,6 +32,7 @@ from .model import (
 )
 from .moments import BYTES, WORKSPACE, WORKSPACE_BYTES
 from .preflight import architecture_of
+from .run import refuse_rounded_adapter
 from .sampler import choose_backend
 from .sampler.ragged import cache_bytes_per_token
 from .sampler.vllm import cpu_cache_bytes
@@ -106,6 +107,7 @@ def estimate(config: Config) -> Estimate:
     """
     check_rule(config.credit.rule, config.credit.options)
     device = pick_device(config.train.device)
+    refuse_rounded_adapter(config, device)
     dtype = dtype_of(config.model, device)
     architecture = architecture_of(config)
     attention_backends(config.model, architecture, device)

@@ -20,13 +20,20 @@ from .envs import Demonstrator, Env, load_env, tasks_of
 from .lora import add_adapter
 from .loss import check_impl
 from .metrics import RunDir, read_metrics
-from .model import Policy, default_tolerance, load_policy, pick_device, refuse_long_context
+from .model import (
+    Policy,
+    default_tolerance,
+    dtype_of,
+    load_policy,
+    pick_device,
+    refuse_long_context,
+)
 from .optim import Optimizer
 from .prompts import PromptQueue, open_queue
 from .ranks import ALONE, Ranks
 from .reference import open_reference
 from .rendered import RenderedChat
-from .sampler import Sampler, make_sampler
+from .sampler import Sampler, choose_backend, make_sampler
 from .sync import Probe, make_probe
 from .tiny import write_tiny_model
 
@@ -73,6 +80,7 @@ def open_run(
     env = open_env(config)
     train_tasks = tasks_of(env, "train", name=config.env.name)
     device = pick_device(config.train.device)
+    refuse_rounded_adapter(config, device)
     with ExitStack() as opened:
         with ranks.together():
             directory = RunDir(path=run_dir, writes=ranks.leads)
@@ -137,6 +145,30 @@ def _refuse_uneven(config: RolloutConfig, ranks: Ranks) -> None:
             f"rollout.prompts_per_step: {config.prompts_per_step} prompts cannot be dealt evenly "
             f"to {ranks.size} ranks; set it to a multiple of {ranks.size}"
         )
+
+
+def refuse_rounded_adapter(config: Config, device: torch.device) -> None:
+    """Refuse an adapter that the sampler knows in part only, with nothing to make up for it.
+
+    A sampler with weights of its own is given W + B A rounded to the model's dtype: where B A is
+    below half the last digit of W it samples from W, and the ratio of the trainer's policy to that
+    would be taken for 1.
+
+    Raises:
+        ConfigError: a low-precision dtype, such a sampler, and no importance weight.
+    """
+    dtype = dtype_of(config.model, device)
+    weighed = config.loss.is_cap is not None or config.loss.old_logprobs == "sampler"
+    if not config.model.lora.r or dtype == torch.float32 or weighed:
+        return
+    if choose_backend(config.sampler) == "local":
+        return  # it samples with the trainer's own module, adapter and all
+    raise ConfigError(
+        f"loss.is_cap: vLLM is given the adapter merged into {str(dtype).removeprefix('torch.')} "
+        "weights, which rounds its smallest changes away, and samples from a slightly different "
+        "policy; set loss.is_cap (such as 2.0) or loss.old_logprobs = 'sampler', which weigh that, "
+        "or model.dtype = 'float32'"
+    )
 
 
 def open_env(config: Config) -> Env:
