@@ -323,7 +323,9 @@ def test_from_a_warm_start_to_a_report(run, recipe, capsys):
     assert main(["sft", recipe]) == 0
     assert capsys.readouterr().out.endswith("model: runs/small-sft/model\n")
     assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 0
-    assert "report  runs/small/report.html" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "report  runs/small/report.html" in shown
+    assert shown.startswith("sampler  local on cpu, ")
 
     step = "runs/small/checkpoints/step_000001"
     assert main(["eval", recipe, "--model.path", step, "--out", "deep/rollouts.jsonl"]) == 0

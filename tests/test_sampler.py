@@ -51,16 +51,16 @@ def test_vllm_is_refused_beside_the_triton_interpreter(monkeypatch: pytest.Monke
     assert choose_backend(SamplerConfig(backend="auto")) == "vllm"
 
 
-def make_local(max_context: int):
+def make_local(max_context: int, *, device: str = "cpu", **fields):
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=1, **shape))
     return make_sampler(
-        SamplerConfig(backend="local"),
+        SamplerConfig(**{"backend": "local", **fields}),
         model_folder=Path("unused"),
         model=model,
         stop_ids=(1,),
         max_context=max_context,
-        device="cpu",
+        device=device,
         dtype=torch.float32,
     )
 
@@ -70,6 +70,17 @@ def test_local_is_made_when_asked_for():
     sampler.submit(request(0, (5, 6), max_new_tokens=2))
     sampler.step()
     sampler.close()
+
+
+def test_a_gpu_without_vllm_is_told_of_and_may_not_keep_its_cache(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    make_local(32, backend="auto")
+    make_local(32, device="cuda")
+    assert not caplog.records
+    make_local(32, device="cuda", backend="auto")
+    assert "sampler.backend: vLLM cannot be used here" in caplog.text and "'.[vllm]'" in caplog.text
+    with pytest.raises(ConfigError, match=r"sampler\.sleep: without vLLM"):
+        make_local(32, device="cuda", backend="auto", sleep=False)
 
 
 def test_a_context_that_no_memory_holds_is_refused():

@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +89,22 @@ def sampler(engine, trainer):
     """The engine with the trainer's first weights and an empty cache."""
     engine.load_weights(trainer.named_parameters())
     return engine
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="asks for more memory than a CPU has")
+def test_an_engine_that_gets_no_memory_is_one_line_with_the_way_out(letters_model):
+    recipe = ["demo", "--env.name=calculator", "--env.options={}", f"--model.path={letters_model}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "turnfast", "eval", *recipe, "--sampler.backend=vllm"],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "100000"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("turnfast: sampler.backend: vLLM did not start: Available memory on")
+    assert "VLLM_CPU_KVCACHE_SPACE" in told and "rollout.max_context = 256 tokens" in told
 
 
 def train_one_step(model: Qwen3ForCausalLM, lr: float = 3e-4) -> None:

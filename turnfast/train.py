@@ -21,6 +21,7 @@ from .replay import Budget, OutOfMemory
 from .report import write_report
 from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
+from .sampler import choose_backend
 from .stopwatch import Stopwatch
 from .sync import SyncError, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
@@ -110,7 +111,12 @@ def _progress(run: Run) -> Progress:
     # what the other ranks would say is the same
     stream = None if run.ranks.leads else io.StringIO()
     steps = run.config.train.steps
-    return Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
+    show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
+    show.note(
+        f"sampler  {choose_backend(run.config.sampler)} on {run.policy.device.type}, "
+        f"{run.sampler.capacity} rollouts at a time"
+    )
+    return show
 
 
 def _credit(run: Run, groups: Sequence[Group], budget: Budget) -> list[Credit]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Completion", "Request", "Sampler", "choose_backend", "make_sampler"]
+
+log = logging.getLogger(__name__)
 
 
 def choose_backend(config: SamplerConfig) -> str:
@@ -70,22 +73,27 @@ def make_sampler(
         beside_training: the sampler runs while the model is trained, in another thread: its weights
             are its own and it never sleeps.
     Raises:
-        ConfigError: `sampler.backend` names an engine that cannot run here.
+        ConfigError: `sampler.backend` names an engine that cannot run here, or did not start.
     """
     if choose_backend(config) == "vllm":
         from .vllm import VllmSampler
 
-        return VllmSampler(
-            model_folder,
-            stop_ids=stop_ids,
-            max_sequences=config.max_sequences,
-            max_context=max_context,
-            device=device,
-            dtype=dtype,
-            gpu_memory=config.gpu_memory,
-            sleep=config.sleep and not beside_training,
-            seed=seed,
-        )
+        try:
+            return VllmSampler(
+                model_folder,
+                stop_ids=stop_ids,
+                max_sequences=config.max_sequences,
+                max_context=max_context,
+                device=device,
+                dtype=dtype,
+                gpu_memory=config.gpu_memory,
+                sleep=config.sleep and not beside_training,
+                seed=seed,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(_not_started(config, max_context, device, error)) from error
+    if device == "cuda" and config.backend == "auto":
+        _accept_slow(config)
     from ..lora import merged_copy
     from .local import LocalSampler, slots_that_fit
 
@@ -98,3 +106,27 @@ def make_sampler(
     if beside_training:
         model = merged_copy(model)
     return LocalSampler(model, stop_ids=stop_ids, num_slots=num_slots, max_context=max_context)
+
+
+def _not_started(config: SamplerConfig, max_context: int, device: str, error: Exception) -> str:
+    share = f"sampler.gpu_memory = {config.gpu_memory:g} of the GPU, the trainer's weights apart"
+    if device == "cpu":
+        share = "VLLM_CPU_KVCACHE_SPACE GiB, a variable of the environment"
+    return (
+        f"sampler.backend: vLLM did not start: {' '.join(str(error).split())} (Where it lacks "
+        f"memory: it is given {share}, and must hold one row of rollout.max_context = "
+        f"{max_context} tokens; change one of them, or take sampler.backend = 'local')"
+    )
+
+
+def _accept_slow(config: SamplerConfig) -> None:
+    if not config.sleep:
+        raise ConfigError(
+            "sampler.sleep: without vLLM rollouts are sampled by plain torch, which always frees "
+            "its cache while the GPU trains; leave sleep at true, or install turnfast[vllm]"
+        )
+    log.warning(
+        "sampler.backend: vLLM cannot be used here, so rollouts are sampled by plain torch, which "
+        "is slow on a GPU; install turnfast[vllm] (pip install --no-build-isolation '.[vllm]'), or "
+        "set sampler.backend = 'local' to be content with it"
+    )
