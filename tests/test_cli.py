@@ -302,6 +302,16 @@ def test_signals_become_a_request_and_their_handlers_come_back():
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
+@pytest.mark.parametrize("command", ["sft", "eval"])
+def test_commands_of_one_process_are_refused_under_torchrun(run, recipe, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, errors = run(command, recipe)
+    assert code == 2 and errors.startswith("turnfast: WORLD_SIZE: 2 processes would each do")
+    assert f"`turnfast {command}`" in errors and not Path("runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "WORLD_SIZE" not in run(command, recipe, "--model.path", "./absent")[1]
+
+
 # --- what works -----------------------------------------------------------------------------------
 
 

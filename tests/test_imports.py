@@ -59,7 +59,7 @@ LEVELS = [
         "report",
         "console",
     ],
-    ["reference", "critic", "rendered"],
+    ["reference", "critic", "rendered", "demonstrations"],
     ["loss", "gradient", "sampler"],
     ["sft", "in_play", "play", "rollout", "sync"],
     ["prompts", "record"],

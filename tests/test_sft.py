@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from turnfast.loss import update
 from turnfast.metrics import read_metrics
 from turnfast.optim import Optimizer
 from turnfast.packing import batch_of
-from turnfast.recipe import build_config
+from turnfast.recipe import build_config, load_config
 from turnfast.sft import demonstration_rows, sft
 from turnfast.warm_start import warm_start
 
@@ -197,3 +198,80 @@ def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_pat
 def test_what_cannot_be_tuned_on_is_refused(policy, chat, env, text):
     with pytest.raises(ConfigError, match=text):
         sft(policy, env, chat, SftConfig(steps=1), seed=0)
+
+
+def write_lines(path: Path, *lines: object) -> str:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_conversations_is_tuned_on_as_the_environments_own(policy, chat, tmp_path):
+    data = write_lines(
+        tmp_path / "talks.jsonl", *({"messages": list(shown.messages)} for shown in (TALK, SHORT))
+    )
+    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    figures = []
+    for env, file in ((Shown(TALK, SHORT), ""), (object(), data)):
+        policy.model.load_state_dict(start)
+        config = SftConfig(steps=3, lr=1e-2, batch_tokens=64, data=file)
+        sft(policy, env, chat, config, seed=1, report=lambda _, done: figures.append(done.logprob))
+    assert figures[:3] == figures[3:] and len(set(figures)) == 3
+
+
+USER = {"role": "user", "content": "Who?"}
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("{", "not JSON"),
+        ({"conversation": []}, "expected a list of messages as 'messages'"),
+        ({"messages": [USER, "Ida"]}, r"messages\[1\] has no 'role' out of system, user"),
+        ({"messages": [{"role": "human", "content": "?"}]}, r"messages\[0\] has no 'role'"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\] needs its"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            r"messages\[1\] needs its text .* 'tool_calls' are not",
+        ),
+        ({"messages": [USER]}, "a demonstration needs a prompt"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(policy, chat, tmp_path, line, text):
+    data = write_lines(tmp_path / "talks.jsonl", {"messages": list(TALK.messages)}, "", line)
+    with pytest.raises(ConfigError, match=rf"^{data}:3: {text}"):
+        sft(policy, object(), chat, SftConfig(steps=1, data=data), seed=0)
+
+
+def test_files_without_conversations_are_named(policy, chat, tmp_path):
+    config = SftConfig(steps=1, data=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(ConfigError, match=r"absent\.jsonl: No such file"):
+        sft(policy, object(), chat, config, seed=0)
+    config = SftConfig(steps=1, data=write_lines(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match=r"sft\.data: .*empty\.jsonl holds no conversations"):
+        sft(policy, object(), chat, config, seed=0)
+
+
+def test_a_demonstration_that_does_not_fit_is_refused_with_the_numbers(policy, chat):
+    (row,) = demonstration_rows(chat, TALK)
+    length = len(row.tokens)
+    config = SftConfig(steps=1, batch_tokens=length - 1)
+    with pytest.raises(ConfigError) as caught:
+        sft(policy, Shown(SHORT, TALK), chat, config, seed=0)
+    assert str(caught.value).startswith(
+        f"sft.batch_tokens: {length - 1} cannot hold the {length} tokens of "
+        "Shown.demonstrations(0)[1]; "
+    )
+    sft(policy, Shown(SHORT, TALK), chat, SftConfig(steps=1, batch_tokens=length), seed=0)
+
+    most = policy.model.config.max_position_embeddings
+    long = Demonstration(messages=(USER, {"role": "assistant", "content": "Ida " * most}))
+    (row,) = demonstration_rows(chat, long)
+    told = rf"a row of {len(row.tokens)} tokens, but .* max_position_embeddings = {most}"
+    with pytest.raises(ConfigError, match=told):
+        sft(policy, Shown(long), chat, SftConfig(steps=1), seed=0)
+
+
+def test_the_defaults_leave_a_trained_model_a_model():
+    """What the built-in model is tuned with would ruin a large one in a few steps."""
+    assert SftConfig().lr <= 2e-5 < load_config("demo").sft.lr

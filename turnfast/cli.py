@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print token budget and a memory estimate; start nothing, write nothing",
     )
-    sub = command("sft", _sft, "warm start: supervised tuning on the environment's demonstrations")
+    sub = command("sft", _sft, "warm start: supervised tuning on demonstrations")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     sub = command("eval", _eval, "rollouts on held-out tasks; prints one JSON object")
@@ -140,6 +141,7 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
+    _refuse_ranks("sft")
     config = load_config(arguments.recipe, flags)
     run_dir = arguments.run_dir or Path("runs") / f"{Path(arguments.recipe).stem}-sft"
     from .signals import stop_on_signals
@@ -152,6 +154,7 @@ def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:
+    _refuse_ranks("eval")
     config = load_config(arguments.recipe, flags)
     from .evaluate import evaluate_model
 
@@ -179,6 +182,15 @@ def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
 def _fields(arguments: argparse.Namespace, flags: list[str]) -> int:
     print("\n".join(describe_fields()))
     return 0
+
+
+def _refuse_ranks(command: str) -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE: {size} processes would each do the whole of `turnfast {command}` and "
+            "write the same files; start it without torchrun"
+        )
 
 
 def _exit_code(reason: str, kept: str) -> int:

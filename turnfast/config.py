@@ -225,9 +225,16 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
+    data: str = Field(
+        default="", description="JSONL file of conversations; '': the environment's demonstrations"
+    )
     steps: PositiveInt = 600
-    lr: PositiveFloat = 1e-3
-    batch_tokens: PositiveInt = 8192
+    lr: PositiveFloat = Field(
+        default=1e-5, description="falls to 0; an adapter wants ten times that, 'tiny' a hundred"
+    )
+    batch_tokens: PositiveInt = Field(
+        default=8192, description="of an optimizer step, and of its memory"
+    )
 
 
 class Config(Section):

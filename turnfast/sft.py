@@ -1,4 +1,4 @@
-"""Warm start: supervised tuning on the environment's own demonstrations.
+"""Warm start: supervised tuning on demonstrations, the environment's own or those of a file.
 
 A demonstration becomes the same rows as a rollout, with the scripted replies in the place of the
 sampled ones, an advantage of 1 on every turn and no old policy: the gradient of the policy loss is
@@ -11,9 +11,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
-from .chat import Bridge
+from jinja2 import TemplateError
+
+from .chat import Bridge, ChatError
 from .config import ConfigError, LossConfig, OptimConfig, SftConfig
-from .envs import Demonstration, Demonstrator, Env
+from .demonstrations import demonstrations_of
+from .envs import Demonstration, Env
 from .loss import Update, update
 from .model import Policy
 from .optim import Optimizer
@@ -43,17 +46,17 @@ def sft(
     Returns:
         The number of steps that are done, fewer than `config.steps` after a stop.
     Raises:
-        ConfigError: the environment has no demonstrations.
+        ConfigError: there are no demonstrations, or one is too long.
         TrainingError: the loss or its gradient is not finite.
     """
-    if not isinstance(env, Demonstrator):
-        raise ConfigError(
-            f"env.name: {type(env).__name__} has no demonstrations(seed) to tune on; add one, or "
-            "start from a model that already follows instructions"
-        )
-    rows = [row for shown in env.demonstrations(seed) for row in demonstration_rows(chat, shown)]
-    if not rows:
-        raise ConfigError(f"env.name: {type(env).__name__}.demonstrations({seed}) is empty")
+    rows: list[Row] = []
+    for where, shown in demonstrations_of(env, config.data, seed):
+        try:
+            found = demonstration_rows(chat, shown)
+        except (ConfigError, ChatError, TemplateError) as error:
+            raise ConfigError(f"{where}: {error}") from None
+        _refuse_long(max(len(row.tokens) for row in found), where, policy, config)
+        rows += found
     optimizer = optimizer or sft_optimizer(policy, config)
     parts = _parts(rows, config.batch_tokens, seed)
     budget = Budget()
@@ -97,6 +100,21 @@ def demonstration_rows(chat: Bridge, shown: Demonstration) -> list[Row]:
         if after < len(messages):
             talk = chat.extend(talk, text, True, messages[here + 1 : after])
     return rows_of(turns, [1.0] * len(turns), 0)
+
+
+def _refuse_long(length: int, where: str, policy: Policy, config: SftConfig) -> None:
+    text = policy.model.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ConfigError(
+            f"{where}: a row of {length} tokens, but {text.model_type} has "
+            f"max_position_embeddings = {most}; shorten it or leave it out"
+        )
+    if length > config.batch_tokens:
+        raise ConfigError(
+            f"sft.batch_tokens: {config.batch_tokens} cannot hold the {length} tokens of {where}; "
+            "raise it (memory grows with it), or leave that one out"
+        )
 
 
 def _parts(rows: Sequence[Row], budget: int, seed: int) -> Iterator[list[Row]]:

@@ -24,7 +24,7 @@ def warm_start(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Tune the recipe's model on its environment's demonstrations.
+    """Tune the recipe's model on its environment's demonstrations, or those of `sft.data`.
 
     A checkpoint is left every `train.save_every` steps and when it ends or is stopped; with
     `resume` the tuning goes on from the newest whole one, as if it had never stopped.

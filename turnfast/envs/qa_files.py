@@ -33,7 +33,7 @@ def read_questions(path: Path) -> list[Record]:
     """Raises ConfigError: no such file, or a line that is no question, or an id given twice."""
     records: list[Record] = []
     lines: dict[str, int] = {}
-    for number, row in _read_lines(path):
+    for number, row in json_objects(path):
         where = f"{path}:{number}"
         record = Record(
             id=_text(row, "id", where),
@@ -61,15 +61,15 @@ def read_corpus(path: Path) -> list[Passage]:
             title=_text(row, "title", f"{path}:{number}", may_be_empty=True),
             text=_text(row, "text", f"{path}:{number}"),
         )
-        for number, row in _read_lines(path)
+        for number, row in json_objects(path)
     ]
     if not passages:
         raise ConfigError(f"{path}: the file holds no passages")
     return passages
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and the JSON objects on them."""
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and the JSON objects on them. Raises ConfigError, as above."""
     try:
         content = path.read_bytes()
     except OSError as error:
