@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from turnfast.chat import Chat, ChatError
+from turnfast.config import ConfigError, ModelConfig
 from turnfast.rows import rows_of
+from turnfast.run import open_chat
 from turnfast.types import Turn
 
 SPELLED = [
@@ -121,6 +124,49 @@ def test_a_template_that_trims_stays_append_only(tiny_folder):
     after = chat.extend(talk, " Ida \n", True, [{"role": "user", "content": "Sure?"}])
     assert not after.restart
     assert tokenizer.decode(after.prompt_ids).startswith("\n<|im_start|>user\nSure?")
+
+
+# as Qwen3's: without thinking the next turn begins after an empty thought, which the first of these
+# keeps before what was said and the second leaves out
+ASKED_NOT_TO_THINK = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and keep %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_template_is_told_its_options_in_every_turn(tiny_folder, kept):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = ASKED_NOT_TO_THINK
+    told, untold = Chat(tokenizer, (), {"enable_thinking": False, "keep": kept}), Chat(tokenizer)
+    asked = [{"role": "user", "content": "Who?"}]
+    talk = told.open(asked)
+    text = tokenizer.decode(talk.prompt_ids)
+    assert text == tokenizer.decode(untold.open(asked).prompt_ids) + "<think></think>"
+    after = told.extend(talk, "Ida", True, [{"role": "user", "content": "Sure?"}])
+    # what was sampled is kept as it was drawn where the template agrees, and never rewritten
+    assert after.restart == (not kept)
+    text = tokenizer.decode(after.prompt_ids)
+    assert text.endswith("Sure?<|im_end|>\n<|im_start|>assistant\n<think></think>")
+    assert text.startswith("\n<|im_start|>user\nSure?" if kept else "<|im_start|>user\nWho?")
+
+
+def test_options_that_a_template_does_not_have_are_refused(policy):
+    policy.tokenizer.chat_template = ASKED_NOT_TO_THINK
+    env = SimpleNamespace(tools=(), native_calls=False)
+
+    def chat(**options):
+        return open_chat(ModelConfig(template_options=options), policy, env)
+
+    opened = chat(enable_thinking=False).open([{"role": "user", "content": "Who?"}])
+    assert policy.tokenizer.decode(opened.prompt_ids).endswith("<think></think>")
+    for name in ("thinking", "chat_template", "messages", "add_generation_prompt"):
+        with pytest.raises(
+            ConfigError, match=rf"^model\.template_options\.{name}: the model's chat"
+        ):
+            chat(enable_thinking=False, **{name: "x"})
 
 
 def test_no_template_is_refused(tiny_folder):

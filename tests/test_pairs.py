@@ -19,6 +19,10 @@ REFUSED = [
         "model.lora.target_modules: there is no adapter",
     ),
     (
+        {"model": {"renderer": "qwen3", "template_options": {"enable_thinking": False}}},
+        "model.template_options: model.renderer = 'qwen3' takes the place",
+    ),
+    (
         {"rollout": {"refill_waves": 1}, "credit": {"rule": "turn_ppo"}},
         "rollout.refill_waves: every rollout teaches the critic of turn_ppo",
     ),
@@ -66,6 +70,7 @@ WORKS = [
     {"loss": {"max_logprob_gap": 0.1, "old_logprobs": "sampler"}},
     {"rollout": {"overlong": "penalty", "overlong_buffer": 32}},
     {"sampler": {"sleep": False}},
+    {"model": {"template_options": {"enable_thinking": False, "date": "today", "depth": 2}}},
     {"loss": {"is_cap": 2.0}, "train": {"overlap": True}},
     {},
 ]

@@ -17,8 +17,9 @@ turn is shown to them in that form, and only what they put after it is used.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
@@ -80,6 +81,7 @@ class Chat:
         tokenizer: a Hugging Face tokenizer with a chat template.
         tools: JSON schemas offered through the template; empty when the environment describes its
             tools itself.
+        options: what else the template is told, such as `enable_thinking`.
     Attributes:
         end_id: ends a turn in the template.
         stop_ids: end a turn when drawn; the one that was is part of the sample and is trained.
@@ -87,9 +89,15 @@ class Chat:
         ChatError: no template, or a turn that does not end in one special token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[dict] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.tokenizer = tokenizer
         self._tools = list(tools) or None
+        self._options = dict(options)
         self._special = tuple(sorted(set(tokenizer.all_special_tokens), key=len, reverse=True))
         self._special += tuple(
             token.content
@@ -190,7 +198,7 @@ class Chat:
         return (*self._plain(text), self.end_id)
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
-        kwargs: dict[str, Any] = {"tools": self._tools} if self._tools else {}
+        kwargs = self._options | ({"tools": self._tools} if self._tools else {})
         rendered = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,

@@ -60,6 +60,9 @@ class ModelConfig(Section):
     renderer: str = Field(
         default="template", description="or, of the package renderers, 'auto' or a name of its"
     )
+    template_options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="for the chat template, such as enable_thinking = false"
+    )
     lora: LoraConfig = LoraConfig()
 
 

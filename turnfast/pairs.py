@@ -48,6 +48,15 @@ def _adapter_of_rank_0(config: Config) -> str | None:
     )
 
 
+def _template_options_of_a_renderer(config: Config) -> str | None:
+    if not config.model.template_options or config.model.renderer == "template":
+        return None
+    return (
+        f"model.template_options: model.renderer = {config.model.renderer!r} takes the place of "
+        "the chat template that they are for; leave them out, or set the renderer to 'template'"
+    )
+
+
 def _refills_for_a_critic(config: Config) -> str | None:
     if not config.rollout.refill_waves or config.credit.rule not in VALUE_RULES:
         return None
@@ -192,6 +201,7 @@ PAIRS: tuple[Callable[[Config], str | None], ...] = (
     _group_of_one,
     _frozen_head_beside_adapter,
     _adapter_of_rank_0,
+    _template_options_of_a_renderer,
     _refills_for_a_critic,
     _critic_without_a_rule,
     _ratio_of_turns_with_token_credit,
