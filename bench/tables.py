@@ -25,7 +25,7 @@ def starts(record: dict[str, Any]) -> str:
     seeds = len(record["seeds"])
     return "\n".join(
         [
-            "| start | calls | of them in vain | right after a call | right from memory | "
+            "| start | calls | failed calls | right after a call | right from memory | "
             + " | ".join(f"`{rule}`" for rule in rules)
             + " |",
             "|---" * (5 + len(rules)) + "|",
