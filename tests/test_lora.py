@@ -255,7 +255,7 @@ def test_a_sampler_beside_training_is_given_the_merged_weights(letters_model, tm
 
 def test_a_warm_start_leaves_a_whole_model(letters_model, tmp_path, capsys):
     toml = tmp_path / "run.toml"
-    toml.write_text(to_toml(recipe(letters_model, sft__steps=30, **RUN)) + "\n")
+    toml.write_text(to_toml(recipe(letters_model, sft__steps=30, sft__lr=1e-3, **RUN)) + "\n")
     assert main(["sft", str(toml), "--run-dir", str(tmp_path / "sft")]) == 0
     lines = training_lines(tmp_path / "sft")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1

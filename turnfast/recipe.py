@@ -75,12 +75,16 @@ def build_config(
     """
     try:
         config = Config.model_validate(_lists_to_tuples(tree))
-        wrong = refusals(config)
     except ValidationError as error:
-        wrong = [_explain(item) for item in error.errors()]
+        raise _refusal([_explain(item) for item in error.errors()], source, flags) from None
+    wrong = refusals(config)
     if wrong:
-        raise ConfigError("\n".join(_blame(line, source, flags) for line in wrong))
+        raise _refusal(wrong, source, flags)
     return config
+
+
+def _refusal(lines: Sequence[str], source: str, flags: Collection[str]) -> ConfigError:
+    return ConfigError("\n".join(_blame(line, source, flags) for line in lines))
 
 
 def _blame(line: str, source: str, flags: Collection[str]) -> str:
