@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -323,6 +324,41 @@ def test_a_fault_in_a_step_keeps_the_steps_that_were_done(
     assert weights(run_dir, 4) == weights(straight, 4)
     if fault != "sync":  # whose third step has no line
         assert logged(run_dir) == logged(straight)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nothing_is_learned_from_tokens_of_other_weights(
+    ignored, letters_model, tmp_path, monkeypatch
+):
+    """A sampler with weights of its own, which does or does not take those of the first step. No
+    probe is due then: the tokens of the second step tell."""
+    make, take = turnfast.run.make_sampler, LocalSampler.load_weights
+    num_loads = 0
+
+    def make_apart(*args, **kwargs):
+        return make(*args, **{**kwargs, "model": copy.deepcopy(kwargs["model"])})
+
+    def load_weights(self, named_weights):
+        nonlocal num_loads
+        num_loads += 1
+        if ignored and num_loads == 2:
+            self._slots.forget()
+        else:
+            take(self, named_weights)
+
+    monkeypatch.setattr("turnfast.run.make_sampler", make_apart)
+    monkeypatch.setattr(LocalSampler, "load_weights", load_weights)
+    run_dir = tmp_path / "run"
+    config = recipe(letters_model, train__save_every=0, train__eval_every=0)
+    if not ignored:
+        train(config, run_dir)
+        lines = training_lines(run_dir)
+        assert all(line["logprob_gap/max"] <= 1e-4 for line in lines) and len(lines) == 4
+        return
+    with pytest.raises(SyncError, match="on a token of this step"):
+        train(config, run_dir)
+    assert (run_dir / "checkpoints/latest").read_text().strip() == "step_000001"
+    assert len(training_lines(run_dir)) == 1
 
 
 @pytest.mark.parametrize(("bound", "reused"), [(1e-12, 0), (1.0, 1)])

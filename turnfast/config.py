@@ -135,7 +135,7 @@ class SamplerConfig(Section):
         default=True, description="free the engine's memory while training (CUDA, without overlap)"
     )
     probe_tolerance: PositiveFloat | None = Field(
-        default=None, description="largest |log-prob| gap of the probe after a sync; None: by dtype"
+        default=None, description="largest log-prob gap between sampler and trainer; None: by dtype"
     )
 
 

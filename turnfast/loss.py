@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,7 +75,7 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Gap:
+class Gap:
     """|sampler - trainer| of the log-probs of all ranks' tokens."""
 
     mean: float
@@ -109,6 +109,7 @@ def update(
     num_updates: int = 1,
     critic: Critic | None = None,
     budget: Budget | None = None,
+    check: Callable[[Gap], None] = lambda gap: None,
     ranks: Ranks = ALONE,
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
@@ -124,6 +125,8 @@ def update(
     and the same step is computed again: see `Budget`. All ranks call this at the same time, some
     perhaps without batches.
 
+    Args:
+        check: is told the gap before anything is learned, and may raise.
     Raises:
         TrainingError: loss or gradient is not finite; that optimizer step has changed nothing.
         OutOfMemory: not even with smaller micro-batches; that one has changed nothing.
@@ -145,6 +148,11 @@ def update(
     wanted = config.old_logprobs == "sampler"
     first = gradient_of(_with_sampler_logprobs(batches) if wanted else batches)
     gap = _logprob_gap(first, ranks)
+    try:
+        check(gap)
+    except Exception:
+        clear(optimizer, critic)
+        raise
     reused = wanted and gap.mean <= config.max_logprob_gap
     if wanted and not reused:
         clear(optimizer, critic)
@@ -217,16 +225,16 @@ def _with_own_logprobs(first: Gradient) -> list[Batch]:
     ]
 
 
-def _logprob_gap(gradient: Gradient, ranks: Ranks) -> _Gap:
+def _logprob_gap(gradient: Gradient, ranks: Ranks) -> Gap:
     gaps = [
-        (result.logprobs - batch.sampler_logprobs_N).abs()
+        (result.logprobs - batch.sampler_logprobs_N).abs()[~result.logprobs.isnan()]
         for batch, result in zip(gradient.batches, gradient.results, strict=True)
     ]
-    known = torch.cat([gap_N[~gap_N.isnan()] for gap_N in gaps]) if gaps else torch.zeros(0)
+    known = torch.cat(gaps) if gaps else torch.zeros(0)
     largest = float(known.max()) if len(known) else 0.0
     found = ranks.gather([float(known.double().sum()), len(known), largest])
     totals, counts, extremes = zip(*found, strict=True)
-    return _Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
+    return Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
 
 
 def _mean(values: Iterable[Tensor]) -> float:

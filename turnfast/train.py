@@ -12,7 +12,7 @@ from .config import Config
 from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import TrainingError, Update, needs_every_token, update
+from .loss import Gap, TrainingError, Update, needs_every_token, update
 from .packing import Packed, pack
 from .ranks import open_ranks
 from .record import StepRecord, figures_of, over_ranks
@@ -23,7 +23,7 @@ from .rollout import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .sampler import choose_backend
 from .stopwatch import Stopwatch
-from .sync import SyncError, sync_after_step, sync_weights
+from .sync import SyncError, refuse_strangers, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
 
 FAULTS = (RolloutError, OutOfMemory, TrainingError, SyncError)
@@ -80,7 +80,8 @@ def train(
                 with clock.phase("rollout"):
                     collector.settle()
                 with clock.phase("sync"), ranks.together():
-                    synced = sync_after_step(*synced_by, probed=True)
+                    evaluated = is_due(step, config.train.eval_every, config.train.steps)
+                    synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
                 ranks.refuse_difference(run.policy.model.parameters())
                 record = StepRecord(
                     step=step,
@@ -92,7 +93,7 @@ def train(
                     times=clock.lap(),
                 )
                 _log(run, record, show)
-                if is_due(step, config.train.eval_every, config.train.steps):
+                if evaluated:
                     _evaluate(run, step, show, should_stop)
                 if is_due(step, config.train.save_every, config.train.steps):
                     _save(run, collector, step)
@@ -160,7 +161,17 @@ def _update(run: Run, packed: Packed, budget: Budget) -> Update:
         num_updates=run.config.train.updates_per_step,
         critic=run.critic,
         budget=budget,
+        check=_proof(run),
         ranks=run.ranks,
+    )
+
+
+def _proof(run: Run) -> Callable[[Gap], None]:
+    """What the sampled tokens must pass before they are learned from: they prove the last sync."""
+    if run.config.train.overlap:  # they are of the weights before it, and a probe has proven it
+        return lambda gap: None
+    return lambda gap: refuse_strangers(
+        gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.policy.model.dtype
     )
 
 
