@@ -12,8 +12,9 @@ Row 1 adds one token to the ten of the layout, row 2 two, where the three rows h
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,7 +66,7 @@ def prefix_tree(tokens: Tensor, lengths: Sequence[int], *, impl: str = "auto") -
             f"tokens: expected an int64 vector on the host, got {list(tokens.shape)} "
             f"{tokens.dtype} on {tokens.device}"
         )
-    if any(length < 1 for length in lengths):
+    if min(lengths, default=1) < 1:
         raise ValueError(f"lengths: every row needs a token, got {min(lengths)}")
     if sum(lengths) != tokens.numel():
         raise ValueError(f"lengths: expected a sum of {tokens.numel()}, got {sum(lengths)}")
@@ -87,6 +88,7 @@ def cut_tree(
     shared: Sequence[int],
     budget: int,
     *,
+    owners: Sequence[int] | None = None,
     batch_cost: int = 256,
     attention_span: int = 4096,
 ) -> list[list[int]]:
@@ -95,11 +97,14 @@ def cut_tree(
     Micro-batches are runs of the tree's order. Among all ways to cut it into runs of at most
     `budget` distinct tokens this is the cheapest: it costs the repeated prefixes, with their
     attention, and a constant per micro-batch, so cuts fall between groups before they fall between
-    the rollouts of a group, and there before they fall inside a later turn.
+    the rollouts of a group, and there before they fall inside a later turn. Where rows of one owner
+    are to stay together, they are not neighbours in the tree: owners then fill one micro-batch
+    after the other, in the order of their first rows.
 
     Args:
         lengths: tokens of each row. order, shared: as in `PrefixTree`.
         budget: most distinct tokens in a micro-batch.
+        owners: of each row; rows of one owner stay together, whose distinct tokens fit the budget.
         batch_cost: what a micro-batch costs besides its tokens, in tokens.
         attention_span: the number of keys whose attention costs as much as all else on a token.
 
@@ -115,7 +120,8 @@ def cut_tree(
         raise ValueError(
             f"lengths: a row of {max(lengths)} tokens is longer than the budget of {budget}"
         )
-
+    if owners is not None and len(set(owners)) < len(owners):
+        return _filled(_owned(order, owners), lengths, order, shared, lambda n: n, budget)
     cost = partial(path_cost, attention_span=attention_span)
     # cheapest[i]: cost of the first i rows of the order; a run that starts at i pays for the whole
     # of its first row, and for what each later one adds
@@ -156,6 +162,7 @@ def split_over_ranks(
     shared: Sequence[int],
     num_ranks: int,
     *,
+    owners: Sequence[int] | None = None,
     attention_span: int = 4096,
 ) -> list[list[int]]:
     """Deal the rows of a tree out to data-parallel ranks so that the busiest has least to do.
@@ -166,6 +173,7 @@ def split_over_ranks(
     Args:
         lengths: tokens of each row. order, shared: as in `PrefixTree`.
         num_ranks: at least 1; with fewer rows than ranks the last ranks get none.
+        owners: of each row; rows of one owner stay together. They count as one, at its first row.
 
     Returns:
         For each rank the indices of its rows, rising; every row occurs exactly once.
@@ -175,26 +183,58 @@ def split_over_ranks(
     if num_ranks < 1:
         raise ValueError(f"num_ranks: expected 1 or more, got {num_ranks}")
     cost = partial(path_cost, attention_span=attention_span)
-
-    def runs(most: int) -> list[list[int]]:
-        made: list[list[int]] = []
-        spent = most + 1
-        for row, common in zip(order, shared, strict=True):
-            added = cost(lengths[row]) - cost(common)
-            if spent + added > most:
-                made.append([])
-                spent, added = 0, cost(lengths[row])
-            made[-1].append(row)
-            spent += added
-        return made
-
-    low = max((cost(length) for length in lengths), default=0)
-    high = max(low, sum(cost(length) for length in lengths))
+    units = _owned(order, range(len(order)) if owners is None else owners)
+    runs = partial(_filled, units, lengths, order, shared, cost)
+    low, high = 0, sum(cost(length) for length in lengths)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(runs(middle)) <= num_ranks else (middle + 1, high)
-    dealt = [sorted(run) for run in runs(low)]
+    dealt = runs(low)
     return dealt + [[] for _ in range(num_ranks - len(dealt))]
+
+
+def _owned(order: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
+    """Each owner's places in the order, the owners by the first of them."""
+    units: dict[int, list[int]] = {}
+    for place, row in enumerate(order):
+        units.setdefault(owners[row], []).append(place)
+    return list(units.values())
+
+
+def _filled(
+    units: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    order: Sequence[int],
+    shared: Sequence[int],
+    cost: Callable[[int], int],
+    most: int,
+) -> list[list[int]]:
+    """The rows of runs of units that cost at most `most`, but for a unit that alone costs more.
+
+    `cost` is of the first tokens of a row; what rows share counts once.
+    """
+    runs: list[list[int]] = []
+    run: list[int] = []  # places, rising
+
+    def join(place: int) -> int:
+        """Put a row to the run; what it costs beyond what the nearest on either side has."""
+        at = bisect(run, place)
+        common = min(shared[run[at - 1] + 1 : place + 1]) if at else 0
+        if at < len(run):
+            common = max(common, min(shared[place + 1 : run[at] + 1]))
+        run.insert(at, place)
+        return cost(lengths[order[place]]) - cost(common)
+
+    spent = most
+    for unit in units:
+        added = sum(map(join, unit))
+        if spent + added > most:
+            run, spent = [], 0
+            runs.append([])
+            added = sum(map(join, unit))
+        runs[-1] += [order[place] for place in unit]
+        spent += added
+    return [sorted(each) for each in runs]
 
 
 def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from turnfast.kernels import packing
 from turnfast.kernels.extension import load_error
-from turnfast.kernels.packing import first_fit_decreasing, pack_rows
+from turnfast.kernels.packing import first_fit_decreasing, pack_rows, spread_rows
 
 needs_extension = pytest.mark.skipif(load_error() is not None, reason=f"no _C: {load_error()}")
 rows_and_budget = st.integers(1, 200).flatmap(
@@ -61,3 +63,21 @@ def test_worked_example():
 def test_refusals_name_the_numbers(lengths, budget, words):
     with pytest.raises(ValueError, match=words):
         pack_rows(lengths, budget)
+
+
+@given(st.lists(st.integers(0, 50), max_size=9), st.integers(1, 3))
+def test_no_rank_has_much_more_than_in_the_best_of_all_ways(costs, num_ranks):
+    dealt = spread_rows(costs, num_ranks)
+    assert len(dealt) == num_ranks and all(rows == sorted(rows) for rows in dealt)
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(costs)))
+    best = sum(costs)
+    for owners in product(range(num_ranks), repeat=len(costs)):
+        loads = [0] * num_ranks
+        for cost, owner in zip(costs, owners, strict=True):
+            loads[owner] += cost
+        best = min(best, max(loads))
+    assert 3 * max(sum(costs[row] for row in rows) for rows in dealt) <= 4 * best
+
+
+def test_worked_example_of_ranks():
+    assert spread_rows([7, 5, 1, 3], 2) == [[0, 2], [1, 3]]

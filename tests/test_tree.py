@@ -116,6 +116,26 @@ def test_a_cut_deals_every_row_once_within_the_budget_and_is_the_cheapest(rows, 
     assert sum(cost(batch) + batch_cost for batch in batches) == best[-1]
 
 
+@settings(max_examples=300, deadline=None)
+@given(rows=ROWS, draw=st.randoms(), num_ranks=st.integers(1, 4), room=st.integers(0, 9))
+def test_rows_of_one_owner_stay_together(rows, draw, num_ranks, room):
+    tree, lengths = build(rows), [len(row) for row in rows]
+    order, shared = tree.order_S.tolist(), tree.shared_S.tolist()
+    owners = [draw.randrange(len(rows)) for _ in rows]
+    distinct = lambda batch: len(
+        {tuple(rows[r][: i + 1]) for r in batch for i in range(lengths[r])}
+    )
+    theirs = [[r for r, owner in enumerate(owners) if owner == one] for one in set(owners)]
+    budget = max(map(distinct, theirs)) + room
+    cut = cut_tree(lengths, order, shared, budget, owners=owners)
+    split = split_over_ranks(lengths, order, shared, num_ranks, owners=owners)
+    for parts in (cut, split):
+        assert sorted(r for part in parts for r in part) == list(range(len(rows)))
+        assert all(part == sorted(part) for part in parts)
+        assert all(any(set(one) <= set(part) for part in parts) for one in theirs)
+    assert all(0 < distinct(batch) <= budget for batch in cut) and len(split) == num_ranks
+
+
 def test_cuts_fall_between_groups():
     draw = random.Random(0)
     ids = lambda n: [draw.randrange(99) for _ in range(n)]
