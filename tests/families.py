@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from transformers import (
 
 from turnfast.model import ATTENTION, Policy
 from turnfast.model.architecture import logit_scale, softcap, switch_off_dropout
-from turnfast.rows import Row
+from turnfast.rows import Rows, rows_of
+from turnfast.types import Turn
 
 SMALL = dict(
     vocab_size=97,
@@ -104,16 +106,16 @@ def policy_of(config: PretrainedConfig, device: str = "cpu") -> Policy:
     )
 
 
-def whole_row(tokens: list[int]) -> Row:
-    """Every token of the row predicts the next one, so every hidden state is looked at."""
-    num = len(tokens)
-    return Row(
-        tokens=tokens,
-        rows=list(range(num)),
-        targets=[1] * num,
-        turns=[0] * num,
-        logprobs=[0.0] * num,
-        advantages=[1.0],
-        places=[0],
-        trajectory=0,
-    )
+def whole_rows(rows: Sequence[list[int]]) -> Rows:
+    """Every token of a row predicts the next one, so every hidden state is looked at."""
+    turns = [
+        Turn(
+            prompt_ids=(row[0],),
+            sampled_ids=(*row[1:], 1),
+            logprobs=(0.0,) * len(row),
+            text="",
+            finish="stop",
+        )
+        for row in rows
+    ]
+    return rows_of([[turn] for turn in turns], [1.0] * len(turns))

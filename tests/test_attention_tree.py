@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from families import FAMILIES, policy_of, whole_row
+from families import FAMILIES, policy_of, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
@@ -152,7 +152,7 @@ def test_a_model_over_a_tree_equals_the_model_over_each_row(family):
     policy = policy_of(FAMILIES[family])
     model = policy.model
     rows = random_rows(3, rows=12)
-    batch = batch_of([whole_row(row) for row in rows], [1.0], "cpu", share_prefixes=True)
+    batch = batch_of(whole_rows(rows), [1.0] * len(rows), "cpu", share_prefixes=True)
     assert len(batch.tokens_T) < sum(len(row) for row in rows)
 
     def gradients(logits) -> list[torch.Tensor]:

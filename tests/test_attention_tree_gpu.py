@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import whole_rows
 from transformers import AutoModelForCausalLM, Qwen3Config
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
 from turnfast.kernels.attention.tree import reference
@@ -14,7 +15,6 @@ from turnfast.kernels.tree import prefix_tree
 
 from turnfast.model import ATTENTION, Policy, hidden_states
 from turnfast.packing import batch_of
-from turnfast.rows import Row
 
 pytestmark = pytest.mark.gpu
 
@@ -89,22 +89,10 @@ def test_a_model_over_a_tree_has_the_gradients_of_its_rows():
         device=device,
         attention="sdpa",
     )
-    rows = [
-        Row(
-            tokens=tokens,
-            rows=list(range(len(tokens))),
-            targets=[1] * len(tokens),
-            turns=[0] * len(tokens),
-            logprobs=[0.0] * len(tokens),
-            advantages=[1.0],
-            places=[0],
-            trajectory=0,
-        )
-        for tokens in random_rows(3, 12, 300)
-    ]
+    rows = whole_rows(random_rows(3, 12, 300))
 
     def gradients(share_prefixes: bool) -> list[torch.Tensor]:
-        batch = batch_of(rows, [1.0], device, share_prefixes=share_prefixes)
+        batch = batch_of(rows, [1.0] * len(rows), device, share_prefixes=share_prefixes)
         model.zero_grad()
         hidden = hidden_states(policy, batch)[batch.rows_N]
         model.lm_head(hidden).log_softmax(-1).square().mean().backward()

@@ -69,11 +69,11 @@ def test_training_ids_are_the_sampled_ids(chat, question, replies, closed, seed)
         assert not talk.restart
         # exactly one end of turn between the sample and the next header, whoever produced it
         assert ([*ids, *talk.prompt_ids].count(chat.end_id)) == 2
-    (row,) = rows_of(turns, [1.0] * len(turns), 0)
-    assert len(row.targets) == sum(len(turn.sampled_ids) for turn in turns)
-    assert row.targets == [token for turn in turns for token in turn.sampled_ids]
-    assert row.tokens == seen[: len(row.tokens)] and len(row.tokens) == len(seen) - 1
-    assert [seen[r + 1] for r in row.rows] == row.targets
+    row = rows_of([turns], [1.0] * len(turns))
+    targets = row.targets_N.tolist()
+    assert len(row) == 1 and targets == [token for turn in turns for token in turn.sampled_ids]
+    assert row.tokens_T.tolist() == seen[:-1]
+    assert [seen[place + 1] for place in row.states_N] == targets
 
 
 def test_a_prompt_equals_the_template(chat):

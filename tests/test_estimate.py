@@ -38,8 +38,9 @@ CHILD = """
     from turnfast.model import load_policy
     from turnfast.optim import Optimizer
     from turnfast.packing import batch_of
-    from turnfast.rows import Row
+    from turnfast.rows import rows_of
     from turnfast.recipe import build_config
+    from turnfast.types import Turn
 
     torch.set_num_threads(1)
     config = build_config(json.loads(sys.argv[1]))
@@ -51,18 +52,17 @@ CHILD = """
     def step(tokens):
         context = config.rollout.max_context
         draw = torch.Generator().manual_seed(0)
-        rows, prompt = [], torch.randint(3, 280, (context // 4,), generator=draw).tolist()
-        while sum(len(row.tokens) - len(prompt) for row in rows) + context <= tokens:
-            fresh = context - len(prompt)
-            ids = prompt + torch.randint(3, 280, (fresh,), generator=draw).tolist()
-            rows.append(
-                Row(
-                    tokens=ids, rows=list(range(len(prompt), context - 1)),
-                    targets=ids[len(prompt) + 1:], turns=[0] * (fresh - 1),
-                    logprobs=[-5.0] * (fresh - 1), advantages=[1.0 - len(rows) % 3],
-                    places=[0], trajectory=len(rows),
+        turns, prompt = [], torch.randint(3, 280, (context // 4,), generator=draw).tolist()
+        fresh = context - len(prompt)
+        while len(turns) * fresh + context <= tokens:
+            ids = torch.randint(3, 280, (fresh + 1,), generator=draw).tolist()
+            turns.append(
+                Turn(
+                    prompt_ids=tuple(prompt), sampled_ids=tuple(ids),
+                    logprobs=(-5.0,) * len(ids), text="", finish="stop",
                 )
             )
+        rows = rows_of([[turn] for turn in turns], [1.0 - i % 3 for i in range(len(turns))])
         weights = [1e-3] * len(rows)
         batch = batch_of(rows, weights, "cpu", share_prefixes=config.train.share_prefixes)
         update(policy, optimizer, [batch], config.loss)

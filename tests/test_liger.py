@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, policy_of, whole_row
+from families import FAMILIES, policy_of, whole_rows
 
 from turnfast.liger import apply_liger
 from turnfast.model import hidden_states
@@ -81,7 +81,7 @@ def compare(family: str, device: str, *, bound: float) -> None:
     model = policy.model
     prompt = torch.randint(97, (6,)).tolist()
     rows = [prompt + torch.randint(97, (n,)).tolist() for n in (3, 9, 5)]
-    batch = batch_of([whole_row(ids) for ids in rows], [1.0], device, share_prefixes=True)
+    batch = batch_of(whole_rows(rows), [1.0] * len(rows), device, share_prefixes=True)
 
     def run() -> dict[str, torch.Tensor]:
         model.zero_grad()

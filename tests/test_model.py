@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, SMALL, policy_of, whole_row
+from families import FAMILIES, SMALL, policy_of, whole_rows
 from transformers import (
     LlamaConfig,
     MambaConfig,
@@ -144,8 +144,8 @@ def test_a_compiled_body_equals_the_eager_one(tiny_folder):
     torch.manual_seed(0)
     for lengths, shared in (((5, 20, 9), 0), ((30, 31), 4), ((7, 7, 40), 6)):
         tokens = [torch.randint(3, 90, (n,)).tolist() for n in lengths]
-        rows = [whole_row([1] * shared + ids) for ids in tokens]
-        batch = batch_of(rows, [1.0], "cpu", share_prefixes=bool(shared))
+        rows = whole_rows([[1] * shared + ids for ids in tokens])
+        batch = batch_of(rows, [1.0] * len(rows), "cpu", share_prefixes=bool(shared))
         gradients = []
         for policy in (eager, compiled):
             policy.model.zero_grad()

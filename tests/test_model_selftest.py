@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, SMALL, policy_of, whole_row
+from families import FAMILIES, SMALL, policy_of, whole_rows
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -180,7 +180,7 @@ def test_a_packed_forward_without_rows_is_refused():
 )
 def test_dropout_is_off_and_stays_in_the_config(config, name, folder_of):
     policy = load_policy(ModelConfig(), folder_of(config), CPU)
-    batch = batch_of([whole_row([5, 6, 7, 8]), whole_row([5, 6, 9])], [1.0], "cpu")
+    batch = batch_of(whole_rows([[5, 6, 7, 8], [5, 6, 9]]), [1.0] * 2, "cpu")
     assert policy.model.training
     assert torch.equal(hidden_states(policy, batch), hidden_states(policy, batch))
     assert getattr(policy.model.config, name) == 0.3
@@ -189,7 +189,7 @@ def test_dropout_is_off_and_stays_in_the_config(config, name, folder_of):
 def test_a_mask_of_the_model_s_own_is_refused():
     policy = policy_of(FAMILIES["llama"])
     rows = turnfast.model.policy._attention_rows(
-        policy, batch_of([whole_row([5, 6])], [1.0], "cpu")
+        policy, batch_of(whole_rows([[5, 6]]), [1.0], "cpu")
     )
     q = torch.zeros(1, 4, 2, 8)
     with pytest.raises(NotImplementedError, match="a mask of its own"):

@@ -10,11 +10,12 @@ from families import SMALL, policy_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
-from turnfast.kernels import turn_policy_loss
+from turnfast.kernels import PolicyRule, turn_policy_loss
 
 from turnfast.model import Policy, hidden_states
-from turnfast.packing import pack
-from turnfast.rows import rows_of
+from turnfast.packing import Packed, pack
+from turnfast.replay import OutOfMemory
+from turnfast.rows import Rows, rows_of, without_idle_ends
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
 
 VOCAB = 61
@@ -51,7 +52,9 @@ def group_of(task: str, rollouts, statuses=None) -> Group:
     )
 
 
-def random_step(seed: int, groups: int = 3, size: int = 4) -> tuple[list[Group], list[Credit]]:
+def random_step(
+    seed: int, groups: int = 3, size: int = 4, restarts: float = 0.15
+) -> tuple[list[Group], list[Credit]]:
     """Groups with a common system prompt, a prompt each, and turns that repeat each other."""
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(VOCAB) for _ in range(n)]
@@ -63,7 +66,7 @@ def random_step(seed: int, groups: int = 3, size: int = 4) -> tuple[list[Group],
             turns = []
             for k in range(draw.randrange(1, 4)):
                 sampled = draw.choice(phrases)[: draw.randrange(6)] + ids(draw.randrange(4))
-                restart = k > 0 and draw.random() < 0.15
+                restart = k > 0 and draw.random() < restarts
                 reply = prompt + ids(3) if restart else draw.choice([[7, 7, 7], ids(3)])
                 turns.append(turn(prompt if k == 0 else reply, sampled, restart=restart))
             rollouts.append(turns)
@@ -73,7 +76,10 @@ def random_step(seed: int, groups: int = 3, size: int = 4) -> tuple[list[Group],
     return made, credits
 
 
-def step_gradient(policy: Policy, batches: tuple[Batch, ...]) -> tuple[float, torch.Tensor]:
+def step_gradient(
+    policy: Policy, batches: tuple[Batch, ...], *, sequences: bool = False
+) -> tuple[float, torch.Tensor]:
+    """Of the token ratio on policy, or of whole sequences against what sampled them."""
     policy.model.zero_grad()
     loss = 0.0
     for batch in batches:
@@ -84,7 +90,10 @@ def step_gradient(policy: Policy, batches: tuple[Batch, ...]) -> tuple[float, to
             batch.targets_N,
             batch.turns_N,
             batch.advantages_K,
+            batch.sampler_logprobs_N - 3.4 if sequences else None,
             weights=batch.weights_N,
+            sequences=batch.sequences_K if sequences else None,
+            rule=PolicyRule(ratio="sequence" if sequences else "token", clip_high=9.0),
             impl="reference",
         )
         result.loss.backward()
@@ -223,33 +232,88 @@ def test_every_sampled_token_is_a_target_once_in_order():
     assert packed.num_targets == sum(len(ids) for ids, _ in expected)
 
 
-def test_a_row_longer_than_the_budget_is_refused_with_the_way_out():
+def test_the_budget_does_not_part_a_sequence(policy):
+    """Templates that rewrote earlier turns, and a ratio of whole sequences."""
+    groups, credits = random_step(13, groups=4, restarts=0.8)
+    played = [t for g in groups for t in g.trajectories]
+    assert sum(any(one.restart for one in t.turns) for t in played) >= 4
+
+    def packed(budget: int, **options) -> Packed:
+        return pack(groups, credits, budget=budget, whole_trajectories=True, **options)
+
+    whole = step_gradient(policy, packed(10_000).batches, sequences=True)
+    assert whole[1].abs().max() > 1e-3
+    for budget in (64, 90, 131, 400):
+        for share_prefixes in (True, False):
+            cut = packed(budget, share_prefixes=share_prefixes)
+            assert len(cut.batches) > 1 or budget == 400
+            assert all(len(batch.tokens_T) <= budget for batch in cut.batches)
+            assert_same(step_gradient(policy, cut.batches, sequences=True), whole)
+
+
+def test_what_must_stay_together_and_does_not_fit_is_refused_with_the_way_out():
     group = group_of("t", [[turn(range(30), [1, 2])], [turn(range(30), [3])]])
     credit = Credit(rule="t", advantages=((1.0,), (-1.0,)))
     assert pack([group], [credit], budget=31).num_targets == 3
-    with pytest.raises(ValueError, match=r"31 tokens.*train\.tokens_per_microbatch.*30"):
+    with pytest.raises(OutOfMemory, match=r"a row of 31 tokens.*train\.tokens_per_microbatch = 30"):
         pack([group], [credit], budget=30)
 
-
-def test_a_turn_without_tokens_keeps_its_place():
-    turns = [turn([1, 2, 3], []), turn([4], [5, 6])]
-    (row,) = rows_of(turns, [0.5, -0.5], 0)
-    assert row.tokens == [1, 2, 3, 4, 5] and row.rows == [3, 4] and row.targets == [5, 6]
-    assert row.turns == [1, 1] and row.advantages == [0.5, -0.5]
-    assert rows_of([turn([1], [])], [1.0], 0) == []
-
-
-def test_a_restart_starts_a_row():
-    turns = [turn([1, 2], [3, 4]), turn([1, 9], [8], restart=True), turn([7], [6])]
-    first, second = rows_of(turns, [1.0, 2.0, 3.0], 5)
-    assert first.tokens == [1, 2, 3] and first.targets == [3, 4] and first.advantages == [1.0]
-    assert second.tokens == [1, 9, 8, 7] and second.rows == [1, 3] and second.turns == [0, 1]
-    assert {first.trajectory, second.trajectory} == {5}
+    rewritten = turn([*range(20), 40, 41], [4, 5], restart=True)
+    group = group_of("t", [[turn(range(30), [3])], [turn(range(30), [1, 2]), rewritten]])
+    credit = Credit(rule="t", advantages=((-1.0,), (1.0, 1.0)))
+    options = {"whole_trajectories": True}
+    assert len(pack([group], [credit], budget=31).batches) == 2
+    # 31 and 23 tokens, of which 20 are the same
+    assert len(pack([group], [credit], budget=34, **options).batches) == 1
+    with pytest.raises(OutOfMemory, match=r"trajectory 1 has 2 rows of together 34.*loss\.ratio"):
+        pack([group], [credit], budget=33, **options)
+    options["share_prefixes"] = False
+    assert len(pack([group], [credit], budget=54, **options).batches) == 2
+    with pytest.raises(OutOfMemory, match=r"2 rows of together 54 tokens.*= 53"):
+        pack([group], [credit], budget=53, **options)
 
 
-def test_a_turn_without_context_is_refused():
-    with pytest.raises(ValueError, match="no prompt"):
-        rows_of([turn([], [1])], [1.0], 0)
+def lists(rows: Rows) -> dict[str, list]:
+    return {name: getattr(rows, name).tolist() for name in Rows.__slots__}
+
+
+def test_rows_by_hand():
+    first = [turn([1, 2], [3, 4]), turn([1, 9], [8], restart=True), turn([7], [6])]
+    silent = [turn([1], [])]
+    last = [turn([1, 2, 3], []), turn([4], [5, 6]), turn([7], [])]
+    rows = rows_of([first, silent, last], [1.0, 2.0, 3.0, 9.0, 0.5, -0.5, 0.25])
+    found = lists(rows)
+    # what a turn without tokens was given is still there for those after it
+    assert found["tokens_T"] == [1, 2, 3, 1, 9, 8, 7, 1, 2, 3, 4, 5]
+    assert found["lengths_S"] == [3, 4, 5]
+    assert found["num_targets_S"] == [2, 2, 2] and found["num_turns_S"] == [1, 2, 3]
+    assert found["trajectories_S"] == [0, 0, 1]
+    assert found["states_N"] == [1, 2, 1, 3, 3, 4] and found["targets_N"] == [3, 4, 8, 6, 5, 6]
+    assert found["turns_N"] == [0, 0, 0, 1, 1, 1]
+    assert found["advantages_K"] == [1.0, 2.0, 3.0, 0.5, -0.5, 0.25]
+    assert found["places_K"] == [0, 1, 2, 0, 1, 2]
+    assert found["logprobs_N"] == pytest.approx([-0.5, -0.51, -0.5, -0.5, -0.5, -0.51])
+    assert found["values_N"] == found["value_targets_N"] == []
+    assert lists(rows.take([2, 0]))["tokens_T"] == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert len(rows_of([silent], [1.0])) == len(rows_of([], [])) == 0
+    with pytest.raises(ValueError, match="advantages: 2 for 3 turns"):
+        rows_of([first], [1.0, 2.0])
+
+
+def test_idle_ends_by_hand():
+    turns = [turn([1, 2], [3]), turn([4], [5, 6]), turn([7], [8])]
+    rows = rows_of([turns, turns, turns], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    found = lists(without_idle_ends(rows))
+    assert found["tokens_T"] == [1, 2, 1, 2, 3, 4, 5] and found["lengths_S"] == [2, 5]
+    assert found["num_targets_S"] == [1, 3] and found["num_turns_S"] == [3, 3]
+    assert found["targets_N"] == [3, 3, 5, 6] and found["trajectories_S"] == [1, 2]
+    assert len(without_idle_ends(rows_of([turns], [0.0, 0.0, 0.0]))) == 0
+
+
+@pytest.mark.parametrize("turns", [[turn([], [1])], [turn([1], [2]), turn([], [3], restart=True)]])
+def test_a_turn_without_context_is_refused(turns):
+    with pytest.raises(ValueError, match=f"turn {len(turns) - 1} of trajectory 1 has no prompt"):
+        rows_of([[turn([1], [2])], turns], [1.0] * (1 + len(turns)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -278,17 +342,25 @@ def test_computed_tokens_are_the_distinct_ones():
     groups, credits = random_step(11)
     contexts = set()
     for group, credit in zip(groups, credits, strict=True):
-        for i, (played, advantages) in enumerate(
-            zip(group.trajectories, credit.advantages, strict=True)
-        ):
-            for row in rows_of(played.turns, advantages, i) if credit.has_signal else []:
-                contexts |= {tuple(row.tokens[: n + 1]) for n in range(len(row.tokens))}
+        for played in group.trajectories if credit.has_signal else ():
+            context: list[int] = []
+            for one in played.turns:
+                context = [*([] if one.restart else context), *one.prompt_ids]
+                for token in one.sampled_ids:
+                    contexts |= {tuple(context[: n + 1]) for n in range(len(context))}
+                    context.append(token)
     packed = pack(groups, credits, budget=10_000)
     assert packed.num_tokens == len(contexts) < packed.num_tokens_total
+    assert packed.padding == 0.0
     assert packed.shared_prefix == 1 - packed.num_tokens / packed.num_tokens_total
     cut = pack(groups, credits, budget=90)
     assert len(contexts) < cut.num_tokens < packed.num_tokens_total
     assert max(len(batch.tokens_T) for batch in cut.batches) <= 90
+    plain = pack(groups, credits, budget=10_000, share_prefixes=False)
+    assert plain.num_tokens == plain.num_tokens_total
+    for each in (cut, plain):
+        laid_out = sum(batch.tokens_T.numel() for batch in each.batches)
+        assert each.padding == pytest.approx((laid_out - len(contexts)) / laid_out)
 
 
 def test_an_idle_rollout_costs_nothing_but_its_place_in_the_denominator():

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import by_hand
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,7 +40,7 @@ from turnfast.recipe import to_toml
 from turnfast.record import over_ranks
 from turnfast.run import open_run
 from turnfast.train import train
-from turnfast.types import Task
+from turnfast.types import Group, Task, Turn
 
 TESTS = Path(__file__).parent
 LOADING = threading.Lock()
@@ -65,6 +67,9 @@ def load(folder: Path) -> Policy:
         return load_policy(ModelConfig(), folder, torch.device("cpu"))
 
 
+LOSS = LossConfig()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
     packed: Packed
@@ -73,28 +78,59 @@ class Stepped:
     gradients: list[torch.Tensor]
 
 
-def two_steps(folder: Path, ranks: Ranks, seeds: tuple[int, ...] = (7, 8)) -> Stepped:
+def two_steps(
+    folder: Path, ranks: Ranks, *, rewritten: bool = False, loss: LossConfig = LOSS
+) -> Stepped:
     """Two updates on groups that are dealt to the ranks, one by one."""
     policy = load(folder)
     config = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=0.05)
     optimizer = Keeping(policy.model.parameters(), config, ranks=ranks)
     updates = []
-    for seed in seeds:
+    for seed in (7, 8):
         groups = ranks.share([*make_groups(seed), *make_groups(seed + 10)])
+        if rewritten:
+            groups = [rewritten_late(group) for group in groups]
         credits = assign_credits(groups, "mt_grpo")
-        packed = pack(groups, credits, budget=48, ranks=ranks)
-        updates.append(update(policy, optimizer, packed.batches, LossConfig(), ranks=ranks))
+        whole = loss.ratio == "sequence"
+        packed = pack(groups, credits, budget=64, whole_trajectories=whole, ranks=ranks)
+        updates.append(update(policy, optimizer, packed.batches, loss, ranks=ranks))
     weights = [p.detach().clone() for p in policy.model.parameters()]
     return Stepped(
         packed=packed, updates=updates, weights=weights, gradients=optimizer.gradients[0]
     )
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_the_step_of_several_ranks_is_that_of_one(tiny_folder, size, one_thread):
+def rewritten_late(group: Group) -> Group:
+    """As a template leaves it that drops what was thought in earlier turns."""
+
+    def late(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        start = turns[0].prompt_ids
+        return (
+            turns[0],
+            *(
+                replace(turn, restart=True, prompt_ids=(*start, *turn.prompt_ids))
+                for turn in turns[1:]
+            ),
+        )
+
+    return replace(
+        group, trajectories=tuple(replace(t, turns=late(t.turns)) for t in group.trajectories)
+    )
+
+
+SEQUENCES = LossConfig(
+    ratio="sequence", clip_high=1e3, old_logprobs="sampler", max_logprob_gap=100.0
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(2, {}), (3, {}), (5, {}), (3, {"rewritten": True, "loss": SEQUENCES})],
+)
+def test_the_step_of_several_ranks_is_that_of_one(tiny_folder, size, options, one_thread):
     """With five ranks one of them has no group at all, and yet a share of the rows."""
-    alone = two_steps(tiny_folder, ALONE)
-    together = on_ranks(size, lambda ranks: two_steps(tiny_folder, ranks))
+    alone = two_steps(tiny_folder, ALONE, **options)
+    together = on_ranks(size, lambda ranks: two_steps(tiny_folder, ranks, **options))
     assert sum(each.packed.num_targets for each in together) == alone.packed.num_targets
     for expected, *each in zip(alone.gradients, *(s.gradients for s in together), strict=True):
         assert (sum(each) - expected).abs().max() <= 1e-6
@@ -190,6 +226,28 @@ def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
     assert sum(targets for _, targets in thirteen) == sum(targets for _, targets in counts)
 
 
+def test_rows_that_share_nothing_are_balanced_by_what_they_cost_alone():
+    """One group with a long prompt, which counts for each of its rollouts, and three without."""
+
+    def tokens(ranks: Ranks) -> int:
+        groups = [
+            by_hand.group_of(
+                *(
+                    by_hand.rollout(
+                        i, [by_hand.turn(3, prompt_ids=(*range(length), g))], outcome=float(i)
+                    )
+                    for i in range(8)
+                )
+            )
+            for g, length in enumerate((600, 60, 60, 60) if ranks.leads else ())
+        ]
+        credits = assign_credits(groups, "mt_grpo")
+        return pack(groups, credits, budget=6000, share_prefixes=False, ranks=ranks).num_tokens
+
+    counts = on_ranks(4, tokens)
+    assert counts == [2 * 603 + 6 * 63] * 4
+
+
 def test_a_rank_without_batches_takes_the_step_with_the_others(tiny_folder, one_thread):
     """The only row is the other rank's; two updates, so that old log-probs are kept of nothing."""
 
@@ -215,6 +273,12 @@ def test_what_ranks_tell_each_other():
         == [[{"é": [rank, None, 0.1]} for rank in range(3)]] * 3
     )
     assert on_ranks(3, lambda r: r.sum([r.rank, 0.5])) == [[3, 1.5]] * 3
+    vectors = [np.arange(2.0), np.array([], np.int32), np.array([1 << 40])]
+    for everyone in on_ranks(3, lambda r: r.gather_arrays([x[r.rank % 2 :] for x in vectors])):
+        assert [[x.tolist() for x in each] for each in everyone] == [
+            [[0.0, 1.0], [], [1 << 40]], [[1.0], [], []], [[0.0, 1.0], [], [1 << 40]],
+        ]  # fmt: skip
+        assert [x.dtype for x in everyone[1]] == [x.dtype for x in vectors]
     assert on_ranks(3, lambda r: r.any(r.rank == 2)) == [True] * 3
     assert on_ranks(3, lambda r: list(r.share("abcd"))) == [["a", "d"], ["b"], ["c"]]
     assert (ALONE.gather(1), ALONE.sum([2.0]), ALONE.any(False)) == ([1], [2.0], False)

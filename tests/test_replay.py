@@ -208,7 +208,8 @@ CHILD = """
     from turnfast.model import load_policy
     from turnfast.optim import Optimizer
     from turnfast.packing import batch_of
-    from turnfast.rows import Row
+    from turnfast.rows import rows_of
+    from turnfast.types import Turn
 
     torch.set_num_threads(1)
     policy = load_policy(ModelConfig(), Path(sys.argv[1]), torch.device("cpu"))
@@ -219,13 +220,13 @@ CHILD = """
         for index in range(rows):
             ids = torch.randint(3, 280, (length,), generator=draw).tolist()
             made.append(
-                Row(
-                    tokens=ids, rows=list(range(length - 9, length - 1)), targets=ids[-8:],
-                    turns=[0] * 8, logprobs=[-5.0] * 8, advantages=[1.0 - index % 3],
-                    places=[0], trajectory=index,
+                Turn(
+                    prompt_ids=tuple(ids[:-8]), sampled_ids=tuple(ids[-8:]), logprobs=(-5.0,) * 8,
+                    text="", finish="stop",
                 )
             )
-        return batch_of(made, [1 / (8 * rows)] * rows, "cpu", share_prefixes=True)
+        found = rows_of([[turn] for turn in made], [1.0 - index % 3 for index in range(rows)])
+        return batch_of(found, [1 / (8 * rows)] * rows, "cpu", share_prefixes=True)
 
     def held(name):
         text = Path("/proc/self/status").read_text()

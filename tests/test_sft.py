@@ -16,7 +16,8 @@ from turnfast.metrics import read_metrics
 from turnfast.optim import Optimizer
 from turnfast.packing import batch_of
 from turnfast.recipe import build_config, load_config
-from turnfast.sft import demonstration_rows, sft
+from turnfast.rows import Rows, rows_of
+from turnfast.sft import demonstration_turns, sft
 from turnfast.warm_start import warm_start
 
 TALK = Demonstration(
@@ -58,20 +59,23 @@ class Shown:
         return []
 
 
+def rows_for(chat, *demonstrations: Demonstration) -> Rows:
+    shown = [demonstration_turns(chat, one) for one in demonstrations]
+    return rows_of(shown, [1.0] * sum(map(len, shown)))
+
+
 def test_targets_are_the_assistants_words_and_ends(chat):
-    (row,) = demonstration_rows(chat, TALK)
+    row = rows_for(chat, TALK)
     said = [chat.encode_reply("<tool>Ulm</tool>"), chat.encode_reply("Ida")]
-    assert row.targets == [*said[0], *said[1]]
-    for place, target in zip(row.rows[:-1], row.targets[:-1], strict=True):
-        assert row.tokens[place + 1] == target
-    assert set(row.advantages) == {1.0}
-    (short,) = demonstration_rows(chat, SHORT)
-    assert chat.text(short.targets) == "é𝄞" and short.targets[-1] == chat.end_id
+    assert len(row) == 1 and row.targets_N.tolist() == [*said[0], *said[1]]
+    assert row.tokens_T[row.states_N[:-1] + 1].tolist() == row.targets_N[:-1].tolist()
+    short = rows_for(chat, SHORT)
+    assert chat.text(short.targets_N.tolist()) == "é𝄞" and short.targets_N[-1] == chat.end_id
 
 
 def test_the_gradient_is_that_of_the_likelihood(policy, chat):
-    rows = [row for shown in (TALK, SHORT) for row in demonstration_rows(chat, shown)]
-    count = sum(len(row.targets) for row in rows)
+    rows = rows_for(chat, TALK, SHORT)
+    count = len(rows.targets_N)
     gradients = []
 
     class Keeping(Optimizer):
@@ -81,14 +85,14 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
 
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
     optimizer = Keeping(policy.model.parameters(), OptimConfig(lr=1e-3))
-    done = update(policy, optimizer, [batch_of(rows, [1.0 / count], "cpu")], LossConfig())
+    done = update(policy, optimizer, [batch_of(rows, [1.0 / count] * 2, "cpu")], LossConfig())
 
     policy.model.load_state_dict(start)
     loss = torch.zeros(())
-    for row in rows:
-        ids = [*row.tokens, row.targets[-1]]
+    for row in (rows.take([i]) for i in range(len(rows))):
+        ids = [*row.tokens_T.tolist(), int(row.targets_N[-1])]
         labels = [-100] * len(ids)
-        for place, target in zip(row.rows, row.targets, strict=True):
+        for place, target in zip(row.states_N, row.targets_N.tolist(), strict=True):
             labels[place + 1] = target
         out = policy.model(input_ids=torch.tensor([ids]), use_cache=False)
         logits = out.logits[0, :-1].float()

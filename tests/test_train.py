@@ -93,7 +93,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
         assert set(line) >= NAMED and "nonfinite" not in line
         phases = sum(line[f"time/{p}"] for p in ("rollout", "score", "pack", "train", "sync"))
         assert 0.98 * line["time/step"] <= phases <= line["time/step"] + 1e-9
-        assert line["padding"] == 0.0 and line["logprob_gap/max"] <= 1e-4
+        assert line["padding"] <= 0.05 and line["logprob_gap/max"] <= 1e-4
         assert line["sync_gap"] <= 1e-4
         # a model that knows nothing yet earns nothing: a step without signal is no update
         if line["zero_signal_groups"] == 1.0:

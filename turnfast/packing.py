@@ -14,21 +14,19 @@ from is computed once and predicts a target for each of them::
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, chain
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels.packing import pack_rows
-from .kernels.tree import cut_tree, prefix_tree, split_over_ranks
+from .kernels.packing import pack_rows, spread_rows
+from .kernels.tree import PrefixTree, cut_tree, path_cost, prefix_tree, split_over_ranks
 from .ranks import ALONE, Ranks
-from .rows import Row, rows_of, without_idle_end
-from .types import Batch, Credit, Group
+from .replay import OutOfMemory
+from .rows import Rows, join, ranges, rows_of, without_idle_ends
+from .types import Batch, Credit, Group, TokenCredit, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +35,7 @@ class Packed:
 
     Attributes:
         num_tokens: tokens that the model computes.
+        num_distinct: tokens of the rows as one prefix tree, the fewest that could be computed.
         num_tokens_total: tokens of all rows, each row counted whole.
         num_targets: sampled tokens among them, the N of all batches.
         num_idle_tokens: tokens of rows, or ends of rows, left out for want of an advantage.
@@ -45,6 +44,7 @@ class Packed:
 
     batches: tuple[Batch, ...]
     num_tokens: int
+    num_distinct: int
     num_tokens_total: int
     num_targets: int
     num_idle_tokens: int
@@ -55,6 +55,13 @@ class Packed:
         """Share of the rows' tokens that need not be computed, because another row has them."""
         total = self.num_tokens_total
         return 1.0 - self.num_tokens / total if total else 0.0
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that nobody needs: all but the distinct ones. Prefixes that
+        a cut between micro-batches repeats are among them, and all that rows have in common where
+        it is not shared."""
+        return 1.0 - self.num_distinct / self.num_tokens if self.num_tokens else 0.0
 
 
 def pack(
@@ -67,6 +74,7 @@ def pack(
     device: torch.device | str = "cpu",
     share_prefixes: bool = True,
     drop_idle: bool = False,
+    whole_trajectories: bool = False,
     ranks: Ranks = ALONE,
 ) -> Packed:
     """Pack a step's trajectories.
@@ -81,6 +89,8 @@ def pack(
         drop_idle: leave out the rows, and the ends of rows, behind the last turn that has an
             advantage. The gradient is the same if the loss has neither an entropy nor a KL term and
             its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
+        whole_trajectories: the rows of a trajectory whose turns were rewritten stay together, in
+            one micro-batch of one rank, for a loss that looks at whole sequences.
         ranks: all call this at the same time, each with its own groups. Their rows are put together
             and dealt out again, balanced by tokens and attention. The weights are those of the
             whole step, so the gradients of all ranks add up to that of one; counts are the rank's
@@ -89,176 +99,207 @@ def pack(
     denominator too. Failed and masked trajectories are left out of everything.
 
     Raises:
-        ValueError: a row does not fit the budget, or the normaliser is unknown.
+        OutOfMemory: a row, or a trajectory that stays together, does not fit the budget.
+        ValueError: the normaliser is unknown.
     """
     with ranks.together():
-        rows, lengths, silent = _rows_of_all(groups, credits)
+        rows, silent = _rows_of_all(groups, credits)
     if ranks.size > 1:
-        rows, lengths = _put_together(ranks.gather(([asdict(row) for row in rows], lengths)))
-    weights = _weights(lengths, normalizer, constant)
-    num_whole = sum(len(row.tokens) for row in rows)
+        rows = _put_together(rows, ranks)
+    weights = _weights(rows, normalizer, constant)
+    num_whole = len(rows.tokens_T)
     if drop_idle:
-        rows = [cut for cut in map(without_idle_end, rows) if cut.targets]
-    num_idle = num_whole - sum(len(row.tokens) for row in rows)
-    num_value_targets = sum(not math.isnan(t) for row in rows for t in row.value_targets)
-    _refuse_long_rows(rows, budget)
+        rows = without_idle_ends(rows)
+    num_idle = num_whole - len(rows.tokens_T)
+    num_value_targets = int(np.isfinite(rows.value_targets_N).sum())
+    # rows of one owner stay together
+    owners = rows.trajectories_S if whole_trajectories else np.arange(len(rows))
+    _refuse_long(rows, owners, budget, share_prefixes)
     if ranks.size > 1:
-        rows = _share_of(rows, ranks)
+        mine = _share_of(rows, owners, ranks, share_prefixes)
+        rows, owners = rows.take(mine), owners[mine]
     with ranks.together():
+        tree = _tree_of(rows)
         batches = tuple(
             batch_of(
-                [rows[i] for i in chosen],
+                part,
                 weights,
                 device,
                 share_prefixes=share_prefixes,
                 num_value_targets=num_value_targets,
+                tree=whole,
             )
-            for chosen in _deal(rows, budget, share_prefixes)
+            for part, whole in _parts(rows, owners, tree, budget, share_prefixes)
         )
     return Packed(
         batches=batches,
         num_tokens=sum(len(batch.tokens_T) for batch in batches),
-        num_tokens_total=sum(len(row.tokens) for row in rows),
-        num_targets=sum(len(row.targets) for row in rows),
+        num_distinct=len(rows.tokens_T) - int(tree.shared_S.sum()),
+        num_tokens_total=len(rows.tokens_T),
+        num_targets=len(rows.targets_N),
         num_idle_tokens=num_idle,
         zero_signal_groups=silent,
     )
 
 
-def _rows_of_all(
-    groups: Sequence[Group], credits: Sequence[Credit]
-) -> tuple[list[Row], list[int], int]:
-    """All rows that carry a gradient, the targets of each trajectory, and the groups left out."""
-    rows: list[Row] = []
-    lengths: list[int] = []
+def _rows_of_all(groups: Sequence[Group], credits: Sequence[Credit]) -> tuple[Rows, int]:
+    """All rows that carry a gradient, and the number of groups left out."""
+    played: list[Sequence[Turn]] = []
+    advantages: list[float] = []
+    tokens: list[TokenCredit] = []
     silent = 0
     for group, credit in zip(groups, credits, strict=True):
         if not credit.has_signal:
             silent += 1
             continue
-        for i, (trajectory, advantages) in enumerate(
-            zip(group.trajectories, credit.advantages, strict=True)
-        ):
-            if trajectory.left_out or not trajectory.num_sampled:
-                continue
-            tokens = credit.tokens[i] if credit.tokens is not None else None
-            rows += rows_of(trajectory.turns, advantages, len(lengths), tokens)
-            lengths.append(trajectory.num_sampled)
-    return rows, lengths, silent
+        for i, trajectory in enumerate(group.trajectories):
+            if not trajectory.left_out:
+                played.append(trajectory.turns)
+                advantages += credit.advantages[i]
+                if credit.tokens is not None:
+                    tokens.append(credit.tokens[i])
+    return rows_of(played, advantages, tokens), silent
 
 
-def _put_together(
-    parts: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[int]]],
-) -> tuple[list[Row], list[int]]:
-    """The rows of several ranks, their trajectories numbered through."""
-    rows: list[Row] = []
-    lengths: list[int] = []
-    for plain_rows, their_lengths in parts:
-        for plain in plain_rows:
-            row = Row(**plain)
-            rows.append(replace(row, trajectory=len(lengths) + row.trajectory))
-        lengths += their_lengths
-    return rows, lengths
+def _put_together(rows: Rows, ranks: Ranks) -> Rows:
+    """The rows of all ranks."""
+    names = [f.name for f in fields(Rows)]
+    everyone = ranks.gather_arrays([getattr(rows, name) for name in names])
+    return join([Rows(**dict(zip(names, arrays, strict=True))) for arrays in everyone])
 
 
-def _deal(rows: Sequence[Row], budget: int, share_prefixes: bool) -> list[list[int]]:
-    """The rows of each micro-batch."""
-    if not share_prefixes or not rows:
-        return pack_rows([len(row.tokens) for row in rows], budget)
-    return cut_tree(*_tree_order(rows), budget)
+def _parts(
+    rows: Rows, owners: np.ndarray, tree: PrefixTree, budget: int, share_prefixes: bool
+) -> Iterator[tuple[Rows, PrefixTree | None]]:
+    """The rows of each micro-batch, and their prefix tree if it is there already."""
+    if not len(rows):
+        return
+    if share_prefixes and len(tree.sources_T) <= budget:
+        yield rows, tree
+        return
+    if share_prefixes:
+        dealt = cut_tree(*_order(rows, tree), budget, owners=owners.tolist())
+    else:
+        # what a row costs does not depend on those beside it: the fewest micro-batches are best
+        sizes, of_owner = _by_owner(rows.lengths_S, owners)
+        dealt = [_owned(of_owner, chosen) for chosen in pack_rows(sizes, budget)]
+    for chosen in dealt:
+        yield rows.take(chosen), None
 
 
-def _share_of(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
-    if len(rows) < ranks.size:
-        return list(ranks.share(rows))  # nothing, for some
-    return [rows[i] for i in split_over_ranks(*_tree_order(rows), ranks.size)[ranks.rank]]
+def _share_of(rows: Rows, owners: np.ndarray, ranks: Ranks, share_prefixes: bool) -> np.ndarray:
+    """The rows of this rank."""
+    if share_prefixes:
+        order = _order(rows, _tree_of(rows))
+        mine = split_over_ranks(*order, ranks.size, owners=owners.tolist())[ranks.rank]
+        return np.array(mine, np.int64)
+    costs, of_owner = _by_owner(path_cost(rows.lengths_S), owners)
+    return _owned(of_owner, spread_rows(costs, ranks.size)[ranks.rank])
 
 
-def _tree_order(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int]]:
+def _by_owner(costs_S: np.ndarray, owners: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """What the rows of each owner cost together, and which owner each row has."""
+    of_owner = np.unique(owners, return_inverse=True)[1]
+    return np.bincount(of_owner, costs_S).astype(np.int64).tolist(), of_owner
+
+
+def _owned(of_owner: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
+    """The rows of some owners."""
+    return np.isin(of_owner, chosen).nonzero()[0]
+
+
+def _order(rows: Rows, tree: PrefixTree) -> tuple[list[int], list[int], list[int]]:
     """Lengths of the rows, their order in the prefix tree, and what each shares with the last."""
-    lengths = [len(row.tokens) for row in rows]
-    tree = prefix_tree(_flat_tokens(rows), lengths)
-    return lengths, tree.order_S.tolist(), tree.shared_S.tolist()
+    return rows.lengths_S.tolist(), tree.order_S.tolist(), tree.shared_S.tolist()
 
 
-def _refuse_long_rows(rows: Sequence[Row], budget: int) -> None:
-    longest = max(rows, key=lambda row: len(row.tokens), default=None)
-    if longest is not None and len(longest.tokens) > budget:
-        raise ValueError(
-            f"trajectory {longest.trajectory} has a row of {len(longest.tokens)} tokens, more than "
-            f"train.tokens_per_microbatch = {budget}: raise it, or lower rollout.max_context"
+def _tree_of(rows: Rows) -> PrefixTree:
+    return prefix_tree(torch.from_numpy(rows.tokens_T), rows.lengths_S.tolist())
+
+
+def _refuse_long(rows: Rows, owners: np.ndarray, budget: int, share_prefixes: bool) -> None:
+    sizes, of_owner = _by_owner(rows.lengths_S, owners)
+    for large in (number for number, size in enumerate(sizes) if size > budget):
+        theirs = rows.take(_owned(of_owner, [large]))
+        size = len(_tree_of(theirs).sources_T) if share_prefixes else sizes[large]
+        if size <= budget:
+            continue
+        what = "a row of" if len(theirs) == 1 else f"{len(theirs)} rows of together"
+        way = "lower rollout.max_context"
+        if len(theirs) > 1:
+            way = "set loss.ratio to 'turn' or 'token', which need not see a trajectory whole"
+        raise OutOfMemory(
+            f"trajectory {theirs.trajectories_S[0]} has {what} {size} tokens, more than "
+            f"train.tokens_per_microbatch = {budget}: raise it, or {way}"
         )
 
 
-def _weights(lengths: Sequence[int], normalizer: str, constant: float) -> list[float]:
+def _weights(rows: Rows, normalizer: str, constant: float) -> np.ndarray:
     """Weight of each target, per trajectory."""
+    lengths = np.bincount(rows.trajectories_S, rows.num_targets_S)
     if normalizer == "token":
-        return [1.0 / sum(lengths)] * len(lengths) if lengths else []
+        return np.full(len(lengths), 1.0 / max(1.0, lengths.sum()))
     if normalizer == "sequence":
-        return [1.0 / (len(lengths) * n) for n in lengths]
+        return 1.0 / (len(lengths) * lengths)
     if normalizer == "constant":
-        return [1.0 / (len(lengths) * constant)] * len(lengths)
+        return np.full(len(lengths), 1.0 / (max(1, len(lengths)) * constant))
     raise ValueError(f"normalizer: {normalizer!r} is none of 'token', 'sequence', 'constant'")
 
 
 def batch_of(
-    rows: Sequence[Row],
-    weights: Sequence[float],
+    rows: Rows,
+    weights: Sequence[float] | np.ndarray,
     device: torch.device | str,
     *,
     share_prefixes: bool = False,
     num_value_targets: int = 0,
+    tree: PrefixTree | None = None,
 ) -> Batch:
-    """One micro-batch; `weights[row.trajectory]` is the weight of each target of a row, and the
-    reciprocal of `num_value_targets` that of each target for the critic."""
-    tokens = _flat_tokens(rows)
-    lengths = [len(row.tokens) for row in rows]
-    first_token = [0, *accumulate(lengths)]
-    first_turn = [0, *accumulate(len(row.advantages) for row in rows)]
-    rows_N = _each(row.rows for row in rows) + _repeat(first_token, [len(row.rows) for row in rows])
+    """One micro-batch.
+
+    Args:
+        weights: of each target, per trajectory.
+        num_value_targets: the reciprocal is the weight of each target for the critic.
+        tree: that of the rows, made here where it is not given.
+    """
+    starts_S = rows.lengths_S.cumsum() - rows.lengths_S
+    first_turn_S = rows.num_turns_S.cumsum() - rows.num_turns_S
+    rows_N = torch.from_numpy(rows.states_N + np.repeat(starts_S, rows.num_targets_S))
+    tokens, ends_T = torch.from_numpy(rows.tokens_T), None
     if share_prefixes:
-        tree = prefix_tree(tokens, lengths)
+        tree = tree or _tree_of(rows)
         tokens, positions, ends_T = tokens[tree.sources_T], tree.positions_T, tree.ends_T
         rows_N = tree.places[rows_N]
-        edges = torch.cat([(positions == 0).nonzero().squeeze(1), torch.tensor([len(tokens)])])
+        starts = (positions == 0).nonzero().squeeze(1)
     else:
-        positions, ends_T = _each(map(range, lengths)), None
-        edges = torch.tensor(first_token)
-    num_targets = [len(row.targets) for row in rows]
+        positions = torch.from_numpy(ranges(np.zeros_like(starts_S), rows.lengths_S))
+        starts = torch.from_numpy(starts_S)
+    turns_N = rows.turns_N + np.repeat(first_turn_S, rows.num_targets_S)
+    weights_S = np.asarray(weights, np.float32)[rows.trajectories_S]
     on_host = {
         "tokens_T": tokens,
         "positions_T": positions,
         "ends_T": ends_T,
-        "cu_seqlens": edges.int(),
+        "cu_seqlens": torch.cat([starts, starts.new_tensor([len(tokens)])]).int(),
         "rows_N": rows_N,
-        "targets_N": _each(row.targets for row in rows),
-        "turns_N": (_each(row.turns for row in rows) + _repeat(first_turn, num_targets)).int(),
-        "advantages_K": torch.tensor([a for row in rows for a in row.advantages]),
-        "places_K": _each(row.places or range(len(row.advantages)) for row in rows),
-        "sequences_K": torch.tensor([row.trajectory for row in rows for _ in row.advantages]),
-        "weights_N": _repeat([weights[row.trajectory] for row in rows], num_targets),
-        "sampler_logprobs_N": torch.tensor([x for row in rows for x in row.logprobs]),
+        "targets_N": rows.targets_N,
+        "turns_N": turns_N.astype(np.int32),
+        "advantages_K": rows.advantages_K,
+        "places_K": rows.places_K,
+        "sequences_K": np.repeat(rows.trajectories_S, rows.num_turns_S),
+        "weights_N": np.repeat(weights_S, rows.num_targets_S),
+        "sampler_logprobs_N": rows.logprobs_N,
     }
-    if any(row.values for row in rows):
-        targets = torch.tensor([t for row in rows for t in row.value_targets])
+    if len(rows.values_N):
+        known_N = ~np.isnan(rows.value_targets_N)
         on_host |= {
-            "values_N": torch.tensor([v for row in rows for v in row.values]),
-            "value_targets_N": targets.nan_to_num(),
-            "value_weights_N": (~targets.isnan()).float() / max(1, num_value_targets),
+            "values_N": rows.values_N,
+            "value_targets_N": np.where(known_N, rows.value_targets_N, np.float32(0)),
+            "value_weights_N": known_N / np.float32(max(1, num_value_targets)),
         }
-    on_device = {name: x if x is None else x.to(device) for name, x in on_host.items()}
-    return Batch(max_seqlen=max(lengths), **on_device)  # type: ignore[arg-type]
+    on_device = {name: _on(device, x) for name, x in on_host.items()}
+    return Batch(max_seqlen=int(rows.lengths_S.max()), **on_device)  # type: ignore[arg-type]
 
 
-def _flat_tokens(rows: Sequence[Row]) -> Tensor:
-    return _each(row.tokens for row in rows)
-
-
-def _each(lists: Iterable[Sequence[int]]) -> Tensor:
-    """All numbers of all lists, int64."""
-    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64))
-
-
-def _repeat(values: Sequence[float], counts: Sequence[int]) -> Tensor:
-    """`values[i]` repeated `counts[i]` times."""
-    return torch.tensor(values[: len(counts)]).repeat_interleave(torch.tensor(counts))
+def _on(device: torch.device | str, x: Tensor | np.ndarray | None) -> Tensor | None:
+    return x if x is None else torch.as_tensor(x, device=device)

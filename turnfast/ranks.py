@@ -4,9 +4,9 @@ Started by torchrun (or with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTE
 environment), every process is one rank with the whole model, a sampler and a GPU of its own. Alone,
 every method answers at once, and no process group is made.
 
-Numbers and texts go through gloo as JSON, never pickled; gradients through NCCL where they are on a
-GPU. The groups are the ranks' own, not torch's default one: that is left to the inference engine,
-which makes one of a single process.
+Texts go through gloo as JSON and vectors as their bytes, nothing pickled; gradients through NCCL
+where they are on a GPU. The groups are the ranks' own, not torch's default one: that is left to the
+inference engine, which makes one of a single process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,14 +72,22 @@ class Ranks:
         """What each rank has, in the order of the ranks; values of JSON."""
         if self.size == 1:
             return [value]
-        text = json.dumps(value).encode()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._all_gather(lengths, torch.tensor([len(text)]))
-        most = max(int(length) for length in lengths)
-        texts = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.size)]
-        padded = torch.frombuffer(bytearray(text.ljust(most)), dtype=torch.uint8)
-        self._all_gather(texts, padded)
-        return [json.loads(bytes(each.tolist())) for each in texts]
+        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
+
+    def gather_arrays(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """The vectors of each rank, in the order of the ranks. They may differ in length, not in
+        dtype."""
+        if self.size == 1:
+            return [list(arrays)]
+        everyone = self._gather_bytes(b"".join(array.tobytes() for array in arrays))
+        sizes = self.gather([array.nbytes for array in arrays])
+        return [
+            [
+                np.frombuffer(part, array.dtype).copy()
+                for array, part in zip(arrays, _split(whole, theirs), strict=True)
+            ]
+            for whole, theirs in zip(everyone, sizes, strict=True)
+        ]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number, added up over the ranks; the same on all of them."""
@@ -135,6 +144,17 @@ class Ranks:
 
     def close(self) -> None:
         self._groups.clear()
+
+    def _gather_bytes(self, text: bytes) -> list[bytes]:
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._all_gather(lengths, torch.tensor([len(text)]))
+        most = max(int(length) for length in lengths)
+        texts = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.size)]
+        self._all_gather(texts, torch.frombuffer(bytearray(text.ljust(most)), dtype=torch.uint8))
+        return [
+            each.numpy()[: int(length)].tobytes()
+            for each, length in zip(texts, lengths, strict=True)
+        ]
 
     def _all_gather(self, into: list[Tensor], value: Tensor) -> None:
         with self._alarm():
@@ -215,6 +235,13 @@ def open_ranks(
         yield ranks
     finally:
         ranks.close()
+
+
+def _split(whole: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    start = 0
+    for size in sizes:
+        yield whole[start : start + size]
+        start += size
 
 
 def _take_gpu(place: int) -> None:

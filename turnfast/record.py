@@ -36,7 +36,6 @@ class StepRecord:
 def figures_of(record: StepRecord) -> dict[str, Any]:
     """One line of metrics.jsonl, without the step's number."""
     gathered, packed, updated = record.gathered, record.packed, record.updated
-    laid_out = sum(len(batch.tokens_T) for batch in packed.batches)
     return {
         **summarise(gathered.groups, record.credits),
         **diagnose(gathered.groups, record.credits),
@@ -66,7 +65,7 @@ def figures_of(record: StepRecord) -> dict[str, Any]:
         "budget_halvings": updated.halvings,
         "tokens": packed.num_tokens,
         "tokens_trained": packed.num_targets,
-        "padding": (laid_out - packed.num_tokens) / max(1, laid_out),
+        "padding": packed.padding,
         "shared_prefix": packed.shared_prefix,
         **record.times,
     }

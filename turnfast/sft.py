@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, pairwise
 
+import numpy as np
 from jinja2 import TemplateError
 
 from .chat import Bridge, ChatError
@@ -22,7 +23,7 @@ from .model import Policy
 from .optim import Optimizer
 from .packing import batch_of
 from .replay import Budget
-from .rows import Row, rows_of
+from .rows import rows_of
 from .types import Turn
 
 
@@ -49,22 +50,27 @@ def sft(
         ConfigError: there are no demonstrations, or one is too long.
         TrainingError: the loss or its gradient is not finite.
     """
-    rows: list[Row] = []
-    for where, shown in demonstrations_of(env, config.data, seed):
+    places: list[str] = []
+    shown: list[list[Turn]] = []
+    for where, demonstration in demonstrations_of(env, config.data, seed):
         try:
-            found = demonstration_rows(chat, shown)
+            shown.append(demonstration_turns(chat, demonstration))
         except (ConfigError, ChatError, TemplateError) as error:
             raise ConfigError(f"{where}: {error}") from None
-        _refuse_long(max(len(row.tokens) for row in found), where, policy, config)
-        rows += found
+        places.append(where)
+    rows = rows_of(shown, [1.0] * sum(map(len, shown)))
+    lengths = rows.lengths_S.tolist()
+    for length, number in zip(lengths, rows.trajectories_S.tolist(), strict=True):
+        _refuse_long(length, places[number], policy, config)
     optimizer = optimizer or sft_optimizer(policy, config)
-    parts = _parts(rows, config.batch_tokens, seed)
+    parts = _parts(lengths, config.batch_tokens, seed)
     budget = Budget()
     for step, part in enumerate(islice(parts, done, config.steps), start=done + 1):
         if should_stop():
             return step - 1
-        weight = 1.0 / sum(len(row.targets) for row in part)
-        batch = batch_of(part, [weight], policy.device)
+        taken = rows.take(part)
+        weights = np.full(len(shown), 1.0 / len(taken.targets_N))
+        batch = batch_of(taken, weights, policy.device)
         budget.begin_step()
         report(step, update(policy, optimizer, [batch], LossConfig(), budget=budget))
     return max(done, config.steps)
@@ -76,8 +82,8 @@ def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:
     return Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
 
 
-def demonstration_rows(chat: Bridge, shown: Demonstration) -> list[Row]:
-    """The rows of one demonstration; targets are the assistant's messages and their ends."""
+def demonstration_turns(chat: Bridge, shown: Demonstration) -> list[Turn]:
+    """One demonstration as if the assistant's messages, and their ends, were sampled."""
     messages = shown.messages
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not said or said[0] == 0:
@@ -99,7 +105,7 @@ def demonstration_rows(chat: Bridge, shown: Demonstration) -> list[Row]:
         )
         if after < len(messages):
             talk = chat.extend(talk, text, True, messages[here + 1 : after])
-    return rows_of(turns, [1.0] * len(turns), 0)
+    return turns
 
 
 def _refuse_long(length: int, where: str, policy: Policy, config: SftConfig) -> None:
@@ -117,15 +123,15 @@ def _refuse_long(length: int, where: str, policy: Policy, config: SftConfig) -> 
         )
 
 
-def _parts(rows: Sequence[Row], budget: int, seed: int) -> Iterator[list[Row]]:
-    """Endless shuffled passes over the rows, cut whenever the budget is full."""
+def _parts(lengths: Sequence[int], budget: int, seed: int) -> Iterator[list[int]]:
+    """Endless shuffled passes over rows of these lengths, cut whenever the budget is full."""
     order = random.Random(seed)
-    taken: list[Row] = []
+    taken: list[int] = []
     size = 0
     while True:
-        for row in order.sample(rows, len(rows)):
-            if taken and size + len(row.tokens) > budget:
+        for row in order.sample(range(len(lengths)), len(lengths)):
+            if taken and size + lengths[row] > budget:
                 yield taken
                 taken, size = [], 0
             taken.append(row)
-            size += len(row.tokens)
+            size += lengths[row]

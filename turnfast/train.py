@@ -140,6 +140,7 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: 
         share_prefixes=config.train.share_prefixes,
         # a token without advantage still teaches the critic
         drop_idle=not needs_every_token(config.loss) and run.critic is None,
+        whole_trajectories=config.loss.ratio == "sequence",
         ranks=run.ranks,
     )
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..kernels import linear_logprobs
 from ..packing import batch_of
-from ..rows import Row
+from ..rows import rows_of
+from ..types import Turn
 from .architecture import sliding_window
 from .device import default_tolerance
 from .policy import Policy, hidden_states
@@ -109,9 +110,9 @@ def _plain_logprobs(model: Any, rows: list[list[int]]) -> Tensor:
 @torch.no_grad()
 def _logprobs(policy: Policy, rows: list[list[int]], *, share_prefixes: bool) -> Tensor:
     """[rows, scored] log-probs of the last ids of each row, as training computes them."""
-    batch = batch_of(
-        [_scored_row(ids) for ids in rows], [1.0], policy.device, share_prefixes=share_prefixes
-    )
+    turns = [[_scored_turn(ids)] for ids in rows]
+    ones = [1.0] * len(rows)
+    batch = batch_of(rows_of(turns, ones), ones, policy.device, share_prefixes=share_prefixes)
     found = linear_logprobs(
         hidden_states(policy, batch),
         policy.head_VD,
@@ -122,15 +123,12 @@ def _logprobs(policy: Policy, rows: list[list[int]], *, share_prefixes: bool) ->
     return found.logprobs.view(len(rows), -1)
 
 
-def _scored_row(ids: list[int]) -> Row:
-    places = range(len(ids) - 1)[-SCORED:]
-    return Row(
-        tokens=ids[:-1],
-        rows=list(places),
-        targets=[ids[place + 1] for place in places],
-        turns=[0] * len(places),
-        logprobs=[0.0] * len(places),
-        advantages=[1.0],
-        places=[0],
-        trajectory=0,
+def _scored_turn(ids: list[int]) -> Turn:
+    start = max(1, len(ids) - SCORED)
+    return Turn(
+        prompt_ids=tuple(ids[:start]),
+        sampled_ids=tuple(ids[start:]),
+        logprobs=(0.0,) * (len(ids) - start),
+        text="",
+        finish="stop",
     )
