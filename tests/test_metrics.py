@@ -14,9 +14,10 @@ from by_hand import rollout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError
-from turnfast.jsonl import append_line, read_lines, to_strict
+from turnfast.config import Config, ConfigError, RolloutConfig
+from turnfast.jsonl import append_lines, read_lines, to_strict
 from turnfast.metrics import RunDir, read_metrics, summarise
+from turnfast.overlong import settle_overlong
 from turnfast.recipe import build_config
 from turnfast.stopwatch import Stopwatch
 from turnfast.types import Credit, Group, Task, Turn
@@ -111,7 +112,7 @@ def test_what_is_written_is_strict_json_and_reads_back(tmp_path_factory, record)
     record = {key: value for key, value in record.items() if key != "step"}
     path = tmp_path_factory.mktemp("j") / "x.jsonl"
     strict, lost = to_strict({"step": 0, **record})
-    append_line(path, strict)
+    append_lines(path, [strict])
     (line,) = read_lines(path)
     not_finite = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
     assert lost == len(not_finite)
@@ -161,6 +162,21 @@ def test_rewind_leaves_every_step_once(tmp_path):
     assert run.metrics.read_text().splitlines()[:6] == before
     assert [line["step"] for line in read_lines(run.rollouts)] == list(range(6))
     assert run.rewind(-1) == 8 and read_metrics(run.path) == []
+
+
+def test_a_kill_in_the_middle_of_a_step_costs_its_lines_and_no_others(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    for step in (1, 2):
+        run.log_rollouts(step, [group(rollout(turns=[turn("x")]))] * 3)
+    whole = run.rollouts.read_bytes()
+    ends = [i for i, byte in enumerate(whole, 1) if byte == ord("\n")]
+    assert len(ends) == 6
+    for stop in (ends[2], ends[2] + 9, ends[4], ends[4] + 9):
+        run.rollouts.write_bytes(whole[:stop])
+        run.rewind(1)
+        assert run.rollouts.read_bytes() == whole[: ends[2]]
+        run.log_rollouts(2, [group(rollout(turns=[turn("x")]))] * 3)
+        assert run.rollouts.read_bytes() == whole
 
 
 def test_rewind_of_an_empty_run_is_nothing(tmp_path):
@@ -242,6 +258,8 @@ def test_summarise_by_hand():
         "status/reward_error": 0,
         "status/timeout": 0,
         "cut/context": 0,
+        "cut/length": 2,
+        "cut/turns": 0,
         "cut/time": 0,
         "rollouts": 4,
         "tokens_sampled": 4 + 2 + 3 + 5 + 3,
@@ -265,11 +283,28 @@ def test_faults_and_errors_of_tools_are_counted_by_kind():
     assert not any("fault/" in name for name in summarise([group(rollout(0, [turn("", 1.0)]))]))
 
 
-def test_rollouts_that_were_cut_are_counted():
-    statuses = ["context_full", "timeout", "context_full", "finished", "max_turns"]
-    figures = summarise([group(*(rollout(i, [turn("")], s) for i, s in enumerate(statuses)))])
-    assert (figures["cut/context"], figures["cut/time"]) == (2, 1)
-    assert figures["status/context_full"] == 2 / 5 and figures["failed"] == 1 / 5
+@pytest.mark.parametrize("overlong", ["train", "mask"])
+def test_rollouts_that_were_cut_are_counted_as_they_were_played(overlong):
+    ends = [
+        ("context_full", "length"),
+        ("context_full", "stop"),
+        ("timeout", "length"),
+        ("finished", "length"),
+        ("max_turns", "length"),
+        ("max_turns", "stop"),
+        ("error", "length"),
+        ("finished", "stop"),
+    ]
+    played = group(
+        *(rollout(i, [turn(""), turn("", finish=f)], s) for i, (s, f) in enumerate(ends))
+    )
+    (settled,) = settle_overlong([played], RolloutConfig(overlong=overlong))
+    figures = summarise([settled])
+    assert {n: v for n, v in figures.items() if n.startswith("cut/")} == {
+        "cut/context": 2, "cut/length": 2, "cut/turns": 1, "cut/time": 1
+    }  # fmt: skip
+    assert figures["failed"] == 2 / 8
+    assert figures["status/overlong"] == (4 / 8 if overlong == "mask" else 0)
 
 
 def test_reward_parts_are_summed_over_turns_and_averaged_over_rollouts():

@@ -390,6 +390,46 @@ def test_figures_of_several_ranks():
     assert over_ranks([first]) == first
 
 
+def test_counts_of_ranks_are_added_up_and_warnings_put_together():
+    first = {"rollouts": 6, "fault/judge": 3, "tool_error/timeout": 4, "cut/length": 1}
+    second = {"rollouts": 6, "fault/judge": 5, "eval/cut/turns": 2}
+    first |= {"wrong_way": ["length", "tool"], "sync_gap": 0.01}
+    second |= {"wrong_way": ["format", "tool"], "sync_gap": 0.03}
+    assert over_ranks([first, second, {"rollouts": 6, "sync_gap": 0.0}]) == {
+        "rollouts": 18,
+        "fault/judge": 8,
+        "tool_error/timeout": 4,
+        "cut/length": 1,
+        "eval/cut/turns": 2,
+        "wrong_way": ["format", "length", "tool"],
+        "sync_gap": 0.03,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "name"),
+    [
+        ("mt_grpo", {"whiten": True}, "whiten"),
+        ("mt_ppo", {"whiten": True}, "whiten"),
+        ("return_to_go", {"over": "batch"}, "over"),
+    ],
+)
+def test_credit_over_a_batch_is_refused_where_ranks_have_parts_of_it(
+    letters_model, tmp_path, rule, options, name
+):
+    config = recipe(letters_model, credit__rule=rule, credit__options=options)
+
+    def opened(ranks: Ranks) -> None:
+        with open_run(config, tmp_path / "run", ranks=ranks):
+            pass
+
+    for error in on_ranks(2, opened):
+        assert isinstance(error, ConfigError)
+        assert f"credit.options.{name}: " in str(error) and "2 ranks" in str(error)
+    with open_run(config, tmp_path / "run"):
+        pass
+
+
 # --- whole runs, a process per rank
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, pstdev, pvariance
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from .types import Credit, Group, Trajectory
@@ -34,28 +34,28 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, An
         wrong_way: the names of the parts that point the wrong way; absent when none does.
     """
     whole = [t for group in groups for t in group.trajectories if not t.failed]
-    rewards = _columns(
-        (k, turn.reward) for t in whole for k, turn in enumerate(t.turns) if turn.reward is not None
-    )
+    rewards = _columns([[turn.reward for turn in t.turns] for t in whole])
     advantages = _columns(
-        (k, a)
-        for group, credit in zip(groups, credits, strict=True)
-        for t, row in zip(group.trajectories, credit.advantages, strict=True)
-        if not t.left_out
-        for k, a in enumerate(row)
+        [
+            row
+            for group, credit in zip(groups, credits, strict=True)
+            for t, row in zip(group.trajectories, credit.advantages, strict=True)
+            if not t.left_out
+        ]
     )
     lengths = [len(t.turns) for t in whole]
     figures: dict[str, Any] = {
-        **_by_turn("reward_std", rewards, pstdev),
+        **_by_turn("reward_std", rewards, _deviation),
         **_by_turn("advantage", advantages, fmean),
-        **_by_turn("advantage_std", advantages, pstdev),
+        **_by_turn("advantage_std", advantages, _deviation),
         **{
-            f"reached/turn_{k}": fmean(length >= k for length in lengths)
+            f"reached/turn_{k}": fmean([length >= k for length in lengths])
             for k in range(1, max(lengths, default=0) + 1)
         },
     }
     if whole:
-        figures["tool_call_rate"] = fmean(any(turn.tool_calls for turn in t.turns) for t in whole)
+        called = [any([turn.tool_calls for turn in t.turns]) for t in whole]
+        figures["tool_call_rate"] = fmean(called)
     figures |= _critic_figures(credits)
     correlations = success_correlations(groups)
     figures |= {f"success_correlation/{name}": r for name, (r, _) in correlations.items()}
@@ -74,10 +74,10 @@ def _critic_figures(credits: Sequence[Credit]) -> dict[str, float]:
     ]
     if not pairs:
         return {}
-    spread = pvariance([target for _, target in pairs])
+    spread = _deviation([target for _, target in pairs]) ** 2
     figures = {"value": fmean(value for value, _ in pairs)}
     if spread > 1e-18:
-        left = pvariance([target - value for value, target in pairs])
+        left = _deviation([target - value for value, target in pairs]) ** 2
         figures["explained_variance"] = 1.0 - left / spread
     return figures
 
@@ -139,11 +139,18 @@ def _centred(values: Sequence[float]) -> list[float]:
     return [value - mean for value in values]
 
 
-def _columns(pairs: Iterable[tuple[int, float]]) -> dict[int, list[float]]:
-    columns: defaultdict[int, list[float]] = defaultdict(list)
-    for k, value in pairs:
-        columns[k].append(value)
-    return dict(sorted(columns.items()))
+def _deviation(values: Sequence[float]) -> float:
+    """Of a whole population; `statistics.pstdev` calculates in fractions and takes far longer."""
+    return math.sqrt(fmean([x * x for x in _centred(values)]))
+
+
+def _columns(rows: Sequence[Sequence[float | None]]) -> dict[int, list[float]]:
+    """The numbers of every place that has any."""
+    columns = {
+        k: [x for row in rows if len(row) > k and (x := row[k]) is not None]
+        for k in range(max(map(len, rows), default=0))
+    }
+    return {k: column for k, column in columns.items() if column}
 
 
 def _by_turn(

@@ -10,7 +10,7 @@ from pathlib import Path
 from .chat import Bridge
 from .config import Config, ConfigError
 from .envs import Env, Split, tasks_of
-from .jsonl import append_line, to_strict
+from .jsonl import append_lines, to_strict
 from .metrics import plain_group, summarise
 from .model import load_policy, pick_device
 from .ranks import ALONE, Ranks
@@ -90,5 +90,5 @@ def _check_writable(out: Path) -> None:
 
 def _write(out: Path, groups: Sequence[Group]) -> None:
     out.unlink(missing_ok=True)
-    for index, group in enumerate(groups):
-        append_line(out, {"step": 0, "group": index, **plain_group(group)})
+    lines = enumerate(map(plain_group, groups))
+    append_lines(out, ({"step": 0, "group": index, **line} for index, line in lines))

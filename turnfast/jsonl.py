@@ -1,4 +1,4 @@
-"""Strict JSON, one object per line, appended so that a kill costs at most the line being written.
+"""Strict JSON, one object per line, appended so that a kill costs at most the lines being written.
 
 A line is whole when it ends in a newline. Readers pass over a last line that does not, and the next
 append cuts it off. Files are ASCII whatever the text in them, so lone surrogates and control
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .config import ConfigError
 
 
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one object, as `to_strict` makes it, and close the file."""
-    try:
-        line = _encode(record)
-    except (TypeError, ValueError):  # what JSON does not take as it is, or has no word for
-        line = _encode(to_strict(record)[0])
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write objects, as `to_strict` makes them, and close the file."""
+    lines = b"".join(_line(record) for record in records)
     with path.open("ab+") as file:
         _cut_torn_line(file)
-        file.write(line)
+        file.write(lines)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -76,6 +73,13 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         raise ConfigError(f"{path}:{number}: expected an object with a whole number as 'step'")
     return found
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return _encode(record)
+    except (TypeError, ValueError):  # what JSON does not take as it is, or has no word for
+        return _encode(to_strict(record)[0])
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:

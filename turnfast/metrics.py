@@ -8,8 +8,9 @@
       checkpoints/     turnfast.checkpoint
       report.html      turnfast.report
 
-Both logs are strict JSON in ASCII, appended a line at a time and closed after each: a kill loses at
-most the line being written, and the next append or read passes over the torn rest.
+Both logs are strict JSON in ASCII. What a step has to say is appended to each at once and the file
+closed: a kill loses at most the lines of one step, and the next append or read passes over a torn
+one.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
 from .config import Config, ConfigError
-from .jsonl import append_line, keep_until, read_lines, to_strict
+from .jsonl import append_lines, keep_until, read_lines, to_strict
 from .recipe import to_toml
 from .sinks import Sink, open_sinks
-from .types import Credit, Group, Status, Trajectory
+from .types import Credit, Group, Limit, Status, Trajectory
 
 Metrics = Mapping[str, Any]
 
@@ -110,7 +112,7 @@ class RunDir:
         line, nonfinite = to_strict({"step": step, **metrics})
         if nonfinite:
             line["nonfinite"] = nonfinite
-        append_line(self.metrics, line)
+        append_lines(self.metrics, [line])
         for sink in self.sinks:
             sink.log(step, {name: value for name, value in line.items() if name != "step"})
 
@@ -123,10 +125,18 @@ class RunDir:
         split: Literal["train", "eval"] = "train",
     ) -> None:
         """Append one line per group; without credits the advantages are null."""
-        for index, group in enumerate(groups if self.writes else ()):
-            credit = credits[index] if credits else None
-            line = {"step": step, "split": split, "group": index, **plain_group(group, credit)}
-            append_line(self.rollouts, line)
+        if not self.writes or not groups:
+            return
+        lines = (
+            {
+                "step": step,
+                "split": split,
+                "group": index,
+                **plain_group(group, credits[index] if credits else None),
+            }
+            for index, group in enumerate(groups)
+        )
+        append_lines(self.rollouts, lines)
 
     def rewind(self, step: int) -> int:
         """Drop the lines of later steps, which a resumed run is about to write again.
@@ -170,8 +180,10 @@ def summarise(
         reward/outcome, reward/turn (sum over the turns of a rollout), reward/turn_1 … per turn
         index over the rollouts that got that far, reward_part/…, tool_success, tool_calls, turns,
         truncated (share of turns cut at the token limit), every metric of the environment
-        (exact_match, …), failed, status/…, cut/context and cut/time (how many rollouts the context
-        or the clock ended), rollouts, tokens_sampled, zero_signal_groups (share); and, where there
+        (exact_match, …), failed, status/…, cut/context, cut/length, cut/turns and cut/time (how
+        many rollouts were ended by the context, the tokens of a turn, the number of turns or the
+        clock, as they were played: `types.Trajectory.limit`), rollouts, tokens_sampled,
+        zero_signal_groups (share); and, where there
         are any, fault/environment, fault/reward_raised, … (how many rollouts failed of it) and
         tool_error/raised, tool_error/timeout, … (how many calls ended so, also of failed rollouts).
         A mean over nothing is nan.
@@ -179,27 +191,27 @@ def summarise(
     everyone = [trajectory for group in groups for trajectory in group.trajectories]
     whole = [trajectory for trajectory in everyone if not trajectory.failed]
     turns = [turn for trajectory in whole for turn in trajectory.turns]
-    statuses = Counter(trajectory.status for trajectory in everyone)
+    statuses = Counter([trajectory.status for trajectory in everyone])
+    limits = Counter([trajectory.limit for trajectory in everyone])
     figures = {
-        "reward/outcome": _mean(t.outcome for t in whole),
-        "reward/turn": _mean(sum(turn.reward or 0.0 for turn in t.turns) for t in whole),
-        **_mean_by_key(_turn_rewards(t) for t in whole),
-        **_mean_by_key(_reward_parts(t) for t in whole),
-        "tool_success": _mean(t.tool_success for t in whole),
-        "tool_calls": _mean(sum(turn.tool_calls for turn in t.turns) for t in whole),
-        "turns": _mean(len(t.turns) for t in whole),
-        "truncated": _mean(turn.finish == "length" for turn in turns),
-        **_mean_by_key(t.metrics for t in whole),
-        "failed": _mean(t.failed for t in everyone),
+        "reward/outcome": _mean([t.outcome for t in whole]),
+        "reward/turn": _ratio(math.fsum([turn.reward or 0.0 for turn in turns]), len(whole)),
+        **_turn_rewards(whole),
+        **_reward_parts(whole),
+        "tool_success": _mean([t.tool_success for t in whole]),
+        "tool_calls": _ratio(sum([turn.tool_calls for turn in turns]), len(whole)),
+        "turns": _ratio(len(turns), len(whole)),
+        "truncated": _mean([turn.finish == "length" for turn in turns]),
+        **_means([t.metrics for t in whole]),
+        "failed": _ratio(len(everyone) - len(whole), len(everyone)),
         **{f"status/{name}": statuses[name] / max(len(everyone), 1) for name in get_args(Status)},
-        "cut/context": statuses["context_full"],
-        "cut/time": statuses["timeout"],
+        **{f"cut/{name}": limits[name] for name in get_args(Limit) if name},
         "rollouts": len(everyone),
-        "tokens_sampled": sum(t.num_sampled for t in everyone),
+        "tokens_sampled": sum([len(turn.sampled_ids) for t in everyone for turn in t.turns]),
         **_count_faults(everyone),
     }
     if credits is not None:
-        figures["zero_signal_groups"] = _mean(not credit.has_signal for credit in credits)
+        figures["zero_signal_groups"] = _mean([not credit.has_signal for credit in credits])
     return {prefix + name: value for name, value in figures.items()}
 
 
@@ -275,34 +287,44 @@ def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -
     }
 
 
-def _turn_rewards(trajectory: Trajectory) -> dict[str, float]:
-    rewards = {f"reward/turn_{k + 1}": turn.reward for k, turn in enumerate(trajectory.turns)}
-    return {name: reward for name, reward in rewards.items() if reward is not None}
+def _turn_rewards(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    columns: defaultdict[int, list[float]] = defaultdict(list)
+    for trajectory in rollouts:
+        for k, turn in enumerate(trajectory.turns, 1):
+            if turn.reward is not None:
+                columns[k].append(turn.reward)
+    return {f"reward/turn_{k}": fmean(rewards) for k, rewards in columns.items()}
 
 
-def _reward_parts(trajectory: Trajectory) -> dict[str, float]:
-    parts: defaultdict[str, float] = defaultdict(float)
-    for part in (*(turn.reward_parts for turn in trajectory.turns), trajectory.outcome_parts):
+def _reward_parts(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """Sums over a rollout, averaged over the rollouts that have the part."""
+    parts = [[*[turn.reward_parts for turn in t.turns], t.outcome_parts] for t in rollouts]
+    holders = Counter(chain.from_iterable(set().union(*each) for each in parts))
+    totals = dict.fromkeys(holders, 0.0)
+    for part in chain.from_iterable(parts):
         for name, value in part.items():
-            parts[f"reward_part/{name}"] += value
-    return parts
+            totals[name] += value
+    return {f"reward_part/{name}": total / holders[name] for name, total in totals.items()}
 
 
 def _count_faults(rollouts: Sequence[Trajectory]) -> Counter[str]:
-    counts = Counter(f"fault/{t.fault}" for t in rollouts if t.fault)
-    for turn in (turn for t in rollouts for turn in t.turns):
-        counts.update({f"tool_error/{kind}": n for kind, n in turn.tool_errors.items()})
+    counts = Counter([f"fault/{t.fault}" for t in rollouts if t.fault])
+    for errors in [turn.tool_errors for t in rollouts for turn in t.turns if turn.tool_errors]:
+        counts.update({f"tool_error/{kind}": n for kind, n in errors.items()})
     return counts
 
 
-def _mean(values: Iterable[float]) -> float:
-    collected = list(values)
-    return fmean(collected) if collected else math.nan
-
-
-def _mean_by_key(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def _means(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
     columns: defaultdict[str, list[float]] = defaultdict(list)
     for record in records:
         for name, value in record.items():
             columns[name].append(value)
     return {name: _mean(values) for name, values in columns.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan
+
+
+def _ratio(total: float, count: int) -> float:
+    return total / count if count else math.nan

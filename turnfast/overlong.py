@@ -36,7 +36,7 @@ def settle_overlong(groups: Sequence[Group], config: RolloutConfig) -> list[Grou
 def _masked(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
     if trajectory.failed or not trajectory.cut_off:
         return trajectory
-    return replace(trajectory, status="overlong")
+    return replace(trajectory, status="overlong", played=trajectory.status)
 
 
 def _priced(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:

@@ -76,19 +76,20 @@ SUMMED = (
     "tokens",
     "tokens_sampled",
     "tokens_trained",
-    "cut/context",
-    "cut/time",
     "groups_dropped",
     "groups_refilled",
     "groups_without_signal",
 )
+SUMMED_KINDS = ("cut/", "fault/", "tool_error/")
+LARGEST = ("budget_halvings", "sync_gap")
 
 
 def over_ranks(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One line of metrics.jsonl for what each rank has to say.
 
-    Counts are added up. Of times, largest values and halvings the largest counts; other figures are
-    means over the rollouts, as if every rank had as much of all else per rollout.
+    Counts are added up. Of times, largest values and halvings the largest counts, of lists of names
+    all that any rank has; other figures are means over the rollouts, as if every rank had as much
+    of all else per rollout.
     """
     if len(figures) == 1:
         return dict(figures[0])
@@ -96,7 +97,7 @@ def over_ranks(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: _over_ranks(name, figures) for name in names}
 
 
-def _over_ranks(name: str, figures: Sequence[Mapping[str, Any]]) -> float:
+def _over_ranks(name: str, figures: Sequence[Mapping[str, Any]]) -> Any:
     kind = name.removeprefix("eval/")
     weights = [each.get("rollouts", each.get("eval/rollouts", 1)) for each in figures]
     found = [
@@ -108,9 +109,11 @@ def _over_ranks(name: str, figures: Sequence[Mapping[str, Any]]) -> float:
     values = [value for value, _ in found]
     if not values:
         return math.nan
-    if kind in SUMMED:
+    if isinstance(values[0], list):
+        return sorted(set().union(*values))
+    if kind in SUMMED or kind.startswith(SUMMED_KINDS):
         return sum(values)
-    if kind.startswith("time/") or kind.endswith("/max") or kind == "budget_halvings":
+    if kind in LARGEST or kind.startswith("time/") or kind.endswith("/max"):
         return max(values)
     total = sum(weight for _, weight in found)
     if len(set(values)) == 1 or not total:  # loss, norm and rate are those of all ranks

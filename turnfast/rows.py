@@ -58,6 +58,8 @@ class Rows:
     def take(self, chosen: Sequence[int] | Numbers) -> Rows:
         """These rows, in the given order."""
         chosen = np.asarray(chosen, np.int64)
+        if len(chosen) and (np.diff(chosen) == 1).all():
+            return _run(self, slice(chosen[0], chosen[-1] + 1))
         return _cut(self, chosen, self.lengths_S[chosen], self.num_targets_S[chosen])
 
 
@@ -173,6 +175,17 @@ def _cut(rows: Rows, chosen: Numbers, lengths: Numbers, num_targets: Numbers) ->
     columns = {f.name: getattr(rows, f.name) for f in fields(Rows)}
     columns = {n: column[index[n[-1]]] if len(column) else column for n, column in columns.items()}
     return Rows(**{**columns, "lengths_S": lengths, "num_targets_S": num_targets})
+
+
+def _run(rows: Rows, chosen: slice) -> Rows:
+    """Neighbours, without a copy."""
+    index = {"S": chosen}
+    for kind, counts in zip(
+        "TNK", (rows.lengths_S, rows.num_targets_S, rows.num_turns_S), strict=True
+    ):
+        first = counts[: chosen.start].sum()
+        index[kind] = slice(first, first + counts[chosen].sum())
+    return Rows(**{f.name: getattr(rows, f.name)[index[f.name[-1]]] for f in fields(Rows)})
 
 
 def _before(counts: Numbers) -> Numbers:

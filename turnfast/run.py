@@ -77,7 +77,7 @@ def open_run(
     Raises:
         ConfigError: the text names the field and the way out.
     """
-    check_rule(config.credit.rule, config.credit.options)
+    check_rule(config.credit.rule, config.credit.options, num_ranks=ranks.size)
     _refuse_uneven(config.rollout, ranks)
     env = open_env(config)
     train_tasks = tasks_of(env, "train", name=config.env.name)

@@ -31,6 +31,7 @@ Finish = Literal["stop", "length"]
 Status = Literal[
     "finished", "max_turns", "context_full", "overlong", "error", "reward_error", "timeout"
 ]
+Limit = Literal["", "context", "length", "turns", "time"]
 Fault = Literal[
     "",
     "environment",
@@ -108,6 +109,7 @@ class Trajectory:
             no number) and `timeout` are faults of the world, not of the policy: such a trajectory
             is counted, but never trained on and never part of a baseline. Nor is an `overlong`
             one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
+        played: the status that an `overlong` one had before.
         fault: the kind of a failure, where its status does not say it all.
     """
 
@@ -121,6 +123,7 @@ class Trajectory:
     error: str = ""
     fault: Fault = ""
     time_s: float = 0.0
+    played: Status | Literal[""] = ""
 
     @property
     def failed(self) -> bool:
@@ -136,6 +139,21 @@ class Trajectory:
         """A limit ended it: no room left in the context, or the last turn ran into its own."""
         cut = bool(self.turns) and self.turns[-1].finish == "length"
         return self.status in ("context_full", "overlong") or cut
+
+    @property
+    def limit(self) -> Limit:
+        """What ended it before its time: no room left in the context, the most tokens of a turn in
+        its last one, the most turns, or the clock. One of them; "" for any other end."""
+        status = self.played or self.status
+        if status == "context_full":
+            return "context"
+        if status == "timeout":
+            return "time"
+        if status in ("error", "reward_error"):
+            return ""
+        if self.turns and self.turns[-1].finish == "length":
+            return "length"
+        return "turns" if status == "max_turns" else ""
 
     @property
     def num_sampled(self) -> int:

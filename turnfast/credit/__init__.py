@@ -115,9 +115,22 @@ def assign_credits(
     ]
 
 
-def check_rule(rule: str, options: Mapping[str, Any]) -> None:
-    """Refuse, before anything runs, what `assign_credits` would refuse: raises ConfigError."""
-    split_options(rule, _find(rule), options)
+def check_rule(rule: str, options: Mapping[str, Any], *, num_ranks: int = 1) -> None:
+    """Refuse, before anything runs, what `assign_credits` would refuse, and what compares the turns
+    of a whole batch where each of several ranks has a part of it: raises ConfigError."""
+    frame, arguments = split_options(rule, _find(rule), options)
+    if num_ranks == 1:
+        return
+    over_batch = {
+        "whiten": (frame.whiten, "leave it at false"),
+        "over": (arguments.get("over") == "batch", "take 'turn' or 'group'"),
+    }
+    for name, (asked, way) in over_batch.items():
+        if asked:
+            raise ConfigError(
+                f"credit.options.{name}: is over all turns of the batch, of which each of "
+                f"{num_ranks} ranks has only its own; {way}, or train on one rank"
+            )
 
 
 def _find(rule: str) -> Callable[..., Any]:
