@@ -15,7 +15,7 @@ from turnfast.kernels import PolicyRule, turn_policy_loss
 from turnfast.kernels.extension import load_error
 
 from turnfast.model import Policy, hidden_states
-from turnfast.packing import Packed, pack
+from turnfast.packing import Packed, attention_span_of, pack
 from turnfast.replay import OutOfMemory
 from turnfast.rows import Rows, rows_of, without_idle_ends
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
@@ -375,6 +375,15 @@ def test_an_idle_rollout_costs_nothing_but_its_place_in_the_denominator():
     assert batch.tokens_T.tolist() == [1, 2, 3, 4] and batch.targets_N.tolist() == [4, 5]
     assert batch.weights_N.tolist() == pytest.approx([0.1, 0.1])
     assert packed.num_idle_tokens == 4 + 8 and packed.num_tokens_total == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_attention_costs_by_hand(tied):
+    sizes = {**SMALL, "vocab_size": VOCAB, "tie_word_embeddings": tied}
+    span = attention_span_of(policy_of(Qwen3Config(**sizes)).model)
+    # q, k, v, o of 4 and 2 heads of 8, three matrices of 48, and the head, in multiplications
+    layer = 32 * (4 + 2 + 2 + 4) * 8 + 3 * 32 * 48
+    assert span == (2 * layer + VOCAB * 32) // (2 * 2 * 32)
 
 
 @pytest.mark.skipif(load_error() is not None, reason="the C++ extension is not built")

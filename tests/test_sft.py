@@ -257,8 +257,7 @@ def test_files_without_conversations_are_named(policy, chat, tmp_path):
 
 
 def test_a_demonstration_that_does_not_fit_is_refused_with_the_numbers(policy, chat):
-    (row,) = demonstration_rows(chat, TALK)
-    length = len(row.tokens)
+    length = len(rows_for(chat, TALK).tokens_T)
     config = SftConfig(steps=1, batch_tokens=length - 1)
     with pytest.raises(ConfigError) as caught:
         sft(policy, Shown(SHORT, TALK), chat, config, seed=0)
@@ -270,8 +269,8 @@ def test_a_demonstration_that_does_not_fit_is_refused_with_the_numbers(policy, c
 
     most = policy.model.config.max_position_embeddings
     long = Demonstration(messages=(USER, {"role": "assistant", "content": "Ida " * most}))
-    (row,) = demonstration_rows(chat, long)
-    told = rf"a row of {len(row.tokens)} tokens, but .* max_position_embeddings = {most}"
+    length = len(rows_for(chat, long).tokens_T)
+    told = rf"a row of {length} tokens, but .* max_position_embeddings = {most}"
     with pytest.raises(ConfigError, match=told):
         sft(policy, Shown(long), chat, SftConfig(steps=1), seed=0)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .kernels.packing import pack_rows, spread_rows
 from .kernels.tree import PrefixTree, cut_tree, path_cost, prefix_tree, split_over_ranks
@@ -75,6 +76,7 @@ def pack(
     share_prefixes: bool = True,
     drop_idle: bool = False,
     whole_trajectories: bool = False,
+    attention_span: int = 4096,
     ranks: Ranks = ALONE,
 ) -> Packed:
     """Pack a step's trajectories.
@@ -91,6 +93,7 @@ def pack(
             its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
         whole_trajectories: the rows of a trajectory whose turns were rewritten stay together, in
             one micro-batch of one rank, for a loss that looks at whole sequences.
+        attention_span: see `attention_span_of`; it decides where rows are cut, and no sum.
         ranks: all call this at the same time, each with its own groups. Their rows are put together
             and dealt out again, balanced by tokens and attention. The weights are those of the
             whole step, so the gradients of all ranks add up to that of one; counts are the rank's
@@ -116,7 +119,7 @@ def pack(
     owners = rows.trajectories_S if whole_trajectories else np.arange(len(rows))
     _refuse_long(rows, owners, budget, share_prefixes)
     if ranks.size > 1:
-        mine = _share_of(rows, owners, ranks, share_prefixes)
+        mine = _share_of(rows, owners, ranks, share_prefixes, attention_span)
         rows, owners = rows.take(mine), owners[mine]
     with ranks.together():
         tree = _tree_of(rows)
@@ -129,7 +132,7 @@ def pack(
                 num_value_targets=num_value_targets,
                 tree=whole,
             )
-            for part, whole in _parts(rows, owners, tree, budget, share_prefixes)
+            for part, whole in _parts(rows, owners, tree, budget, share_prefixes, attention_span)
         )
     return Packed(
         batches=batches,
@@ -140,6 +143,22 @@ def pack(
         num_idle_tokens=num_idle,
         zero_signal_groups=silent,
     )
+
+
+def attention_span_of(model: PreTrainedModel) -> int:
+    """The number of keys whose attention costs a token as much as all else.
+
+    A token takes 2 operations for each weight of the matrices, and 4 · heads · head_dim for each
+    key in every layer. Example: about 35,000 for Qwen2.5-7B, 18,000 for its 1.5B.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    looked_up, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or looked_up.weight is not head.weight:
+        weights -= sum(p.numel() for p in looked_up.parameters())
+    return max(1, weights // (2 * config.num_hidden_layers * width))
 
 
 def _rows_of_all(groups: Sequence[Group], credits: Sequence[Credit]) -> tuple[Rows, int]:
@@ -169,7 +188,12 @@ def _put_together(rows: Rows, ranks: Ranks) -> Rows:
 
 
 def _parts(
-    rows: Rows, owners: np.ndarray, tree: PrefixTree, budget: int, share_prefixes: bool
+    rows: Rows,
+    owners: np.ndarray,
+    tree: PrefixTree,
+    budget: int,
+    share_prefixes: bool,
+    attention_span: int,
 ) -> Iterator[tuple[Rows, PrefixTree | None]]:
     """The rows of each micro-batch, and their prefix tree if it is there already."""
     if not len(rows):
@@ -178,7 +202,8 @@ def _parts(
         yield rows, tree
         return
     if share_prefixes:
-        dealt = cut_tree(*_order(rows, tree), budget, owners=owners.tolist())
+        order = _order(rows, tree)
+        dealt = cut_tree(*order, budget, owners=owners.tolist(), attention_span=attention_span)
     else:
         # what a row costs does not depend on those beside it: the fewest micro-batches are best
         sizes, of_owner = _by_owner(rows.lengths_S, owners)
@@ -187,13 +212,17 @@ def _parts(
         yield rows.take(chosen), None
 
 
-def _share_of(rows: Rows, owners: np.ndarray, ranks: Ranks, share_prefixes: bool) -> np.ndarray:
+def _share_of(
+    rows: Rows, owners: np.ndarray, ranks: Ranks, share_prefixes: bool, attention_span: int
+) -> np.ndarray:
     """The rows of this rank."""
     if share_prefixes:
         order = _order(rows, _tree_of(rows))
-        mine = split_over_ranks(*order, ranks.size, owners=owners.tolist())[ranks.rank]
-        return np.array(mine, np.int64)
-    costs, of_owner = _by_owner(path_cost(rows.lengths_S), owners)
+        dealt = split_over_ranks(
+            *order, ranks.size, owners=owners.tolist(), attention_span=attention_span
+        )
+        return np.array(dealt[ranks.rank], np.int64)
+    costs, of_owner = _by_owner(path_cost(rows.lengths_S, attention_span), owners)
     return _owned(of_owner, spread_rows(costs, ranks.size)[ranks.rank])
 
 

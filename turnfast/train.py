@@ -13,7 +13,7 @@ from .console import Progress
 from .credit import assign_credits
 from .evaluate import evaluate
 from .loss import Gap, TrainingError, Update, needs_every_token, update
-from .packing import Packed, pack
+from .packing import Packed, attention_span_of, pack
 from .ranks import open_ranks
 from .record import StepRecord, figures_of, over_ranks
 from .reference import with_reference
@@ -141,6 +141,7 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: 
         # a token without advantage still teaches the critic
         drop_idle=not needs_every_token(config.loss) and run.critic is None,
         whole_trajectories=config.loss.ratio == "sequence",
+        attention_span=attention_span_of(run.policy.model),
         ranks=run.ranks,
     )
 
