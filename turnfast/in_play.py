@@ -74,6 +74,16 @@ class _Playing:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Started:
+    """A rollout that has begun, perhaps ended."""
+
+    group: _Playing
+    index: int
+    limit: Limit
+    task: asyncio.Task[None]
+
+
 class InPlay:
     """Starts rollouts of prompts and gathers them into groups, in the running event loop.
 
@@ -104,8 +114,8 @@ class InPlay:
         self._timeout_s = timeout_s
         self._running: dict[int, _Playing] = {}
         self._queued: deque[tuple[_Playing, int]] = deque()
-        self._limits: deque[tuple[Limit, asyncio.Task[None], _Playing, int]] = deque()
-        self._overdue: list[tuple[float, asyncio.Task[None], _Playing, int]] = []
+        self._started: deque[_Started] = deque()
+        self._late: list[_Started] = []
         self._broken: BaseException | None = None
         self._num_counted = 0
         self.num_started = 0
@@ -155,7 +165,8 @@ class InPlay:
             limit = Limit(timeout_s=self._timeout_s, end=time.perf_counter() + self._timeout_s)
             task = asyncio.create_task(self._run(group, index, limit))
             group.tasks.append(task)
-            self._limits.append((limit, task, group, index))
+            started = _Started(group=group, index=index, limit=limit, task=task)
+            self._started.append(started)
             room -= 1
         return room < most
 
@@ -180,18 +191,18 @@ class InPlay:
             self._num_counted += self._counts(self.whole[place])
 
     def _call_off_late(self) -> None:
-        now = time.perf_counter()
-        while self._limits and (self._limits[0][1].done() or self._limits[0][0].end <= now):
-            limit, task, group, index = self._limits.popleft()
-            if not task.done():
-                limit.expired = True
-                task.cancel()
-                self._overdue.append((now + STUBBORN_S, task, group, index))
-        for late in [late for late in self._overdue if late[0] <= now or late[1].done()]:
-            self._overdue.remove(late)
-            _, task, group, index = late
-            if not task.done():
-                self._take(group, index, self._abandoned(group, index))
+        now, started = time.perf_counter(), self._started
+        # all have the same time, so the first that began is the first to be late
+        while started and (started[0].task.done() or started[0].limit.end <= now):
+            first = started.popleft()
+            if not first.task.done():
+                first.limit.expired = True
+                first.task.cancel()
+                self._late.append(first)
+        for late in [late for late in self._late if late.limit.end + STUBBORN_S <= now]:
+            self._late.remove(late)
+            if not late.task.done():
+                self._take(late.group, late.index, self._abandoned(late.group, late.index))
 
     def _abandoned(self, group: _Playing, index: int) -> Trajectory:
         return Trajectory(
