@@ -67,10 +67,10 @@ Play = Callable[[Prompt, int, Limit], Coroutine[None, None, Trajectory]]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Playing:
-    """A group that is not whole yet."""
+    """A group that is not whole yet; `played` by index, as its rollouts end."""
 
     prompt: Prompt
-    played: list[Trajectory | None]
+    played: dict[int, Trajectory] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
@@ -117,22 +117,21 @@ class InPlay:
         self._started: deque[_Started] = deque()
         self._late: list[_Started] = []
         self._broken: BaseException | None = None
-        self._num_counted = 0
+        self._num_counted = self._num_settled = 0
         self.num_started = 0
         self.whole: dict[int, Group] = {}
         self.called_off: list[Prompt] = []
 
     @property
     def num_unfinished(self) -> int:
-        return sum(group.played.count(None) for group in self._running.values())
+        return sum(self._size - len(group.played) for group in self._running.values())
 
     async def tend(self) -> bool:
         """Call off what is late or no longer needed, start what is; False when nothing is left."""
         if self._broken is not None:
             raise self._broken
         self._call_off_late()
-        settled = sum(group.prompt.settled for group in self._running.values())
-        if self._num_counted + settled >= self._quota.wanted:
+        if self._num_counted + self._num_settled >= self._quota.wanted:
             for place in [p for p, group in self._running.items() if not group.prompt.settled]:
                 group = self._running.pop(place)
                 self.called_off.append(group.prompt)
@@ -151,8 +150,9 @@ class InPlay:
             prompt = next(self._prompts, None) if self.num_started < quota.most else None
             if prompt is None:
                 return
-            group = _Playing(prompt=prompt, played=[None] * self._size)
+            group = _Playing(prompt=prompt)
             self._running[prompt.place] = group
+            self._num_settled += prompt.settled
             self._queued.extend((group, index) for index in range(self._size))
             self.num_started += 1
 
@@ -180,15 +180,16 @@ class InPlay:
             self._engine.leave()
 
     def _take(self, group: _Playing, index: int, trajectory: Trajectory) -> None:
-        if group.played[index] is not None:
-            return
-        group.played[index] = trajectory
-        played = tuple(each for each in group.played if each is not None)
+        # an abandoned one may come to an end after all
+        group.played.setdefault(index, trajectory)
         place = group.prompt.place
-        if len(played) == self._size and self._running.get(place) is group:
-            del self._running[place]
-            self.whole[place] = Group(task=group.prompt.task, trajectories=played)
-            self._num_counted += self._counts(self.whole[place])
+        if len(group.played) < self._size or self._running.get(place) is not group:
+            return
+        del self._running[place]
+        self._num_settled -= group.prompt.settled
+        played = tuple(group.played[i] for i in range(self._size))
+        self.whole[place] = whole = Group(task=group.prompt.task, trajectories=played)
+        self._num_counted += self._counts(whole)
 
     def _call_off_late(self) -> None:
         now, started = time.perf_counter(), self._started
