@@ -375,7 +375,10 @@ def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
     tree["model"]["dtype"] = "bfloat16"
     narrow = estimate(build_config(tree))
     tree["model"]["lora"] = {"r": 0}
-    assert narrow.loss_head == estimate(build_config(tree)).loss_head - 4 * policy.head_VD.numel()
+    trained = estimate(build_config(tree))
+    assert narrow.loss_head == trained.loss_head
+    # the head's own float32 sum among them
+    assert trained.gradients - narrow.gradients > 4 * (trained.parameters - adapter)
     tree["model"] |= {"lora": {"r": 4}, "dtype": "float32"}
     tree["loss"]["reference"] = str(tiny_folder)
     assert estimate(build_config(tree)).weights > 2 * found.weights - 4 * adapter - 1

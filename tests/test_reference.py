@@ -9,11 +9,12 @@ import torch
 from step_data import Keeping, make_groups, optimizer_of
 from test_update import plain_logprobs
 
-from turnfast.config import Config, ConfigError, LossConfig, ModelConfig
+from turnfast.config import ConfigError, LossConfig, ModelConfig
 from turnfast.credit import assign_credits
 from turnfast.loss import needs_every_token, update
 from turnfast.model import Policy
 from turnfast.packing import pack
+from turnfast.recipe import build_config
 from turnfast.reference import open_reference, with_reference
 from turnfast.tiny import write_tiny_model
 
@@ -108,5 +109,5 @@ def test_another_model_can_be_the_reference(policy, tmp_path):
 
 
 def test_a_reference_that_is_never_looked_at_is_refused():
-    with pytest.raises(ValueError, match=r"loss\.reference: 'other' is never looked at"):
-        Config(loss=LossConfig(reference="other"))
+    with pytest.raises(ConfigError, match=r"loss\.reference: 'other' is never looked at"):
+        build_config({"loss": {"reference": "other"}})

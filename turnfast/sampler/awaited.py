@@ -11,6 +11,9 @@ from .base import Completion, Request, Sampler
 
 TAIL_SHARE = 0.25
 IDLE_WAIT_S = 0.1
+LOOK_UP_S = 0.02
+"""How long the engine may be stepped without a look at the loop, whose code and data it has driven
+out of the processor's caches each time."""
 PATIENCE = 0.02
 """Share of an engine step that rollouts at work in their environments are given after it: an
 `async` tool of many small awaits must not need an engine step for each of them."""
@@ -93,7 +96,8 @@ class AwaitedSampler:
         self._news.set()
 
     async def advance(self) -> None:
-        """One step of the engine; without requests, a wait for one, or for a rollout's end."""
+        """A step of the engine, or as many as end nobody's wait; without requests, a wait for one,
+        or for a rollout's end."""
         if not self._sampler.num_pending:
             begin = time.perf_counter()
             self._news.clear()
@@ -103,11 +107,13 @@ class AwaitedSampler:
             # before the first step nobody waits for a tool
             self._idle_s += (time.perf_counter() - begin) * (self._num_steps > 0)
             return
-        self._num_steps += 1
-        self._slots_used += min(self._sampler.num_pending, self._sampler.capacity)
         begin = time.perf_counter()
-        done = self._sampler.step()
+        done = self._step()
         end = time.perf_counter()
+        # as long as everybody waits for the engine there is nobody to look after
+        while not done and self._num_playing == len(self._waiting) and end < begin + LOOK_UP_S:
+            done = self._step()
+            end = time.perf_counter()
         for completion in done:
             future = self._waiting.pop(completion.id, None)
             if future is not None and not future.done():
@@ -118,6 +124,11 @@ class AwaitedSampler:
         end += PATIENCE * (end - begin)
         while self._num_playing > len(self._waiting) and time.perf_counter() < end:
             await asyncio.sleep(0)
+
+    def _step(self) -> list[Completion]:
+        self._num_steps += 1
+        self._slots_used += min(self._sampler.num_pending, self._sampler.capacity)
+        return self._sampler.step()
 
     def abandon(self) -> None:
         """Take every request back, and no more from now on."""
