@@ -43,7 +43,8 @@ SHORT_TOKENS = 40
 SHORT_NEW_TOKENS = 2
 PROBE_ID = -1
 
-MEAN_SHARE = 0.2
+MEAN_SHARE, LARGEST_SHARE = 0.2, 10.0
+"""What the mean and the largest gap of a step's tokens may be, over the probe's tolerance."""
 
 
 class SyncError(RuntimeError):
@@ -145,9 +146,10 @@ def refuse_strangers(
 ) -> None:
     """Refuse sampled tokens that are not of the trainer's weights.
 
-    In float32 no token may differ by more than the tolerance. In lower precision single tokens of
-    small probability do, by rounding alone, so the mean over all of them is looked at: it may be a
-    fifth of the tolerance, which is of the largest of few.
+    The tolerance is of the largest gap of the probe's few tokens. The mean over all that were
+    sampled may be a fifth of it. The largest of so many is further out: in float32 it may be ten
+    times the tolerance; in lower precision it says nothing, as rounding alone moves single tokens
+    of small probability far.
 
     Args:
         mean_gap, largest_gap: |log-prob(sampler) - log-prob(trainer)| over all tokens sampled since
@@ -155,10 +157,9 @@ def refuse_strangers(
     Raises:
         SyncError: before anything was learned from them.
     """
+    _refuse_gap(mean_gap, MEAN_SHARE * tolerance, "on average over the tokens of this step")
     if dtype == torch.float32:
-        _refuse_gap(largest_gap, tolerance, "on a token of this step")
-    else:
-        _refuse_gap(mean_gap, MEAN_SHARE * tolerance, "on average over the tokens of this step")
+        _refuse_gap(largest_gap, LARGEST_SHARE * tolerance, "on a token of this step")
 
 
 def _refuse_gap(gap: float, tolerance: float, where: str) -> None:
