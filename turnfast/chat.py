@@ -188,7 +188,7 @@ class Chat:
 
     def text(self, ids: Sequence[int]) -> str:
         """Sampled ids as text, without the end-of-turn token."""
-        kept = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        kept = ids[:-1] if ids and ids[-1] in self._stops else ids
         if not self._stops.isdisjoint(kept):
             kept = [token for token in kept if token not in self._stops]
         return self._codec.decode(kept)

@@ -15,6 +15,12 @@ from .optim import Optimizer
 from .replay import Budget
 from .types import Batch
 
+ADVICE = "this update has changed no weight; lower optim.lr, or resume from the last checkpoint"
+
+
+class TrainingError(RuntimeError):
+    """The update cannot be trusted; the text names the figure that went wrong."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
@@ -64,7 +70,7 @@ def compute_gradient(
 
     Raises:
         OutOfMemory: not even in these; the sums are empty.
-        ValueError: the hidden states are not finite.
+        TrainingError: the hidden states are not finite.
     """
 
     def attempt(parts: Sequence[Batch]) -> list[tuple[PolicyLoss, float]]:
@@ -73,12 +79,15 @@ def compute_gradient(
         with optimizer.accumulating(), sparse_embedding(policy, wanted=head_grad is not None):
             return [_backward(policy, critic, p, config, temperature, head_grad) for p in parts]
 
-    passes, batches = budget.replayed(
-        attempt,
-        batches,
-        lambda: clear(optimizer, critic),
-        whole_sequences=config.ratio == "sequence",
-    )
+    try:
+        passes, batches = budget.replayed(
+            attempt,
+            batches,
+            lambda: clear(optimizer, critic),
+            whole_sequences=config.ratio == "sequence",
+        )
+    except ValueError as error:  # the loss head refuses hidden states that are not finite
+        raise TrainingError(f"{error}; {ADVICE}") from error
     return Gradient(
         batches=batches,
         results=[result for result, _ in passes],

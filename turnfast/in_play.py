@@ -50,7 +50,7 @@ class Quota:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Limit:
+class Deadline:
     """When a trajectory must have ended; whoever plays it watches the clock and calls it off.
 
     Attributes:
@@ -62,7 +62,7 @@ class Limit:
     expired: bool = False
 
 
-Play = Callable[[Prompt, int, Limit], Coroutine[None, None, Trajectory]]
+Play = Callable[[Prompt, int, Deadline], Coroutine[None, None, Trajectory]]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,7 +80,7 @@ class _Started:
 
     group: _Playing
     index: int
-    limit: Limit
+    deadline: Deadline
     task: asyncio.Task[None]
 
 
@@ -162,18 +162,20 @@ class InPlay:
             group, index = self._queued.popleft()
             if self._running.get(group.prompt.place) is not group:
                 continue
-            limit = Limit(timeout_s=self._timeout_s, end=time.perf_counter() + self._timeout_s)
-            task = asyncio.create_task(self._run(group, index, limit))
+            deadline = Deadline(
+                timeout_s=self._timeout_s, end=time.perf_counter() + self._timeout_s
+            )
+            task = asyncio.create_task(self._run(group, index, deadline))
             group.tasks.append(task)
-            started = _Started(group=group, index=index, limit=limit, task=task)
+            started = _Started(group=group, index=index, deadline=deadline, task=task)
             self._started.append(started)
             room -= 1
         return room < most
 
-    async def _run(self, group: _Playing, index: int, limit: Limit) -> None:
+    async def _run(self, group: _Playing, index: int, deadline: Deadline) -> None:
         self._engine.enter()
         try:
-            self._take(group, index, await self._play(group.prompt, index, limit))
+            self._take(group, index, await self._play(group.prompt, index, deadline))
         except Exception as error:  # a fault of ours: it ends the step, not this rollout alone
             self._broken = error
         finally:
@@ -194,13 +196,13 @@ class InPlay:
     def _call_off_late(self) -> None:
         now, started = time.perf_counter(), self._started
         # all have the same time, so the first that began is the first to be late
-        while started and (started[0].task.done() or started[0].limit.end <= now):
+        while started and (started[0].task.done() or started[0].deadline.end <= now):
             first = started.popleft()
             if not first.task.done():
-                first.limit.expired = True
+                first.deadline.expired = True
                 first.task.cancel()
                 self._late.append(first)
-        for late in [late for late in self._late if late.limit.end + STUBBORN_S <= now]:
+        for late in [late for late in self._late if late.deadline.end + STUBBORN_S <= now]:
             self._late.remove(late)
             if not late.task.done():
                 self._take(late.group, late.index, self._abandoned(late.group, late.index))

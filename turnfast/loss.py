@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import ConfigError, LossConfig
 from .critic import Critic
-from .gradient import Gradient, clear, compute_gradient
+from .gradient import ADVICE, Gradient, TrainingError, clear, compute_gradient
 from .kernels.loss_head.backends import implementation
 from .model import Policy
 from .optim import Optimizer
@@ -19,12 +19,6 @@ from .ranks import ALONE, RankError, Ranks
 from .replay import Budget, OutOfMemory
 from .token_figures import by_turn, drawn_kl
 from .types import Batch
-
-ADVICE = "this update has changed no weight; lower optim.lr, or resume from the last checkpoint"
-
-
-class TrainingError(RuntimeError):
-    """The update cannot be trusted; the text names the figure that went wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +134,15 @@ def update(
     def gradient_of(batches: Sequence[Batch]) -> Gradient:
         try:
             with ranks.together():
-                return _gradient(policy, optimizer, critic, batches, config, temperature, budget)
+                return compute_gradient(
+                    policy,
+                    optimizer,
+                    critic,
+                    batches,
+                    config,
+                    temperature=temperature,
+                    budget=budget,
+                )
         except (TrainingError, OutOfMemory, RankError):
             clear(optimizer, critic)  # another rank's failure leaves this one's gradient
             raise
@@ -181,23 +183,6 @@ def update(
         kl=_reference_kl(last.gradient),
         by_turn=_by_turn(steps),
     )
-
-
-def _gradient(
-    policy: Policy,
-    optimizer: Optimizer,
-    critic: Critic | None,
-    batches: Sequence[Batch],
-    config: LossConfig,
-    temperature: float,
-    budget: Budget,
-) -> Gradient:
-    try:
-        return compute_gradient(
-            policy, optimizer, critic, batches, config, temperature=temperature, budget=budget
-        )
-    except ValueError as error:  # the loss head refuses hidden states that are not finite
-        raise TrainingError(f"{error}; {ADVICE}") from error
 
 
 def _step(gradient: Gradient, optimizer: Optimizer, critic: Critic | None, ranks: Ranks) -> _Step:

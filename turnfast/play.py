@@ -14,7 +14,7 @@ from typing import TypeVar
 from .chat import Bridge, Conversation
 from .config import RolloutConfig
 from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
-from .in_play import Limit
+from .in_play import Deadline
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
 from .tools import ToolError, ask
@@ -39,7 +39,7 @@ async def play(
     chat: Bridge,
     sampler: AwaitedSampler,
     config: RolloutConfig,
-    limit: Limit,
+    deadline: Deadline,
     *,
     max_turns: int,
     seed: int,
@@ -49,7 +49,7 @@ async def play(
 
     Args:
         index: the trajectory's place in its group.
-        limit: who plays it cancels it when its time is up.
+        deadline: who plays it cancels it when its time is up.
         seed: with the turn's number it seeds each request.
     Example, `context_full`: the context leaves 5 tokens for the second turn, the policy draws 5 and
     no end of turn. The turn is kept, and the trajectory ends there whatever the environment said.
@@ -96,8 +96,8 @@ async def play(
         outcome = scored
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run
-        if limit.expired:
-            status, error = "timeout", f"no end after {limit.timeout_s} s"
+        if deadline.expired:
+            status, error = "timeout", f"no end after {deadline.timeout_s} s"
         elif isinstance(fault, asyncio.CancelledError) and _is_cancelled():
             raise
         elif isinstance(fault, RewardFault):

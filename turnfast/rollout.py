@@ -8,14 +8,14 @@ what goes wrong in one trajectory becomes that trajectory's status.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 
 from .chat import Bridge
 from .config import RolloutConfig
 from .envs import Env
 from .event_loop import run_bounded
-from .in_play import STUBBORN_S, InPlay, Limit, Prompt, Quota
+from .in_play import STUBBORN_S, Deadline, InPlay, Prompt, Quota
 from .play import derive_seed, play
 from .sampler import Sampler
 from .sampler.awaited import AwaitedSampler, Usage
@@ -119,15 +119,17 @@ def gather(
     async def play_all() -> Gathered:
         engine = AwaitedSampler(sampler)
 
-        async def play_one(prompt: Prompt, index: int, limit: Limit) -> Trajectory:
-            return await play(
+        def play_one(
+            prompt: Prompt, index: int, deadline: Deadline
+        ) -> Coroutine[None, None, Trajectory]:
+            return play(
                 prompt.task,
                 index,
                 env,
                 chat,
                 engine,
                 config,
-                limit,
+                deadline,
                 max_turns=max_turns,
                 # a task that comes twice is rolled out anew, not copied
                 seed=derive_seed(seed, prompt.place, prompt.task.id, index),
