@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from ..tools import ToolCall, read_calls, without_thoughts
@@ -65,7 +65,13 @@ def contains_answer(text: str, accepted: Iterable[str]) -> float:
     """
     accepted = tuple(accepted)
     # punctuation both taken out, which joins "U.S.", and as a space, which parts "Ulm/Rom"
-    return float(_contains(text, accepted, normalize_answer) or _contains(text, accepted, _spaced))
+    for form in (normalize_answer, _spaced):
+        inside = form(text)
+        for right in map(form, accepted):
+            whole = f" {right} " in f" {inside} "
+            if right and (whole or (_UNSPACED.search(right) and right in inside)):
+                return 1.0
+    return 0.0
 
 
 def read_answer(text: str) -> str | None:
@@ -108,15 +114,6 @@ def weigh(parts: Mapping[str, float], weights: Mapping[str, float]) -> dict[str,
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _contains(text: str, accepted: Iterable[str], form: Callable[[str], str]) -> bool:
-    inside = form(text)
-    padded = f" {inside} "
-    for right in map(form, accepted):
-        if right and (f" {right} " in padded or (right in inside and _UNSPACED.search(right))):
-            return True
-    return False
 
 
 @lru_cache(maxsize=4096)

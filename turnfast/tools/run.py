@@ -5,12 +5,11 @@ How a deadline is kept, for plain and for `async` functions, is in deadline.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .deadline import Late, Raised, Returned, call_within
+from .deadline import Late, Raised, Returned, call_here, call_within
 from .formats import MalformedCall, ToolCall
 from .tool import BadArguments, Tool
 
@@ -96,40 +95,20 @@ async def run_tool(
         return checked
     tool, arguments = checked
     if tool.inline:
-        return _run_here(tool, arguments, timeout_s, max_chars)
-    ended = await call_within(
-        tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
-    )
+        ended = call_here(tool.function, arguments, timeout_s=timeout_s)
+    else:
+        ended = await call_within(
+            tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
+        )
     match ended:
         case Returned(value=value):
             return _check_output(tool, value, max_chars)
         case Raised(error=error):
             return _raised(error)
         case Late(hanging=0):
-            return _late(tool, timeout_s)
+            return ToolError(kind="timeout", text=f"{tool.name} gave no result in {timeout_s:g} s")
         case Late(hanging=hanging):
             return ToolError(kind="timeout", text=f"{hanging} earlier calls are still hanging")
-
-
-def _run_here(
-    tool: Tool, arguments: dict[str, Any], timeout_s: float, max_chars: int
-) -> ToolResult | ToolError:
-    """Run a tool that is short and never waits, in the thread that asks.
-
-    Nothing can interrupt it: a result that comes late is not taken, but was waited for.
-    """
-    begin = time.perf_counter()
-    try:
-        value = tool.function(**arguments)
-    except (Exception, SystemExit) as error:
-        return _raised(error)
-    if time.perf_counter() - begin > timeout_s:
-        return _late(tool, timeout_s)
-    return _check_output(tool, value, max_chars)
-
-
-def _late(tool: Tool, timeout_s: float) -> ToolError:
-    return ToolError(kind="timeout", text=f"{tool.name} gave no result in {timeout_s:g} s")
 
 
 def _check_output(tool: Tool, value: Any, max_chars: int) -> ToolResult | ToolError:
