@@ -63,6 +63,11 @@ class TreeRows:
             made.append((first, stop, torch.cat([path, own])))
         return made
 
+    @cached_property
+    def gathered(self) -> tuple[Tensor, list[int]]:
+        """Places of the keys of all tiles, one tile after the other, and how many each has."""
+        return torch.cat([keys for _, _, keys in self.tiles]), [len(keys) for *_, keys in self.tiles]
+
     def mask(self, tile: int, window: int, dtype: torch.dtype) -> Tensor:
         """[queries, keys] of a tile, 0 or -inf; kept for the next layer where the pack is short."""
         if (tile, window, dtype) in self._masks:
@@ -176,15 +181,24 @@ def _visible(rows: TreeRows, queries: Tensor, keys: Tensor, window: int) -> Tens
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float, window: int) -> Tensor:
-    outputs = []
-    for tile, (first, stop, keys) in enumerate(rows.tiles):
-        out = F.scaled_dot_product_attention(
-            q[None, :, first:stop],
-            k.index_select(1, keys)[None],
-            v.index_select(1, keys)[None],
+    # gathered and taken apart once: were it done tile by tile, the backward pass would add up a
+    # gradient of the whole pack for each
+    keys, sizes = rows.gathered
+    tiles = zip(
+        q.split(_TILE, dim=1),
+        k.index_select(1, keys).split(sizes, dim=1),
+        v.index_select(1, keys).split(sizes, dim=1),
+        strict=True,
+    )
+    outputs = [
+        F.scaled_dot_product_attention(
+            q_tile[None],
+            k_tile[None],
+            v_tile[None],
             attn_mask=rows.mask(tile, window, q.dtype),
             scale=scale,
             enable_gqa=True,
-        )
-        outputs.append(out[0].transpose(0, 1))
+        )[0].transpose(0, 1)
+        for tile, (q_tile, k_tile, v_tile) in enumerate(tiles)
+    ]
     return torch.cat(outputs)
