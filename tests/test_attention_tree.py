@@ -65,6 +65,43 @@ def test_equals_every_score_computed(seed, size, heads, width, window):
         assert error <= budget, f"{name}: {error} > {budget}"
 
 
+@pytest.mark.parametrize("window", [0, 7, 2000, 2500])
+def test_long_rows_equal_every_score_computed(window):
+    shared, fresh = [1] * 700, [2] * 1500
+    rows = tree_rows([shared + fresh, shared + [3] * 600, shared + fresh[:900] + [4] * 30, [5] * 9])
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, len(rows.ends_T), 8) for _ in range(3)]
+    options = {"scale": 8**-0.5, "window": window}
+    got = attend(tree_attention, qkv, rows, **options)
+    truth = attend(reference, [x.double() for x in qkv], rows, **options)
+    for a, b in zip(got, truth, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_tiles_hold_every_token_once_and_no_key_out_of_the_window():
+    long, other = [1] * 2100, [2] * 300
+    rows = tree_rows([long, long[:50] + other, other])
+    cut = {window: list(rows.tiles(window)) for window in (0, 100, 2100)}
+    for window, tiles in cut.items():
+        assert [tile.first for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+        assert tiles[-1].stop == len(rows.ends_T)
+        seen = [len(tile.keys) - (tile.stop - tile.first) for tile in tiles]
+        assert max(seen) < 2 * (window or 2100)  # two branches in a tile may see different keys
+    # the first row is whole where the window lets it be; a window cuts what the others look at
+    assert [tile.stop for tile in cut[0] if tile.causal] == [2100]
+    assert [tile.stop for tile in cut[2100] if tile.causal] == [2100]
+    assert not any(tile.causal for tile in cut[100])
+    assert max(tile.stop - tile.first for tile in cut[100]) == 128
+
+
+def test_masks_are_made_once_for_all_layers_that_train():
+    rows = tree_rows([[1] * 3 + [2] * 200, [1] * 3 + [3] * 200])
+    tiles = rows.tiles(0)
+    first, *_ = tiles
+    assert tiles.mask(first, torch.float32) is tiles.mask(first, torch.float32)
+    assert tiles.mask(first, torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_strangers_do_not_see_each_other():
     rows = tree_rows([[1, 2, 3, 4], [1, 2, 9, 9, 9], [7, 7]])
     torch.manual_seed(0)

@@ -17,12 +17,11 @@ import pytest
 import torch
 from families import SMALL
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config
-from turnfast.kernels.attention import tree as attention
 from turnfast.kernels.loss_head import cpp
 
 from turnfast.cli import main
 from turnfast.config import ConfigError
-from turnfast.estimate import HEAD_CHUNK_BYTES, KEPT_MASKS, TILE, estimate, verdict
+from turnfast.estimate import HEAD_CHUNK_BYTES, estimate, verdict
 from turnfast.recipe import build_config, load_config
 from turnfast.sampler.vllm import CPU_CACHE_BYTES
 from turnfast.tiny import write_tiny_model
@@ -211,7 +210,6 @@ def test_the_verdict(folder, changed, said):
 def test_its_figures_of_other_rooms_are_theirs():
     triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton_head")
     assert {"cpu": cpp.LARGE_BYTES, "cuda": triton_head.WORKSPACE_BYTES} == HEAD_CHUNK_BYTES
-    assert (attention._TILE, attention._MOST_KEPT) == (TILE, KEPT_MASKS)
 
 
 SIZES = {

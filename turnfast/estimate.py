@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM as AnyModel
 
 from .config import Config
 from .credit import check_rule
+from .kernels.attention.tiles import queries_per_tile
 from .lora import add_adapter
 from .model import (
     attention_backends,
@@ -39,8 +40,6 @@ from .sampler.vllm import cpu_cache_bytes
 
 # The most that a chunk of the loss head takes, by device; see kernels/loss_head.
 HEAD_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2_300_000_000}
-# Tree attention on the CPU: queries per tile, and the most numbers of its masks that are kept.
-TILE, KEPT_MASKS = 128, 1 << 24
 
 ATTENTION = "turnfast-estimate"
 
@@ -233,17 +232,18 @@ def _activations(model: Any, config: Config, device: torch.device) -> int:
             input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
     text = model.config.get_text_config()
+    masks = 0
     if device.type == "cpu" and config.train.share_prefixes:
         # the keys of a tile's path are gathered for every tile; half a context on average
         path = context // 2
-        total += tokens * path // TILE * cache_bytes_per_token(model.config, out.dtype)
-        if tokens * path <= KEPT_MASKS:
-            total += tokens * path * out.element_size()
+        gathered = tokens * path // queries_per_tile(path)
+        total += gathered * cache_bytes_per_token(model.config, out.dtype)
+        masks = tokens * path * out.element_size()  # all layers look at the same
     if config.model.checkpointing:
         # what enters each layer, and the inside of one
         layers = text.num_hidden_layers
         total = total // layers + layers * out.numel() * out.element_size()
-    return total
+    return total + masks
 
 
 class _Kept(torch.autograd.Function):

@@ -2,10 +2,9 @@
 
     o_q = Σ_k softmax_k(scale · q_q·k_k) v_k     over k ≤ q < ends[k], depth_q − depth_k < window
 
-The keys of a token are its ancestors and itself. In depth-first order the ancestors of all tokens
-of a tile [a, b) are those of its first token and tokens of the tile: a token before `a` whose
-subtree reaches into the tile has `a` itself below it. So a tile attends to one path and to itself,
-and nothing of size T × T is ever made.
+The keys of a token are its ancestors and itself. On CUDA a Triton kernel skips the blocks in which
+nobody is anybody's ancestor; elsewhere SDPA attends tile by tile, see tiles.py. Nothing of size
+T × T is ever made.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,17 +22,13 @@ from torch.nn import functional as F
 
 from .block_lists import BlockLists, block_lists
 from .packed import check_shapes
+from .tiles import Tiles, visible
 
 TreeBackend = Literal["sdpa", "triton"]
 
 # By bytes of a number: the float32 tiles of 64 dimensions take 161 of the 163 KiB of shared memory
 # that a block has on an A100, those of 128 take 225.
 _WIDEST_TRITON_HEAD = {2: 256, 4: 64}
-
-# Queries per tile: long enough to fill a matrix product, short beside the paths they look at.
-_TILE = 128
-# Masks of a whole pack are kept from layer to layer up to this many numbers, 64 MiB in float32.
-_MOST_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -50,35 +45,13 @@ class TreeRows:
     positions_T: Tensor
     backend: TreeBackend = "sdpa"
     _lists: dict[tuple[int, int, int], BlockLists] = field(default_factory=dict, repr=False)
-    _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+    _tiles: dict[int, Tiles] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def tiles(self) -> list[tuple[int, int, Tensor]]:
-        """(first, stop, places of the keys) of each tile; the tile's own tokens come last."""
-        made = []
-        for first in range(0, len(self.ends_T), _TILE):
-            stop = min(first + _TILE, len(self.ends_T))
-            path = (self.ends_T[:first] > first).nonzero().squeeze(1)
-            own = torch.arange(first, stop, device=path.device)
-            made.append((first, stop, torch.cat([path, own])))
-        return made
-
-    @cached_property
-    def gathered(self) -> tuple[Tensor, list[int]]:
-        """Places of the keys of all tiles, one tile after the other, and how many each has."""
-        return torch.cat([keys for _, _, keys in self.tiles]), [len(keys) for *_, keys in self.tiles]
-
-    def mask(self, tile: int, window: int, dtype: torch.dtype) -> Tensor:
-        """[queries, keys] of a tile, 0 or -inf; kept for the next layer where the pack is short."""
-        if (tile, window, dtype) in self._masks:
-            return self._masks[tile, window, dtype]
-        first, stop, keys = self.tiles[tile]
-        seen = _visible(self, keys[first - stop :], keys, window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        mask = mask.masked_fill_(~seen, float("-inf"))
-        if _TILE * sum(len(keys) for _, _, keys in self.tiles) <= _MOST_KEPT:
-            self._masks[tile, window, dtype] = mask
-        return mask
+    def tiles(self, window: int) -> Tiles:
+        """Made once per layout and window, as the block lists are."""
+        if window not in self._tiles:
+            self._tiles[window] = Tiles(self.ends_T, self.positions_T, window)
+        return self._tiles[window]
 
     def block_lists(self, window: int, queries: int, keys: int) -> BlockLists:
         """Made once per layout, window and block size; all layers of a model share them."""
@@ -151,7 +124,7 @@ def tree_attention(
         )
     check_shapes(q_HTd, k_HTd, v_HTd, num_tokens, rows.backend)
     if rows.backend == "sdpa":
-        return _sdpa(q_HTd, k_HTd, v_HTd, rows, scale, window)
+        return _sdpa(q_HTd, k_HTd, v_HTd, rows.tiles(window), scale)
     lists = partial(rows.block_lists, window)
     apply = importlib.import_module(".triton_tree", __package__).TreeAttention.apply
     return apply(q_HTd, k_HTd, v_HTd, rows.ends_T, rows.positions_T, lists, scale, window)
@@ -165,29 +138,18 @@ def reference(
     wide = torch.promote_types(q_HTd.dtype, torch.float32)
     q, k, v = q_HTd.to(wide), *(x.to(wide).repeat_interleave(group, 0) for x in (k_HTd, v_HTd))
     place = torch.arange(q.shape[1], device=q.device)
-    visible = _visible(rows, place, place, window)
-    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
+    seen = visible(rows.ends_T, rows.positions_T, place, place, window)
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1).to(q_HTd.dtype)
 
 
-def _visible(rows: TreeRows, queries: Tensor, keys: Tensor, window: int) -> Tensor:
-    """[queries, keys] bool."""
-    queries = queries[:, None]
-    visible = (keys <= queries) & (queries < rows.ends_T[keys])
-    if window:
-        depth = rows.positions_T
-        visible &= depth[queries] - depth[keys] < window
-    return visible
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float, window: int) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
     # gathered and taken apart once: were it done tile by tile, the backward pass would add up a
     # gradient of the whole pack for each
-    keys, sizes = rows.gathered
-    tiles = zip(
-        q.split(_TILE, dim=1),
-        k.index_select(1, keys).split(sizes, dim=1),
-        v.index_select(1, keys).split(sizes, dim=1),
+    cut = zip(
+        q.split(tiles.num_queries, dim=1),
+        k.index_select(1, tiles.keys).split(tiles.num_keys, dim=1),
+        v.index_select(1, tiles.keys).split(tiles.num_keys, dim=1),
         strict=True,
     )
     outputs = [
@@ -195,10 +157,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float, window:
             q_tile[None],
             k_tile[None],
             v_tile[None],
-            attn_mask=rows.mask(tile, window, q.dtype),
+            attn_mask=tiles.mask(tile, q.dtype),
+            is_causal=tile.causal,
             scale=scale,
             enable_gqa=True,
         )[0].transpose(0, 1)
-        for tile, (q_tile, k_tile, v_tile) in enumerate(tiles)
+        for tile, (q_tile, k_tile, v_tile) in zip(tiles, cut, strict=True)
     ]
     return torch.cat(outputs)

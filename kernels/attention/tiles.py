@@ -1,0 +1,127 @@
+"""How a prefix tree is cut into tiles of queries for SDPA: each attends to one path and to itself.
+
+In depth-first order the ancestors of all tokens of a tile [a, b) are those of its first token and
+tokens of the tile: a token before `a` whose subtree reaches into the tile has `a` itself below it::
+
+    layout   p p p a a b b d c c      tile [3, 7), tokens a a b b: its path is p p p
+    depth    0 1 2 3 4 5 6 5 3 4      tile [7, 10), tokens d c c: its path is p p p a a
+
+`c` does not see the `a` of its tile's path, so a tile comes with a mask. The first row of a tree
+needs none: where it is long it is one causal tile, as it would be without the tree.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_QUERIES, _MANY_QUERIES = 128, 256
+_LONG_PATH = 1024
+"""Keys from which on a tile has many queries: the kernel then works on larger blocks, while beside
+a short path it is the tile's own tokens that cost, half of which are masked."""
+_LONG_ROW = 2048
+"""Tokens from which on a causal tile is faster than several with masks."""
+
+_MOST_KEPT = 1 << 24
+"""Numbers of the masks that are kept for the next layer where no gradient is asked for, 64 MiB in
+float32. Autograd would keep them for every layer anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """The queries [first, stop) and the places of their keys, of which their own come last.
+
+    Attributes:
+        causal: the tile is one path from a root downward; every key is seen by all after it.
+    """
+
+    first: int
+    stop: int
+    keys: Tensor
+    causal: bool
+
+
+class Tiles:
+    """All tiles of one layout, in its order, for one window (0 for none)."""
+
+    def __init__(self, ends_T: Tensor, positions_T: Tensor, window: int) -> None:
+        self._ends_T, self._positions_T, self._window = ends_T, positions_T, window
+        self._tiles = _cut(ends_T, positions_T, window)
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.keys = torch.cat([tile.keys for tile in self._tiles])
+        self.num_queries = [tile.stop - tile.first for tile in self._tiles]
+        self.num_keys = [len(tile.keys) for tile in self._tiles]
+        self._num_masked = sum(
+            (tile.stop - tile.first) * len(tile.keys) for tile in self._tiles if not tile.causal
+        )
+
+    def __iter__(self) -> Iterator[Tile]:
+        return iter(self._tiles)
+
+    def mask(self, tile: Tile, dtype: torch.dtype) -> Tensor | None:
+        """[queries, keys], 0 or -inf; None for a causal tile."""
+        if tile.causal:
+            return None
+        if (tile.first, dtype) in self._masks:
+            return self._masks[tile.first, dtype]
+        own = tile.keys[tile.first - tile.stop :]
+        seen = visible(self._ends_T, self._positions_T, own, tile.keys, self._window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        mask = mask.masked_fill_(~seen, float("-inf"))
+        if torch.is_grad_enabled() or self._num_masked <= _MOST_KEPT:
+            self._masks[tile.first, dtype] = mask
+        return mask
+
+
+def visible(
+    ends_T: Tensor, positions_T: Tensor, queries: Tensor, keys: Tensor, window: int
+) -> Tensor:
+    """[queries, keys] bool, of places in the layout: which keys are ancestors within the window."""
+    queries = queries[:, None]
+    seen = (keys <= queries) & (queries < ends_T[keys])
+    if window:
+        seen &= positions_T[queries] - positions_T[keys] < window
+    return seen
+
+
+def queries_per_tile(path: int) -> int:
+    """How many queries share the gathered keys of a path of so many tokens."""
+    return _QUERIES if path < _LONG_PATH else _MANY_QUERIES
+
+
+def _cut(ends_T: Tensor, positions_T: Tensor, window: int) -> list[Tile]:
+    first_rows = _first_rows(positions_T.tolist(), window)
+    edges = [*first_rows, len(ends_T)]
+    made: list[Tile] = []
+    first = 0
+    while first < len(ends_T):
+        path = (ends_T[:first] > first).nonzero().squeeze(1)
+        stop = first_rows.get(first, 0)
+        causal = stop > 0
+        if not causal:
+            seen = min(len(path), window or len(path))
+            stop = min(first + queries_per_tile(seen), edges[bisect(edges, first)])
+        own = torch.arange(first, stop, device=path.device)
+        if window:
+            path = path[visible(ends_T, positions_T, own, path, window).any(0)]
+        keys = torch.cat([path, own])
+        made.append(Tile(first=first, stop=stop, keys=keys, causal=causal))
+        first = stop
+    return made
+
+
+def _first_rows(depths: Sequence[int], window: int) -> dict[int, int]:
+    """Where the first row of each tree begins and stops, of those that are long, and have
+    every token in the window."""
+    rows: dict[int, int] = {}
+    begin = 0
+    for t in range(1, len(depths) + 1):
+        if t == len(depths) or depths[t] != depths[t - 1] + 1:
+            if depths[begin] == 0 and _LONG_ROW <= t - begin <= (window or t):
+                rows[begin] = t
+            begin = t
+    return rows
