@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from turnfast.checkpoint import newest_whole
 from turnfast.config import ConfigError, LossConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
-from turnfast.loss import update
+from turnfast.loss import TrainingError, update
 from turnfast.metrics import read_metrics
 from turnfast.optim import Optimizer
 from turnfast.packing import batch_of
@@ -185,6 +186,14 @@ def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_pat
     assert losses(run_dir) == losses(tmp_path / "whole")
     with pytest.raises(ConfigError, match="continue it with --resume"):
         warm_start(recipe(tiny_folder), run_dir)
+
+
+def test_a_fault_leaves_the_steps_before_it(tiny_folder, tmp_path):
+    diverging = {"steps": 8, "lr": 1e37, "batch_tokens": 64}
+    with pytest.raises(TrainingError, match="gradient norm nan"):
+        warm_start(recipe(tiny_folder, sft=diverging), tmp_path)
+    (last, _) = losses(tmp_path)[-1]
+    assert last % 3 and newest_whole(tmp_path / "checkpoints").name == f"step_{last:06d}"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from .optim import Optimizer
 from .replay import Budget
 from .types import Batch
 
-ADVICE = "this update has changed no weight; lower optim.lr, or resume from the last checkpoint"
+ADVICE = (
+    "this update has changed no weight; lower optim.lr (sft.lr in a warm start), or resume from "
+    "the last checkpoint"
+)
 
 
 class TrainingError(RuntimeError):

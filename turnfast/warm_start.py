@@ -10,11 +10,15 @@ from .checkpoint import save_checkpoint, save_model
 from .config import Config
 from .console import Progress
 from .lora import add_adapter
-from .loss import Update
+from .loss import TrainingError, Update
 from .metrics import RunDir
 from .model import load_policy, pick_device
+from .replay import OutOfMemory
 from .run import is_due, model_folder, open_chat, open_env, restore
 from .sft import sft, sft_optimizer
+
+FAULTS = (OutOfMemory, TrainingError)
+"""What can fail in a step and leaves the weights whole."""
 
 
 def warm_start(
@@ -31,6 +35,9 @@ def warm_start(
 
     Returns:
         `run_dir/model`, a Hugging Face folder for `--model.path`; after a stop its last checkpoint.
+    Raises:
+        OutOfMemory, TrainingError: after a checkpoint of the steps that were done.
+        ConfigError, CheckpointError: see their rooms; without one.
     """
     env = open_env(config)
     with RunDir.create(run_dir, config, resume=resume) as directory:
@@ -39,7 +46,7 @@ def warm_start(
         )
         add_adapter(policy.model, config.model.lora, seed=config.train.seed)
         optimizer = sft_optimizer(policy, config.sft)
-        done = restore(directory, policy, optimizer, kind="sft")[0] if resume else 0
+        begun = done = restore(directory, policy, optimizer, kind="sft")[0] if resume else 0
         save = partial(
             save_checkpoint,
             directory.checkpoints,
@@ -52,6 +59,8 @@ def warm_start(
         with Progress(run_dir, config.sft.steps, done=done, label="warm start") as progress:
 
             def report(step: int, update: Update) -> None:
+                nonlocal done
+                done = step
                 figures = {
                     "loss": -update.logprob,
                     "entropy": update.entropy,
@@ -62,17 +71,22 @@ def warm_start(
                 if is_due(step, config.train.save_every, config.sft.steps):
                     save(step)
 
-            done = sft(
-                policy,
-                env,
-                open_chat(config.model, policy, env),
-                config.sft,
-                seed=config.train.seed,
-                optimizer=optimizer,
-                done=done,
-                report=report,
-                should_stop=should_stop,
-            )
+            try:
+                sft(
+                    policy,
+                    env,
+                    open_chat(config.model, policy, env),
+                    config.sft,
+                    seed=config.train.seed,
+                    optimizer=optimizer,
+                    done=done,
+                    report=report,
+                    should_stop=should_stop,
+                )
+            except FAULTS:
+                if done > begun:
+                    save(done)
+                raise
             kept = save(done)
         if done < config.sft.steps:
             return kept
