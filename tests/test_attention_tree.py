@@ -65,10 +65,15 @@ def test_equals_every_score_computed(seed, size, heads, width, window):
         assert error <= budget, f"{name}: {error} > {budget}"
 
 
-@pytest.mark.parametrize("window", [0, 7, 2000, 2500])
+def long_rows() -> TreeRows:
+    shared, fresh = [1] * 40, [2] * 2060
+    branch = shared + fresh[:900] + [4] * 30
+    return tree_rows([shared + fresh, shared + [3] * 2060, branch, [5] * 9])
+
+
+@pytest.mark.parametrize("window", [0, 2080])
 def test_long_rows_equal_every_score_computed(window):
-    shared, fresh = [1] * 700, [2] * 1500
-    rows = tree_rows([shared + fresh, shared + [3] * 600, shared + fresh[:900] + [4] * 30, [5] * 9])
+    rows = long_rows()
     torch.manual_seed(0)
     qkv = [torch.randn(1, len(rows.ends_T), 8) for _ in range(3)]
     options = {"scale": 8**-0.5, "window": window}
@@ -78,20 +83,19 @@ def test_long_rows_equal_every_score_computed(window):
         assert (a - b).abs().max() < 1e-5
 
 
-def test_tiles_hold_every_token_once_and_no_key_out_of_the_window():
-    long, other = [1] * 2100, [2] * 300
-    rows = tree_rows([long, long[:50] + other, other])
-    cut = {window: list(rows.tiles(window)) for window in (0, 100, 2100)}
-    for window, tiles in cut.items():
-        assert [tile.first for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
-        assert tiles[-1].stop == len(rows.ends_T)
-        seen = [len(tile.keys) - (tile.stop - tile.first) for tile in tiles]
-        assert max(seen) < 2 * (window or 2100)  # two branches in a tile may see different keys
-    # the first row is whole where the window lets it be; a window cuts what the others look at
-    assert [tile.stop for tile in cut[0] if tile.causal] == [2100]
-    assert [tile.stop for tile in cut[2100] if tile.causal] == [2100]
-    assert not any(tile.causal for tile in cut[100])
-    assert max(tile.stop - tile.first for tile in cut[100]) == 128
+@pytest.mark.parametrize(("window", "causal"), [(0, 2), (7, 0), (2080, 0), (2100, 2)])
+def test_tiles_hold_every_token_once_and_few_keys_out_of_the_window(window, causal):
+    rows = long_rows()
+    tiles = list(rows.tiles(window))
+    assert [tile.first for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+    assert tiles[-1].stop == len(rows.ends_T)
+    # a long stretch is whole where the window holds it and its path
+    whole = [(tile.stop - tile.first, len(tile.queries)) for tile in tiles if tile.causal]
+    assert whole == [(2100, 2100), (2060, 2100)][:causal]
+    for tile in tiles:
+        # up to three branches meet in a tile, and each sees keys of its own
+        assert len(tile.keys) - len(tile.own) <= 3 * (window or 2100)
+        assert tile.causal or len(tile.queries) == len(tile.own) <= 256
 
 
 def test_masks_are_made_once_for_all_layers_that_train():

@@ -6,8 +6,9 @@ tokens of the tile: a token before `a` whose subtree reaches into the tile has `
     layout   p p p a a b b d c c      tile [3, 7), tokens a a b b: its path is p p p
     depth    0 1 2 3 4 5 6 5 3 4      tile [7, 10), tokens d c c: its path is p p p a a
 
-`c` does not see the `a` of its tile's path, so a tile comes with a mask. The first row of a tree
-needs none: where it is long it is one causal tile, as it would be without the tree.
+`c` does not see the `a` of its tile's path, so a tile comes with a mask. A long stretch without a
+branch needs none: it is one causal tile, as the row would be without the tree. Its path is then
+computed again, and thrown away, where it is short beside the stretch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _QUERIES, _MANY_QUERIES = 128, 256
 _LONG_PATH = 1024
 """Keys from which on a tile has many queries: the kernel then works on larger blocks, while beside
 a short path it is the tile's own tokens that cost, half of which are masked."""
-_LONG_ROW = 2048
-"""Tokens from which on a causal tile is faster than several with masks."""
+_LONG_STRETCH = 2048
+"""Tokens from which on a causal tile is faster than several with masks, though of a path of up to
+half as many it computes an eighth more."""
 
 _MOST_KEPT = 1 << 24
 """Numbers of the masks that are kept for the next layer where no gradient is asked for, 64 MiB in
@@ -36,13 +38,22 @@ class Tile:
     """The queries [first, stop) and the places of their keys, of which their own come last.
 
     Attributes:
-        causal: the tile is one path from a root downward; every key is seen by all after it.
+        causal: the keys are one path from a root downward, each seen by all after it. They are all
+            queries then, of which the last are the tile's.
     """
 
     first: int
     stop: int
     keys: Tensor
     causal: bool
+
+    @property
+    def own(self) -> Tensor:
+        return self.keys[self.first - self.stop :]
+
+    @property
+    def queries(self) -> Tensor:
+        return self.keys if self.causal else self.own
 
 
 class Tiles:
@@ -53,10 +64,11 @@ class Tiles:
         self._tiles = _cut(ends_T, positions_T, window)
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self.keys = torch.cat([tile.keys for tile in self._tiles])
-        self.num_queries = [tile.stop - tile.first for tile in self._tiles]
+        self.queries = torch.cat([tile.queries for tile in self._tiles])
+        self.num_queries = [len(tile.queries) for tile in self._tiles]
         self.num_keys = [len(tile.keys) for tile in self._tiles]
         self._num_masked = sum(
-            (tile.stop - tile.first) * len(tile.keys) for tile in self._tiles if not tile.causal
+            len(tile.own) * len(tile.keys) for tile in self._tiles if not tile.causal
         )
 
     def __iter__(self) -> Iterator[Tile]:
@@ -68,8 +80,7 @@ class Tiles:
             return None
         if (tile.first, dtype) in self._masks:
             return self._masks[tile.first, dtype]
-        own = tile.keys[tile.first - tile.stop :]
-        seen = visible(self._ends_T, self._positions_T, own, tile.keys, self._window)
+        seen = visible(self._ends_T, self._positions_T, tile.own, tile.keys, self._window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         mask = mask.masked_fill_(~seen, float("-inf"))
         if torch.is_grad_enabled() or self._num_masked <= _MOST_KEPT:
@@ -94,34 +105,35 @@ def queries_per_tile(path: int) -> int:
 
 
 def _cut(ends_T: Tensor, positions_T: Tensor, window: int) -> list[Tile]:
-    first_rows = _first_rows(positions_T.tolist(), window)
-    edges = [*first_rows, len(ends_T)]
+    stretches = _long_stretches(positions_T.tolist(), window)
+    edges = [*stretches, len(ends_T)]
     made: list[Tile] = []
     first = 0
     while first < len(ends_T):
         path = (ends_T[:first] > first).nonzero().squeeze(1)
-        stop = first_rows.get(first, 0)
-        causal = stop > 0
-        if not causal:
+        causal = first in stretches
+        if causal:
+            stop = stretches[first]
+        else:
             seen = min(len(path), window or len(path))
             stop = min(first + queries_per_tile(seen), edges[bisect(edges, first)])
         own = torch.arange(first, stop, device=path.device)
         if window:
             path = path[visible(ends_T, positions_T, own, path, window).any(0)]
-        keys = torch.cat([path, own])
-        made.append(Tile(first=first, stop=stop, keys=keys, causal=causal))
+        made.append(Tile(first=first, stop=stop, keys=torch.cat([path, own]), causal=causal))
         first = stop
     return made
 
 
-def _first_rows(depths: Sequence[int], window: int) -> dict[int, int]:
-    """Where the first row of each tree begins and stops, of those that are long, and have
-    every token in the window."""
-    rows: dict[int, int] = {}
-    begin = 0
+def _long_stretches(depths: Sequence[int], window: int) -> dict[int, int]:
+    """Where those begin and stop that are worth a causal tile and see their whole path."""
+    found: dict[int, int] = {}
+    first = 0
     for t in range(1, len(depths) + 1):
-        if t == len(depths) or depths[t] != depths[t - 1] + 1:
-            if depths[begin] == 0 and _LONG_ROW <= t - begin <= (window or t):
-                rows[begin] = t
-            begin = t
-    return rows
+        if t < len(depths) and depths[t] == depths[t - 1] + 1:
+            continue
+        length, path = t - first, depths[first]
+        if length >= max(_LONG_STRETCH, 2 * path) and path + length <= (window or path + length):
+            found[first] = t
+        first = t
+    return found

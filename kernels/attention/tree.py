@@ -147,7 +147,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor
     # gathered and taken apart once: were it done tile by tile, the backward pass would add up a
     # gradient of the whole pack for each
     cut = zip(
-        q.split(tiles.num_queries, dim=1),
+        tiles,
+        q.index_select(1, tiles.queries).split(tiles.num_queries, dim=1),
         k.index_select(1, tiles.keys).split(tiles.num_keys, dim=1),
         v.index_select(1, tiles.keys).split(tiles.num_keys, dim=1),
         strict=True,
@@ -161,7 +162,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor
             is_causal=tile.causal,
             scale=scale,
             enable_gqa=True,
-        )[0].transpose(0, 1)
-        for tile, (q_tile, k_tile, v_tile) in zip(tiles, cut, strict=True)
+        )[0, :, tile.first - tile.stop :].transpose(0, 1)
+        for tile, q_tile, k_tile, v_tile in cut
     ]
     return torch.cat(outputs)
