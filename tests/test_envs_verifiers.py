@@ -70,6 +70,10 @@ class Guess(vf.MultiTurnEnv):
         word = "Higher." if int(said) < int(answer) else "Lower."
         return [{"role": "user", "content": word}]
 
+class Silent(vf.Rubric):
+    async def score_rollout(self, state):
+        pass
+
 async def square(number: int) -> str:
     """Square a number.
 
@@ -95,6 +99,10 @@ def load_environment(kind="guess", **kwargs):
         )
     if kind == "guess":
         return Guess(rubric=vf.Rubric(funcs=[solved]), **kwargs)
+    if kind == "silent":
+        env = vf.SingleTurnEnv(dataset=data)
+        env.rubric = Silent()  # alone: a group of rubrics adds up what each of them gives
+        return env
     function = {"boom": boom, "nan": nan, "group": group_score}[kind]
     return vf.SingleTurnEnv(dataset=data, rubric=vf.Rubric(funcs=[solved, function]))
 '''
@@ -208,6 +216,9 @@ def test_faults_are_typed():
     with pytest.raises(RewardFault, match=r"'boom' raised KeyError: 'no such column'") as fault:
         play(make("boom"), task, "1")
     assert fault.value.kind == "raised"
+    with pytest.raises(RewardFault, match="the environment's outcome is None") as fault:
+        play(make("silent"), task, "1")
+    assert fault.value.kind == "missing"
     with pytest.raises(RuntimeError, match="only one that grows can be trained on"):
         play(make("guess", rewrite=True), task, "1")
     with pytest.raises(RuntimeError, match="InfraError: the box is gone"):

@@ -33,6 +33,7 @@ from ...config import ConfigError, PositiveFloat, PositiveInt
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
+from ..reward import check_reward
 from .door import require
 from .games import within
 from .verifiers_talk import FAILED_CALLS, REWARD_FAULTS, Asked, Talk, plain_text, policy_client
@@ -162,14 +163,14 @@ class VerifiersEpisode:
 
     async def finish(self) -> Outcome:
         state = await self._in_background(self._talk.end())
-        reward = state["reward"]
+        reward = check_reward(state["reward"], "the environment's outcome")
         figures = {
             name: float(value)
             for name, value in (state["metrics"] or {}).items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
         # the package's own mark of a rollout that passed
-        passed = reward is not None and reward >= self._env.inner.pass_threshold
+        passed = reward >= self._env.inner.pass_threshold
         return Outcome(
             reward=reward,
             reward_parts={"rubric": reward},
