@@ -53,7 +53,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On what is installed: pyright does not see where an editable install keeps `turnfast.kernels`.
 types: $(STAMP)
+	rm -rf build/types
+	TURNFAST_NO_EXTENSION=1 $(BIN)/python setup.py -q build_py --build-lib build/types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

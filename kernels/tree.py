@@ -17,12 +17,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .extension import load_error
+
+Depth = TypeVar("Depth", int, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +153,7 @@ def cut_tree(
     return batches[::-1]
 
 
-def path_cost(depth: int, attention_span: int = 4096) -> int:
+def path_cost(depth: Depth, attention_span: int = 4096) -> Depth:
     """What the first `depth` tokens of a row cost, attention included, in 1 / (2 spans) of a token:
     token k looks at k keys, and `attention_span` keys cost as much as all else on a token."""
     return depth * (2 * attention_span + depth)

@@ -198,7 +198,7 @@ class Chat:
         return (*self._plain(text), self.end_id)
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
-        kwargs = self._options | ({"tools": self._tools} if self._tools else {})
+        kwargs: dict[str, Any] = self._options | ({"tools": self._tools} if self._tools else {})
         rendered = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
@@ -258,7 +258,7 @@ class Chat:
         eos = self.tokenizer.eos_token_id
         # Llama 3 ends some calls with a token of their own
         calls = [i for i, t in self.tokenizer.added_tokens_decoder.items() if t.content == _EOM]
-        ids = (self.end_id, *([] if eos is None else [eos]), *calls)
+        ids = (self.end_id, *([eos] if isinstance(eos, int) else []), *calls)
         return tuple(dict.fromkeys(ids))
 
     def _find_end_of_turn(self) -> int:

@@ -9,17 +9,19 @@ import importlib
 import importlib.util
 import inspect
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = {"rope", "rms_norm", "layer_norm", "swiglu", "geglu"}
 
 
-def apply_liger(model: nn.Module, wanted: bool | str, device: torch.device) -> bool:
+def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device) -> bool:
     """Put Liger's kernels into a model; "auto" does so on CUDA where Liger knows the model.
 
     Returns:

@@ -41,7 +41,9 @@ def make_adamw(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim
         ConfigError: `optim.state = "8bit"` without torchao.
     """
     check_state(config)
-    settings = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    settings: dict[str, Any] = dict(
+        lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+    )
     if config.state == "float32":
         return torch.optim.AdamW(parameters, **settings, fused=True)
     if config.state == "bfloat16":
@@ -61,7 +63,8 @@ def make_moments(adamw: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> 
             moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in _MOMENTS]
             count = torch.zeros((), device=p.device)  # a fused step counts where it computes
         else:
-            moments = [adamw._new_buffer(p, signed) for signed in (True, False)]  # type: ignore
+            eight_bit: Any = adamw  # of torchao, which need not be installed
+            moments = [eight_bit._new_buffer(p, signed) for signed in (True, False)]
             count = torch.zeros(())
         adamw.state[p] = {"step": count, **dict(zip(_MOMENTS, moments, strict=True))}
 
@@ -88,7 +91,7 @@ class Bfloat16AdamW(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for place, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -96,8 +99,8 @@ class Bfloat16AdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] += 1
                 draw = torch.Generator(p.device).manual_seed((int(state["step"]) << 20) + place)
-                parts = zip(*map(_parts, (p, p.grad, *map(state.get, _MOMENTS))), strict=True)
-                for part in parts:
+                mean, square = (_parts(state[name]) for name in _MOMENTS)
+                for part in zip(_parts(p), _parts(p.grad), mean, square, strict=True):
                     _update(*part, int(state["step"]), group, draw)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

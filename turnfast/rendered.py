@@ -145,7 +145,7 @@ def _open(tokenizer: Any, name: str, tools: list[dict] | None) -> Any:
             "and 'template'"
         )
     try:
-        form = renderers.config_from_name(name)
+        form: Any = renderers.config_from_name(name)  # declared as the base, taken as a union
         literal = renderers.create_renderer(_Literal(tokenizer), form)
         plain = renderers.create_renderer(tokenizer, form)
         talk = [*ASKED, REPLIES[tools is not None]]

@@ -47,14 +47,15 @@ def write_tiny_model(
     partial.mkdir(parents=True)
     tokenizer = _tokenizer(corpus, vocab_size, cut)
     tokenizer.save_pretrained(partial)
+    ids = tokenizer.get_vocab()
     torch.manual_seed(seed)
     config = tiny_architecture(
         vocab_size=vocab_size,
         layers=layers,
         width=width,
         max_context=max_context,
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        eos_token_id=ids[END],
+        pad_token_id=ids[PAD],
     )
     Qwen3ForCausalLM(config).save_pretrained(partial)
     folder.mkdir(exist_ok=True)

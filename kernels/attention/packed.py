@@ -84,7 +84,7 @@ class PackedRows:
 
 def pick_backend(
     device: torch.device,
-    wanted: str = "auto",
+    wanted: Backend | Literal["auto"] = "auto",
     *,
     head_dim: int = 0,
     value_dim: int = 0,
@@ -115,7 +115,7 @@ def pick_backend(
             value_dim not in (0, head_dim)
         ),
     }
-    own = {
+    own: dict[Backend, dict[str, bool]] = {
         "flash": {"flash-attn installed": importlib.util.find_spec("flash_attn") is None},
         "varlen": {
             f"a newer torch for a sliding window, varlen_attn of {torch.__version__} has none": (
@@ -123,14 +123,17 @@ def pick_backend(
             )
         },
     }
-    problems = {
+    problems: dict[Backend, str] = {
         name: next((text for text, found in (both | extra).items() if found), "")
         for name, extra in own.items()
     }
-    best: Backend = next((name for name in ("flash", "varlen") if not problems[name]), "sdpa")
-    if problems.get(wanted):
+    problems["sdpa"] = ""
+    best: Backend = next(name for name, problem in problems.items() if not problem)
+    if wanted == "auto":
+        return best
+    if problems[wanted]:
         raise ValueError(f"{wanted!r} needs {problems[wanted]}; {best!r} works here")
-    return best if wanted == "auto" else wanted  # type: ignore[return-value]
+    return wanted
 
 
 def packed_attention(

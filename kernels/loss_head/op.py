@@ -118,8 +118,7 @@ def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
-    *flat, head_grad = flat
-    given = PolicyArguments.of(tuple(flat))
+    given, head_grad = PolicyArguments.of(flat[:-1]), flat[-1]
     return _figures(given, _outcome(given, head_grad))
 
 

@@ -84,8 +84,11 @@ class Env(Protocol):
     environment describes them in its own first message.
     """
 
-    tools: Sequence[Tool]
-    native_calls: bool
+    @property
+    def tools(self) -> Sequence[Tool]: ...
+
+    @property
+    def native_calls(self) -> bool: ...
 
     def tasks(self, split: Split) -> Sequence[Task]: ...
 

@@ -94,7 +94,7 @@ def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
                 raise ValueError(
                     "one set without splits; save a DatasetDict(train=…, validation=…)"
                 )
-            return saved[split]
+            return saved[split]  # pyright: ignore[reportReturnType]  # its rows are mappings
         files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
         if not files:
             raise FileNotFoundError(f"no {split}*.parquet and no saved data set in {folder}")

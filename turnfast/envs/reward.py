@@ -46,7 +46,7 @@ class RewardFault(Exception):
 
     def __init__(self, kind: FaultKind, text: str) -> None:
         super().__init__(text)
-        self.kind = kind
+        self.kind: FaultKind = kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +72,18 @@ def check_reward(value: Any, what: str) -> float:
     above LARGEST_REWARD, and what is no number."""
     if type(value) is float and abs(value) < LARGEST_REWARD:  # nearly always
         return value
-    kind: FaultKind | None = None
+    kind: FaultKind
     if value is None:
         kind = "missing"
     elif not isinstance(value, Real):
         kind = "not_a_number"
     elif not abs(float(value)) < LARGEST_REWARD:
         kind = "not_finite"
-    if kind is not None:
-        shown = repr(value)[:80]
-        text = f"it must be a finite number, below {LARGEST_REWARD:g} in size"
-        raise RewardFault(kind, f"{what} is {shown}; {text}")
-    return float(value)
+    else:
+        return float(value)
+    shown = repr(value)[:80]
+    text = f"it must be a finite number, below {LARGEST_REWARD:g} in size"
+    raise RewardFault(kind, f"{what} is {shown}; {text}")
 
 
 async def score(

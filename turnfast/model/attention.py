@@ -50,7 +50,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if packed_rows is None:
-        if _in_packed_forward.get():
+        if _in_packed_forward.get() or isinstance(attention_mask, int):
             raise NotImplementedError(
                 f"{type(module).__name__} does not pass on the keyword arguments of a forward, "
                 "through which its rows arrive"

@@ -54,12 +54,11 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         ) from None
     refuse_unsupported(model)
     switch_off_dropout(model)
-    model.to(device).train()
+    model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper's type takes no `self`
+    model.train()
     apply_liger(model, config.liger, device)
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.freeze_head:
-        model.get_output_embeddings().weight.requires_grad_(False)
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
@@ -70,6 +69,8 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         softcap=softcap(architecture),
         logit_scale=logit_scale(architecture),
     )
+    if config.freeze_head:
+        policy.head_VD.requires_grad_(False)
     check_logprobs(policy)
     if not config.compile:
         return policy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..kernels.attention import PackedRows, TreeBackend, TreeRows
+from ..kernels.attention import Backend, PackedRows, TreeBackend, TreeRows
 from ..types import Batch
 from .attention import packed_forward
 
@@ -34,7 +34,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     device: torch.device
-    attention: str
+    attention: Backend
     tree_attention: TreeBackend = "sdpa"
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -42,7 +42,9 @@ class Policy:
 
     @property
     def head_VD(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+        head = self.model.get_output_embeddings()
+        assert head is not None  # a model without one is refused when it is loaded
+        return head.weight
 
     def synchronize(self) -> None:
         """Wait for queued device work, so that a clock read after it is true."""
@@ -76,8 +78,8 @@ def sparse_embedding(policy: Policy, *, wanted: bool) -> Iterator[None]:
     to, as the optimizer's sum for the head is. A compiled model gives it dense.
     """
     embedding = policy.model.get_input_embeddings()
-    tied = isinstance(embedding, nn.Embedding) and embedding.weight is policy.head_VD
-    if not (wanted and tied and policy.body is None):
+    wanted = wanted and policy.body is None
+    if not (wanted and isinstance(embedding, nn.Embedding) and embedding.weight is policy.head_VD):
         yield
         return
     before, embedding.sparse = embedding.sparse, True
@@ -95,6 +97,6 @@ def _attention_rows(policy: Policy, batch: Batch) -> PackedRows | TreeRows:
     return PackedRows(
         cu_seqlens=batch.cu_seqlens,
         lengths=tuple((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()),
-        backend=policy.attention,  # type: ignore[arg-type]
+        backend=policy.attention,
         max_seqlen=batch.max_seqlen,
     )

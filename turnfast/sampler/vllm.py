@@ -258,8 +258,9 @@ def _replace(
         parameter.fill_(math.nan)
     model.load_weights(named_weights)  # type: ignore[operator]  # every vLLM model has it
     # one NaN makes a norm of it; all are looked at in one go, as each look waits for the device
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm([*parameters.values()])])
-    return [name for name, stale in zip(parameters, norms.isnan().tolist(), strict=True) if stale]
+    norms = torch._foreach_norm([*parameters.values()])  # pyright: ignore[reportPrivateImportUsage]
+    stale = torch.stack([norm.float() for norm in norms]).isnan().tolist()
+    return [name for name, is_stale in zip(parameters, stale, strict=True) if is_stale]
 
 
 def _completion(output: Any) -> Completion:

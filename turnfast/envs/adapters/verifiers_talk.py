@@ -226,7 +226,7 @@ def plain_text(content: Any) -> str:
     return "\n".join(texts)
 
 
-def policy_client(base: type) -> Callable[[Talk], Any]:
+def policy_client(base: Any) -> type[Any]:
     """The class of clients that ask a `Talk`; made here, for the package's base may be missing."""
 
     class PolicyClient(base):
