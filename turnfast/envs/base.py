@@ -84,11 +84,8 @@ class Env(Protocol):
     environment describes them in its own first message.
     """
 
-    @property
-    def tools(self) -> Sequence[Tool]: ...
-
-    @property
-    def native_calls(self) -> bool: ...
+    tools: Sequence[Tool]
+    native_calls: bool
 
     def tasks(self, split: Split) -> Sequence[Task]: ...
 

@@ -23,6 +23,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ..config import ConfigError, PositiveInt, Share
+from ..tools import Tool
 from ..types import Message, Task
 from .base import Demonstration, Outcome, Split, Step
 from .rewards import read_tag
@@ -90,7 +91,7 @@ class FrozenLakeEnv:
         demos: number of demonstrated crossings; half of their moves are random safe ones.
     """
 
-    tools = ()
+    tools: Sequence[Tool] = ()
     native_calls = False
 
     def __init__(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import ConfigError, PositiveInt, Share
+from ..tools import Tool
 from ..types import Message, Task
 from .base import Outcome, Split, Step
 from .rewards import read_tag
@@ -38,7 +39,7 @@ class WordleEnv:
         malformed: turn reward of a turn without a guess from the list; it counts as a guess.
     """
 
-    tools = ()
+    tools: Sequence[Tool] = ()
     native_calls = False
 
     def __init__(

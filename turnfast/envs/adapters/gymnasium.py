@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...tools import Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
 from ..rewards import read_tag
@@ -46,7 +47,7 @@ class GymnasiumEnv:
             discrete nor text.
     """
 
-    tools = ()
+    tools: Sequence[Tool] = ()
     native_calls = False
 
     def __init__(

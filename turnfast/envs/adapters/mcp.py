@@ -176,7 +176,7 @@ class McpEnv(ToolEnv):
         super().__init__(**options)
         self._records = split_records(read_questions(Path(questions)), share=eval_share, seed=seed)
         self.server = McpServer(command, args or (), env=env, start_timeout_s=start_timeout_s)
-        self.tools = self.server.tools
+        self.tools: Sequence[Tool] = self.server.tools
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return [

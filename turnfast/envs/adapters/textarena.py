@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...config import ConfigError, PositiveFloat, PositiveInt
-from ...tools import without_thoughts
+from ...tools import Tool, without_thoughts
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
 from .door import require
@@ -38,7 +38,7 @@ class TextArenaEnv:
         ConfigError: the package or the game is missing, or the game is for several players.
     """
 
-    tools = ()
+    tools: Sequence[Tool] = ()
     native_calls = False
 
     def __init__(
