@@ -45,6 +45,7 @@ LEVELS = [
     ["judge"],
     [
         "credit",
+        "dealing",
         "packing",
         "replay",
         "model",

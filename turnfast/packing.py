@@ -14,7 +14,7 @@ from is computed once and predicts a target for each of them::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .kernels.packing import pack_rows, spread_rows
-from .kernels.tree import PrefixTree, cut_tree, path_cost, prefix_tree, split_over_ranks
+from .dealing import Dealer, tree_of
+from .kernels.tree import PrefixTree
 from .ranks import ALONE, Ranks
-from .replay import OutOfMemory
 from .rows import Rows, join, ranges, rows_of, without_idle_ends
 from .types import Batch, Credit, Group, TokenCredit, Turn
 
@@ -115,14 +114,16 @@ def pack(
         rows = without_idle_ends(rows)
     num_idle = num_whole - len(rows.tokens_T)
     num_value_targets = int(np.isfinite(rows.value_targets_N).sum())
-    # rows of one owner stay together
-    owners = rows.trajectories_S if whole_trajectories else np.arange(len(rows))
-    _refuse_long(rows, owners, budget, share_prefixes)
+    dealer = Dealer(
+        share_prefixes=share_prefixes,
+        whole_trajectories=whole_trajectories,
+        attention_span=attention_span,
+    )
+    dealer.refuse_long(rows, budget)
     if ranks.size > 1:
-        mine = _share_of(rows, owners, ranks, share_prefixes, attention_span)
-        rows, owners = rows.take(mine), owners[mine]
+        rows = dealer.share_of_rank(rows, ranks)
     with ranks.together():
-        tree = _tree_of(rows)
+        tree = tree_of(rows)
         batches = tuple(
             batch_of(
                 part,
@@ -132,7 +133,7 @@ def pack(
                 num_value_targets=num_value_targets,
                 tree=whole,
             )
-            for part, whole in _parts(rows, owners, tree, budget, share_prefixes, attention_span)
+            for part, whole in dealer.micro_batches(rows, tree, budget)
         )
     return Packed(
         batches=batches,
@@ -187,82 +188,6 @@ def _put_together(rows: Rows, ranks: Ranks) -> Rows:
     return join([Rows(**dict(zip(names, arrays, strict=True))) for arrays in everyone])
 
 
-def _parts(
-    rows: Rows,
-    owners: np.ndarray,
-    tree: PrefixTree,
-    budget: int,
-    share_prefixes: bool,
-    attention_span: int,
-) -> Iterator[tuple[Rows, PrefixTree | None]]:
-    """The rows of each micro-batch, and their prefix tree if it is there already."""
-    if not len(rows):
-        return
-    if share_prefixes and len(tree.sources_T) <= budget:
-        yield rows, tree
-        return
-    if share_prefixes:
-        order = _order(rows, tree)
-        dealt = cut_tree(*order, budget, owners=owners.tolist(), attention_span=attention_span)
-    else:
-        # what a row costs does not depend on those beside it: the fewest micro-batches are best
-        sizes, of_owner = _by_owner(rows.lengths_S, owners)
-        dealt = [_owned(of_owner, chosen) for chosen in pack_rows(sizes, budget)]
-    for chosen in dealt:
-        yield rows.take(chosen), None
-
-
-def _share_of(
-    rows: Rows, owners: np.ndarray, ranks: Ranks, share_prefixes: bool, attention_span: int
-) -> np.ndarray:
-    """The rows of this rank."""
-    if share_prefixes:
-        order = _order(rows, _tree_of(rows))
-        dealt = split_over_ranks(
-            *order, ranks.size, owners=owners.tolist(), attention_span=attention_span
-        )
-        return np.array(dealt[ranks.rank], np.int64)
-    costs, of_owner = _by_owner(path_cost(rows.lengths_S, attention_span), owners)
-    return _owned(of_owner, spread_rows(costs, ranks.size)[ranks.rank])
-
-
-def _by_owner(costs_S: np.ndarray, owners: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """What the rows of each owner cost together, and which owner each row has."""
-    of_owner = np.unique(owners, return_inverse=True)[1]
-    return np.bincount(of_owner, costs_S).astype(np.int64).tolist(), of_owner
-
-
-def _owned(of_owner: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
-    """The rows of some owners."""
-    return np.isin(of_owner, chosen).nonzero()[0]
-
-
-def _order(rows: Rows, tree: PrefixTree) -> tuple[list[int], list[int], list[int]]:
-    """Lengths of the rows, their order in the prefix tree, and what each shares with the last."""
-    return rows.lengths_S.tolist(), tree.order_S.tolist(), tree.shared_S.tolist()
-
-
-def _tree_of(rows: Rows) -> PrefixTree:
-    return prefix_tree(torch.from_numpy(rows.tokens_T), rows.lengths_S.tolist())
-
-
-def _refuse_long(rows: Rows, owners: np.ndarray, budget: int, share_prefixes: bool) -> None:
-    sizes, of_owner = _by_owner(rows.lengths_S, owners)
-    for large in (number for number, size in enumerate(sizes) if size > budget):
-        theirs = rows.take(_owned(of_owner, [large]))
-        size = len(_tree_of(theirs).sources_T) if share_prefixes else sizes[large]
-        if size <= budget:
-            continue
-        what = "a row of" if len(theirs) == 1 else f"{len(theirs)} rows of together"
-        way = "lower rollout.max_context"
-        if len(theirs) > 1:
-            way = "set loss.ratio to 'turn' or 'token', which need not see a trajectory whole"
-        raise OutOfMemory(
-            f"trajectory {theirs.trajectories_S[0]} has {what} {size} tokens, more than "
-            f"train.tokens_per_microbatch = {budget}: raise it, or {way}"
-        )
-
-
 def _weights(rows: Rows, normalizer: str, constant: float) -> np.ndarray:
     """Weight of each target, per trajectory."""
     lengths = np.bincount(rows.trajectories_S, rows.num_targets_S)
@@ -296,7 +221,7 @@ def batch_of(
     rows_N = torch.from_numpy(rows.states_N + np.repeat(starts_S, rows.num_targets_S))
     tokens, ends_T = torch.from_numpy(rows.tokens_T), None
     if share_prefixes:
-        tree = tree or _tree_of(rows)
+        tree = tree or tree_of(rows)
         tokens, positions, ends_T = tokens[tree.sources_T], tree.positions_T, tree.ends_T
         rows_N = tree.places[rows_N]
         starts = (positions == 0).nonzero().squeeze(1)
