@@ -2,6 +2,7 @@
 
     python bench/overhead.py --model runs/demo/warm-start/model [--backends local,vllm]
                              [--recipe demo] [--steps 12]
+    python bench/overhead.py --random 6x384 --warm-start 120 --steps 5
     python bench/overhead.py --random 24x896 --steps 4 --rollout.prompts-per-step 2
 
 A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
@@ -14,7 +15,8 @@ has that counted too. Tools may run in threads of their own, beside the generati
 two cores.
 
 `--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
-and earns nothing, so its steps are generation alone.
+and earns nothing, so its steps are generation alone. With `--warm-start` it is first tuned for some
+steps on the environment's demonstrations, which is enough to call tools.
 
 With `--clock thread` seconds are those of the processor, of the loop's thread and of the tools,
 each counted in full: a busy machine does not change them. With `--clock wall` tools that run beside
@@ -49,6 +51,7 @@ from turnfast.sampler import Request
 from turnfast.signals import stop_on_signals
 from turnfast.stopwatch import Stopwatch
 from turnfast.tiny import write_tiny_model
+from turnfast.warm_start import warm_start
 
 BACKENDS = ("auto", "local", "vllm")
 
@@ -97,6 +100,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
     parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
+    parser.add_argument("--warm-start", type=int, default=0, help="steps of it, after --random")
     parser.add_argument("--backends", default="auto", help=f"of {', '.join(BACKENDS)}, in turn")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
@@ -108,25 +112,44 @@ def main() -> None:
     torch.set_num_threads(1)
     seen = Watch(CLOCKS[options.clock])
     watch(seen)
+    if options.warm_start and not options.random:
+        parser.error("--warm-start: what --random made is tuned; a --model comes as it is")
     result: dict[str, Any] = {
         **provenance(),
         "clock": options.clock,
         "backends": {},
     }
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, tempfile.TemporaryDirectory() as folder:
+        model = made(options, fields, Path(folder)) if options.random else options.model
         for backend in backends:
             seen.clear()
-            lines = trained(backend, options, fields, stop)
+            lines = trained(backend, model, options, fields, stop)
             result["backends"][backend] = summarise(lines, seen, options.clock)
     write(result, options.out)
     print(json.dumps(result, indent=1))
 
 
+def made(options: argparse.Namespace, fields: Sequence[str], folder: Path) -> Path:
+    """A model of the size that was asked for, after its warm start if there is one."""
+    layers, width = map(int, options.random.split("x"))
+    corpus = turnfast.run.open_env(load_config(options.recipe, fields)).corpus()  # type: ignore[attr-defined]
+    model = write_tiny_model(folder / "random", corpus, seed=0, layers=layers, width=width)
+    if not options.warm_start:
+        return model
+    words = ["--model.path", str(model), "--sft.steps", str(options.warm_start), *fields]
+    return warm_start(load_config(options.recipe, words), folder / "tuned")
+
+
 def trained(
-    backend: str, options: argparse.Namespace, fields: Sequence[str], stop: Callable[[], bool]
+    backend: str,
+    model: Path | str,
+    options: argparse.Namespace,
+    fields: Sequence[str],
+    stop: Callable[[], bool],
 ) -> list[dict[str, float]]:
     """The lines of metrics.jsonl of a run's steps."""
     flags = {
+        "model.path": str(model),
         "sampler.backend": backend,
         "train.steps": str(options.steps),
         "train.eval-every": "0",
@@ -137,13 +160,6 @@ def trained(
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         config = load_config(options.recipe, [*words, *fields])
-        model = options.model
-        if options.random:
-            layers, width = map(int, options.random.split("x"))
-            corpus = turnfast.run.open_env(config).corpus()  # type: ignore[attr-defined]
-            model = Path(folder) / "model"
-            write_tiny_model(model, corpus, seed=0, layers=layers, width=width)
-        config = load_config(options.recipe, [*words, "--model.path", str(model), *fields])
         turnfast.train.train(config, run_dir, should_stop=stop)
         return [line for line in read_metrics(run_dir) if "time/step" in line]
 
