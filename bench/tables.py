@@ -321,6 +321,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "segments_cpu": segments_cpu,
     "rollout_stalls": rollout_stalls,
     "overhead": overhead,
+    "overhead_wider": overhead,
 }
 
 
