@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+from dataclasses import replace
 
 import by_script
 import pytest
@@ -89,6 +90,31 @@ def test_weights_and_places_of_plain_and_async_functions():
     assert outcome.reward == pytest.approx(plain.reward + 4.0)
     assert outcome.reward_parts == {**plain.reward_parts, "length": 4.0}
     assert (first.messages, second.done) == (plain_steps[0].messages, True)
+
+
+@pytest.mark.parametrize(
+    ("own", "kind"), [(None, "missing"), ("1.0", "not_a_number"), (math.nan, "not_finite")]
+)
+@pytest.mark.parametrize("on", ["turn", "outcome"])
+def test_what_they_are_added_to_must_be_a_reward_too(own, kind, on):
+    class Odd(Books):
+        def episode(self, task):
+            episode = super().episode(task)
+            method = {"turn": "step", "outcome": "finish"}[on]
+            asked = getattr(episode, method)
+
+            async def answer(*args):
+                return replace(await asked(*args), reward=own)
+
+            setattr(episode, method, answer)
+            return episode
+
+    env = with_rewards(Odd(), [Reward(name="length", function=turns_so_far, on=on)])
+    if on == "turn" and own is None:  # a turn need not have one
+        return play(env, ANSWER)
+    with pytest.raises(RewardFault, match="the environment's") as fault:
+        play(env, ANSWER)
+    assert fault.value.kind == kind
 
 
 def test_functions_see_calls_results_and_replies():

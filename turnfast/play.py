@@ -14,6 +14,7 @@ from typing import TypeVar
 from .chat import Bridge, Conversation
 from .config import RolloutConfig
 from .envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
+from .envs.reward import OUTCOME, TURN_REWARD
 from .in_play import Deadline
 from .sampler import Completion
 from .sampler.awaited import AwaitedSampler
@@ -81,7 +82,7 @@ async def play(
             step = _as(Step, await ask(episode.step, text, label="env"), "step()")
             _messages(step.messages, "step()")
             if step.reward is not None:
-                check_reward(step.reward, "the environment's turn reward")
+                check_reward(step.reward, TURN_REWARD)
             turns.append(_turn(talk, completion, text, step))
             closed = completion.finish == "stop"
             if not closed and room < config.max_new_tokens:
@@ -92,7 +93,7 @@ async def play(
                 break
             talk = chat.extend(talk, text, closed, step.messages)
         scored = _as(Outcome, await ask(episode.finish, label="env"), "finish()")
-        check_reward(scored.reward, "the environment's outcome")
+        check_reward(scored.reward, OUTCOME)
         outcome = scored
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an environment's own fault must cost one trajectory, not the run

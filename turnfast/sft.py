@@ -38,14 +38,12 @@ def sft(
     done: int = 0,
     report: Callable[[int, Update], None] = lambda step, done: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> int:
-    """Tune the policy in place.
+) -> None:
+    """Tune the policy in place, until `config.steps` are done or it is asked to stop.
 
     Args:
         optimizer: that of an earlier leg (see `sft_optimizer`), with `done` steps behind it.
         report: called after every step with its number and figures.
-    Returns:
-        The number of steps that are done, fewer than `config.steps` after a stop.
     Raises:
         ConfigError: there are no demonstrations, or one is too long.
         TrainingError: the loss or its gradient is not finite.
@@ -67,13 +65,12 @@ def sft(
     budget = Budget()
     for step, part in enumerate(islice(parts, done, config.steps), start=done + 1):
         if should_stop():
-            return step - 1
+            return
         taken = rows.take(part)
         weights = np.full(len(shown), 1.0 / len(taken.targets_N))
         batch = batch_of(taken, weights, policy.device)
         budget.begin_step()
         report(step, update(policy, optimizer, [batch], LossConfig(), budget=budget))
-    return max(done, config.steps)
 
 
 def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:

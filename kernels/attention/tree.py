@@ -3,8 +3,8 @@
     o_q = Σ_k softmax_k(scale · q_q·k_k) v_k     over k ≤ q < ends[k], depth_q − depth_k < window
 
 The keys of a token are its ancestors and itself. On CUDA a Triton kernel skips the blocks in which
-nobody is anybody's ancestor; elsewhere SDPA attends tile by tile, see tiles.py. Nothing of size
-T × T is ever made.
+nobody is anybody's ancestor; elsewhere SDPA attends tile by tile, see tiles.py. No scores and no
+mask of T × T are ever made; the masks of all tiles together have T × depth numbers at most.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from .base import (
 
 RewardFunction = Callable[[Task, Sequence[PlayedTurn]], float | Awaitable[float]]
 FaultKind = Literal["raised", "timeout", "missing", "not_a_number", "not_finite", "judge"]
+TURN_REWARD, OUTCOME = "the environment's turn reward", "the environment's outcome"
 
 
 class RewardFault(Exception):
@@ -171,14 +172,16 @@ class _RewardedEpisode:
         due = [r for r in self._on_turn if r.on == "turn" or step.tool_calls]
         if not due:
             return step
+        own = 0.0 if step.reward is None else check_reward(step.reward, TURN_REWARD)
         parts = await score(due, self._task, tuple(self._turns))
-        total = math.fsum((step.reward or 0.0, *parts.values()))
+        total = math.fsum((own, *parts.values()))
         return replace(step, reward=total, reward_parts=_join(step.reward_parts, parts))
 
     async def finish(self) -> Outcome:
         outcome = await ask(self._episode.finish, label="env")
+        own = check_reward(outcome.reward, OUTCOME)
         parts = await score(self._on_outcome, self._task, tuple(self._turns))
-        total = math.fsum((outcome.reward, *parts.values()))
+        total = math.fsum((own, *parts.values()))
         return replace(outcome, reward=total, reward_parts=_join(outcome.reward_parts, parts))
 
 

@@ -33,7 +33,7 @@ from ...config import ConfigError, PositiveFloat, PositiveInt
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
-from ..reward import check_reward
+from ..reward import OUTCOME, check_reward
 from .door import require
 from .games import within
 from .verifiers_talk import FAILED_CALLS, REWARD_FAULTS, Asked, Talk, plain_text, policy_client
@@ -163,7 +163,7 @@ class VerifiersEpisode:
 
     async def finish(self) -> Outcome:
         state = await self._in_background(self._talk.end())
-        reward = check_reward(state["reward"], "the environment's outcome")
+        reward = check_reward(state["reward"], OUTCOME)
         figures = {
             name: float(value)
             for name, value in (state["metrics"] or {}).items()
