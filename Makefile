@@ -66,7 +66,7 @@ ifeq ($(CUDA),)
 # CPU: torch's CPU build where an index offers it, else the ordinary one. vLLM's CPU build pulls CUDA
 # builds of three packages that cannot load beside it and then break transformers; text needs none
 # of them. Without vLLM everything works on the local sampler.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -U pip "setuptools>=80" wheel ninja
 	$(BIN)/pip install -q "torch==2.13.0+cpu" || $(BIN)/pip install -q "torch==2.13.0"
@@ -76,7 +76,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec || true
 	touch $@
 else
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -U pip "setuptools>=80" wheel ninja
 	$(BIN)/pip install -q vllm || $(BIN)/pip install -q torch

@@ -29,7 +29,7 @@ def packages() -> dict[str, str]:
 
 def extension() -> dict:
     """The keyword arguments of `setup` that build turnfast._C, or none."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not sources or not compiler or os.environ.get("TURNFAST_NO_EXTENSION"):
         return {}

@@ -30,8 +30,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from synthetic import rows_of, synthesize
-from timing import arguments, begin, finish, medians_s
+from harness.synthetic import rows_of, synthesize
+from harness.timing import arguments, begin, finish, medians_s
 from torch import Tensor
 from turnfast.kernels.attention import (
     PackedRows,
@@ -41,7 +41,7 @@ from turnfast.kernels.attention import (
     pick_tree_backend,
     tree_attention,
 )
-from turnfast.kernels.tree import prefix_tree
+from turnfast.kernels.packing.tree import prefix_tree
 
 SIZES = {
     "cuda": {"pack_tokens": 32_768, "groups": 4, "heads": 28, "kv_heads": 4, "width": 128},

@@ -31,11 +31,11 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from harness.plots import LOOKS, SETTINGS
+from harness.provenance import RESULTS, provenance, write
 from matplotlib.figure import Figure
-from provenance import RESULTS, provenance, write
 
 from turnfast.credit import assign_credits
-from turnfast.report.plots import LOOKS, SETTINGS
 from turnfast.types import Group, Task, Trajectory, Turn
 
 LONGEST = 6

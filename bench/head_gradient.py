@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from harness.loss_head_peers import CLIP, Data
+from harness.timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from loss_head import DTYPES, GATE, GATE_TOKENS, make_data
-from loss_head_peers import CLIP, Data
-from timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from torch import Tensor
 from turnfast.kernels import PolicyRule, turn_policy_loss
 

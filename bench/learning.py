@@ -24,11 +24,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from provenance import RESULTS, provenance, write
+from harness.plots import learning_plot
+from harness.provenance import RESULTS, provenance, write
 
 from turnfast.credit import RULES, VALUE_RULES
-from turnfast.metrics import read_metrics
-from turnfast.report.plots import learning_plot
+from turnfast.rundir.directory import read_metrics
 
 HELD_OUT = 512
 """Questions that a trained model is asked at the end; an evaluation on the way asks 128."""

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from harness.loss_head_peers import CHUNK, Data, picked
+from harness.timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from loss_head import DTYPES, GATE, GATE_TOKENS, SHAPES, make_data
-from loss_head_peers import CHUNK, Data, picked
-from timing import arguments, begin, finish, medians_s, peak_bytes, sizes
 from torch import Tensor
 from turnfast.kernels import linear_logprobs
 

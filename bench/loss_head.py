@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import CLOCKS
-from loss_head_peers import Contender, Data, contenders, ppo
-from provenance import RESULTS, provenance, write
-from timing import medians_s, peak_bytes, table
+from harness.clocks import CLOCKS
+from harness.loss_head_peers import Contender, Data, contenders, ppo
+from harness.provenance import RESULTS, provenance, write
+from harness.timing import medians_s, peak_bytes, table
 
 SHAPES = {
     "cuda": "8192x2048x151936,8192x3584x151936,32768x2048x151936,32768x3584x151936,"

@@ -37,20 +37,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from clocks import CLOCKS
-from provenance import RESULTS, provenance, write
+from harness.clocks import CLOCKS
+from harness.provenance import RESULTS, provenance, write
 
-import turnfast.collect
-import turnfast.play
+import turnfast.rollout.collect
+import turnfast.rollout.episode
 import turnfast.run
 import turnfast.tools.deadline
 import turnfast.train
-from turnfast.metrics import read_metrics
-from turnfast.recipe import load_config
+from turnfast.config.recipe import load_config
+from turnfast.metrics.stopwatch import Stopwatch
+from turnfast.model.tiny import write_tiny_model
+from turnfast.rundir.directory import read_metrics
 from turnfast.sampler import Request
 from turnfast.signals import stop_on_signals
-from turnfast.stopwatch import Stopwatch
-from turnfast.tiny import write_tiny_model
 from turnfast.warm_start import warm_start
 
 BACKENDS = ("auto", "local", "vllm")
@@ -168,8 +168,8 @@ def watch(seen: Watch) -> None:
     """Have the loop tell what the seconds of its phases are spent on."""
     make, gather, ask, log, call = (
         turnfast.run.make_sampler,
-        turnfast.collect.gather,
-        turnfast.play.ask,
+        turnfast.rollout.collect.gather,
+        turnfast.rollout.episode.ask,
         turnfast.train._log,
         turnfast.tools.deadline._Call.run,
     )
@@ -203,8 +203,8 @@ def watch(seen: Watch) -> None:
         seen.tools += time.thread_time() - begin
 
     turnfast.run.make_sampler = make_timed  # type: ignore[assignment]
-    turnfast.collect.gather = gather_timed
-    turnfast.play.ask = ask_timed
+    turnfast.rollout.collect.gather = gather_timed
+    turnfast.rollout.episode.ask = ask_timed
     turnfast.train._log = log_timed
     turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]
     turnfast.tools.deadline._Call.run = call_timed  # type: ignore[method-assign]

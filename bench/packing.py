@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import arguments, begin, finish, medians_s, sizes
-from turnfast.kernels.tree import prefix_tree
+from harness.timing import arguments, begin, finish, medians_s, sizes
+from turnfast.kernels.packing.tree import prefix_tree
 
-from turnfast.packing import pack
+from turnfast.packing.pack import pack
 from turnfast.types import Credit, Group, Task, Trajectory, Turn
 
 SIZES = "192x70,1000x1000"

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from provenance import RESULTS
-from tables import TABLES, commit_of
+from harness.provenance import RESULTS
+from harness.tables import TABLES, commit_of
 
 README = Path(__file__).parent.parent / "README.md"
 EXCEPTIONS = {"loss_head_cpu"}

@@ -31,17 +31,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from provenance import RESULTS, provenance, write
+from harness.provenance import RESULTS, provenance, write
 from transformers import AutoTokenizer
 
-from turnfast.chat import Chat
-from turnfast.config import RolloutConfig
-from turnfast.envs.lookup import LookupEnv
-from turnfast.play import derive_seed
-from turnfast.rollout import Gathered, Prompt, Quota, gather
+from turnfast.chat.template import Chat
+from turnfast.config.schema import RolloutConfig
+from turnfast.envs.lookup.env import LookupEnv
+from turnfast.model.tiny import write_tiny_model
+from turnfast.rollout.episode import derive_seed
+from turnfast.rollout.groups import Gathered, Prompt, Quota, gather
 from turnfast.sampler import Completion, Request
 from turnfast.sampler.scripted import ScriptedSampler
-from turnfast.tiny import write_tiny_model
 from turnfast.tools import tool
 
 GROUP_SIZE = 8

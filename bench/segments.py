@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import arguments, begin, finish, medians_s, sizes
+from harness.timing import arguments, begin, finish, medians_s, sizes
 from torch import Tensor
 from turnfast.kernels.segments import segment_broadcast, segment_sum
 

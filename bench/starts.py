@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
+from harness.plots import learning_plot
+from harness.provenance import provenance, write
 from learning import Study, arguments, portrait, row, show, train, warm_start
-from provenance import provenance, write
-
-from turnfast.report.plots import learning_plot
 
 STARTS = (6, 7, 8, 9, 10)
 RULES = ("mt_grpo", "grpo_mr", "grpo_or")

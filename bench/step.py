@@ -44,17 +44,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from cases import CASES, WAYS, Bench
-from flops import body_flops, gemm_peak, head_flops
-from memory import watch_memory
-from provenance import RESULTS, provenance, write
-from recorded import arguments, device_of
-from shapes import SHAPES
+from harness.cases import CASES, WAYS, Bench
+from harness.flops import body_flops, gemm_peak, head_flops
+from harness.memory import watch_memory
+from harness.provenance import RESULTS, provenance, write
+from harness.recorded import arguments, device_of
+from harness.shapes import SHAPES
+from harness.truth import gradient_error, gradient_of, step_of, truth_of
 from torch import Tensor
-from truth import gradient_error, gradient_of, step_of, truth_of
 
-from turnfast.optim import Optimizer
-from turnfast.packing import Packed
+from turnfast.packing.pack import Packed
+from turnfast.update.optimizer import Optimizer
 
 BUDGETS = (2048, 4096, 8192, 16_384)
 TOKENS = 1.05  # computed over distinct, at most

@@ -47,15 +47,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from clocks import clock_of
 from datasets import Dataset
-from memory import watch_memory
-from provenance import RESULTS, provenance, write
-from recorded import Recording, arguments, device_of, record
-from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
-from truth import (
+from harness.clocks import clock_of
+from harness.memory import watch_memory
+from harness.provenance import RESULTS, provenance, write
+from harness.recorded import Recording, arguments, device_of, record
+from harness.truth import (
     Sample,
     gradient_error,
     gradient_of,
@@ -64,12 +61,15 @@ from truth import (
     step_of,
     truth_of,
 )
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-from turnfast.config import LossConfig, ModelConfig, OptimConfig
-from turnfast.loss import update
+from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.model import Policy, load_policy
-from turnfast.optim import Optimizer
-from turnfast.packing import Packed, pack
+from turnfast.packing.pack import Packed, pack
+from turnfast.update.optimizer import Optimizer
+from turnfast.update.update import update
 
 # Against float64: log-probs of a few nats, gradients as a share of the largest entry. In bfloat16
 # a gradient's entries have three digits, and a log-prob is the difference of two rounded numbers.

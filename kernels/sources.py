@@ -12,6 +12,6 @@ from pathlib import Path
 def digest(folder: Path) -> str:
     """A hash over the names and contents of the C++ files of a folder."""
     total = hashlib.sha256()
-    for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*folder.rglob("*.cpp"), *folder.rglob("*.h")]):
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]

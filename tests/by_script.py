@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from turnfast.chat import Chat
-from turnfast.config import RolloutConfig
+from turnfast.chat.template import Chat
+from turnfast.config.schema import RolloutConfig
 from turnfast.envs import Env, Outcome, Step
-from turnfast.rollout import rollout
+from turnfast.rollout.groups import rollout
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
 from turnfast.types import Group, Message, Task
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from turnfast.chat import Chat
+    from turnfast.chat.template import Chat
     from turnfast.model import Policy
 
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny model with a tokenizer, in Hugging Face form."""
-    from turnfast.tiny import write_tiny_model
+    from turnfast.model.tiny import write_tiny_model
 
     corpus = ["user assistant tool result answer Who wrote Ulm? Ida wrote Ulm in Oslo."] * 50
     return write_tiny_model(
@@ -37,7 +37,7 @@ def chat(tiny_folder: Path) -> Chat:
     """Messages and ids of the tiny model."""
     from transformers import AutoTokenizer
 
-    from turnfast.chat import Chat
+    from turnfast.chat.template import Chat
 
     return Chat(AutoTokenizer.from_pretrained(tiny_folder))
 
@@ -45,7 +45,7 @@ def chat(tiny_folder: Path) -> Chat:
 @pytest.fixture
 def policy(tiny_folder: Path) -> Policy:
     """The tiny model on the CPU, fresh for every test that changes it."""
-    from turnfast.config import ModelConfig
+    from turnfast.config.schema import ModelConfig
     from turnfast.model import load_policy
 
     return load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
@@ -54,7 +54,7 @@ def policy(tiny_folder: Path) -> Policy:
 @pytest.fixture(scope="session")
 def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny model whose first samples in the letters environment differ in reward."""
-    from turnfast.tiny import write_tiny_model
+    from turnfast.model.tiny import write_tiny_model
 
     corpus = ["user Say ulm. assistant oslo Again, ida. bela koru arne mira sorime tovel ganu"] * 9
     return write_tiny_model(

@@ -25,7 +25,7 @@ from transformers import (
 
 from turnfast.model import ATTENTION, Policy
 from turnfast.model.architecture import logit_scale, softcap, switch_off_dropout
-from turnfast.rows import Rows, rows_of
+from turnfast.packing.rows import Rows, rows_of
 from turnfast.types import Turn
 
 SMALL = dict(

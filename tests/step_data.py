@@ -6,10 +6,10 @@ import random
 
 import torch
 
-from turnfast.config import OptimConfig
+from turnfast.config.schema import OptimConfig
 from turnfast.model import Policy
-from turnfast.optim import Optimizer
 from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.update.optimizer import Optimizer
 
 
 class Keeping(Optimizer):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
 from turnfast.kernels.attention.tree import reference
-from turnfast.kernels.tree import prefix_tree
+from turnfast.kernels.packing.tree import prefix_tree
 
 from turnfast.model import hidden_states
-from turnfast.packing import batch_of
+from turnfast.packing.pack import batch_of
 
 
 def random_rows(seed: int, *, rows: int = 9, vocab: int = 97, longest: int = 60) -> list[list[int]]:

@@ -11,8 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from compile_gate import SM80, SM90, Case, assert_fits
-from turnfast.kernels.attention import triton_tree as forward
-from turnfast.kernels.attention import triton_tree_backward as backward
+from turnfast.kernels.attention.triton import backward, forward
 
 TYPES = {
     "lse_ptr": "*fp32",

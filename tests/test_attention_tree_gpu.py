@@ -11,10 +11,10 @@ from families import whole_rows
 from transformers import AutoModelForCausalLM, Qwen3Config
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
 from turnfast.kernels.attention.tree import reference
-from turnfast.kernels.tree import prefix_tree
+from turnfast.kernels.packing.tree import prefix_tree
 
 from turnfast.model import ATTENTION, Policy, hidden_states
-from turnfast.packing import batch_of
+from turnfast.packing.pack import batch_of
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from turnfast.kernels.attention import TreeRows, tree_attention
 from turnfast.kernels.attention.block_lists import Blocks, block_lists
 from turnfast.kernels.attention.tree import reference
-from turnfast.kernels.tree import prefix_tree
+from turnfast.kernels.packing.tree import prefix_tree
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"

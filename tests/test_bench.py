@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from turnfast.config import ModelConfig
+from turnfast.config.schema import ModelConfig
 from turnfast.model import hidden_states, load_policy
-from turnfast.packing import pack
-from turnfast.tiny import write_tiny_model
+from turnfast.model.tiny import write_tiny_model
+from turnfast.packing.pack import pack
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -32,7 +32,7 @@ def git(folder, *words):
 
 
 def test_a_commit_is_marked_where_anything_but_results_differs(tmp_path):
-    from provenance import commit
+    from harness.provenance import commit
 
     assert commit(tmp_path) == "unknown"
     git(tmp_path, "init")
@@ -71,7 +71,7 @@ def test_a_result_of_no_commit_is_refused(tmp_path):
     ("pack_tokens", "share", "groups"), [(32_768, 0.6, 4), (4096, 0.3, 1), (5001, 0.8, 3)]
 )
 def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, groups):
-    from synthetic import rows_of, synthesize
+    from harness.synthetic import rows_of, synthesize
 
     made = synthesize(pack_tokens=pack_tokens, share=share, groups=groups)
     packed = pack(made.groups, made.credits, budget=pack_tokens)
@@ -83,7 +83,7 @@ def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, grou
 
 
 def test_more_than_a_group_can_share_is_refused():
-    from synthetic import synthesize
+    from harness.synthetic import synthesize
 
     with pytest.raises(SystemExit, match=r"8 rollouts of a group share less than 0\.875"):
         synthesize(pack_tokens=4096, share=0.875, groups=1)
@@ -93,7 +93,7 @@ def test_more_than_a_group_can_share_is_refused():
     ("shape", "parameters"), [("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512)]
 )
 def test_the_public_shapes_have_the_published_sizes(shape, parameters):
-    from shapes import architecture
+    from harness.shapes import architecture
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(shape))
@@ -101,8 +101,8 @@ def test_the_public_shapes_have_the_published_sizes(shape, parameters):
 
 
 def test_operations_are_those_of_the_products(tmp_path):
-    from flops import body_flops
-    from synthetic import synthesize
+    from harness.flops import body_flops
+    from harness.synthetic import synthesize
 
     write_tiny_model(tmp_path, ["a b c"], seed=0, layers=2, width=32)
     policy = load_policy(ModelConfig(), tmp_path, torch.device("cpu"))
@@ -129,7 +129,7 @@ def test_pairs_are_those_that_see_each_other():
 
 
 def test_the_processors_time_is_no_clock_for_a_gpu():
-    from clocks import clock_of
+    from harness.clocks import clock_of
 
     with pytest.raises(SystemExit, match="--clock cpu"):
         clock_of("cpu", torch.device("cuda"))
@@ -150,8 +150,8 @@ def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_public_shape_takes_a_step_without_a_file_of_weights(tmp_path, monkeypatch, dtype):
-    import cases
-    import shapes
+    from harness import cases
+    from harness import shapes
     import step
 
     small = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64}

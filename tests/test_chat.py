@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from turnfast.chat import Chat, ChatError
-from turnfast.config import ConfigError, ModelConfig
-from turnfast.rows import rows_of
+from turnfast.chat.template import Chat, ChatError
+from turnfast.config.schema import ConfigError, ModelConfig
+from turnfast.packing.rows import rows_of
 from turnfast.run import open_chat
 from turnfast.types import Turn
 

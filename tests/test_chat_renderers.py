@@ -10,11 +10,11 @@ import pytest
 from training_runs import logged, recipe, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from turnfast.chat import Chat
+from turnfast.chat.renderers import RenderedChat
+from turnfast.chat.template import Chat
 from turnfast.cli import main
-from turnfast.config import ConfigError
-from turnfast.recipe import to_toml
-from turnfast.rendered import RenderedChat
+from turnfast.config.recipe import to_toml
+from turnfast.config.schema import ConfigError
 from turnfast.train import train
 
 renderers = pytest.importorskip("renderers", reason="renderers is not installed")

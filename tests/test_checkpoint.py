@@ -17,9 +17,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from turnfast.checkpoint import CheckpointError, load_checkpoint, newest_whole, save_checkpoint
-from turnfast.config import OptimConfig
-from turnfast.optim import Optimizer as OurOptimizer
+from turnfast.config.schema import OptimConfig
+from turnfast.rundir.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+)
+from turnfast.update.optimizer import Optimizer as OurOptimizer
 
 
 def make(dtype: torch.dtype = torch.float32, tied: bool = True, seed: int = 0, width: int = 16):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from turnfast.cli import main
+from turnfast.model.tiny import write_tiny_model
 from turnfast.signals import stop_on_signals
-from turnfast.tiny import write_tiny_model
 
 SMALL = """
 [env]

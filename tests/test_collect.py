@@ -15,16 +15,16 @@ from training_runs import recipe, training_lines
 from transformers import AutoModelForCausalLM
 
 import turnfast.train
-from turnfast.chat import Chat
-from turnfast.collect import Collector
-from turnfast.config import Config, ConfigError
+from turnfast.chat.template import Chat
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import Config, ConfigError
 from turnfast.envs import Outcome, Step, Task
-from turnfast.prompts import PromptQueue, open_queue
-from turnfast.ranks import ALONE
-from turnfast.recipe import build_config
-from turnfast.rollout import Interrupted
+from turnfast.parallel.ranks import ALONE
+from turnfast.rollout.collect import Collector
+from turnfast.rollout.groups import Interrupted
+from turnfast.rollout.prompts import PromptQueue, open_queue
 from turnfast.sampler.scripted import ScriptedSampler
-from turnfast.sync import teacher_forced_logprobs
+from turnfast.sampler.sync import teacher_forced_logprobs
 from turnfast.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

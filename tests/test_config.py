@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError
-from turnfast.recipe import (
+from turnfast.config.recipe import (
     build_config,
     describe_fields,
     field_names,
@@ -18,6 +17,7 @@ from turnfast.recipe import (
     shipped_recipes,
     to_toml,
 )
+from turnfast.config.schema import Config, ConfigError
 
 
 @pytest.fixture

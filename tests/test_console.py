@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnfast.config import Config
-from turnfast.console import (
+from turnfast.config.schema import Config
+from turnfast.report.console import (
     Progress,
     closing_table,
     evaluation_figures,
     open_view,
     step_figures,
 )
-from turnfast.metrics import RunDir
+from turnfast.rundir.directory import RunDir
 
 STEP = {
     "reward/outcome": 1.234,

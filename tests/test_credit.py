@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.credit import RULES, assign_credit, assign_credits, check_rule
 from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 

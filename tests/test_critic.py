@@ -7,16 +7,16 @@ import random
 import pytest
 import torch
 
-from turnfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from turnfast.config import CriticConfig, LossConfig, OptimConfig
+from turnfast.config.schema import CriticConfig, LossConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.critic import Critic
-from turnfast.loss import update
 from turnfast.model import Policy, hidden_states
-from turnfast.optim import Optimizer
-from turnfast.packing import pack
-from turnfast.replay import Budget
+from turnfast.packing.pack import pack
+from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from turnfast.types import Group, Status, Task, Trajectory, Turn
+from turnfast.update.budget import Budget
+from turnfast.update.critic import Critic
+from turnfast.update.optimizer import Optimizer
+from turnfast.update.update import update
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=1e9)
 

@@ -9,7 +9,7 @@ import pytest
 from by_hand import group_of
 
 from turnfast.credit import assign_credits
-from turnfast.diagnosis import diagnose, success_correlations
+from turnfast.metrics.rewards import diagnose, success_correlations
 from turnfast.types import Credit, Group, Trajectory, Turn
 
 

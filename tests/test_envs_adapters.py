@@ -12,7 +12,7 @@ from itertools import permutations
 import pytest
 from by_script import play, roll
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.envs import ToolEnv, load_env
 from turnfast.envs.adapters import door
 from turnfast.envs.adapters.mcp import McpServer

@@ -12,19 +12,19 @@ from by_script import play, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.credit import assign_credit
 from turnfast.envs import Demonstrator, Task, load_env
-from turnfast.envs.frozen_lake import MOVES, Lake, draw_lake, read_move
-from turnfast.envs.wordle import mark
-from turnfast.envs.wordle_words import WORDS
+from turnfast.envs.examples.frozen_lake import MOVES, Lake, draw_lake, read_move
+from turnfast.envs.examples.wordle import mark
+from turnfast.envs.examples.wordle_words import WORDS
 from turnfast.tools import calculate, show_number
 
 # frozen lake
 
 
 def lake_task(holes, size=3) -> Task:
-    from turnfast.envs.frozen_lake import _distances
+    from turnfast.envs.examples.frozen_lake import _distances
 
     lake = Lake(size=size, holes=frozenset(holes), steps=_distances(size, frozenset(holes)))
     return Task(id="t", question="q", data={"lake": lake, "seed": "0"})
@@ -130,7 +130,7 @@ def pilot(seen: str) -> str:
     board = re.findall(r"(?:^|\n)((?:[.@OG] ?)+)(?=\n|<|$|Move)", seen)
     rows = [line.split() for line in board][-4:]
     cells = {(r, c): sign for r, row in enumerate(rows) for c, sign in enumerate(row)}
-    from turnfast.envs.frozen_lake import _distances
+    from turnfast.envs.examples.frozen_lake import _distances
 
     steps = _distances(4, frozenset(cell for cell, sign in cells.items() if sign == "O"))
     lake = Lake(size=4, holes=frozenset(), steps=steps)

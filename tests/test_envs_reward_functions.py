@@ -11,7 +11,8 @@ from dataclasses import replace
 import by_script
 import pytest
 
-from turnfast.config import ConfigError, RewardConfig, RolloutConfig
+from turnfast.config.recipe import load_config, to_toml
+from turnfast.config.schema import ConfigError, RewardConfig, RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.envs import (
     Demonstrator,
@@ -25,9 +26,8 @@ from turnfast.envs import (
     tool,
     with_rewards,
 )
-from turnfast.metrics import summarise
-from turnfast.recipe import load_config, to_toml
-from turnfast.rollout import RolloutError, rollout
+from turnfast.rollout.groups import RolloutError, rollout
+from turnfast.rundir.directory import summarise
 from turnfast.sampler.scripted import ScriptedSampler
 
 TASK = Task(
@@ -149,7 +149,7 @@ def test_built_in_functions_count_as_those_of_the_environment(tmp_path):
         {"function": "format", "on": "turn", "name": "form", "options": {"reasoning": False}},
         {"function": "tags_once", "on": "turn", "name": "tags", "options": {"reasoning": False}},
     )
-    from turnfast.envs.named_rewards import load_rewards
+    from turnfast.envs.rewards.builtin import load_rewards
 
     env = with_rewards(Books(), load_rewards(named))
     steps, outcome = play(env, call("Rom"), call("Ulm"), call("Ulm"), call("void"), ANSWER)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.envs.rewards import (
+from turnfast.envs.rewards.answers import (
     DEFAULT_WEIGHTS,
     contains_answer,
     exact_match,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.envs import Env, Outcome, Step, Task, ToolEnv, load_env, tool
 from turnfast.envs import tool_env as tool_env_room
 

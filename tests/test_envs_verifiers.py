@@ -14,9 +14,9 @@ import sys
 import pytest
 from by_script import play
 
-from turnfast.config import ConfigError, RolloutConfig
+from turnfast.config.schema import ConfigError, RolloutConfig
 from turnfast.envs import RewardFault, load_env
-from turnfast.rollout import rollout
+from turnfast.rollout.groups import rollout
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
 
 try:

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 from turnfast.kernels.loss_head import cpp
 
 from turnfast.cli import main
-from turnfast.config import ConfigError
-from turnfast.estimate import HEAD_CHUNK_BYTES, estimate, verdict
-from turnfast.recipe import build_config, load_config
+from turnfast.config.recipe import build_config, load_config
+from turnfast.config.schema import ConfigError
+from turnfast.doctor.memory import HEAD_CHUNK_BYTES, estimate, verdict
+from turnfast.model.tiny import write_tiny_model
 from turnfast.sampler.vllm import CPU_CACHE_BYTES
-from turnfast.tiny import write_tiny_model
 
 # The estimate of training memory is within this share of the measured peak.
 TOLERANCE = 0.3
@@ -179,7 +179,7 @@ def test_the_sampler_counts_as_it_is(folder, monkeypatch):
     )
     assert beside.sampler_awake == plain.sampler_awake + plain.weights
     assert beside.sampler_asleep == beside.sampler_awake
-    monkeypatch.setattr("turnfast.estimate.choose_backend", lambda config: "vllm")
+    monkeypatch.setattr("turnfast.doctor.memory.choose_backend", lambda config: "vllm")
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     tree = recipe(folder)
     tree["sampler"]["max_sequences"] = 10**6
@@ -208,7 +208,7 @@ def test_the_verdict(folder, changed, said):
 
 
 def test_its_figures_of_other_rooms_are_theirs():
-    triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton_head")
+    triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton.head")
     assert {"cpu": cpp.LARGE_BYTES, "cuda": triton_head.WORKSPACE_BYTES} == HEAD_CHUNK_BYTES
 
 

@@ -11,9 +11,9 @@ from by_hand import group_of, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.credit import VALUE_RULES, assign_credits, check_rule
-from turnfast.credit.gae import gae
+from turnfast.credit.rules.gae import gae
 from turnfast.types import Credit, Group, Task, Trajectory
 
 number = st.floats(-3, 3)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from families import FAMILIES, policy_of, whole_rows
 
-from turnfast.liger import apply_liger
 from turnfast.model import hidden_states
-from turnfast.packing import batch_of
+from turnfast.model.liger import apply_liger
+from turnfast.packing.pack import batch_of
 
 pytest.importorskip("liger_kernel")
 triton = pytest.importorskip("triton")

@@ -13,10 +13,10 @@ from itertools import pairwise
 import pytest
 from transformers import AutoTokenizer
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.envs import Demonstrator, LookupEnv, contains_answer, load_env
-from turnfast.envs.lookup_demos import malformations
-from turnfast.tiny import write_tiny_model
+from turnfast.envs.lookup.demos import malformations
+from turnfast.model.tiny import write_tiny_model
 from turnfast.tools import ToolError, check_call, parse_call, parse_calls
 
 SMALL = {"people": 80, "held_out_people": 40, "train_tasks": 600, "eval_tasks": 60}

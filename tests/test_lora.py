@@ -16,21 +16,21 @@ from test_update import TEMPERATURE, plain_logprobs
 from training_runs import LETTERS, logged, recipe, training_lines, weights
 from transformers import AutoModelForCausalLM
 
-from turnfast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from turnfast.cli import main
-from turnfast.config import ConfigError, LoraConfig, LossConfig, ModelConfig, SamplerConfig
+from turnfast.config.recipe import build_config, load_config, to_toml
+from turnfast.config.schema import ConfigError, LoraConfig, LossConfig, ModelConfig, SamplerConfig
 from turnfast.credit import assign_credits
-from turnfast.estimate import estimate
-from turnfast.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
-from turnfast.loss import update
+from turnfast.doctor.memory import estimate
 from turnfast.model import Policy, load_policy
-from turnfast.packing import pack
-from turnfast.recipe import build_config, load_config, to_toml
-from turnfast.reference import open_reference, with_reference
+from turnfast.model.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
+from turnfast.packing.pack import pack
+from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from turnfast.sampler import make_sampler
 from turnfast.sampler.local import LocalSampler
-from turnfast.sync import SyncError, make_probe, sync_weights
+from turnfast.sampler.sync import SyncError, make_probe, sync_weights
 from turnfast.train import train
+from turnfast.update.reference import open_reference, with_reference
+from turnfast.update.update import update
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")

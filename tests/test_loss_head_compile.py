@@ -17,8 +17,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from compile_gate import SM80, SM90, Case, assert_fits
-from turnfast.kernels.loss_head import triton_gemm, triton_head, triton_policy
-from turnfast.kernels.loss_head import triton_rows as rows
+from turnfast.kernels.loss_head.triton import gemm as triton_gemm
+from turnfast.kernels.loss_head.triton import head as triton_head
+from turnfast.kernels.loss_head.triton import policy as triton_policy
+from turnfast.kernels.loss_head.triton import rows
 from turnfast.kernels.segments import triton_segments as segments
 
 TYPES = {

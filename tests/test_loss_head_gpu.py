@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 )
 def test_the_self_test_passes_within_two_seconds(design: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from turnfast.kernels.loss_head import selftest
+    from turnfast.kernels.loss_head.triton import selftest
 
     device = torch.device("cuda", torch.cuda.current_device())
     assert selftest.run(device, design, dtype) == ""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from turnfast.kernels.loss_head import choice, driver, memory
+from turnfast.kernels.loss_head import driver
+from turnfast.kernels.loss_head.triton import choice, memory
 
 
 @pytest.fixture

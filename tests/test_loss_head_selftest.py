@@ -19,16 +19,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from turnfast.kernels.loss_head import (  # noqa: E402
-    backends,
-    choice,
-    memory,
-    reference,
-    selftest,
-    triton_head,
-    triton_loss,
-    triton_policy,
-)
+from turnfast.kernels.loss_head import backends, reference  # noqa: E402
+from turnfast.kernels.loss_head.triton import choice, memory, selftest  # noqa: E402
+from turnfast.kernels.loss_head.triton import entry as triton_loss  # noqa: E402
+from turnfast.kernels.loss_head.triton import head as triton_head  # noqa: E402
+from turnfast.kernels.loss_head.triton import policy as triton_policy  # noqa: E402
 from turnfast.kernels.segments import triton_segments  # noqa: E402
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

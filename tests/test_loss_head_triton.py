@@ -29,12 +29,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from turnfast.kernels import PolicyRule
-from turnfast.kernels.loss_head import (
-    backends,
-    op,
-    policy,
-    triton_policy,
-)
+from turnfast.kernels.loss_head import backends, op, policy
+from turnfast.kernels.loss_head.triton import policy as triton_policy
 
 DESIGNS = ["triton_safe", "triton_anchored"]
 both_designs = pytest.mark.parametrize("impl", DESIGNS)

@@ -14,12 +14,12 @@ from by_hand import rollout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError, RolloutConfig
-from turnfast.jsonl import append_lines, read_lines, to_strict
-from turnfast.metrics import RunDir, read_metrics, summarise
-from turnfast.overlong import settle_overlong
-from turnfast.recipe import build_config
-from turnfast.stopwatch import Stopwatch
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import Config, ConfigError, RolloutConfig
+from turnfast.metrics.stopwatch import Stopwatch
+from turnfast.rollout.overlong import settle_overlong
+from turnfast.rundir.directory import RunDir, read_metrics, summarise
+from turnfast.rundir.jsonl import append_lines, read_lines, to_strict
 from turnfast.types import Credit, Group, Task, Turn
 
 

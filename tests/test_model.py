@@ -15,9 +15,9 @@ from transformers import (
 )
 from turnfast.kernels import linear_logprobs
 
-from turnfast.config import ConfigError, ModelConfig
+from turnfast.config.schema import ConfigError, ModelConfig
 from turnfast.model import attention_backends, hidden_states, load_policy
-from turnfast.packing import batch_of
+from turnfast.packing.pack import batch_of
 
 LENGTHS = (1, 23, 2, 23, 9, 40)
 

@@ -23,13 +23,13 @@ from transformers import (
 
 import turnfast.model.attention
 import turnfast.model.policy
-from turnfast.config import ConfigError, ModelConfig
-from turnfast.estimate import estimate
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import ConfigError, ModelConfig
+from turnfast.doctor.memory import estimate
 from turnfast.model import hidden_states, load_policy
 from turnfast.model.attention import packed_forward
 from turnfast.model.selftest import check_logprobs
-from turnfast.packing import batch_of
-from turnfast.recipe import build_config
+from turnfast.packing.pack import batch_of
 
 CPU = torch.device("cpu")
 DOGE = AutoConfig.for_model("doge", **SMALL, sliding_window=5)

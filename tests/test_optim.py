@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from turnfast.checkpoint import load_checkpoint, save_checkpoint
-from turnfast.config import ConfigError, OptimConfig
-from turnfast.optim import Optimizer, TornStep
+from turnfast.config.schema import ConfigError, OptimConfig
+from turnfast.rundir.checkpoint import load_checkpoint, save_checkpoint
+from turnfast.update.optimizer import Optimizer, TornStep
 
 
 def weights(*shape: int, dtype: torch.dtype, seed: int = 0) -> nn.Parameter:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from by_hand import group_of, rollout, turn
 
-from turnfast.config import RolloutConfig
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credit
-from turnfast.diagnosis import diagnose
-from turnfast.metrics import summarise
-from turnfast.overlong import settle_overlong
-from turnfast.packing import pack
-from turnfast.recipe import build_config
+from turnfast.metrics.rewards import diagnose
+from turnfast.packing.pack import pack
+from turnfast.rollout.overlong import settle_overlong
+from turnfast.rundir.directory import summarise
 from turnfast.types import Credit, Group, Turn
 
 

@@ -15,10 +15,10 @@ from turnfast.kernels import PolicyRule, turn_policy_loss
 from turnfast.kernels.extension import load_error
 
 from turnfast.model import Policy, hidden_states
-from turnfast.packing import Packed, attention_span_of, pack
-from turnfast.replay import OutOfMemory
-from turnfast.rows import Rows, rows_of, without_idle_ends
+from turnfast.packing.pack import Packed, attention_span_of, pack
+from turnfast.packing.rows import Rows, rows_of, without_idle_ends
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
+from turnfast.update.budget import OutOfMemory
 
 VOCAB = 61
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from turnfast.kernels import packing
 from turnfast.kernels.extension import load_error
-from turnfast.kernels.packing import first_fit_decreasing, pack_rows, spread_rows
+from turnfast.kernels.packing import first_fit as packing
+from turnfast.kernels.packing.first_fit import first_fit_decreasing, pack_rows, spread_rows
 
 needs_extension = pytest.mark.skipif(load_error() is not None, reason=f"no _C: {load_error()}")
 rows_and_budget = st.integers(1, 200).flatmap(

@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
-from turnfast.config import Config, ConfigError
-from turnfast.pairs import PAIRS, refusals
-from turnfast.recipe import build_config, load_config, to_toml
+from turnfast.config.conflicts import PAIRS, refusals
+from turnfast.config.recipe import build_config, load_config, to_toml
+from turnfast.config.schema import Config, ConfigError
 
 REFUSED = [
     ({"rollout": {"group_size": 1}}, "rollout.group_size: 1 rollout has no baseline"),

@@ -27,20 +27,20 @@ from safetensors.torch import load_file
 from step_data import Keeping, make_groups
 from training_runs import recipe, training_lines
 
-from turnfast.config import ConfigError, LossConfig, ModelConfig, OptimConfig
+from turnfast.config.recipe import to_toml
+from turnfast.config.schema import ConfigError, LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.loss import Update, update
-from turnfast.metrics import read_metrics
+from turnfast.metrics.step import over_ranks
 from turnfast.model import Policy, load_policy
-from turnfast.optim import Optimizer
-from turnfast.packing import Packed, pack
-from turnfast.prompts import open_queue
-from turnfast.ranks import ALONE, RankError, Ranks, fingerprint, open_ranks
-from turnfast.recipe import to_toml
-from turnfast.record import over_ranks
+from turnfast.packing.pack import Packed, pack
+from turnfast.parallel.ranks import ALONE, RankError, Ranks, fingerprint, open_ranks
+from turnfast.rollout.prompts import open_queue
 from turnfast.run import open_run
+from turnfast.rundir.directory import read_metrics
 from turnfast.train import train
 from turnfast.types import Group, Task, Turn
+from turnfast.update.optimizer import Optimizer
+from turnfast.update.update import Update, update
 
 TESTS = Path(__file__).parent
 LOADING = threading.Lock()

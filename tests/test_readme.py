@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from turnfast.config import EnvConfig
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import EnvConfig
 from turnfast.envs import load_env
 from turnfast.envs.load import BUILT_IN
-from turnfast.recipe import build_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -9,14 +9,14 @@ import torch
 from step_data import Keeping, make_groups, optimizer_of
 from test_update import plain_logprobs
 
-from turnfast.config import ConfigError, LossConfig, ModelConfig
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import ConfigError, LossConfig, ModelConfig
 from turnfast.credit import assign_credits
-from turnfast.loss import needs_every_token, update
 from turnfast.model import Policy
-from turnfast.packing import pack
-from turnfast.recipe import build_config
-from turnfast.reference import open_reference, with_reference
-from turnfast.tiny import write_tiny_model
+from turnfast.model.tiny import write_tiny_model
+from turnfast.packing.pack import pack
+from turnfast.update.reference import open_reference, with_reference
+from turnfast.update.update import needs_every_token, update
 
 TEMPERATURE = 0.8
 KL = LossConfig(kl_coef=0.3)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from step_data import Keeping, make_groups, optimizer_of
 
-from turnfast.config import LossConfig
+from turnfast.config.schema import LossConfig
 from turnfast.credit import assign_credits
-from turnfast.loss import TrainingError, update
 from turnfast.model import Policy, hidden_states
-from turnfast.packing import pack
-from turnfast.reference import with_reference
-from turnfast.replay import Budget, OutOfMemory, is_out_of_memory, split_batch
+from turnfast.packing.pack import pack
+from turnfast.update.budget import Budget, OutOfMemory, is_out_of_memory, split_batch
+from turnfast.update.reference import with_reference
+from turnfast.update.update import TrainingError, update
 
 
 def packed_step(seed: int, *, share: bool = True):

@@ -16,21 +16,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from harness.plots import learning_plot, spread_over_seeds
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import Config, ConfigError
-from turnfast.diagnosis import diagnose
-from turnfast.metrics import RunDir, read_metrics, summarise
-from turnfast.recipe import build_config
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import Config, ConfigError
+from turnfast.metrics.rewards import diagnose
 from turnfast.report import write_report
 from turnfast.report.agreement import agreements
 from turnfast.report.charts import Chart, Series, draw
 from turnfast.report.curves import curves, step_axis
 from turnfast.report.page import embed
-from turnfast.report.plots import learning_plot, spread_over_seeds
 from turnfast.report.scales import linear_axis, log_axis, smooth, thin
 from turnfast.report.trajectories import PAGE_LIMIT, TEXT_LIMIT, clip, read_rollouts, visible
+from turnfast.rundir.directory import RunDir, read_metrics, summarise
 from turnfast.types import Credit, Group, Task, Trajectory, Turn
 
 PEOPLE = ("Ida Brandt", "Otto Falk", "Mara Weiss", "Jon Aker", "Selma Rost", "Emil Lind")

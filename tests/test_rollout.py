@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from turnfast.chat import Chat
-from turnfast.config import RolloutConfig
+from turnfast.chat.template import Chat
+from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
-from turnfast.envs.reward import Reward, with_rewards
-from turnfast.metrics import summarise
-from turnfast.packing import pack
-from turnfast.rollout import Interrupted, Prompt, Quota, RolloutError, gather, rollout
+from turnfast.envs.rewards.reward import Reward, with_rewards
+from turnfast.packing.pack import pack
+from turnfast.rollout.groups import Interrupted, Prompt, Quota, RolloutError, gather, rollout
+from turnfast.rundir.directory import summarise
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
     ScriptedSampler,
@@ -498,8 +498,8 @@ async def stubborn():
 
 
 def test_an_environment_that_will_not_be_called_off_costs_one_trajectory(chat, monkeypatch):
-    monkeypatch.setattr("turnfast.in_play.STUBBORN_S", 0.1)
-    monkeypatch.setattr("turnfast.rollout.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.schedule.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.groups.STUBBORN_S", 0.1)
     groups = play_fragile(chat, Fragile(stubborn), trajectory_timeout_s=0.1)
     lone = groups[1].trajectories[0]
     assert (lone.status, lone.turns, lone.index) == ("timeout", (), 0)
@@ -508,7 +508,7 @@ def test_an_environment_that_will_not_be_called_off_costs_one_trajectory(chat, m
 
 
 def test_a_stop_does_not_wait_for_an_environment_that_will_not_be_called_off(chat, monkeypatch):
-    monkeypatch.setattr("turnfast.rollout.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.groups.STUBBORN_S", 0.1)
     asked = iter(range(3))
     with pytest.raises(Interrupted):
         play_fragile(chat, Fragile(stubborn), should_stop=lambda: next(asked, None) is None)

@@ -17,17 +17,11 @@ import torch
 from transformers import Qwen3ForCausalLM
 from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_gap
 
-from turnfast.config import LoraConfig, SamplerConfig
-from turnfast.lora import add_adapter
+from turnfast.config.schema import LoraConfig, SamplerConfig
 from turnfast.model import default_tolerance
+from turnfast.model.lora import add_adapter
 from turnfast.sampler import make_sampler
-from turnfast.sync import (
-    Probe,
-    SyncError,
-    compare,
-    make_probe,
-    sync_weights,
-)
+from turnfast.sampler.sync import Probe, SyncError, compare, make_probe, sync_weights
 
 pytestmark = [
     pytest.mark.vllm,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from turnfast import sandbox
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.envs import load_env
-from turnfast.sandbox import (
+from turnfast.tools import sandbox
+from turnfast.tools.sandbox import (
     MAX_CODE_BYTES,
     UNSAFE,
     Limits,
@@ -24,7 +24,7 @@ from turnfast.sandbox import (
     run_python,
     sandbox_fault,
 )
-from turnfast.sandbox_init import counted_here
+from turnfast.tools.sandbox_init import counted_here
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox_fault()), reason=f"no sandbox: {sandbox_fault()}")
 PATIENT = Limits(wall_s=60.0, cpu_s=30)

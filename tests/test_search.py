@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config import ConfigError
+from turnfast.config.schema import ConfigError
 from turnfast.envs import SearchEnv, load_env
-from turnfast.envs.qa_files import Record, read_corpus, read_questions
-from turnfast.envs.search import split_records
+from turnfast.envs.search.env import split_records
+from turnfast.envs.search.files import Record, read_corpus, read_questions
 
 PASSAGES = [
     {"title": "Ulm", "text": "Ulm is a novel that was written by Ida Berg.", "extra": 1},

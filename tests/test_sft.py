@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from turnfast.checkpoint import newest_whole
-from turnfast.config import ConfigError, LossConfig, OptimConfig, SftConfig
+from turnfast.config.recipe import build_config, load_config
+from turnfast.config.schema import ConfigError, LossConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
-from turnfast.loss import TrainingError, update
-from turnfast.metrics import read_metrics
-from turnfast.optim import Optimizer
-from turnfast.packing import batch_of
-from turnfast.recipe import build_config, load_config
-from turnfast.rows import Rows, rows_of
+from turnfast.packing.pack import batch_of
+from turnfast.packing.rows import Rows, rows_of
+from turnfast.rundir.checkpoint import newest_whole
+from turnfast.rundir.directory import read_metrics
 from turnfast.sft import demonstration_turns, sft
+from turnfast.update.optimizer import Optimizer
+from turnfast.update.update import TrainingError, update
 from turnfast.warm_start import warm_start
 
 TALK = Demonstration(

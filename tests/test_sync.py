@@ -17,7 +17,7 @@ from turnfast.model import default_tolerance
 from turnfast.sampler import Request
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import ScriptedSampler
-from turnfast.sync import (
+from turnfast.sampler.sync import (
     Probe,
     SyncError,
     compare,

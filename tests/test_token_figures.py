@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from turnfast.credit import assign_credits
-from turnfast.packing import pack
-from turnfast.token_figures import by_turn, drawn_kl
+from turnfast.packing.pack import pack
 from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.update.by_turn import by_turn, drawn_kl
 
 
 def groups_of(seed: int, *, restarts: bool) -> list[Group]:

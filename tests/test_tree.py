@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turnfast.kernels.extension import load_error
-from turnfast.kernels.tree import (
+from turnfast.kernels.packing.tree import (
     PrefixTree,
     cut_tree,
     path_cost,

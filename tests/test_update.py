@@ -11,13 +11,13 @@ from families import SMALL, policy_of
 from step_data import Keeping, make_groups, optimizer_of
 from transformers import Qwen2Config
 
-from turnfast.config import LossConfig, OptimConfig
+from turnfast.config.schema import LossConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.loss import TrainingError, Update, update
 from turnfast.model import hidden_states
-from turnfast.optim import Optimizer
-from turnfast.packing import Packed, pack
+from turnfast.packing.pack import Packed, pack
 from turnfast.types import Group, Trajectory
+from turnfast.update.optimizer import Optimizer
+from turnfast.update.update import TrainingError, Update, update
 
 TEMPERATURE = 0.8
 

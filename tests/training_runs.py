@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from turnfast.config import Config
-from turnfast.metrics import read_metrics
-from turnfast.recipe import build_config
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import Config
+from turnfast.rundir.directory import read_metrics
 
 LETTERS = {
     "env": {"name": "letters:Letters", "max_turns": 2},

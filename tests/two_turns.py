@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.sampler import Completion, Request, Sampler
-from turnfast.sync import teacher_forced_logprobs
+from turnfast.sampler.sync import teacher_forced_logprobs
 
 VOCAB = 600
 

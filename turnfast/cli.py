@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .config import ConfigError
-from .recipe import describe_fields, load_config, shipped_recipes, suggest_field
+from .config.recipe import describe_fields, load_config, shipped_recipes, suggest_field
+from .config.schema import ConfigError
 
 FIELDS = (
     "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
@@ -124,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load_config(arguments.recipe, flags)
     if arguments.dry_run:
-        from .estimate import describe, estimate
-        from .preflight import preflight
+        from .doctor.checks import preflight
+        from .doctor.memory import describe, estimate
 
         found = estimate(config)
         preflight(config)

@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .chat import Bridge
-from .config import Config, ConfigError
+from .chat.template import Bridge
+from .config.schema import Config, ConfigError
 from .envs import Env, Split, tasks_of
-from .jsonl import append_lines, to_strict
-from .metrics import plain_group, summarise
 from .model import load_policy, pick_device
-from .ranks import ALONE, Ranks
-from .rollout import rollout
+from .parallel.ranks import ALONE, Ranks
+from .rollout.groups import rollout
 from .run import model_folder, open_chat, open_env, open_sampler
+from .rundir.directory import plain_group, summarise
+from .rundir.jsonl import append_lines, to_strict
 from .sampler import Sampler
 from .types import Group
 

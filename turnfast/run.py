@@ -13,15 +13,11 @@ from typing import Any, Literal
 
 import torch
 
-from .chat import Bridge, Chat, ChatError
-from .checkpoint import load_checkpoint, newest_whole
-from .config import VALUE_RULES, Config, ConfigError, ModelConfig, RolloutConfig
+from .chat.renderers import RenderedChat
+from .chat.template import Bridge, Chat, ChatError
+from .config.schema import VALUE_RULES, Config, ConfigError, ModelConfig, RolloutConfig
 from .credit import check_rule
-from .critic import Critic
 from .envs import Demonstrator, Env, load_env, tasks_of
-from .lora import add_adapter
-from .loss import check_impl
-from .metrics import RunDir, read_metrics
 from .model import (
     Policy,
     default_tolerance,
@@ -30,14 +26,18 @@ from .model import (
     pick_device,
     refuse_long_context,
 )
-from .optim import Optimizer
-from .prompts import PromptQueue, open_queue
-from .ranks import ALONE, Ranks
-from .reference import open_reference
-from .rendered import RenderedChat
+from .model.lora import add_adapter
+from .model.tiny import write_tiny_model
+from .parallel.ranks import ALONE, Ranks
+from .rollout.prompts import PromptQueue, open_queue
+from .rundir.checkpoint import load_checkpoint, newest_whole
+from .rundir.directory import RunDir, read_metrics
 from .sampler import Sampler, choose_backend, make_sampler
-from .sync import Probe, make_probe
-from .tiny import write_tiny_model
+from .sampler.sync import Probe, make_probe
+from .update.critic import Critic
+from .update.optimizer import Optimizer
+from .update.reference import open_reference
+from .update.update import check_impl
 
 GARBAGE_THRESHOLD = 20_000
 """Objects made and not freed before young ones are searched for cycles; Python's own is 700."""

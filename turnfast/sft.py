@@ -14,17 +14,17 @@ from itertools import islice, pairwise
 import numpy as np
 from jinja2 import TemplateError
 
-from .chat import Bridge, ChatError
-from .config import ConfigError, LossConfig, OptimConfig, SftConfig
-from .demonstrations import demonstrations_of
+from .chat.template import Bridge, ChatError
+from .config.schema import ConfigError, LossConfig, OptimConfig, SftConfig
 from .envs import Demonstration, Env
-from .loss import Update, update
+from .envs.demonstrations import demonstrations_of
 from .model import Policy
-from .optim import Optimizer
-from .packing import batch_of
-from .replay import Budget
-from .rows import rows_of
+from .packing.pack import batch_of
+from .packing.rows import rows_of
 from .types import Turn
+from .update.budget import Budget
+from .update.optimizer import Optimizer
+from .update.update import Update, update
 
 
 def sft(

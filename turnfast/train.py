@@ -6,25 +6,25 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .checkpoint import save_checkpoint
-from .collect import Collector
-from .config import Config
-from .console import Progress
+from .config.schema import Config
 from .credit import assign_credits
 from .evaluate import evaluate
-from .loss import Gap, TrainingError, Update, needs_every_token, update
-from .packing import Packed, attention_span_of, pack
-from .ranks import open_ranks
-from .record import StepRecord, figures_of, over_ranks
-from .reference import with_reference
-from .replay import Budget, OutOfMemory
+from .metrics.step import StepRecord, figures_of, over_ranks
+from .metrics.stopwatch import Stopwatch
+from .packing.pack import Packed, attention_span_of, pack
+from .parallel.ranks import open_ranks
 from .report import write_report
-from .rollout import Interrupted, RolloutError
+from .report.console import Progress
+from .rollout.collect import Collector
+from .rollout.groups import Interrupted, RolloutError
 from .run import Run, is_due, open_run
+from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
-from .stopwatch import Stopwatch
-from .sync import SyncError, refuse_strangers, sync_after_step, sync_weights
+from .sampler.sync import SyncError, refuse_strangers, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
+from .update.budget import Budget, OutOfMemory
+from .update.reference import with_reference
+from .update.update import Gap, TrainingError, Update, needs_every_token, update
 
 FAULTS = (RolloutError, OutOfMemory, TrainingError, SyncError)
 """What can fail in a step and leaves the weights whole."""

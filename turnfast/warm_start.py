@@ -6,16 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .checkpoint import save_checkpoint, save_model
-from .config import Config
-from .console import Progress
-from .lora import add_adapter
-from .loss import TrainingError, Update
-from .metrics import RunDir
+from .config.schema import Config
 from .model import load_policy, pick_device
-from .replay import OutOfMemory
+from .model.lora import add_adapter
+from .report.console import Progress
 from .run import is_due, model_folder, open_chat, open_env, restore
+from .rundir.checkpoint import save_checkpoint, save_model
+from .rundir.directory import RunDir
 from .sft import sft, sft_optimizer
+from .update.budget import OutOfMemory
+from .update.update import TrainingError, Update
 
 FAULTS = (OutOfMemory, TrainingError)
 """What can fail in a step and leaves the weights whole."""

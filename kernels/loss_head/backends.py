@@ -16,11 +16,11 @@ from .problem import LogprobsProblem, Outcome, Problem, Vocab
 PLACES = {
     "reference": ("reference", ""),
     "cpp": ("cpp", ""),
-    "triton": ("triton_loss", "measured"),
-    "triton_safe": ("triton_loss", "safe"),
-    "triton_anchored": ("triton_loss", "anchored"),
+    "triton": ("triton.entry", "measured"),
+    "triton_safe": ("triton.entry", "safe"),
+    "triton_anchored": ("triton.entry", "anchored"),
 }
-NEEDS = {"triton_loss": "triton", "cpp": f"{__package__}.cpp"}
+NEEDS = {"triton.entry": "triton", "cpp": f"{__package__}.cpp"}
 
 
 class Implementation(Protocol):

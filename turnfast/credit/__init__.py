@@ -26,8 +26,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from turnfast.config import ConfigError
-from turnfast.credit import (
+from turnfast.config.schema import ConfigError
+from turnfast.credit.baseline import Rows
+from turnfast.credit.frame import with_failed
+from turnfast.credit.options import split_options, suggest
+from turnfast.credit.rules import (
+    branches as tree,
+)
+from turnfast.credit.rules import (
     dr,
     gigpo,
     grpo_mr,
@@ -38,12 +44,8 @@ from turnfast.credit import (
     mt_ppo,
     return_to_go,
     rloo,
-    tree,
     turn_ppo,
 )
-from turnfast.credit.baseline import Rows
-from turnfast.credit.frame import with_failed
-from turnfast.credit.options import split_options, suggest
 from turnfast.credit.with_values import ValueRule, Values, credit_with_values
 from turnfast.types import Credit, Group
 

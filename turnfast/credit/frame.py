@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from turnfast.config import PositiveFloat
+from turnfast.config.schema import PositiveFloat
 from turnfast.credit.baseline import NORM, Rows, episode_returns
 from turnfast.types import LARGEST_REWARD, Group, Trajectory
 

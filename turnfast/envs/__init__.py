@@ -14,10 +14,17 @@ from .base import (
     Step,
 )
 from .load import load_env, tasks_of
-from .lookup import LookupEnv
-from .reward import FaultKind, Reward, RewardFault, RewardFunction, check_reward, with_rewards
-from .rewards import contains_answer, exact_match, f1, normalize_answer
-from .search import SearchEnv
+from .lookup.env import LookupEnv
+from .rewards.answers import contains_answer, exact_match, f1, normalize_answer
+from .rewards.reward import (
+    FaultKind,
+    Reward,
+    RewardFault,
+    RewardFunction,
+    check_reward,
+    with_rewards,
+)
+from .search.env import SearchEnv
 from .tool_env import ToolEnv, ToolEpisode
 
 __all__ = [

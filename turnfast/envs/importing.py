@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..config import ConfigError
-from .options import suggest
+from ..config.options import suggest
+from ..config.schema import ConfigError
 
 
 def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import ConfigError, RewardConfig
+from ..config.options import check_options, suggest
+from ..config.schema import ConfigError, RewardConfig
 from ..types import Task
 from .adapters.gymnasium import GymnasiumEnv
 from .adapters.mcp import McpEnv
 from .adapters.textarena import TextArenaEnv
 from .adapters.verifiers import VerifiersEnv
 from .base import Env, Split
-from .calculator import CalculatorEnv
-from .frozen_lake import FrozenLakeEnv
+from .examples.calculator import CalculatorEnv
+from .examples.frozen_lake import FrozenLakeEnv
+from .examples.wordle import WordleEnv
 from .importing import import_named
-from .lookup import LookupEnv
-from .named_rewards import load_rewards
-from .options import check_options, suggest
+from .lookup.env import LookupEnv
 from .python import PythonEnv
-from .reward import with_rewards
-from .search import SearchEnv
+from .rewards.builtin import load_rewards
+from .rewards.reward import with_rewards
+from .search.env import SearchEnv
 from .tool_env import ToolEnv
-from .wordle import WordleEnv
 
 BUILT_IN: Mapping[str, Callable[..., Env]] = {
     "lookup": LookupEnv,

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config import ConfigError, PositiveFloat, PositiveInt
-from ..sandbox import Limits, SandboxError, require_sandbox, run_python
+from ..config.schema import ConfigError, PositiveFloat, PositiveInt
 from ..tools import ToolError, tool
+from ..tools.sandbox import Limits, SandboxError, require_sandbox, run_python
 from ..types import Task
 from .base import Split
-from .qa_files import read_questions
-from .search import split_records
+from .search.env import split_records
+from .search.files import read_questions
 from .tool_env import ToolEnv
 
 

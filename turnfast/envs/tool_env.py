@@ -52,7 +52,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..config import ConfigError, PositiveInt
+from ..config.options import suggest
+from ..config.schema import ConfigError, PositiveInt
 from ..tools import (
     MAX_RESULT_CHARS,
     MalformedCall,
@@ -64,8 +65,7 @@ from ..tools import (
 )
 from ..types import Message, Task
 from .base import CallResult, Outcome, PlayedTurn, Split, Step
-from .options import suggest
-from .rewards import (
+from .rewards.answers import (
     DEFAULT_WEIGHTS,
     contains_answer,
     exact_match,

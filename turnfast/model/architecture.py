@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import ConfigError, ModelConfig
+from ..config.schema import ConfigError, ModelConfig
 from ..kernels.attention import Backend, TreeBackend, pick_backend, pick_tree_backend
 from .device import dtype_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import ConfigError, ModelConfig
+from ..config.schema import ConfigError, ModelConfig
 
 
 def pick_device(wanted: str) -> torch.device:

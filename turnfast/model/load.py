@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..config import ConfigError, ModelConfig
-from ..liger import apply_liger
+from ..config.schema import ConfigError, ModelConfig
 from .architecture import (
     attention_backends,
     logit_scale,
@@ -21,6 +20,7 @@ from .architecture import (
 )
 from .attention import ATTENTION
 from .device import dtype_of
+from .liger import apply_liger
 from .policy import Policy
 from .selftest import check_logprobs
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
+from ..config.schema import ConfigError
 from ..kernels import linear_logprobs
-from ..packing import batch_of
-from ..rows import rows_of
+from ..packing.pack import batch_of
+from ..packing.rows import rows_of
 from ..types import Turn
 from .architecture import sliding_window
 from .device import default_tolerance

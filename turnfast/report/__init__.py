@@ -9,8 +9,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from ..config import ConfigError
-from ..metrics import read_metrics
+from ..config.schema import ConfigError
+from ..rundir.directory import read_metrics
 from .page import build_page
 from .trajectories import read_rollouts
 

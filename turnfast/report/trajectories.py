@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..jsonl import read_lines
+from ..rundir.jsonl import read_lines
 
 TEXT_LIMIT = 20_000
 """Characters shown of one text; rollouts.jsonl has all of it."""

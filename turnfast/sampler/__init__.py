@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import ConfigError, SamplerConfig
+from ..config.schema import ConfigError, SamplerConfig
 from .base import Completion, Request, Sampler
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def make_sampler(
             raise ConfigError(_not_started(config, max_context, device, error)) from error
     if device == "cuda" and config.backend == "auto":
         _accept_slow(config)
-    from ..lora import merged_copy
+    from ..model.lora import merged_copy
     from .local import LocalSampler, slots_that_fit
 
     num_slots = min(config.max_sequences, slots_that_fit(model, max_context, config.gpu_memory))

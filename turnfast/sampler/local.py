@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..lora import adapted_layers
+from ..model.lora import adapted_layers
 from ..types import Finish
 from .base import Completion, Request
 from .ragged import (

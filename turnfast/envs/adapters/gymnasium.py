@@ -17,11 +17,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import ConfigError, PositiveFloat, PositiveInt
 from ...tools import Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
-from ..rewards import read_tag
+from ..rewards.answers import read_tag
 from .door import require
 from .games import seeded_tasks, within
 

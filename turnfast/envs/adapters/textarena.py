@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import ConfigError, PositiveFloat, PositiveInt
 from ...tools import Tool, without_thoughts
 from ...types import Message, Task
 from ..base import Outcome, Split, Step

@@ -29,11 +29,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from ...config import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import ConfigError, PositiveFloat, PositiveInt
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
-from ..reward import OUTCOME, check_reward
+from ..rewards.reward import OUTCOME, check_reward
 from .door import require
 from .games import within
 from .verifiers_talk import FAILED_CALLS, REWARD_FAULTS, Asked, Talk, plain_text, policy_client

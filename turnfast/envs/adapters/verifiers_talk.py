@@ -21,7 +21,7 @@ from typing import Any
 
 from ...tools import Attempt, ToolCall, read_calls
 from ...types import Message
-from ..reward import RewardFault
+from ..rewards.reward import RewardFault
 
 FAILED_CALLS: ContextVar[list[Exception]] = ContextVar("failed_calls")
 """Errors of the tools of the rollout that this context plays."""

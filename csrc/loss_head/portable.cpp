@@ -1,0 +1,18 @@
+// Any machine: 128-bit vectors, which every 64-bit target has.
+
+#include "kernel.h"
+
+#define TURNFAST_ISA portable
+#define TURNFAST_LANES 4
+#define TURNFAST_ROWS 6
+#define TURNFAST_AVX512 0
+#define TURNFAST_PAIRS 0
+#define TURNFAST_AMX 0
+
+#include "kernel_impl.h"
+
+namespace turnfast {
+
+extern constinit const Kernel kPortable = portable::table("portable", [] { return true; });
+
+}  // namespace turnfast

@@ -1,0 +1,1 @@
+"""First-fit packing and prefix trees."""

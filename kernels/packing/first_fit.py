@@ -1,0 +1,91 @@
+"""Rows that share nothing: which of them are in one micro-batch, and on which rank.
+
+Micro-batches are filled first-fit decreasing, in C++ where it is built. Both implementations return
+the same lists for the same input, on every machine: ranks that pack the same lengths agree without
+talking to each other.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from ..extension import load_error
+
+
+def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Assign rows to micro-batches of at most `budget` tokens each.
+
+    First-fit decreasing: rows are placed from the longest to the shortest (equal lengths in their
+    given order), each into the first micro-batch that still has room. At most 11/9 of the smallest
+    possible number of micro-batches, plus one.
+
+    Args:
+        lengths: tokens of each row. Any other non-negative integer cost of a row does as well, with
+            `budget` in the same unit: attention-heavy rows can be charged their square, say.
+        budget: the largest sum of lengths in one micro-batch.
+
+    Returns:
+        For each micro-batch the indices of its rows, rising. Every row occurs exactly once; no
+        rows give no micro-batches.
+
+    Raises:
+        ValueError: a row longer than the budget, a negative length, or a budget below 1.
+
+    Example: ``pack_rows([5, 9, 3, 4], 10)`` is ``[[1], [0, 3], [2]]``: row 1 (9 tokens) is placed
+    first and leaves room for none of the others, rows 0 and 3 share the next one (5 + 4), and row 2
+    (3 tokens) no longer fits there.
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}: a micro-batch needs room for at least 1 token")
+    for row, length in enumerate(lengths):
+        if length > budget:
+            raise ValueError(
+                f"lengths[{row}] is {length} tokens, more than the budget of {budget}: raise the "
+                "budget or shorten the row"
+            )
+        if length < 0:
+            raise ValueError(f"lengths[{row}] is {length}: a length cannot be negative")
+    if load_error() is None:
+        bins = torch.ops.turnfast.pack_rows(list(lengths), budget)
+    else:
+        bins = first_fit_decreasing(lengths, budget)
+    batches: list[list[int]] = [[] for _ in range(max(bins, default=-1) + 1)]
+    for row, index in enumerate(bins):
+        batches[index].append(row)
+    return batches
+
+
+def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[int]:
+    """The bin of each row; the specification that the C++ operator must equal."""
+    bins = [0] * len(lengths)
+    rooms: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = (index for index, room in enumerate(rooms) if room >= lengths[row])
+        index = next(fits, len(rooms))
+        if index == len(rooms):
+            rooms.append(budget)
+        rooms[index] -= lengths[row]
+        bins[row] = index
+    return bins
+
+
+def spread_rows(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal rows to data-parallel ranks, the dearest first, each to the rank with the least so far.
+
+    The busiest rank has at most 4/3 of what it has in the best of all ways (Graham, 1969).
+
+    Returns:
+        For each rank the indices of its rows, rising.
+
+    Example: ``spread_rows([7, 5, 1, 3], 2)`` is ``[[0, 2], [1, 3]]``, a cost of 8 for each rank.
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + costs[row], rank))
+        dealt[rank].append(row)
+    return [sorted(rows) for rows in dealt]

@@ -1,0 +1,235 @@
+"""Recipes: a `Config` from a TOML file and dotted flags, and back.
+
+    config = load_config("search.toml", ["--loss.clip-high", "0.28"])
+
+The first thing wrong ends the run with a `ConfigError` that names the field, the file or flag it
+came from, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from .conflicts import refusals
+from .schema import Config, ConfigError, RewardConfig
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (`demo` for `demo.toml`)."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise ConfigError(
+                f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}"
+            )
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ConfigError(f"{name}: no such recipe{_did_you_mean(name, shipped)}")
+    return shipped[name]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    folder = Path(str(resources.files("turnfast") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and lay dotted flags over it.
+
+    Args:
+        recipe: path of a TOML file, or the name of a shipped recipe.
+        overrides: `["--loss.clip-high", "0.28", "--env.options.hops=2", …]`; a value is read as
+            TOML and, where that fails, as a plain string.
+    Raises:
+        ConfigError: unknown or ill-typed field, impossible pair, unreadable file.
+    """
+    path = recipe_path(str(recipe))
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    flags = dict(_parse_flags(overrides))
+    for dotted, value in flags.items():
+        _set(tree, dotted, value)
+    return build_config(tree, source=str(path), flags=flags)
+
+
+def build_config(
+    tree: Mapping[str, Any], *, source: str = "config", flags: Collection[str] = ()
+) -> Config:
+    """Check a nested mapping, field by field and then the pairs of them.
+
+    Raises:
+        ConfigError: a line for everything wrong, with `source`, or the flag that set the field.
+    """
+    try:
+        config = Config.model_validate(_lists_to_tuples(tree))
+    except ValidationError as error:
+        raise _refusal([_explain(item) for item in error.errors()], source, flags) from None
+    wrong = refusals(config)
+    if wrong:
+        raise _refusal(wrong, source, flags)
+    return config
+
+
+def _refusal(lines: Sequence[str], source: str, flags: Collection[str]) -> ConfigError:
+    return ConfigError("\n".join(_blame(line, source, flags) for line in lines))
+
+
+def _blame(line: str, source: str, flags: Collection[str]) -> str:
+    flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
+    return f"{source}: {line}" if flag is None else f"--{line}"
+
+
+def to_toml(config: Config) -> str:
+    """The whole recipe as TOML, so that a run directory says what it was run with."""
+    return "\n\n".join(
+        f"[{name}]\n" + "\n".join(_toml_lines(section))
+        for name, section in config.model_dump().items()
+    )
+
+
+def field_names() -> list[str]:
+    """All dotted names, `model.path` … `sft.batch_tokens`."""
+    return [name for name, _ in _fields(Config)]
+
+
+def describe_fields() -> list[str]:
+    """One line per field: dotted flag, default, what it can be, and what it is for."""
+    lines: list[str] = []
+    for name, info in _fields(Config):
+        default = info.get_default(call_default_factory=True)
+        flag = f"--{name}".replace("_", "-")
+        about = "; ".join(filter(None, [_choices(info.annotation), info.description]))
+        lines.append(f"{flag:<34} {default!s:<14} {about}".rstrip())
+    return lines
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def _choices(kind: Any) -> str:
+    """`token | turn | sequence` for a field that takes one of several words."""
+    words = [word for part in (kind, *get_args(kind)) for word in _words(part)]
+    return " | ".join(words) if len(words) > 1 else ""
+
+
+def _words(kind: Any) -> list[str]:
+    return [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _explain(item: Any) -> str:
+    dotted = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{dotted}: no such field{suggest_field(dotted)}"
+    if item["type"] in ("tuple_type", "model_type", "dict_type"):
+        wanted = "a list, [a, b]" if item["type"] == "tuple_type" else f"a section, [{dotted}]"
+        return f"{dotted}: expected {wanted} (got {item['input']!r})"
+    return f"{dotted}: {item['msg']} (got {item['input']!r})"
+
+
+def suggest_field(dotted: str) -> str:
+    """The end of a message on an unknown field: those of the same last name, or the nearest."""
+    leaf = dotted.rpartition(".")[2].replace("-", "_")
+    if dotted.startswith("env.rewards."):
+        return _did_you_mean(leaf, list(RewardConfig.model_fields))
+    same = [repr(name) for name in field_names() if name.rpartition(".")[2] == leaf]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    return _did_you_mean(dotted, field_names() if "." in dotted else list(Config.model_fields))
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    section = [name for name in known if name.split(".")[0] == word.split(".")[0]]
+    return f"; known: {', '.join(section or known)}"
+
+
+def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:
+    flags: list[tuple[str, Any]] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word}: expected a dotted flag such as --loss.clip-high 0.28")
+        name, equals, text = word[2:].partition("=")
+        if not all(name.split(".")):
+            raise ConfigError(f"--{name}: expected a section and a field, --loss.clip-high 0.28")
+        if not equals:
+            if not queue:
+                raise ConfigError(f"--{name}: a value is missing")
+            text = queue.pop(0)
+        flags.append((name.replace("-", "_"), _toml_value(text)))
+    return flags
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--{dotted}: {parent!r} is a value, not a section")
+    node[leaf] = value
+
+
+def _lists_to_tuples(node: Any, depth: int = 0) -> Any:
+    # TOML has no tuples, and strict validation takes none for a list outside free-form options
+    if isinstance(node, Mapping):
+        return {
+            key: value if depth == 1 and key == "options" else _lists_to_tuples(value, depth + 1)
+            for key, value in node.items()
+        }
+    return tuple(node) if isinstance(node, list) else node
+
+
+def _toml_lines(section: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} = {_toml_literal(value)}" for key, value in section.items() if value is not None
+    ]
+
+
+def _toml_literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(_escape(character) for character in value)
+        return f'"{escaped}"'
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_literal(str(k))} = {_toml_literal(v)}" for k, v in value.items())
+        return "{" + inner + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_literal(item) for item in value) + "]"
+    return repr(value)
+
+
+def _escape(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}"

@@ -1,0 +1,1 @@
+"""One credit rule per file."""

@@ -1,0 +1,119 @@
+"""Sums that are too long for the head, and a calculator.
+
+    user       What is (317 - 48) * 26?
+    assistant  <tool>{"name": "calculate", "args": {"expression": "317 - 48"}}</tool>
+    user       <result>269</result>
+    assistant  <tool>{"name": "calculate", "args": {"expression": "269 * 26"}}</tool>
+    user       <result>6994</result>
+    assistant  <answer>6994</answer>
+
+With `max_operations = 1` the calculator takes one operation per call, so that a sum of n operations
+needs n calls: a world with a variable number of turns.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ...config.schema import ConfigError, PositiveInt
+from ...tools import calculate, show_number, tool
+from ...types import Task
+from ..base import Split
+from ..tool_env import ToolEnv
+
+Operations = Annotated[int, Field(ge=1, le=8)]
+
+
+class CalculatorEnv(ToolEnv):
+    """Sums with whole results.
+
+    Args:
+        seed: draws the sums; none of the split eval occurs in train.
+        operations: operations of a sum, one number or several to draw from.
+        largest: of the numbers in it.
+        max_operations: what one call may hold; more is an error.
+        train_tasks, eval_tasks: sums per split.
+        options: those of `ToolEnv`.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        operations: Operations | list[Operations] = 2,
+        largest: Annotated[int, Field(ge=10, le=10**9)] = 999,
+        max_operations: PositiveInt = 8,
+        train_tasks: PositiveInt = 4096,
+        eval_tasks: PositiveInt = 256,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.operations = (operations,) if isinstance(operations, int) else tuple(operations)
+        if not self.operations:
+            raise ConfigError("env.options.operations: an empty list; give 1 to 8, or some of them")
+        self._largest = largest
+        self._max_operations = max_operations
+        rng = random.Random(f"turnfast calculator {seed}")
+        drawn: dict[str, None] = {}
+        for _ in range(50 * (train_tasks + eval_tasks)):
+            drawn.setdefault(_draw(rng, rng.choice(self.operations), largest))
+            if len(drawn) == train_tasks + eval_tasks:
+                break
+        else:
+            raise ConfigError(
+                f"env.options.largest: {largest} leaves too few sums for "
+                f"{train_tasks + eval_tasks} different ones; raise it, or ask for fewer tasks"
+            )
+        sums = list(drawn)
+        self._sums: dict[Split, list[str]] = {
+            "train": sums[:train_tasks],
+            "eval": sums[train_tasks:],
+        }
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return [
+            Task(
+                id=f"{split}-{i}",
+                question=f"What is {text}?",
+                answers=(show_number(calculate(text)),),
+                data={"expression": text},
+            )
+            for i, text in enumerate(self._sums[split])
+        ]
+
+    def set_limits(self, *, max_turns: int, tool_timeout_s: float) -> None:
+        calls = -(-max(self.operations) // self._max_operations)
+        if max_turns <= calls:
+            raise ConfigError(
+                f"env.max_turns: {max_turns} leaves no turn for the answer after {calls} calls; "
+                f"set it to {calls + 1} or more"
+            )
+        super().set_limits(max_turns=max_turns, tool_timeout_s=tool_timeout_s)
+
+    @tool
+    def calculate(self, expression: str) -> str:
+        """Work out an arithmetic expression.
+
+        Args:
+            expression: numbers, + - * / // % ** and brackets.
+        """
+        value = calculate(expression)
+        count = sum(isinstance(node, ast.BinOp) for node in ast.walk(ast.parse(expression.strip())))
+        if count > self._max_operations:
+            raise ValueError(f"{count} operations; one call takes {self._max_operations}")
+        return show_number(value)
+
+
+def _draw(rng: random.Random, operations: int, largest: int) -> str:
+    """A random tree of so many operations, as text."""
+    if operations == 0:
+        return str(rng.randint(2, largest))
+    left = rng.randrange(operations)
+    parts = [_draw(rng, left, largest), _draw(rng, operations - 1 - left, largest)]
+    bracketed = [f"({part})" if " " in part else part for part in parts]
+    return f" {rng.choice('+-*')} ".join(bracketed)

@@ -1,0 +1,256 @@
+"""FrozenLake as text: cross the ice without falling in, one move per turn.
+
+    user       Cross the ice from @ to G. . is ice, O is a hole.
+               @ . . O
+               …
+               Move: <move>left</move>, right, up or down.
+    assistant  <move>right</move>
+    user       . @ . O …
+
+The rules are those of Gymnasium's FrozenLake; each map is drawn from the task's seed and has a way
+to the goal. A turn is rewarded by the steps that it brings the agent nearer to the goal on the
+shortest safe way (or takes it away), so the turns of a crossing sum to what it has covered.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from ...config.schema import ConfigError, PositiveInt, Share
+from ...tools import Tool
+from ...types import Message, Task
+from ..base import Demonstration, Outcome, Split, Step
+from ..rewards.answers import read_tag
+
+Cell = tuple[int, int]
+MOVES: dict[str, Cell] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+_HELP = "Move: <move>left</move>, right, up or down."
+_ALONG = ("left", "right")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lake:
+    """A square map with the start top left and the goal bottom right.
+
+    Attributes:
+        steps: of each cell with a safe way to the goal, the length of the shortest.
+    """
+
+    size: int
+    holes: frozenset[Cell]
+    steps: dict[Cell, int]
+
+    @property
+    def goal(self) -> Cell:
+        return (self.size - 1, self.size - 1)
+
+    def moved(self, cell: Cell, move: str) -> Cell:
+        """The cell after a move; the rim stops it."""
+        row, column = cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
+        return (min(max(row, 0), self.size - 1), min(max(column, 0), self.size - 1))
+
+    def show(self, agent: Cell) -> str:
+        return "\n".join(
+            " ".join(self._sign((row, column), agent) for column in range(self.size))
+            for row in range(self.size)
+        )
+
+    def _sign(self, cell: Cell, agent: Cell) -> str:
+        if cell == agent:
+            return "@"
+        return "O" if cell in self.holes else "G" if cell == self.goal else "."
+
+
+def draw_lake(rng: random.Random, size: int, holes: float) -> Lake:
+    """Draw maps until one has a way to the goal."""
+    cells = [(row, column) for row in range(size) for column in range(size)]
+    while True:
+        drawn = frozenset(cell for cell in cells[1:-1] if rng.random() < holes)
+        steps = _distances(size, drawn)
+        if (0, 0) in steps:
+            return Lake(size=size, holes=drawn, steps=steps)
+
+
+class FrozenLakeEnv:
+    """Crossings of random lakes.
+
+    Args:
+        seed: draws the maps and the slips; no map of the split eval occurs in train.
+        size: cells along a side.
+        holes: share of the cells that are holes.
+        slip: chance that the agent slips to the side of where it wanted to go, to either equally.
+        progress: turn reward for a step nearer to the goal, and its negative for one away.
+        malformed: turn reward of a turn without a move; it moves nothing.
+        train_tasks, eval_tasks: maps per split.
+        demos: number of demonstrated crossings; half of their moves are random safe ones.
+    """
+
+    tools: Sequence[Tool] = ()
+    native_calls = False
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        size: Annotated[int, Field(ge=2, le=12)] = 4,
+        holes: Annotated[float, Field(ge=0, le=0.6)] = 0.2,
+        slip: Share = 0.0,
+        progress: float = 0.2,
+        malformed: float = -0.1,
+        train_tasks: PositiveInt = 2048,
+        eval_tasks: PositiveInt = 128,
+        demos: PositiveInt = 4000,
+    ) -> None:
+        self._seed = seed
+        self.size, self.holes, self.slip = size, holes, slip
+        self.progress, self.malformed = progress, malformed
+        self._demos = demos
+        self._tasks: dict[Split, tuple[Task, ...]] = {
+            "train": self._draw("train", train_tasks, frozenset()),
+        }
+        train_maps = frozenset(task.data["lake"].holes for task in self._tasks["train"])
+        self._tasks["eval"] = self._draw("eval", eval_tasks, train_maps)
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return self._tasks[split]
+
+    def episode(self, task: Task) -> FrozenLakeEpisode:
+        return FrozenLakeEpisode(self, task)
+
+    def demonstrations(self, seed: int) -> Sequence[Demonstration]:
+        """Crossings on lakes of their own, which show the form of a move and little skill."""
+        rng = random.Random(f"turnfast frozen lake demonstrations {seed}")
+        return [
+            _demonstrate(draw_lake(rng, self.size, self.holes), rng) for _ in range(self._demos)
+        ]
+
+    def corpus(self) -> Sequence[str]:
+        return [
+            f"{message['role']}\n{message['content']}"
+            for demonstration in self.demonstrations(self._seed)[:500]
+            for message in demonstration.messages
+        ]
+
+    def _draw(self, split: Split, count: int, taken: frozenset) -> tuple[Task, ...]:
+        rng = random.Random(f"turnfast frozen lake {self._seed} {split}")
+        tasks: list[Task] = []
+        for _ in range(50 * count):
+            lake = draw_lake(rng, self.size, self.holes)
+            if lake.holes not in taken:
+                number = len(tasks)
+                data = {"lake": lake, "seed": f"{self._seed} {split} {number}"}
+                tasks.append(Task(id=f"{split}-{number}", question=first_text(lake), data=data))
+            if len(tasks) == count:
+                return tuple(tasks)
+        raise ConfigError(
+            f"env.options.size: lakes of {self.size} x {self.size} are too few for {count} in "
+            f"{split!r} that occur in no other split; enlarge it, or ask for fewer tasks"
+        )
+
+
+class FrozenLakeEpisode:
+    """One crossing; slips are drawn from the task's seed, alike for every rollout of a group."""
+
+    def __init__(self, env: FrozenLakeEnv, task: Task) -> None:
+        self._env = env
+        self._task = task
+        self._lake: Lake = task.data["lake"]
+        self._rng = random.Random(task.data["seed"])
+        self._agent: Cell = (0, 0)
+        self._num_moves = 0
+
+    async def start(self) -> Sequence[Message]:
+        return [{"role": "user", "content": self._task.question}]
+
+    async def step(self, text: str) -> Step:
+        move = read_move(text)
+        if move is None:
+            parts = {"malformed": self._env.malformed}
+            return Step(
+                messages=({"role": "user", "content": _HELP},),
+                reward=parts["malformed"],
+                reward_parts=parts,
+                tool_calls=1,
+            )
+        lake, before = self._lake, self._agent
+        self._agent = lake.moved(before, self._slipped(move))
+        self._num_moves += 1
+        fallen, there = self._agent in lake.holes, self._agent == lake.goal
+        covered = 0 if fallen else lake.steps[before] - lake.steps.get(self._agent, 0)
+        parts = {"progress": self._env.progress * covered}
+        return Step(
+            messages=()
+            if fallen or there
+            else ({"role": "user", "content": lake.show(self._agent)},),
+            reward=parts["progress"],
+            reward_parts=parts,
+            tool_calls=1,
+            tool_successes=1,
+            done=fallen or there,
+        )
+
+    async def finish(self) -> Outcome:
+        there = float(self._agent == self._lake.goal)
+        return Outcome(
+            reward=there,
+            reward_parts={"goal": there},
+            metrics={
+                "exact_match": there,
+                "fallen": float(self._agent in self._lake.holes),
+                "moves": float(self._num_moves),
+            },
+        )
+
+    def _slipped(self, move: str) -> str:
+        # drawn at every move, so that a move's luck does not depend on the ones before
+        chance, side = self._rng.random(), self._rng.random() < 0.5
+        if chance >= self._env.slip:
+            return move
+        return (("up", "down") if move in _ALONG else _ALONG)[side]
+
+
+def first_text(lake: Lake) -> str:
+    return f"Cross the ice from @ to G. . is ice, O is a hole.\n{lake.show((0, 0))}\n{_HELP}"
+
+
+def read_move(text: str) -> str | None:
+    """The last move of a turn outside of its reasoning; None without one that exists."""
+    move = (read_tag(text, "move") or "").lower()
+    return move if move in MOVES else None
+
+
+def _distances(size: int, holes: frozenset[Cell]) -> dict[Cell, int]:
+    goal = (size - 1, size - 1)
+    steps, queue = {goal: 0}, deque([goal])
+    while queue:
+        row, column = queue.popleft()
+        for down, right in MOVES.values():
+            cell = (row + down, column + right)
+            inside = 0 <= cell[0] < size and 0 <= cell[1] < size
+            if inside and cell not in holes and cell not in steps:
+                steps[cell] = steps[row, column] + 1
+                queue.append(cell)
+    return steps
+
+
+def _demonstrate(lake: Lake, rng: random.Random) -> Demonstration:
+    messages: list[Message] = [{"role": "user", "content": first_text(lake)}]
+    agent: Cell = (0, 0)
+    for _ in range(3 * lake.size):
+        safe = [move for move in MOVES if lake.moved(agent, move) in lake.steps]
+        nearer = [m for m in safe if lake.steps[lake.moved(agent, m)] < lake.steps[agent]]
+        move = rng.choice(nearer if rng.random() < 0.5 else safe)
+        agent = lake.moved(agent, move)
+        messages.append({"role": "assistant", "content": f"<move>{move}</move>"})
+        if agent == lake.goal:
+            break
+        messages.append({"role": "user", "content": lake.show(agent)})
+    else:
+        messages.pop()
+    return Demonstration(messages=tuple(messages))

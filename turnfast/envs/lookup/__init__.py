@@ -1,0 +1,1 @@
+"""The built-in world: invented people, places and works, and a search tool."""

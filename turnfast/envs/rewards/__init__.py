@@ -1,0 +1,1 @@
+"""Reward functions: the interface, the built-in ones, and the judge."""

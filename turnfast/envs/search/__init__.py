@@ -1,0 +1,1 @@
+"""Questions and passages from files or the Hugging Face hub, with a search tool."""

@@ -1,0 +1,159 @@
+"""Questions and passages from Hugging Face datasets: HotpotQA (arXiv 1809.09600) and TriviaQA
+(arXiv 1705.03551), in the form in which the hub has them.
+
+The rows come from the hub, or from a local folder: one written by `DatasetDict.save_to_disk`, or
+one of parquet files called train*.parquet and validation*.parquet. Nothing in a data set is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config.options import suggest
+from ...config.schema import ConfigError
+from ...tools import Passage
+from .files import Record
+
+WORDS_PER_PASSAGE = 100
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a data set lies on the hub, and how one of its rows is read."""
+
+    hub: str
+    config: str
+    record: Callable[[Row], Record]
+    passages: Callable[[Row], Iterator[Passage]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """One split: its questions, and the passages that came with them, each once."""
+
+    records: tuple[Record, ...]
+    passages: tuple[Passage, ...]
+
+
+def load_split(dataset: str, split: str, *, path: str | None, max_rows: int) -> Loaded:
+    """Read at most `max_rows` rows of one split.
+
+    Args:
+        dataset: a name in `SOURCES`. split: "train" or "validation".
+        path: a local folder or another hub name; None takes the data set's own.
+    Raises:
+        ConfigError: unknown data set, the `data` extra is missing, the data cannot be read, or
+            they have another form.
+    """
+    if dataset not in SOURCES:
+        raise ConfigError(
+            f"env.options.dataset: no data set is called {dataset!r}{suggest(dataset, SOURCES)}"
+        )
+    source = SOURCES[dataset]
+    records: dict[str, Record] = {}
+    passages: dict[Passage, None] = {}
+    for row in itertools.islice(_rows(source, path, split), max_rows):
+        try:
+            record = source.record(row)
+            passages |= dict.fromkeys(source.passages(row))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"env.options.dataset: row {len(records)} of {path or source.hub} ({split}) has "
+                f"not the form of {dataset}: {type(error).__name__}: {error}"
+            ) from None
+        records.setdefault(record.id, record)
+    if not records:
+        raise ConfigError(f"env.options.dataset: {path or source.hub} ({split}) has no rows")
+    return Loaded(records=tuple(records.values()), passages=tuple(passages))
+
+
+def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "env.options.dataset: needs the package 'datasets'; "
+            "install it with: pip install 'turnfast[data]'"
+        ) from None
+    folder = Path(path) if path else None
+    try:
+        if folder is None or not folder.exists():
+            # a stream: a few thousand questions should not cost the whole download
+            return datasets.load_dataset(
+                path or source.hub, source.config, split=split, streaming=True
+            )
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, datasets.DatasetDict):
+                # one set for both splits would be trained on and then called an evaluation
+                raise ValueError(
+                    "one set without splits; save a DatasetDict(train=…, validation=…)"
+                )
+            return saved[split]  # pyright: ignore[reportReturnType]  # its rows are mappings
+        files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"no {split}*.parquet and no saved data set in {folder}")
+        return datasets.load_dataset(
+            "parquet", data_files={split: files}, split=split, streaming=True
+        )
+    except Exception as error:  # the hub client has no common base class for its errors
+        raise ConfigError(
+            f"env.options.dataset: cannot read {path or source.hub} ({split}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _hotpot_record(row: Row) -> Record:
+    titles = dict.fromkeys(row["supporting_facts"]["title"])
+    return Record(
+        id=str(row["id"]),
+        question=row["question"].strip(),
+        answers=(row["answer"].strip(),),
+        supporting_titles=tuple(titles),
+    )
+
+
+def _hotpot_passages(row: Row) -> Iterator[Passage]:
+    context = row["context"]
+    for title, sentences in zip(context["title"], context["sentences"], strict=True):
+        yield Passage(title=title, text="".join(sentences).strip())
+
+
+def _trivia_record(row: Row) -> Record:
+    answer = row["answer"]
+    accepted = dict.fromkeys([answer["value"], *answer["aliases"]])
+    return Record(
+        id=str(row["question_id"]),
+        question=row["question"].strip(),
+        answers=tuple(text for text in accepted if text.strip()),
+        supporting_titles=tuple(dict.fromkeys(row["entity_pages"]["title"])),
+    )
+
+
+def _trivia_passages(row: Row) -> Iterator[Passage]:
+    pages = row["entity_pages"]
+    for title, text in zip(pages["title"], pages["wiki_context"], strict=True):
+        words = text.split()
+        for start in range(0, len(words), WORDS_PER_PASSAGE):
+            yield Passage(title=title, text=" ".join(words[start : start + WORDS_PER_PASSAGE]))
+
+
+SOURCES: Mapping[str, Source] = {
+    "hotpot_qa": Source(
+        hub="hotpotqa/hotpot_qa",
+        config="distractor",
+        record=_hotpot_record,
+        passages=_hotpot_passages,
+    ),
+    "trivia_qa": Source(
+        hub="mandarjoshi/trivia_qa",
+        config="rc.wikipedia",
+        record=_trivia_record,
+        passages=_trivia_passages,
+    ),
+}

@@ -1,0 +1,1 @@
+"""The metrics of a step, and how they are reduced over ranks."""

@@ -1,0 +1,1 @@
+"""Data-parallel ranks and their communication."""

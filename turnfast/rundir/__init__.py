@@ -1,0 +1,1 @@
+"""The run directory: logs, metric sinks and checkpoints."""

@@ -1,0 +1,186 @@
+"""The state of a training run as safetensors and JSON: weights, optimizer, critic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...model.lora import adapted_layers, load_adapter, merged, save_adapter
+
+ADAPTER = "adapter"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read. The text names the file and the way out."""
+
+
+class Stateful(Protocol):
+    """What is asked of an optimizer: torch's two methods, `state` and `param_groups` in them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+class StatefulTensors(Protocol):
+    """What is asked of a critic: all that it is, as named tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+
+def save_optimizer(optimizer: Stateful, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    saved = optimizer.state_dict()
+    for index, entries in saved["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().to("cpu").contiguous()
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    document = {"groups": saved["param_groups"], "plain": plain}
+    (folder / "optimizer.json").write_text(to_json(document, "optimizer"), encoding="utf-8")
+    save_file(_apart(tensors), _optimizer_file(folder))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Optimizers may let several entries share memory, the format does not: those are copied."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
+
+
+def load_optimizer(optimizer: Stateful, folder: Path) -> None:
+    document = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entries) for index, entries in document["plain"].items()
+    }
+    for key, tensor in load_file(_optimizer_file(folder)).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    groups = [
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in document["groups"]
+    ]
+    try:
+        optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: the optimizer state belongs to other parameters ({error}); resume with "
+            "the model and optim sections of the run that wrote it"
+        ) from error
+    if isinstance(optimizer, Optimizer):
+        _restore_dtypes(optimizer, state)
+
+
+def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    # load_state_dict casts moments to the parameter's dtype, which would round float32 moments of
+    # bfloat16 weights
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        loaded = optimizer.state[parameters[index]]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and loaded[name].dtype != value.dtype:
+                loaded[name] = value.to(loaded[name].device)
+
+
+def save_critic(critic: StatefulTensors, folder: Path) -> None:
+    tensors = {name: x.cpu().contiguous().clone() for name, x in critic.state_dict().items()}
+    save_file(tensors, _critic_file(folder))
+
+
+def load_critic(critic: StatefulTensors, folder: Path) -> None:
+    try:
+        critic.load_state_dict(load_file(_critic_file(folder)))
+    except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: holds no critic that fits ({error}); resume with the credit and model "
+            "sections of the run that wrote it"
+        ) from error
+
+
+def _critic_file(folder: Path) -> Path:
+    return folder / "critic.safetensors"
+
+
+def _optimizer_file(folder: Path) -> Path:
+    return folder / "optimizer.safetensors"
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """A Hugging Face folder, an adapter merged; what was trained of it also in `folder/adapter`."""
+    if not adapted_layers(model):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(folder, state_dict=dict(merged(model, model.state_dict().items())))
+    save_adapter(model, folder / ADAPTER)
+
+
+def load_model(model: nn.Module, path: Path) -> None:
+    if adapted_layers(model):
+        _load_adapter(model, path)
+        return
+    wanted = model.state_dict()
+    loaded: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        loaded |= load_file(file)
+    if not _fits(wanted, loaded):
+        # files of some architectures name and cut the tensors otherwise than the module does
+        fresh = type(model).from_pretrained(path, dtype="auto")  # pyright: ignore
+        loaded = fresh.state_dict()
+    if not _fits(wanted, loaded):
+        raise CheckpointError(
+            f"{path}: its tensors do not fit the model; resume with the model section of the run "
+            "that wrote it"
+        )
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            wanted[name].copy_(tensor)
+
+
+def _load_adapter(model: nn.Module, path: Path) -> None:
+    """The base is not in the checkpoint, but what no adapter changes is, and must be the same."""
+    try:
+        load_adapter(model, path / ADAPTER)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: holds no adapter that fits ({error}); resume with the model section of the "
+            "run that wrote it"
+        ) from error
+    own = dict(model.named_parameters())
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if name in own and not torch.equal(own[name].cpu(), tensor):
+                raise CheckpointError(
+                    f"{path}: its adapter was trained on another model, {name} differs; resume "
+                    "with the model.path of the run that wrote it"
+                )
+
+
+def _fits(wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:
+    """Every loaded tensor has its place, and what is missing shares memory with what is there."""
+    if any(name not in wanted or wanted[name].shape != t.shape for name, t in loaded.items()):
+        return False
+    filled = {wanted[name].data_ptr() for name in loaded}
+    return all(tensor.data_ptr() in filled for tensor in wanted.values())
+
+
+def to_json(document: Mapping[str, Any], what: str) -> str:
+    try:
+        return json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's {what} is not JSON: {error}") from error

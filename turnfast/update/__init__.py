@@ -1,0 +1,1 @@
+"""One policy update: gradient, optimizer, critic and reference policy."""

@@ -1,0 +1,148 @@
+"""The critic: one linear layer on the policy's last hidden states, float32 whatever their dtype.
+
+A value is of the state before a sampled token, so it sits on the hidden row that predicts it: the
+same packed rows and prefix trees serve policy and critic, in one forward and backward pass.
+The layer starts at 0. It has an optimizer of its own, as what is learned from nothing wants a
+larger rate than what is fine-tuned.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import CriticConfig, OptimConfig
+from ..model import Policy, hidden_states
+from ..packing.pack import pack
+from ..parallel.ranks import ALONE, Ranks
+from ..types import Batch, Credit, Group, Trajectory
+from .budget import Budget
+from .optimizer import Optimizer
+
+
+class Critic:
+    """Values of states, and the loss that teaches them.
+
+    Args:
+        policy: gives the hidden states; only their width and device are looked at here.
+        optim: the policy's; the rate is `critic.lr_factor` times its own.
+        ranks: whose gradients are added up.
+    """
+
+    def __init__(
+        self, policy: Policy, config: CriticConfig, optim: OptimConfig, *, ranks: Ranks = ALONE
+    ) -> None:
+        width = policy.head_VD.shape[1]
+        self._head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        self._config = config
+        rate = optim.lr * config.lr_factor
+        own = optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
+        self._optimizer = Optimizer(self._head.parameters(), own, ranks=ranks)
+
+    def values_N(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """The value before each target of a batch, with gradient."""
+        return self._head(hidden_TD.float()).squeeze(1)[batch.rows_N]
+
+    @torch.no_grad()
+    def values(
+        self, policy: Policy, groups: Sequence[Group], *, budget: Budget, share_prefixes: bool
+    ) -> list[list[tuple[float, ...]]]:
+        """values[g][i][t], before sampled token t of rollout i of group g, from one forward pass;
+        an empty tuple for rollouts that are left out. Where memory runs out it is made again, on
+        smaller micro-batches, and the budget keeps that for the rest of the run.
+
+        Raises:
+            OutOfMemory: not even with these.
+        """
+        everything = [
+            Credit(rule="", advantages=tuple((1.0,) * len(t.turns) for t in group.trajectories))
+            for group in groups
+        ]
+        packed = pack(
+            groups,
+            everything,
+            budget=budget.tokens,
+            device=policy.device,
+            share_prefixes=share_prefixes,
+        )
+        by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        found, batches = budget.replayed(
+            lambda parts: [
+                self.values_N(hidden_states(policy, part), part).tolist() for part in parts
+            ],
+            packed.batches,
+        )
+        for batch, values_N in zip(batches, found, strict=True):
+            turns_N = batch.turns_N.long()
+            owners = zip(
+                batch.sequences_K[turns_N].tolist(), batch.places_K[turns_N].tolist(), strict=True
+            )
+            for owner, value in zip(owners, values_N, strict=True):
+                by_turn[owner].append(value)
+        numbers = iter(range(sum(len(group.trajectories) for group in groups)))
+        return [[_of_rollout(t, by_turn, numbers) for t in group.trajectories] for group in groups]
+
+    def loss(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """coef / 2 times the weighted mean of (V - target)^2, or of the worse of that and the same
+        for V held within `critic.clip` of its old value (arXiv 1707.06347 and its public code)."""
+        assert batch.values_N is not None and batch.value_targets_N is not None
+        assert batch.value_weights_N is not None
+        values_N = self.values_N(hidden_TD, batch)
+        errors_N = (values_N - batch.value_targets_N).square()
+        if self._config.clip is not None:
+            c = self._config.clip
+            held_N = batch.values_N + (values_N - batch.values_N).clamp(-c, c)
+            errors_N = torch.maximum(errors_N, (held_N - batch.value_targets_N).square())
+        return 0.5 * self._config.coef * (batch.value_weights_N * errors_N).sum()
+
+    def step(self) -> float:
+        """Update the layer; the norm of its gradient, which changes nothing if it is not finite."""
+        return self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it as tensors: the layer, the moments and the count of steps."""
+        state = {f"head.{name}": x.detach() for name, x in self._head.state_dict().items()}
+        saved = self._optimizer.state_dict()
+        for index, entries in saved["state"].items():
+            state |= {f"optimizer.{index}.{name}": x for name, x in entries.items()}
+        state["optimizer.num_steps"] = torch.tensor(self._optimizer.num_steps)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises KeyError or RuntimeError if the state is of another width."""
+        head = {n.removeprefix("head."): x for n, x in state.items() if n.startswith("head.")}
+        self._head.load_state_dict(head)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, x in state.items():
+            kind, _, rest = name.partition(".")
+            index, _, entry = rest.partition(".")
+            if kind == "optimizer" and entry:
+                moments.setdefault(int(index), {})[entry] = x
+        own = self._optimizer.state_dict()
+        groups = [
+            {**group, "num_steps": int(state["optimizer.num_steps"])}
+            for group in own["param_groups"]
+        ]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _of_rollout(
+    trajectory: Trajectory,
+    by_turn: Mapping[tuple[int, int], Sequence[float]],
+    numbers: Iterator[int],
+) -> tuple[float, ...]:
+    # numbered as `pack` numbers them: those that have targets, in order
+    if trajectory.left_out or not trajectory.num_sampled:
+        return ()
+    number = next(numbers)
+    return tuple(
+        value for k in range(len(trajectory.turns)) for value in by_turn.get((number, k), ())
+    )

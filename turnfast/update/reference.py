@@ -1,0 +1,82 @@
+"""The policy that training is held close to: a frozen copy of the start, or another model.
+
+It costs one forward pass over each step's rows, and a second copy of the weights in the model's
+dtype (14 GiB for 7 billion parameters in bfloat16), without gradients or optimizer state. With a
+LoRA adapter the start needs no copy: it is the policy with its adapter off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config.schema import ConfigError, LossConfig, ModelConfig
+from ..kernels import linear_logprobs
+from ..model import Policy, hidden_states, load_policy
+from ..model.lora import adapted_layers, without_adapter
+from ..types import Batch
+from .budget import Budget
+
+
+def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Policy | None:
+    """The reference of `loss.reference`; None where `loss.kl_coef` is 0 and none is needed.
+
+    Raises:
+        ConfigError: the folder is no model, or one with another vocabulary.
+    """
+    if loss.kl_coef == 0.0:
+        return None
+    if loss.reference == "start" and adapted_layers(policy.model):
+        return policy
+    folder = policy.folder if loss.reference == "start" else Path(loss.reference).expanduser()
+    if not folder.is_dir() and loss.reference != "start":
+        raise ConfigError(f"loss.reference: there is no folder {folder}; use 'start' or a model")
+    reference = load_policy(model, folder, policy.device)
+    if len(reference.head_VD) != len(policy.head_VD):
+        raise ConfigError(
+            f"loss.reference: {folder} has a vocabulary of {len(reference.head_VD)}, the model one "
+            f"of {len(policy.head_VD)}; the reference must be a model of the same family"
+        )
+    reference.model.requires_grad_(False)
+    return reference
+
+
+def with_reference(
+    batches: Sequence[Batch],
+    reference: Policy,
+    loss: LossConfig,
+    *,
+    temperature: float,
+    budget: Budget | None = None,
+) -> list[Batch]:
+    """The batches with `ref_logprobs_N`, at the temperature that the policy is trained at; smaller
+    ones where memory runs out.
+
+    Raises:
+        OutOfMemory: not even with these.
+    """
+    found, _ = (budget or Budget()).replayed(
+        lambda parts: [_with_logprobs(part, reference, loss, temperature) for part in parts],
+        batches,
+        whole_sequences=loss.ratio == "sequence",
+    )
+    return found
+
+
+@torch.no_grad()
+def _with_logprobs(batch: Batch, reference: Policy, loss: LossConfig, temperature: float) -> Batch:
+    with without_adapter(reference.model):
+        hidden_TD = hidden_states(reference, batch)
+    result = linear_logprobs(
+        hidden_TD,
+        reference.head_VD,
+        batch.rows_N,
+        batch.targets_N,
+        temperature=temperature,
+        softcap=reference.softcap,
+        impl=loss.impl,
+    )
+    return replace(batch, ref_logprobs_N=result.logprobs)
