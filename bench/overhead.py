@@ -45,13 +45,13 @@ import turnfast.rollout.episode
 import turnfast.run
 import turnfast.tools.deadline
 import turnfast.train
+from turnfast.cli import stop_on_signals
 from turnfast.config.recipe import load_config
 from turnfast.metrics.stopwatch import Stopwatch
 from turnfast.model.tiny import write_tiny_model
 from turnfast.rundir.directory import read_metrics
 from turnfast.sampler import Request
-from turnfast.signals import stop_on_signals
-from turnfast.warm_start import warm_start
+from turnfast.sft import warm_start
 
 BACKENDS = ("auto", "local", "vllm")
 

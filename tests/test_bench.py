@@ -150,9 +150,8 @@ def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_public_shape_takes_a_step_without_a_file_of_weights(tmp_path, monkeypatch, dtype):
-    from harness import cases
-    from harness import shapes
     import step
+    from harness import cases, shapes
 
     small = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64}
     monkeypatch.setitem(shapes.SHAPES, "qwen2.5-7b", shapes.SHAPES["qwen2.5-7b"] | small)

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from turnfast.chat.template import Chat, ChatError
-from turnfast.config.schema import ConfigError, ModelConfig
+from turnfast.chat.base import ChatError
+from turnfast.chat.open import open_chat
+from turnfast.chat.template import Chat
+from turnfast.config.schema import ModelConfig
+from turnfast.errors import ConfigError
 from turnfast.packing.rows import rows_of
-from turnfast.run import open_chat
 from turnfast.types import Turn
 
 SPELLED = [

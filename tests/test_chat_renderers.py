@@ -14,7 +14,7 @@ from turnfast.chat.renderers import RenderedChat
 from turnfast.chat.template import Chat
 from turnfast.cli import main
 from turnfast.config.recipe import to_toml
-from turnfast.config.schema import ConfigError
+from turnfast.errors import ConfigError
 from turnfast.train import train
 
 renderers = pytest.importorskip("renderers", reason="renderers is not installed")

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from turnfast.cli import main
+from turnfast.cli import main, stop_on_signals
 from turnfast.model.tiny import write_tiny_model
-from turnfast.signals import stop_on_signals
 
 SMALL = """
 [env]

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 import turnfast.train
 from turnfast.chat.template import Chat
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import Config, ConfigError
+from turnfast.config.schema import Config
 from turnfast.envs import Outcome, Step, Task
+from turnfast.errors import ConfigError, Interrupted
 from turnfast.parallel.ranks import ALONE
 from turnfast.rollout.collect import Collector
-from turnfast.rollout.groups import Interrupted
 from turnfast.rollout.prompts import PromptQueue, open_queue
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sampler.sync import teacher_forced_logprobs

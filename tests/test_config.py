@@ -17,7 +17,8 @@ from turnfast.config.recipe import (
     shipped_recipes,
     to_toml,
 )
-from turnfast.config.schema import Config, ConfigError
+from turnfast.config.schema import Config
+from turnfast.errors import ConfigError
 
 
 @pytest.fixture

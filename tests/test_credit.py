@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config.schema import ConfigError
 from turnfast.credit import RULES, assign_credit, assign_credits, check_rule
+from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
 PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two unequal numbers become -1 and +1

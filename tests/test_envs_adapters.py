@@ -12,10 +12,10 @@ from itertools import permutations
 import pytest
 from by_script import play, roll
 
-from turnfast.config.schema import ConfigError
 from turnfast.envs import ToolEnv, load_env
 from turnfast.envs.adapters import door
 from turnfast.envs.adapters.mcp import McpServer
+from turnfast.errors import ConfigError
 
 SIZES = {"group_size": 2, "num_tasks": 3, "max_context": 6000}
 

@@ -12,12 +12,12 @@ from by_script import play, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config.schema import ConfigError
 from turnfast.credit import assign_credit
 from turnfast.envs import Demonstrator, Task, load_env
 from turnfast.envs.examples.frozen_lake import MOVES, Lake, draw_lake, read_move
 from turnfast.envs.examples.wordle import mark
 from turnfast.envs.examples.wordle_words import WORDS
+from turnfast.errors import ConfigError
 from turnfast.tools import calculate, show_number
 
 # frozen lake

@@ -12,7 +12,7 @@ import by_script
 import pytest
 
 from turnfast.config.recipe import load_config, to_toml
-from turnfast.config.schema import ConfigError, RewardConfig, RolloutConfig
+from turnfast.config.schema import RewardConfig, RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.envs import (
     Demonstrator,
@@ -26,8 +26,9 @@ from turnfast.envs import (
     tool,
     with_rewards,
 )
-from turnfast.rollout.groups import RolloutError, rollout
-from turnfast.rundir.directory import summarise
+from turnfast.errors import ConfigError, RolloutError
+from turnfast.metrics.rollouts import summarise
+from turnfast.rollout.groups import rollout
 from turnfast.sampler.scripted import ScriptedSampler
 
 TASK = Task(

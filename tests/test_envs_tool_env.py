@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config.schema import ConfigError
 from turnfast.envs import Env, Outcome, Step, Task, ToolEnv, load_env, tool
 from turnfast.envs import tool_env as tool_env_room
+from turnfast.errors import ConfigError
 
 TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida Berg", "I. Berg"))
 CORPUS = {"Ulm": "Ulm was written by Ida Berg.", "Rom": "Rom was painted by Ole.", "void": ""}

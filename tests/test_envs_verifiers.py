@@ -14,8 +14,9 @@ import sys
 import pytest
 from by_script import play
 
-from turnfast.config.schema import ConfigError, RolloutConfig
+from turnfast.config.schema import RolloutConfig
 from turnfast.envs import RewardFault, load_env
+from turnfast.errors import ConfigError
 from turnfast.rollout.groups import rollout
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
 

@@ -21,8 +21,8 @@ from turnfast.kernels.loss_head import cpp
 
 from turnfast.cli import main
 from turnfast.config.recipe import build_config, load_config
-from turnfast.config.schema import ConfigError
 from turnfast.doctor.memory import HEAD_CHUNK_BYTES, estimate, verdict
+from turnfast.errors import ConfigError
 from turnfast.model.tiny import write_tiny_model
 from turnfast.sampler.vllm import CPU_CACHE_BYTES
 

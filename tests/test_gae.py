@@ -11,9 +11,9 @@ from by_hand import group_of, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config.schema import ConfigError
 from turnfast.credit import VALUE_RULES, assign_credits, check_rule
 from turnfast.credit.rules.gae import gae
+from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group, Task, Trajectory
 
 number = st.floats(-3, 3)

@@ -11,12 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from turnfast.config.schema import ConfigError, RewardConfig
+from turnfast.config.schema import RewardConfig
 from turnfast.envs import PlayedTurn, RewardFault, Task
 from turnfast.envs.rewards.builtin import load_rewards
 from turnfast.envs.rewards.judge import Judge
 from turnfast.envs.rewards.judge_client import MAX_REPLY_BYTES, ChatEndpoint, JudgeError
 from turnfast.envs.rewards.reward import score
+from turnfast.errors import ConfigError
 
 TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida", "I. Berg"))
 TURNS = (

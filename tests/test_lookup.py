@@ -13,9 +13,9 @@ from itertools import pairwise
 import pytest
 from transformers import AutoTokenizer
 
-from turnfast.config.schema import ConfigError
 from turnfast.envs import Demonstrator, LookupEnv, contains_answer, load_env
 from turnfast.envs.lookup.demos import malformations
+from turnfast.errors import ConfigError
 from turnfast.model.tiny import write_tiny_model
 from turnfast.tools import ToolError, check_call, parse_call, parse_calls
 

@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from turnfast.cli import main
 from turnfast.config.recipe import build_config, load_config, to_toml
-from turnfast.config.schema import ConfigError, LoraConfig, LossConfig, ModelConfig, SamplerConfig
+from turnfast.config.schema import LoraConfig, LossConfig, ModelConfig, SamplerConfig
 from turnfast.credit import assign_credits
 from turnfast.doctor.memory import estimate
+from turnfast.errors import ConfigError, SyncError
 from turnfast.model import Policy, load_policy
 from turnfast.model.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
 from turnfast.packing.pack import pack
 from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from turnfast.sampler import make_sampler
 from turnfast.sampler.local import LocalSampler
-from turnfast.sampler.sync import SyncError, make_probe, sync_weights
+from turnfast.sampler.sync import make_probe, sync_weights
 from turnfast.train import train
 from turnfast.update.reference import open_reference, with_reference
 from turnfast.update.update import update

@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import Config, ConfigError, RolloutConfig
+from turnfast.config.schema import Config, RolloutConfig
+from turnfast.errors import ConfigError
+from turnfast.metrics.rollouts import summarise
 from turnfast.metrics.stopwatch import Stopwatch
 from turnfast.rollout.overlong import settle_overlong
-from turnfast.rundir.directory import RunDir, read_metrics, summarise
+from turnfast.rundir.directory import RunDir, read_metrics
 from turnfast.rundir.jsonl import append_lines, read_lines, to_strict
 from turnfast.types import Credit, Group, Task, Turn
 

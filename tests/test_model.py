@@ -15,7 +15,8 @@ from transformers import (
 )
 from turnfast.kernels import linear_logprobs
 
-from turnfast.config.schema import ConfigError, ModelConfig
+from turnfast.config.schema import ModelConfig
+from turnfast.errors import ConfigError
 from turnfast.model import attention_backends, hidden_states, load_policy
 from turnfast.packing.pack import batch_of
 

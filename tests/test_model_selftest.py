@@ -24,8 +24,9 @@ from transformers import (
 import turnfast.model.attention
 import turnfast.model.policy
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import ConfigError, ModelConfig
+from turnfast.config.schema import ModelConfig
 from turnfast.doctor.memory import estimate
+from turnfast.errors import ConfigError
 from turnfast.model import hidden_states, load_policy
 from turnfast.model.attention import packed_forward
 from turnfast.model.selftest import check_logprobs

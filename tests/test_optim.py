@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from turnfast.config.schema import ConfigError, OptimConfig
+from turnfast.config.schema import OptimConfig
+from turnfast.errors import ConfigError, TornStep
 from turnfast.rundir.checkpoint import load_checkpoint, save_checkpoint
-from turnfast.update.optimizer import Optimizer, TornStep
+from turnfast.update.optimizer import Optimizer
 
 
 def weights(*shape: int, dtype: torch.dtype, seed: int = 0) -> nn.Parameter:

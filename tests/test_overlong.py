@@ -9,9 +9,9 @@ from turnfast.config.recipe import build_config
 from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.metrics.rewards import diagnose
+from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
 from turnfast.rollout.overlong import settle_overlong
-from turnfast.rundir.directory import summarise
 from turnfast.types import Credit, Group, Turn
 
 

@@ -14,11 +14,12 @@ from transformers import Qwen3Config
 from turnfast.kernels import PolicyRule, turn_policy_loss
 from turnfast.kernels.extension import load_error
 
+from turnfast.errors import OutOfMemory
 from turnfast.model import Policy, hidden_states
-from turnfast.packing.pack import Packed, attention_span_of, pack
+from turnfast.model.architecture import attention_span_of
+from turnfast.packing.pack import Packed, pack
 from turnfast.packing.rows import Rows, rows_of, without_idle_ends
 from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
-from turnfast.update.budget import OutOfMemory
 
 VOCAB = 61
 

@@ -8,7 +8,8 @@ import pytest
 
 from turnfast.config.conflicts import PAIRS, refusals
 from turnfast.config.recipe import build_config, load_config, to_toml
-from turnfast.config.schema import Config, ConfigError
+from turnfast.config.schema import Config
+from turnfast.errors import ConfigError
 
 REFUSED = [
     ({"rollout": {"group_size": 1}}, "rollout.group_size: 1 rollout has no baseline"),

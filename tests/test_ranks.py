@@ -28,12 +28,13 @@ from step_data import Keeping, make_groups
 from training_runs import recipe, training_lines
 
 from turnfast.config.recipe import to_toml
-from turnfast.config.schema import ConfigError, LossConfig, ModelConfig, OptimConfig
+from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.metrics.step import over_ranks
+from turnfast.errors import ConfigError, RankError
+from turnfast.metrics.reduce import over_ranks
 from turnfast.model import Policy, load_policy
 from turnfast.packing.pack import Packed, pack
-from turnfast.parallel.ranks import ALONE, RankError, Ranks, fingerprint, open_ranks
+from turnfast.parallel.ranks import ALONE, Ranks, fingerprint, open_ranks
 from turnfast.rollout.prompts import open_queue
 from turnfast.run import open_run
 from turnfast.rundir.directory import read_metrics

@@ -10,8 +10,9 @@ from step_data import Keeping, make_groups, optimizer_of
 from test_update import plain_logprobs
 
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import ConfigError, LossConfig, ModelConfig
+from turnfast.config.schema import LossConfig, ModelConfig
 from turnfast.credit import assign_credits
+from turnfast.errors import ConfigError
 from turnfast.model import Policy
 from turnfast.model.tiny import write_tiny_model
 from turnfast.packing.pack import pack

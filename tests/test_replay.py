@@ -14,9 +14,10 @@ from step_data import Keeping, make_groups, optimizer_of
 
 from turnfast.config.schema import LossConfig
 from turnfast.credit import assign_credits
+from turnfast.errors import OutOfMemory
 from turnfast.model import Policy, hidden_states
 from turnfast.packing.pack import pack
-from turnfast.update.budget import Budget, OutOfMemory, is_out_of_memory, split_batch
+from turnfast.update.budget import Budget, is_out_of_memory, split_batch
 from turnfast.update.reference import with_reference
 from turnfast.update.update import TrainingError, update
 

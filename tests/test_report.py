@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import Config, ConfigError
+from turnfast.config.schema import Config
+from turnfast.errors import ConfigError
 from turnfast.metrics.rewards import diagnose
+from turnfast.metrics.rollouts import summarise
 from turnfast.report import write_report
 from turnfast.report.agreement import agreements
 from turnfast.report.charts import Chart, Series, draw
@@ -30,7 +32,7 @@ from turnfast.report.curves import curves, step_axis
 from turnfast.report.page import embed
 from turnfast.report.scales import linear_axis, log_axis, smooth, thin
 from turnfast.report.trajectories import PAGE_LIMIT, TEXT_LIMIT, clip, read_rollouts, visible
-from turnfast.rundir.directory import RunDir, read_metrics, summarise
+from turnfast.rundir.directory import RunDir, read_metrics
 from turnfast.types import Credit, Group, Task, Trajectory, Turn
 
 PEOPLE = ("Ida Brandt", "Otto Falk", "Mara Weiss", "Jon Aker", "Selma Rost", "Emil Lind")

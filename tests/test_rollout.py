@@ -20,9 +20,10 @@ from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
 from turnfast.envs.rewards.reward import Reward, with_rewards
+from turnfast.errors import Interrupted, RolloutError
+from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
-from turnfast.rollout.groups import Interrupted, Prompt, Quota, RolloutError, gather, rollout
-from turnfast.rundir.directory import summarise
+from turnfast.rollout.groups import Prompt, Quota, gather, rollout
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
     ScriptedSampler,

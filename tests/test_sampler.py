@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from turnfast.config.schema import ConfigError, SamplerConfig
+from turnfast.config.schema import SamplerConfig
+from turnfast.errors import ConfigError
 from turnfast.sampler import Request, choose_backend, make_sampler
 from turnfast.sampler.scripted import ScriptedSampler, newest, oldest, shuffled
 from turnfast.sampler.slots import MIN_COPY, SlotTable

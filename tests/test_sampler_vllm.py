@@ -18,10 +18,11 @@ from transformers import Qwen3ForCausalLM
 from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_gap
 
 from turnfast.config.schema import LoraConfig, SamplerConfig
+from turnfast.errors import SyncError
 from turnfast.model import default_tolerance
 from turnfast.model.lora import add_adapter
 from turnfast.sampler import make_sampler
-from turnfast.sampler.sync import Probe, SyncError, compare, make_probe, sync_weights
+from turnfast.sampler.sync import Probe, compare, make_probe, sync_weights
 
 pytestmark = [
     pytest.mark.vllm,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from turnfast.config.schema import ConfigError
 from turnfast.envs import load_env
+from turnfast.errors import ConfigError
 from turnfast.tools import sandbox
 from turnfast.tools.sandbox import (
     MAX_CODE_BYTES,

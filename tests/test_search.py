@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.config.schema import ConfigError
 from turnfast.envs import SearchEnv, load_env
-from turnfast.envs.search.env import split_records
-from turnfast.envs.search.files import Record, read_corpus, read_questions
+from turnfast.envs.search.files import Record, read_corpus, read_questions, split_records
+from turnfast.errors import ConfigError
 
 PASSAGES = [
     {"title": "Ulm", "text": "Ulm is a novel that was written by Ida Berg.", "extra": 1},

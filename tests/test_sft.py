@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from turnfast.config.recipe import build_config, load_config
-from turnfast.config.schema import ConfigError, LossConfig, OptimConfig, SftConfig
+from turnfast.config.schema import LossConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
+from turnfast.errors import ConfigError
 from turnfast.packing.pack import batch_of
 from turnfast.packing.rows import Rows, rows_of
 from turnfast.rundir.checkpoint import newest_whole
 from turnfast.rundir.directory import read_metrics
-from turnfast.sft import demonstration_turns, sft
+from turnfast.sft import demonstration_turns, sft, warm_start
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import TrainingError, update
-from turnfast.warm_start import warm_start
 
 TALK = Demonstration(
     messages=(

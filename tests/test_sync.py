@@ -13,13 +13,13 @@ import torch
 from transformers import Qwen3ForCausalLM
 from two_turns import VOCAB, tiny_qwen3
 
+from turnfast.errors import SyncError
 from turnfast.model import default_tolerance
 from turnfast.sampler import Request
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sampler.sync import (
     Probe,
-    SyncError,
     compare,
     make_probe,
     refuse_strangers,

@@ -19,18 +19,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import turnfast.run
 from turnfast.cli import main
 from turnfast.config.recipe import to_toml
-from turnfast.config.schema import ConfigError
 from turnfast.envs import Demonstration, SearchEnv
+from turnfast.errors import ConfigError, OutOfMemory, RolloutError, SyncError
 from turnfast.model.tiny import write_tiny_model
 from turnfast.report.trajectories import read_rollouts
-from turnfast.rollout.groups import RolloutError
 from turnfast.rundir.directory import read_metrics
 from turnfast.sampler.local import LocalSampler
-from turnfast.sampler.sync import SyncError
+from turnfast.sft import warm_start
 from turnfast.train import train
-from turnfast.update.budget import OutOfMemory
 from turnfast.update.update import TrainingError
-from turnfast.warm_start import warm_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

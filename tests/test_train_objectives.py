@@ -11,7 +11,7 @@ from training_runs import logged, recipe, training_lines, weights
 
 from turnfast.cli import main
 from turnfast.config.recipe import build_config
-from turnfast.config.schema import ConfigError
+from turnfast.errors import ConfigError
 from turnfast.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from . import __version__
 from .config.recipe import describe_fields, load_config, shipped_recipes, suggest_field
-from .config.schema import ConfigError
+from .errors import ConfigError
 
 FIELDS = (
     "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
@@ -132,7 +134,6 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
         print(describe(config, found))
         return 0
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
-    from .signals import stop_on_signals
     from .train import train
 
     with stop_on_signals() as stop:
@@ -144,8 +145,7 @@ def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
     _refuse_ranks("sft")
     config = load_config(arguments.recipe, flags)
     run_dir = arguments.run_dir or Path("runs") / f"{Path(arguments.recipe).stem}-sft"
-    from .signals import stop_on_signals
-    from .warm_start import warm_start
+    from .sft import warm_start
 
     with stop_on_signals() as stop:
         folder = warm_start(config, run_dir, resume=arguments.resume, should_stop=stop)
@@ -198,3 +198,33 @@ def _exit_code(reason: str, kept: str) -> int:
         return 0
     print(f"turnfast: stopped by {reason}; everything is kept in {kept}", file=sys.stderr)
     return 128 + signal.Signals[reason]
+
+
+class StopRequest:
+    """Set by the first signal; `reason` names it."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def __call__(self) -> bool:
+        return bool(self.reason)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request; a second Ctrl-C interrupts at once."""
+    request = StopRequest()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.reason = signal.Signals(number).name
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

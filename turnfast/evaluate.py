@@ -7,16 +7,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .chat.template import Bridge
-from .config.schema import Config, ConfigError
+from .chat.base import Bridge
+from .config.schema import Config
 from .envs import Env, Split, tasks_of
+from .envs.load import open_env
+from .errors import ConfigError
+from .metrics.rollouts import summarise
 from .model import load_policy, pick_device
 from .parallel.ranks import ALONE, Ranks
 from .rollout.groups import rollout
-from .run import model_folder, open_chat, open_env, open_sampler
-from .rundir.directory import plain_group, summarise
+from .run import open_env_chat, open_model_folder
+from .rundir.directory import plain_group
 from .rundir.jsonl import append_lines, to_strict
-from .sampler import Sampler
+from .sampler import Sampler, open_sampler
 from .types import Group
 
 
@@ -66,10 +69,10 @@ def evaluate_model(
     if out is not None:
         _check_writable(out)
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
-        folder = model_folder(config, env, Path(scratch))
+        folder = open_model_folder(config, env, Path(scratch))
         policy = load_policy(config.model, folder, pick_device(config.train.device))
-        chat = open_chat(config.model, policy, env)
-        sampler = open_sampler(config, policy, chat)
+        chat = open_env_chat(config.model, policy, env)
+        sampler = open_sampler(config, policy, chat.stop_ids)
         try:
             figures, groups = evaluate(config, env, chat, sampler, split=split, sampled=sampled)
         finally:

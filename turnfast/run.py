@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .chat.renderers import RenderedChat
-from .chat.template import Bridge, Chat, ChatError
-from .config.schema import VALUE_RULES, Config, ConfigError, ModelConfig, RolloutConfig
+from .chat.base import Bridge
+from .chat.open import open_chat
+from .config.schema import VALUE_RULES, Config, ModelConfig
 from .credit import check_rule
-from .envs import Demonstrator, Env, load_env, tasks_of
+from .doctor.checks import refuse_rounded_adapter, refuse_uneven
+from .envs import Demonstrator, Env, tasks_of
+from .envs.load import open_env
+from .errors import ConfigError
 from .model import (
     Policy,
     default_tolerance,
-    dtype_of,
     load_policy,
     pick_device,
-    refuse_long_context,
 )
+from .model.folder import model_folder
 from .model.lora import add_adapter
-from .model.tiny import write_tiny_model
 from .parallel.ranks import ALONE, Ranks
 from .rollout.prompts import PromptQueue, open_queue
 from .rundir.checkpoint import load_checkpoint, newest_whole
 from .rundir.directory import RunDir, read_metrics
-from .sampler import Sampler, choose_backend, make_sampler
+from .sampler import Sampler, open_sampler
 from .sampler.sync import Probe, make_probe
 from .update.critic import Critic
 from .update.optimizer import Optimizer
@@ -78,7 +77,7 @@ def open_run(
         ConfigError: the text names the field and the way out.
     """
     check_rule(config.credit.rule, config.credit.options, num_ranks=ranks.size)
-    _refuse_uneven(config.rollout, ranks)
+    refuse_uneven(config.rollout, ranks)
     env = open_env(config)
     train_tasks = tasks_of(env, "train", name=config.env.name)
     device = pick_device(config.train.device)
@@ -88,15 +87,15 @@ def open_run(
             directory = RunDir(path=run_dir, writes=ranks.leads)
             if ranks.leads:
                 directory = opened.enter_context(RunDir.create(run_dir, config, resume=resume))
-                model_folder(config, env, run_dir)
+                open_model_folder(config, env, run_dir)
         with ranks.together():
-            policy = load_policy(config.model, model_folder(config, env, run_dir), device)
+            policy = load_policy(config.model, open_model_folder(config, env, run_dir), device)
             add_adapter(policy.model, config.model.lora, seed=config.train.seed)
             check_impl(config.loss, device, policy.model.dtype)
         # the first word between GPUs, before the engine says which network they have
         ranks.add_up([torch.zeros(1, device=device)])
         with ranks.together():
-            chat = open_chat(config.model, policy, env)
+            chat = open_env_chat(config.model, policy, env)
             optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
             critic = None
             if config.credit.rule in VALUE_RULES:
@@ -112,7 +111,9 @@ def open_run(
                 done=done * config.rollout.prompts_per_step,
                 ranks=ranks,
             )
-            sampler = open_sampler(config, policy, chat, beside_training=config.train.overlap)
+            sampler = open_sampler(
+                config, policy, chat.stop_ids, beside_training=config.train.overlap
+            )
             opened.callback(sampler.close)
         ranks.refuse_difference(policy.model.parameters())
         # what is there now stays: to walk all of torch for garbage takes a quarter of a second
@@ -141,125 +142,16 @@ def open_run(
         )
 
 
-def _refuse_uneven(config: RolloutConfig, ranks: Ranks) -> None:
-    if config.prompts_per_step % ranks.size:
-        raise ConfigError(
-            f"rollout.prompts_per_step: {config.prompts_per_step} prompts cannot be dealt evenly "
-            f"to {ranks.size} ranks; set it to a multiple of {ranks.size}"
-        )
+def open_model_folder(config: Config, env: Env, run_dir: Path) -> Path:
+    """The recipe's model; the tiny one learns its tokenizer from the environment's corpus."""
+    corpus = env.corpus if isinstance(env, Demonstrator) else None
+    return model_folder(config, run_dir, corpus, token_cut=getattr(env, "token_cut", None))
 
 
-def refuse_rounded_adapter(config: Config, device: torch.device) -> None:
-    """Refuse an adapter that the sampler knows in part only, with nothing to make up for it.
-
-    A sampler with weights of its own is given W + B A rounded to the model's dtype: where B A is
-    below half the last digit of W it samples from W, and the ratio of the trainer's policy to that
-    would be taken for 1.
-
-    Raises:
-        ConfigError: a low-precision dtype, such a sampler, and no importance weight.
-    """
-    dtype = dtype_of(config.model, device)
-    weighed = config.loss.is_cap is not None or config.loss.old_logprobs == "sampler"
-    if not config.model.lora.r or dtype == torch.float32 or weighed:
-        return
-    if choose_backend(config.sampler) == "local":
-        return  # it samples with the trainer's own module, adapter and all
-    raise ConfigError(
-        f"loss.is_cap: vLLM is given the adapter merged into {str(dtype).removeprefix('torch.')} "
-        "weights, which rounds its smallest changes away, and samples from a slightly different "
-        "policy; set loss.is_cap (such as 2.0) or loss.old_logprobs = 'sampler', which weigh that, "
-        "or model.dtype = 'float32'"
-    )
-
-
-def open_env(config: Config) -> Env:
-    return load_env(
-        config.env.name,
-        config.env.options,
-        rewards=config.env.rewards,
-        max_turns=config.env.max_turns,
-        tool_timeout_s=config.env.tool_timeout_s,
-    )
-
-
-def model_folder(config: Config, env: Env, run_dir: Path) -> Path:
-    """Where the weights are; the built-in model is made in the run directory first."""
-    if config.model.path != "tiny":
-        return checked_folder(config.model.path)
-    if not isinstance(env, Demonstrator):
-        raise ConfigError(
-            "model.path: 'tiny' learns its tokenizer from the environment's corpus(), which "
-            f"{type(env).__name__} does not have; name a model"
-        )
-    folder = run_dir / "tiny"
-    if not (folder / "config.json").exists():
-        write_tiny_model(
-            folder,
-            env.corpus(),
-            seed=config.train.seed,
-            cut=getattr(env, "token_cut", None),
-            max_context=config.rollout.max_context,
-        )
-    return folder
-
-
-def checked_folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    # a hub name is `owner/name`, or `name` for a few old ones
-    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ConfigError(f"model.path: there is no folder {path}")
-    return folder
-
-
-def open_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
+def open_env_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
+    """The chat interface of a policy, with the tools of its environment."""
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
-    return bridge_of(config, policy.tokenizer, policy.folder, schemas)
-
-
-def bridge_of(config: ModelConfig, tokenizer: Any, folder: Path, schemas: list[Any]) -> Bridge:
-    """Messages and ids of a tokenizer from `folder`, for a model that is told of these tools."""
-    try:
-        if config.renderer == "template":
-            _refuse_unread(config.template_options, tokenizer)
-            return Chat(tokenizer, schemas, config.template_options)
-        return RenderedChat(tokenizer, config.renderer, schemas)
-    except ChatError as error:
-        raise ConfigError(f"model.path: {folder}: {error}") from None
-
-
-def _refuse_unread(options: Mapping[str, Any], tokenizer: Any) -> None:
-    """Refuse an option of the template that it never reads, or that is the tokenizer's own."""
-    taken = {"messages", *signature(tokenizer.apply_chat_template).parameters}
-    for name in options:
-        template = str(tokenizer.chat_template or name)  # to have none is a fault of its own
-        if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
-            raise ConfigError(
-                f"model.template_options.{name}: the model's chat template has no such option to "
-                "set; leave it out"
-            )
-
-
-def open_sampler(
-    config: Config, policy: Policy, chat: Bridge, *, beside_training: bool = False
-) -> Sampler:
-    refuse_long_context(policy.model.config, config.rollout.max_context)
-    try:
-        return make_sampler(
-            config.sampler,
-            model_folder=policy.folder,
-            model=policy.model,
-            stop_ids=chat.stop_ids,
-            max_context=config.rollout.max_context,
-            device=policy.device.type,
-            dtype=policy.model.dtype,
-            seed=config.train.seed,
-            beside_training=beside_training,
-        )
-    except NotImplementedError as error:
-        raise ConfigError(f"model.path: {policy.folder}: {error}") from None
+    return open_chat(config, policy.tokenizer, policy.folder, schemas)
 
 
 def is_due(step: int, every: int, last: int) -> bool:

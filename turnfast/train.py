@@ -8,21 +8,23 @@ from pathlib import Path
 
 from .config.schema import Config
 from .credit import assign_credits
+from .errors import Interrupted, OutOfMemory, RolloutError, SyncError
 from .evaluate import evaluate
-from .metrics.step import StepRecord, figures_of, over_ranks
+from .metrics.reduce import over_ranks
+from .metrics.step import StepRecord, figures_of
 from .metrics.stopwatch import Stopwatch
-from .packing.pack import Packed, attention_span_of, pack
+from .model.architecture import attention_span_of
+from .packing.pack import Packed, pack
 from .parallel.ranks import open_ranks
 from .report import write_report
 from .report.console import Progress
 from .rollout.collect import Collector
-from .rollout.groups import Interrupted, RolloutError
 from .run import Run, is_due, open_run
 from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
-from .sampler.sync import SyncError, refuse_strangers, sync_after_step, sync_weights
+from .sampler.sync import refuse_strangers, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
-from .update.budget import Budget, OutOfMemory
+from .update.budget import Budget
 from .update.reference import with_reference
 from .update.update import Gap, TrainingError, Update, needs_every_token, update
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from ..turnfast.config.schema import ConfigError
+from ..turnfast.errors import ConfigError
 from ..turnfast.report.curves import points_of
 from ..turnfast.rundir.directory import read_metrics
 

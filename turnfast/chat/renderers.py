@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from ..types import Message
-from .template import Chat, Conversation
+from .base import Conversation
+from .template import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from ..codec import Codec
 from ..tools import ToolCall, parse_calls
 from ..types import Message
+from .base import ChatError, Conversation
+from .codec import Codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,43 +35,6 @@ MAX_CACHED_TEXTS = 1024
 
 _EOM = "<|eom_id|>"
 _PLACE = "\ue000{}\ue001"  # private-use characters, which no template inspects
-
-
-class ChatError(ValueError):
-    """A chat template that cannot be used for training; the text says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """Messages so far and how they were rendered.
-
-    `prompt_ids` are the ids to append before the next sample; with `restart` they are the whole
-    context instead. `extended` are the conversations that went on from here, by what was said.
-    """
-
-    messages: tuple[Message, ...]
-    rendered: str
-    prompt_ids: tuple[int, ...]
-    restart: bool = False
-    extended: list[tuple[Any, Conversation]] = field(default_factory=list, repr=False)
-
-
-class Bridge(Protocol):
-    """Messages to ids and back: `Chat` by the model's template, `RenderedChat` by a renderer."""
-
-    tokenizer: PreTrainedTokenizerBase
-    end_id: int
-    stop_ids: tuple[int, ...]
-
-    def open(self, messages: Sequence[Message]) -> Conversation: ...
-
-    def extend(
-        self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
-    ) -> Conversation: ...
-
-    def text(self, ids: Sequence[int]) -> str: ...
-
-    def encode_reply(self, text: str) -> tuple[int, ...]: ...
 
 
 class Chat:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from .schema import ConfigError
+from ..errors import ConfigError
 
 
 def check_options(

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ..errors import ConfigError
 from .conflicts import refusals
-from .schema import Config, ConfigError, RewardConfig
+from .schema import Config, RewardConfig
 
 
 def recipe_path(name: str) -> Path:

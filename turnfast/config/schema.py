@@ -20,10 +20,6 @@ VALUE_RULES = ("mt_ppo", "turn_ppo")
 """Credit rules that compare a rollout with a critic's values, not with other rollouts."""
 
 
-class ConfigError(ValueError):
-    """A recipe that cannot run. The text names the field, the file and the way out."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False

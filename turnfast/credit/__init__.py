@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from turnfast.config.schema import ConfigError
 from turnfast.credit.baseline import Rows
 from turnfast.credit.frame import with_failed
 from turnfast.credit.options import split_options, suggest
@@ -47,6 +46,7 @@ from turnfast.credit.rules import (
     turn_ppo,
 )
 from turnfast.credit.with_values import ValueRule, Values, credit_with_values
+from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group
 
 BatchRule = Callable[..., list[Rows]]

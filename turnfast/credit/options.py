@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from turnfast.config.schema import ConfigError
 from turnfast.credit.baseline import Norm
 from turnfast.credit.frame import Frame
+from turnfast.errors import ConfigError
 
 
 @cache

@@ -30,13 +30,13 @@ from ..model import (
     refuse_long_context,
     refuse_unsupported,
 )
+from ..model.folder import architecture_of
 from ..model.lora import add_adapter
-from ..run import refuse_rounded_adapter
 from ..sampler import choose_backend
 from ..sampler.ragged import cache_bytes_per_token
 from ..sampler.vllm import cpu_cache_bytes
 from ..update.adamw import BYTES, WORKSPACE, WORKSPACE_BYTES
-from .checks import architecture_of
+from .checks import refuse_rounded_adapter
 
 # The most that a chunk of the loss head takes, by device; see kernels/loss_head.
 HEAD_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2_300_000_000}

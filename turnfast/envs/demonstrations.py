@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from . import Demonstration, Demonstrator, Env
 from .search.files import json_objects
 

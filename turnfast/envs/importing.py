@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.options import suggest
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 
 def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:

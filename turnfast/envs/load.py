@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config.options import check_options, suggest
-from ..config.schema import ConfigError, RewardConfig
+from ..config.schema import Config, RewardConfig
+from ..errors import ConfigError
 from ..types import Task
 from .adapters.gymnasium import GymnasiumEnv
 from .adapters.mcp import McpEnv
@@ -127,3 +128,13 @@ def _find(name: str) -> Callable[..., Env]:
             f"env.name: no environment is called {name!r}{hint} (your own is given as module:Class)"
         )
     return import_named(name, field="env.name", form="module:Class")
+
+
+def open_env(config: Config) -> Env:
+    return load_env(
+        config.env.name,
+        config.env.options,
+        rewards=config.env.rewards,
+        max_turns=config.env.max_turns,
+        tool_timeout_s=config.env.tool_timeout_s,
+    )

@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..config.schema import ConfigError, PositiveFloat, PositiveInt
+from ..config.schema import PositiveFloat, PositiveInt
+from ..errors import ConfigError
 from ..tools import ToolError, tool
 from ..tools.sandbox import Limits, SandboxError, require_sandbox, run_python
 from ..types import Task
 from .base import Split
-from .search.env import split_records
-from .search.files import read_questions
+from .search.files import read_questions, split_records
 from .tool_env import ToolEnv
 
 

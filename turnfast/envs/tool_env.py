@@ -53,7 +53,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ..config.options import suggest
-from ..config.schema import ConfigError, PositiveInt
+from ..config.schema import PositiveInt
+from ..errors import ConfigError
 from ..tools import (
     MAX_RESULT_CHARS,
     MalformedCall,

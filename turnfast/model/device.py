@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..config.schema import ConfigError, ModelConfig
+from ..config.schema import ModelConfig
+from ..errors import ConfigError
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

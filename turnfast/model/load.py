@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..config.schema import ConfigError, ModelConfig
+from ..config.schema import ModelConfig
+from ..errors import ConfigError
 from .architecture import (
     attention_backends,
     logit_scale,

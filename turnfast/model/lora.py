@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config.schema import ConfigError, LoraConfig
+from ..config.schema import LoraConfig
+from ..errors import ConfigError
 
 NAME = "default"
 WEIGHTS = "adapter_model.safetensors"

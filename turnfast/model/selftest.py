@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from ..kernels import linear_logprobs
 from ..packing.pack import batch_of
 from ..packing.rows import rows_of

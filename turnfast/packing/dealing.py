@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..errors import OutOfMemory
 from ..kernels.packing.first_fit import pack_rows, spread_rows
 from ..kernels.packing.tree import PrefixTree, cut_tree, path_cost, prefix_tree, split_over_ranks
 from ..parallel.ranks import Ranks
-from ..update.budget import OutOfMemory
 from .rows import Rows
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..kernels.packing.tree import PrefixTree
 from ..parallel.ranks import ALONE, Ranks
@@ -144,22 +143,6 @@ def pack(
         num_idle_tokens=num_idle,
         zero_signal_groups=silent,
     )
-
-
-def attention_span_of(model: PreTrainedModel) -> int:
-    """The number of keys whose attention costs a token as much as all else.
-
-    A token takes 2 operations for each weight of the matrices, and 4 · heads · head_dim for each
-    key in every layer. Example: about 35,000 for Qwen2.5-7B, 18,000 for its 1.5B.
-    """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    looked_up, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or looked_up.weight is not head.weight:
-        weights -= sum(p.numel() for p in looked_up.parameters())
-    return max(1, weights // (2 * config.num_hidden_layers * width))
 
 
 def _rows_of_all(groups: Sequence[Group], credits: Sequence[Credit]) -> tuple[Rows, int]:

@@ -25,14 +25,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError, RankError
 
 T = TypeVar("T")
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-
-
-class RankError(RuntimeError):
-    """Another rank failed, is gone, or has other weights; the text says which and how."""
 
 
 class Ranks:

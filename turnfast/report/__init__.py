@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from ..rundir.directory import read_metrics
 from .page import build_page
 from .trajectories import read_rollouts

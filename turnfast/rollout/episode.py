@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..chat.template import Bridge, Conversation
+from ..chat.base import Bridge, Conversation
 from ..config.schema import RolloutConfig
 from ..envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
 from ..envs.rewards.reward import OUTCOME, TURN_REWARD

@@ -11,23 +11,16 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..chat.template import Bridge
+from ..chat.base import Bridge
 from ..config.schema import RolloutConfig
 from ..envs import Env
+from ..errors import Interrupted, RolloutError
 from ..sampler import Sampler
 from ..sampler.awaited import AwaitedSampler, Usage
 from ..types import Group, Task, Trajectory
 from .episode import derive_seed, play
 from .event_loop import run_bounded
 from .schedule import STUBBORN_S, Deadline, InPlay, Prompt, Quota
-
-
-class RolloutError(RuntimeError):
-    """Too many failed rollouts to go on; the text shows the first failure."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop while it was rolling out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 from ..parallel.ranks import ALONE, Ranks
 from ..types import Task
 from .groups import Prompt

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

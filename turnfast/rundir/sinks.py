@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from ..config.schema import ConfigError
+from ..errors import ConfigError
 
 PROJECT = "turnfast"
 

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.schema import ConfigError, SamplerConfig
+from ..config.schema import Config, SamplerConfig
+from ..errors import ConfigError
 from .base import Completion, Request, Sampler
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Request", "Sampler", "choose_backend", "make_sampler"]
+    from ..model import Policy
+
+__all__ = ["Completion", "Request", "Sampler", "choose_backend", "make_sampler", "open_sampler"]
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +133,25 @@ def _accept_slow(config: SamplerConfig) -> None:
         "is slow on a GPU; install turnfast[vllm] (pip install --no-build-isolation '.[vllm]'), or "
         "set sampler.backend = 'local' to be content with it"
     )
+
+
+def open_sampler(
+    config: Config, policy: Policy, stop_ids: Sequence[int], *, beside_training: bool = False
+) -> Sampler:
+    from ..model import refuse_long_context
+
+    refuse_long_context(policy.model.config, config.rollout.max_context)
+    try:
+        return make_sampler(
+            config.sampler,
+            model_folder=policy.folder,
+            model=policy.model,
+            stop_ids=stop_ids,
+            max_context=config.rollout.max_context,
+            device=policy.device.type,
+            dtype=policy.model.dtype,
+            seed=config.train.seed,
+            beside_training=beside_training,
+        )
+    except NotImplementedError as error:
+        raise ConfigError(f"model.path: {policy.folder}: {error}") from None

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SyncError
 from ..model.lora import merged
 from . import Completion, Request, Sampler
 
@@ -45,10 +46,6 @@ PROBE_ID = -1
 
 MEAN_SHARE, LARGEST_SHARE = 0.2, 10.0
 """What the mean and the largest gap of a step's tokens may be, over the probe's tolerance."""
-
-
-class SyncError(RuntimeError):
-    """The sampler does not sample with the trainer's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

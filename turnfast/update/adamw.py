@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import ConfigError, OptimConfig
+from ..config.schema import OptimConfig
+from ..errors import ConfigError
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
 """Per moment and weight."""

@@ -16,16 +16,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import OutOfMemory
 from ..types import Batch
 
 MOST_HALVINGS = 3
 """In one step, whatever it consists of: a critic's values, a reference pass, several updates."""
 
 Result = TypeVar("Result")
-
-
-class OutOfMemory(RuntimeError):
-    """The step does not fit, however it is cut; the text names the settings that help."""
 
 
 class Budget:

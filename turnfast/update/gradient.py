@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..config.schema import LossConfig
+from ..errors import TrainingError
 from ..kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from ..model import Policy, hidden_states, sparse_embedding
 from ..types import Batch
@@ -19,10 +20,6 @@ ADVICE = (
     "this update has changed no weight; lower optim.lr (sft.lr in a warm start), or resume from "
     "the last checkpoint"
 )
-
-
-class TrainingError(RuntimeError):
-    """The update cannot be trusted; the text names the figure that went wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import ConfigError, OptimConfig
+from ..config.schema import OptimConfig
+from ..errors import ConfigError, OutOfMemory, TornStep
 from ..parallel.ranks import ALONE, Ranks
 from .adamw import (
     ask_for_workspace,
@@ -31,16 +32,12 @@ from .adamw import (
     make_moments,
     plain_entries,
 )
-from .budget import OutOfMemory, is_out_of_memory
+from .budget import is_out_of_memory
 
 LESS_MEMORY = (
     "set optim.state to 'bfloat16' or '8bit', train an adapter with model.lora.r, or leave the "
     "engine less with sampler.gpu_memory"
 )
-
-
-class TornStep(RuntimeError):
-    """Some weights have taken the step and others not: only an earlier checkpoint is whole."""
 
 
 class Optimizer:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..config.schema import ConfigError, LossConfig, ModelConfig
+from ..config.schema import LossConfig, ModelConfig
+from ..errors import ConfigError
 from ..kernels import linear_logprobs
 from ..model import Policy, hidden_states, load_policy
 from ..model.lora import adapted_layers, without_adapter

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..config.schema import ConfigError, LossConfig
+from ..config.schema import LossConfig
+from ..errors import ConfigError, OutOfMemory, RankError, TrainingError
 from ..kernels.loss_head.backends import implementation
 from ..model import Policy
-from ..parallel.ranks import ALONE, RankError, Ranks
+from ..parallel.ranks import ALONE, Ranks
 from ..types import Batch
-from .budget import Budget, OutOfMemory
+from .budget import Budget
 from .by_turn import by_turn, drawn_kl
 from .critic import Critic
-from .gradient import ADVICE, Gradient, TrainingError, clear, compute_gradient
+from .gradient import ADVICE, Gradient, clear, compute_gradient
 from .optimizer import Optimizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ...config.schema import ConfigError
+from ...errors import ConfigError
 
 
 def require(module: str, *, env: str, install: str = "turnfast[adapters]") -> Any:

@@ -17,7 +17,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ...config.schema import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import PositiveFloat, PositiveInt
+from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step

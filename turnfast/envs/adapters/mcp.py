@@ -23,12 +23,12 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from ...config.schema import ConfigError, PositiveFloat
+from ...config.schema import PositiveFloat
+from ...errors import ConfigError
 from ...tools import BackgroundLoop, Tool, ToolError
 from ...types import Task
 from ..base import Split
-from ..search.env import split_records
-from ..search.files import read_questions
+from ..search.files import read_questions, split_records
 from ..tool_env import ToolEnv
 from .door import require
 

@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...config.schema import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import PositiveFloat, PositiveInt
+from ...errors import ConfigError
 from ...tools import Tool, without_thoughts
 from ...types import Message, Task
 from ..base import Outcome, Split, Step

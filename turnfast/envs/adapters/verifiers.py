@@ -29,7 +29,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from ...config.schema import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import PositiveFloat, PositiveInt
+from ...errors import ConfigError
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step

@@ -20,7 +20,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ...config.schema import ConfigError, PositiveInt
+from ...config.schema import PositiveInt
+from ...errors import ConfigError
 from ...tools import calculate, show_number, tool
 from ...types import Task
 from ..base import Split

@@ -22,7 +22,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ...config.schema import ConfigError, PositiveInt, Share
+from ...config.schema import PositiveInt, Share
+from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
 from ..base import Demonstration, Outcome, Split, Step

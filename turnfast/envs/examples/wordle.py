@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config.schema import ConfigError, PositiveInt, Share
+from ...config.schema import PositiveInt, Share
+from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ...config.schema import ConfigError
+from ...errors import ConfigError
 from ...tools import ToolError, ToolResult, check_call, parse_calls
 from ...types import Message, Task
 from ..base import Demonstration

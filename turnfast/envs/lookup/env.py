@@ -28,7 +28,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...config.schema import ConfigError, PositiveInt, Share
+from ...config.schema import PositiveInt, Share
+from ...errors import ConfigError
 from ...tools import SearchIndex, tool
 from ...types import Message, Task
 from ..base import Demonstration, Split

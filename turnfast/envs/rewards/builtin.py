@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...config.options import check_options, suggest
-from ...config.schema import ConfigError, RewardConfig
+from ...config.schema import RewardConfig
+from ...errors import ConfigError
 from ...types import Task
 from ..base import PlayedTurn
 from ..importing import import_named

@@ -21,7 +21,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ...config.schema import ConfigError, PositiveFloat, PositiveInt
+from ...config.schema import PositiveFloat, PositiveInt
+from ...errors import ConfigError
 from ...types import Task
 from ..base import PlayedTurn
 from .answers import read_answer

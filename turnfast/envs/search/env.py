@@ -24,13 +24,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ...config.schema import ConfigError, PositiveInt
+from ...config.schema import PositiveInt
+from ...errors import ConfigError
 from ...tools import Hit, Passage, SearchIndex, tool
 from ...types import Task
 from ..base import Split
 from ..rewards.answers import mean
 from ..tool_env import ToolEnv
-from .files import Record, read_corpus, read_questions
+from .files import Record, read_corpus, read_questions, split_records
 from .hub import load_split
 
 
@@ -146,29 +147,6 @@ class SearchEnv(ToolEnv):
         )
 
 
-def split_records(
-    records: Sequence[Record], *, share: float, seed: int
-) -> dict[Split, tuple[Record, ...]]:
-    """Set a share aside, at least one question and not all; a question's side depends on its id,
-    the seed and the other ids, not on the order in the file.
-
-    Raises:
-        ConfigError: a single question cannot be split.
-    """
-    if len(records) < 2:
-        raise ConfigError(
-            "env.options.questions: one question cannot be split into train and eval; "
-            "give more, or eval_questions"
-        )
-    count = min(max(1, round(share * len(records))), len(records) - 1)
-    by_hash = sorted(records, key=lambda record: _digest(f"{seed}\0{record.id}"))
-    held = {record.id for record in by_hash[:count]}
-    return {
-        "train": tuple(record for record in records if record.id not in held),
-        "eval": tuple(record for record in records if record.id in held),
-    }
-
-
 def _refuse_overlap(train: Sequence[Record], held: Sequence[Record], path: str) -> None:
     both = {record.id for record in train} & {record.id for record in held}
     both |= {record.question for record in train} & {record.question for record in held}
@@ -197,7 +175,3 @@ def _index(
         with contextlib.suppress(FileExistsError):
             SearchIndex(passages, path=path, stem=stem).close()
     return SearchIndex(path=path, title_weight=title_weight)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=16).digest()

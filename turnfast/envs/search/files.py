@@ -9,14 +9,16 @@ Further fields are passed over, and so are blank lines.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.schema import ConfigError
+from ...errors import ConfigError
 from ...tools import Passage
+from ..base import Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,3 +127,30 @@ def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
+
+
+def split_records(
+    records: Sequence[Record], *, share: float, seed: int
+) -> dict[Split, tuple[Record, ...]]:
+    """Set a share aside, at least one question and not all; a question's side depends on its id,
+    the seed and the other ids, not on the order in the file.
+
+    Raises:
+        ConfigError: a single question cannot be split.
+    """
+    if len(records) < 2:
+        raise ConfigError(
+            "env.options.questions: one question cannot be split into train and eval; "
+            "give more, or eval_questions"
+        )
+    count = min(max(1, round(share * len(records))), len(records) - 1)
+    by_hash = sorted(records, key=lambda record: _digest(f"{seed}\0{record.id}"))
+    held = {record.id for record in by_hash[:count]}
+    return {
+        "train": tuple(record for record in records if record.id not in held),
+        "eval": tuple(record for record in records if record.id in held),
+    }
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=16).digest()

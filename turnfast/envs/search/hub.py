@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.options import suggest
-from ...config.schema import ConfigError
+from ...errors import ConfigError
 from ...tools import Passage
 from .files import Record
 

@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from ...errors import CheckpointError
 from .folder import TRAINER, fault, move_in, point_latest, retire, seal, sweep
 from .randomness import random_states, set_random_states
 from .state import (
-    CheckpointError,
     Stateful,
     StatefulTensors,
     load_critic,

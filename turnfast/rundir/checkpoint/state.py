@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...errors import CheckpointError
 from ...model.lora import adapted_layers, load_adapter, merged, save_adapter
 
 ADAPTER = "adapter"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read. The text names the file and the way out."""
 
 
 class Stateful(Protocol):
