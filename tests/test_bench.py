@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from turnfast.config.schema import ModelConfig
+from turnfast.errors import ConfigError
 from turnfast.model import hidden_states, load_policy
 from turnfast.model.tiny import write_tiny_model
 from turnfast.packing.pack import pack
@@ -169,3 +170,57 @@ def test_a_public_shape_takes_a_step_without_a_file_of_weights(tmp_path, monkeyp
     assert all(p.grad is None for p in bench.policy.model.parameters())
     bench.step("trees", bench.optimizer())
     assert dtype == "bfloat16" or not torch.equal(bench.policy.head_VD, before)
+
+
+def write_evals(path: Path, values: dict[int, float]) -> Path:
+    path.mkdir(parents=True)
+    lines = [
+        {"step": s, "eval/exact_match": v, "eval/tool_success": v / 2} for s, v in values.items()
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path / "metrics.jsonl"
+
+
+def test_the_spread_is_over_the_steps_that_every_seed_has(tmp_path):
+    from harness.plots import spread_over_seeds
+
+    paths = [
+        write_evals(tmp_path / "0", {0: 0.0, 20: 0.5, 40: 0.9}),
+        write_evals(tmp_path / "1", {0: 0.2, 20: 0.1}),
+    ]
+    spread = spread_over_seeds("r", paths, "eval/exact_match")
+    assert spread.steps == (0, 20)
+    assert spread.mean == pytest.approx((0.1, 0.3))
+    assert (spread.low, spread.high) == ((0.0, 0.1), (0.2, 0.5))
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path):
+    from harness.plots import learning_plot
+
+    whole = write_evals(tmp_path / "0", {0: 0.0})
+    other = write_evals(tmp_path / "1", {5: 0.0})
+    empty = write_evals(tmp_path / "2", {})
+    with pytest.raises(ConfigError, match="mt_grpo: its runs share no step"):
+        learning_plot({"mt_grpo": [whole, other]}, tmp_path / "x.svg")
+    with pytest.raises(ConfigError, match=r"2.metrics\.jsonl: has no eval/exact_match"):
+        learning_plot({"mt_grpo": [whole, empty]}, tmp_path / "x.svg")
+    assert not (tmp_path / "x.svg").exists()
+
+
+def test_the_plot_is_the_same_bytes_for_the_same_runs(tmp_path):
+    from harness.plots import learning_plot
+
+    runs = {
+        rule: [
+            write_evals(
+                tmp_path / rule / str(seed), {s: (s + seed) / 150 for s in range(0, 101, 20)}
+            )
+            for seed in range(3)
+        ]
+        for rule in ("grpo_or", "grpo_mr", "mt_grpo")
+    }
+    first = learning_plot(runs, tmp_path / "a.svg").read_bytes()
+    assert learning_plot(runs, tmp_path / "plots" / "b.svg").read_bytes() == first
+    assert b"<svg" in first
+    png = learning_plot(runs, tmp_path / "a.png").read_bytes()
+    assert png.startswith(b"\x89PNG")

@@ -291,7 +291,6 @@ def test_another_model_or_optimizer_is_refused(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-import turnfast.checkpoint as checkpoint
 sys.path.insert(0, {tests!r})
 from test_checkpoint import make, save
 model, optimizer = make()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -142,8 +140,3 @@ def test_an_error_is_not_followed_by_a_table(tmp_path):
     with pytest.raises(KeyError), Progress(tmp_path, 2, stream=stream):
         raise KeyError
     assert stream.getvalue() == ""
-
-
-def test_the_console_loads_no_torch():
-    script = "import sys, turnfast.console; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -16,7 +16,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from harness.plots import learning_plot, spread_over_seeds
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -351,7 +350,8 @@ def hostile_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
 @example(text="".join(HOSTILE))
 def test_hostile_text_stays_text(tmp_path_factory, text):
     plain = hostile_run(tmp_path_factory.mktemp("plain") / "run", "plain", "note")
-    run = hostile_run(tmp_path_factory.mktemp("hostile") / "run", text, text + "x")
+    # with a prefix, as names that begin with "fault/" have a table of their own
+    run = hostile_run(tmp_path_factory.mktemp("hostile") / "run", text, "x" + text)
     tame = Page(write_report(plain.path).read_text(encoding="utf-8"))
     page = Page(write_report(run.path).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in tame.tags]
@@ -481,11 +481,12 @@ def test_rollouts_of_another_shape_are_shown_as_far_as_they_go(tmp_path):
     assert len(groups) == 3 and groups[1]["rollouts"][1]["turns"][0]["text"] == "7"
 
 
-def test_the_report_loads_no_torch_and_no_matplotlib():
+def test_metrics_run_directory_report_and_console_load_no_torch():
     script = (
-        "import sys, turnfast.report; sys.exit(bool({'torch', 'matplotlib'} & sys.modules.keys()))"
+        "import sys, turnfast.metrics.rewards, turnfast.rundir.directory, turnfast.report.console;"
+        "assert not {'torch', 'matplotlib'} & sys.modules.keys()"
     )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --- charts ---------------------------------------------------------------------------------------
@@ -586,54 +587,3 @@ def test_a_chart_of_one_point_shows_a_dot():
         Chart(title="T<", note="", series=(series,), share=True), step_axis([{"step": 3}]), 0
     )
     assert 'class="dots' in text and "T&lt;" in text and "a&lt;b" in text
-
-
-# --- several runs ---------------------------------------------------------------------------------
-
-
-def write_evals(path: Path, values: dict[int, float]) -> Path:
-    path.mkdir(parents=True)
-    lines = [
-        {"step": s, "eval/exact_match": v, "eval/tool_success": v / 2} for s, v in values.items()
-    ]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path / "metrics.jsonl"
-
-
-def test_the_spread_is_over_the_steps_that_every_seed_has(tmp_path):
-    paths = [
-        write_evals(tmp_path / "0", {0: 0.0, 20: 0.5, 40: 0.9}),
-        write_evals(tmp_path / "1", {0: 0.2, 20: 0.1}),
-    ]
-    spread = spread_over_seeds("r", paths, "eval/exact_match")
-    assert spread.steps == (0, 20)
-    assert spread.mean == pytest.approx((0.1, 0.3))
-    assert (spread.low, spread.high) == ((0.0, 0.1), (0.2, 0.5))
-
-
-def test_runs_that_cannot_be_compared_are_named(tmp_path):
-    whole = write_evals(tmp_path / "0", {0: 0.0})
-    other = write_evals(tmp_path / "1", {5: 0.0})
-    empty = write_evals(tmp_path / "2", {})
-    with pytest.raises(ConfigError, match="mt_grpo: its runs share no step"):
-        learning_plot({"mt_grpo": [whole, other]}, tmp_path / "x.svg")
-    with pytest.raises(ConfigError, match=r"2.metrics\.jsonl: has no eval/exact_match"):
-        learning_plot({"mt_grpo": [whole, empty]}, tmp_path / "x.svg")
-    assert not (tmp_path / "x.svg").exists()
-
-
-def test_the_plot_is_the_same_bytes_for_the_same_runs(tmp_path):
-    runs = {
-        rule: [
-            write_evals(
-                tmp_path / rule / str(seed), {s: (s + seed) / 150 for s in range(0, 101, 20)}
-            )
-            for seed in range(3)
-        ]
-        for rule in ("grpo_or", "grpo_mr", "mt_grpo")
-    }
-    first = learning_plot(runs, tmp_path / "a.svg").read_bytes()
-    assert learning_plot(runs, tmp_path / "plots" / "b.svg").read_bytes() == first
-    assert b"<svg" in first
-    png = learning_plot(runs, tmp_path / "a.png").read_bytes()
-    assert png.startswith(b"\x89PNG")

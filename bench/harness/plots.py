@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from ..turnfast.errors import ConfigError
-from ..turnfast.report.curves import points_of
-from ..turnfast.rundir.directory import read_metrics
+from turnfast.errors import ConfigError
+from turnfast.report.curves import points_of
+from turnfast.rundir.directory import read_metrics
 
 PANELS = {"eval/exact_match": "Exact match", "eval/tool_success": "Tool success"}
 # told apart by the colour-blind and in grey: hue, lightness and marker all differ

@@ -1,8 +1,4 @@
-"""The report of a run: one HTML file that says what happened, readable without network or script.
-
-`learning_plot`, the comparison of several runs, is in `turnfast.report.plots`: it draws with
-matplotlib, which is slow to import, and the report does not need it.
-"""
+"""The report of a run: one HTML file that needs no network."""
 
 from __future__ import annotations
 
