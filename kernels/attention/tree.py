@@ -126,7 +126,7 @@ def tree_attention(
     if rows.backend == "sdpa":
         return _sdpa(q_HTd, k_HTd, v_HTd, rows.tiles(window), scale)
     lists = partial(rows.block_lists, window)
-    apply = importlib.import_module(".triton_tree", __package__).TreeAttention.apply
+    apply = importlib.import_module(".triton.forward", __package__).TreeAttention.apply
     return apply(q_HTd, k_HTd, v_HTd, rows.ends_T, rows.positions_T, lists, scale, window)
 
 

@@ -1,4 +1,4 @@
-"""Backward kernels of the tree attention; the mathematics is that of triton_tree.py.
+"""Backward kernels of the tree attention; the mathematics is that of forward.py.
 
     dv_k = Σ_q p_qk do_q,  dk_k = Σ_q ds_qk q_q        a program per (key block, key head)
     dq_q = Σ_k ds_qk k_k                                a program per (query block, head)
