@@ -1,8 +1,10 @@
-"""Fixtures that several rooms share, and the rules by which a test is skipped, by name."""
+"""Shared fixtures, and the rules for skipping tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,37 @@ import torch
 if TYPE_CHECKING:
     from turnfast.chat.template import Chat
     from turnfast.model import Policy
+
+
+MISSING = re.compile(
+    r"could not import|not installed|not built|no _C|no sandbox|TURNFAST_TEST_DATA|compiler"
+    r"|needs (the data extra|real data|vLLM)"
+)
+"""Reasons to skip that a complete installation does not have."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _strict((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _strict((yield))
+
+
+def _strict(report):
+    """With TURNFAST_STRICT_SKIPS a skip for a missing package, tool or data folder is a failure."""
+    if report.skipped and os.environ.get("TURNFAST_STRICT_SKIPS"):
+        reason = str(report.longrepr)
+        if MISSING.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"skipped under TURNFAST_STRICT_SKIPS: {reason}"
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
