@@ -356,6 +356,16 @@ def with_far_row(case: Case, above: float) -> Case:
     return dataclasses.replace(case, hidden=hidden)
 
 
+def on_device(case: Case, device: str) -> Case:
+    """Copy the tensors of a case to a device."""
+    tensors = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(case)
+        if isinstance(value := getattr(case, field.name), Tensor)
+    }
+    return dataclasses.replace(case, **tensors)
+
+
 def have(impl: str) -> bool:
     """Whether an implementation takes float32 on the CPU in this process."""
     try:

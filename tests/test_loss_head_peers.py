@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
+HARNESS = Path(__file__).parent.parent / "bench" / "harness"
 
 
 @pytest.fixture
 def peers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("peers", BENCH / "loss_head_peers.py")
+    spec = importlib.util.spec_from_file_location("peers", HARNESS / "loss_head_peers.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "peers", module)  # dataclasses look themselves up there
     spec.loader.exec_module(module)

@@ -31,6 +31,7 @@ pytest.importorskip("triton")
 from turnfast.kernels import PolicyRule
 from turnfast.kernels.loss_head import backends, op, policy
 from turnfast.kernels.loss_head.triton import policy as triton_policy
+from turnfast.kernels.loss_head.triton.entry import choose_design
 
 DESIGNS = ["triton_safe", "triton_anchored"]
 both_designs = pytest.mark.parametrize("impl", DESIGNS)
@@ -119,7 +120,7 @@ def test_low_precision_is_within_the_error_budget(
     rule = PolicyRule(ratio="turn", entropy_coef=entropy_coef)
     case = make_case(2, N=40, V=200, D=32, rule=rule, dtype=dtype)
     if impl == "triton_anchored" and dtype == torch.float16:
-        with pytest.raises(ValueError, match="float16 has no range"):
+        with pytest.raises(ValueError, match="float16 cannot hold exponentials"):
             run(case, impl)
         return
     assert_within_budget(case, impl, chunk_tokens=24)
@@ -200,10 +201,28 @@ def test_the_operator_passes_opcheck(impl: str) -> None:
     torch.library.opcheck(op.policy_loss_op, flat(case, impl))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capability", "design"),
+    [
+        (torch.bfloat16, (8, 0), "safe"),
+        (torch.bfloat16, (8, 9), "safe"),
+        (torch.bfloat16, (9, 0), "anchored"),
+        (torch.bfloat16, (10, 0), "safe"),
+        (torch.bfloat16, (12, 0), "safe"),
+        (torch.float16, (9, 0), "safe"),
+        (torch.float32, (9, 0), "safe"),
+    ],
+)
+def test_the_design_is_fixed_per_architecture(
+    dtype: torch.dtype, capability: tuple[int, int], design: str
+) -> None:
+    assert choose_design(dtype, capability) == design
+
+
 def test_triton_by_its_plain_name_is_one_of_the_designs() -> None:
     case = make_case(18, N=20)
     _, named = run(case, "triton_safe")
     _, found = run(case, "triton")
     assert torch.equal(found.d_head, named.d_head)
-    with pytest.raises(ValueError, match="float64 is taken by the reference only"):
+    with pytest.raises(ValueError, match="only the reference supports float64"):
         backends.implementation("triton", CPU, torch.float64)

@@ -16,7 +16,7 @@ from .problem import LogprobsProblem, Outcome, Problem, Vocab
 PLACES = {
     "reference": ("reference", ""),
     "cpp": ("cpp", ""),
-    "triton": ("triton.entry", "measured"),
+    "triton": ("triton.entry", "automatic"),
     "triton_safe": ("triton.entry", "safe"),
     "triton_anchored": ("triton.entry", "anchored"),
 }

@@ -1,4 +1,4 @@
-"""The Triton implementation's two entries: the policy loss and the log-probs."""
+"""The Triton loss head: which design runs on which GPU, and its two entry points."""
 
 from __future__ import annotations
 
@@ -10,45 +10,54 @@ from torch import Tensor
 from ...segments.triton_segments import segment_sum
 from ..driver import head_sum, run_logprobs, run_policy_loss
 from ..problem import LogprobsProblem, Outcome, Problem
-from . import selftest
-from .choice import choose_design
-from .head import INTERPRETED, TritonHead
+from .head import INTERPRETED, Design, TritonHead
 from .policy import policy_terms
+
+MIN_CAPABILITY = (8, 0)
+
+
+def choose_design(dtype: torch.dtype, capability: tuple[int, int]) -> Design:
+    """Return the design for a model dtype on a GPU of a compute capability.
+
+    "anchored" for bfloat16 on Hopper (9.x), "safe" otherwise. "safe" moves 10 bytes per logit more
+    than its library product. On Hopper the anchored kernel loses less than that to the library, by
+    estimate: about the same at D = 3584, a quarter faster at D = 1024. Other architectures have no
+    tuned tiles. float16 cannot hold exponentials anchored at the target, and a float32 tile does
+    not fit. Change this only with a recorded benchmark (bench/loss_head.py times both designs).
+    """
+    return "anchored" if dtype == torch.bfloat16 and capability[0] == 9 else "safe"
 
 
 @dataclass(frozen=True, slots=True)
 class TritonLoss:
-    """The entries of one design; an empty design is chosen per shape by measurement, among those
-    that passed the self-test, of which the safe one has to be."""
+    """Entry points of one design; None means the one that `choose_design` returns."""
 
-    design: str
+    design: Design | None = None
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why a device and dtype cannot be taken; empty if they can."""
+        """Return why this device and dtype are not supported, or an empty string."""
         if dtype == torch.float64:
-            return "float64 is taken by the reference only"
-        if dtype == torch.float16 and self.design == "anchored":
-            return "float16 has no range for exponentials anchored at the target"
-        if device.type == "cuda":
-            if dtype == torch.float32 and self.design == "anchored":
-                return "a float32 tile does not fit; the safe design takes float32"
-            if torch.cuda.get_device_capability(device) < (8, 0):
-                return "it needs compute capability 8.0 or higher"
-            return selftest.failure(device, self.design or "safe", dtype)
-        if not INTERPRETED:
-            return f"it needs a CUDA device, the tensors are on {device.type}"
+            return "only the reference supports float64"
+        if self.design == "anchored" and dtype == torch.float16:
+            return "float16 cannot hold exponentials anchored at the target"
+        if device.type != "cuda":
+            return "" if INTERPRETED else f"it needs a CUDA device, the tensors are on {device}"
+        if self.design == "anchored" and dtype == torch.float32:
+            return "a float32 tile does not fit; use the safe design"
+        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+            return "it needs compute capability 8.0 or higher"
         return ""
 
     def policy_loss(self, problem: Problem) -> Outcome:
-        """Loss and gradients of a checked problem."""
+        """Compute loss and gradients of a checked problem."""
         p = problem
-        # Triton launches on the current device, which need not be that of the tensors.
+        # Triton launches on the current device, which may differ from the tensors' device.
         with torch.cuda.device_of(p.hidden_TD):
             head = self._head(p, p.need_hidden, head_sum(p))
             return run_policy_loss(p, head, policy_terms, segment_sum)
 
     def logprobs(self, problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
-        """log-probs and entropies, [N] float32."""
+        """Compute log-probs and entropies, [N] float32."""
         with torch.cuda.device_of(problem.hidden_TD):
             return run_logprobs(problem, self._head(problem, False, None))
 
@@ -56,9 +65,19 @@ class TritonLoss:
         self, p: Problem | LogprobsProblem, need_hidden: bool, d_head_VD: Tensor | None
     ) -> TritonHead:
         tokens = p.chunk_tokens or p.rows_N.shape[0]
-        design = self.design or choose_design(p.head_VD, p.vocab, tokens)
-        options = (p.temperature, p.softcap, need_hidden, d_head_VD, design, tokens)
+        options = (p.temperature, p.softcap, need_hidden, d_head_VD, self._design(p), tokens)
         return TritonHead(p.head_VD, p.vocab, *options)
 
+    def _design(self, p: Problem | LogprobsProblem) -> Design:
+        if self.design is not None:
+            return self.design
+        design: Design = "safe"
+        if p.head_VD.is_cuda:
+            capability = torch.cuda.get_device_capability(p.head_VD.device)
+            design = choose_design(p.head_VD.dtype, capability)
+        # The designs exchange different sums, so all ranks of a sharded vocabulary take the same.
+        anchored = p.vocab.least(int(design == "anchored"), p.head_VD.device)
+        return "anchored" if anchored else "safe"
 
-measured, safe, anchored = TritonLoss(""), TritonLoss("safe"), TritonLoss("anchored")
+
+automatic, safe, anchored = TritonLoss(), TritonLoss("safe"), TritonLoss("anchored")

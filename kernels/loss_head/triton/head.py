@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -66,7 +67,7 @@ AMPERE_TILES = Tiles(block_c=128, block_v=128, block_d=32, group_c=16, warps=8, 
 INTERPRETER_TILES = Tiles(
     block_c=32, block_v=64, block_d=32, group_c=2, warps=4, stages=1, tma=False
 )
-DESIGNS = ("safe", "anchored")
+Design = Literal["safe", "anchored"]
 
 
 class TritonHead:
@@ -80,7 +81,7 @@ class TritonHead:
         softcap: float | None,
         need_hidden: bool,
         d_head_VD: Tensor | None,
-        design: str,
+        design: Design,
         tokens: int,
     ) -> None:
         # The kernels step along rows of stride 1.
@@ -276,7 +277,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def _tiles(head_VD: Tensor) -> Tiles:
     if INTERPRETED:
         return INTERPRETER_TILES
-    hopper = torch.cuda.get_device_capability(head_VD.device) >= (9, 0)
+    hopper = torch.cuda.get_device_capability(head_VD.device)[0] == 9
     # The copy engine wants rows on 16 bytes, those of the head and of the gathered hidden states.
     size = head_VD.element_size()
     aligned = all(
