@@ -1,1 +1,1 @@
-"""Questions and passages from files or the Hugging Face hub, with a search tool."""
+"""Questions and passages from files or Hugging Face datasets, with a search tool."""

@@ -1,11 +1,11 @@
-"""Question answering over the user's own passages, with a BM25 search tool (arXiv 2505.11821).
+"""Question answering over the user's passages, with a BM25 search tool (arXiv 2505.11821).
 
     [env]
     name = "search"
     options = { questions = "questions.jsonl", corpus = "corpus.jsonl" }
 
-or, with the `data` extra, `options = { dataset = "hotpot_qa" }`. The forms of the files are in
-qa_files.py. One episode::
+or, with the `data` extra, `options = { dataset = "hotpot_qa" }`. The file formats are described in
+files.py. One episode::
 
     system     Answer the question with the help of these tools: …
     user       Who wrote Ulm?
@@ -16,8 +16,6 @@ qa_files.py. One episode::
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,21 +38,19 @@ class SearchEnv(ToolEnv):
 
     Args:
         questions: JSONL file of questions. corpus: JSONL file of passages.
-        eval_questions: JSONL file of the split "eval"; without it a share `eval_share` of the
-            questions is set aside, chosen by `seed` and the questions' ids.
-        dataset: "hotpot_qa" or "trivia_qa" instead of `questions`; their own passages are the
-            corpus unless `corpus` is given.
-        dataset_path: local folder, or another hub name, of that data set.
-        dataset_rows: rows read per split.
-        top_k: passages per search. max_passage_chars: a longer passage is cut, in characters.
-        title_weight: how much a match in a title counts against one in the text.
+        eval_questions: JSONL file of the split "eval"; if None, the share `eval_share` of the
+            questions is held out, selected by `seed` and the ids of the questions.
+        dataset: "hotpot_qa" or "trivia_qa" instead of `questions`; its passages are the corpus
+            unless `corpus` is given.
+        dataset_path: local folder or hub name to read the dataset from.
+        dataset_rows: maximum number of rows to read per split.
+        top_k: passages per search result.
+        max_passage_chars: longer passages are truncated to this number of characters.
+        title_weight: weight of a match in the title relative to one in the text.
         stem: match English words by their stem.
-        index_folder: keep the index there and take it from there the next time; without it the
-            index is built in memory, about 2 s for 100,000 passages.
-        options: those of `ToolEnv`.
+        options: options of `ToolEnv`.
     Raises:
-        ConfigError: a file that is missing or malformed (file, line, reason), or options that do
-            not go together.
+        ConfigError: a file is missing or malformed, or options are missing or exclude each other.
     """
 
     def __init__(
@@ -72,7 +68,6 @@ class SearchEnv(ToolEnv):
         max_passage_chars: PositiveInt = 1000,
         title_weight: Annotated[float, Field(ge=0)] = 1.0,
         stem: bool = True,
-        index_folder: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -81,26 +76,26 @@ class SearchEnv(ToolEnv):
             if questions is not None or eval_questions is not None:
                 raise ConfigError("env.options: give either dataset or questions, not both")
             train = load_split(dataset, "train", path=dataset_path, max_rows=dataset_rows)
-            held = load_split(dataset, "validation", path=dataset_path, max_rows=dataset_rows)
-            self._records = {"train": train.records, "eval": held.records}
-            passages = passages or tuple(dict.fromkeys(train.passages + held.passages))
+            held_out = load_split(dataset, "validation", path=dataset_path, max_rows=dataset_rows)
+            self._records = {"train": train.records, "eval": held_out.records}
+            passages = passages or tuple(dict.fromkeys(train.passages + held_out.passages))
         elif questions is not None and corpus is not None:
-            asked = read_questions(Path(questions))
+            records = read_questions(Path(questions))
             if eval_questions is None:
-                self._records = split_records(asked, share=eval_share, seed=seed)
+                self._records = split_records(records, share=eval_share, seed=seed)
             else:
-                held_out = read_questions(Path(eval_questions))
-                self._records = {"train": tuple(asked), "eval": tuple(held_out)}
-                _refuse_overlap(asked, held_out, eval_questions)
+                eval_records = read_questions(Path(eval_questions))
+                _check_disjoint(records, eval_records, eval_questions)
+                self._records = {"train": tuple(records), "eval": tuple(eval_records)}
         else:
             missing = "questions" if questions is None else "corpus"
             raise ConfigError(
                 f"env.options.{missing}: this option must be given; "
-                "env 'search' takes questions and corpus, or dataset"
+                "env 'search' needs questions and corpus, or dataset"
             )
         self._top_k = top_k
         self._max_passage_chars = max_passage_chars
-        self.index = _index(passages, index_folder, title_weight=title_weight, stem=stem)
+        self.index = SearchIndex(passages, title_weight=title_weight, stem=stem)
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return tuple(
@@ -123,55 +118,34 @@ class SearchEnv(ToolEnv):
         return "\n".join(self._show(hit) for hit in self.index.search(query, self._top_k))
 
     def recall(self, k: int) -> float:
-        """How far the plain question gets: the mean share of a question's supporting titles among
-        the `k` best passages, over all questions that name supporting titles.
+        """Return the mean recall of supporting titles at `k` with the question as the query.
+
+        The mean is over all questions that have supporting titles. If 1 of 2 supporting titles is
+        among the `k` best passages, the recall of that question is 0.5.
 
         Raises:
-            ValueError: no question names any.
-
-        Example: 2 supporting titles, 1 of them found in the best 5, count as 0.5.
+            ValueError: no question has supporting titles.
         """
-        shares: list[float] = []
+        recalls: list[float] = []
         for record in (*self._records["train"], *self._records["eval"]):
             if wanted := set(record.supporting_titles):
                 found = {hit.title for hit in self.index.search(record.question, k)}
-                shares.append(len(wanted & found) / len(wanted))
-        if not shares:
-            raise ValueError("no question has supporting_titles, so there is no recall to measure")
-        return mean(shares)
+                recalls.append(len(wanted & found) / len(wanted))
+        if not recalls:
+            raise ValueError("no question has supporting_titles, so recall is undefined")
+        return mean(recalls)
 
     def _show(self, hit: Hit) -> str:
         text = f"{hit.title}: {hit.text}" if hit.title else hit.text
-        return (
-            text if len(text) <= self._max_passage_chars else text[: self._max_passage_chars] + "…"
-        )
+        limit = self._max_passage_chars
+        return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _refuse_overlap(train: Sequence[Record], held: Sequence[Record], path: str) -> None:
-    both = {record.id for record in train} & {record.id for record in held}
-    both |= {record.question for record in train} & {record.question for record in held}
-    if both:
+def _check_disjoint(train: Sequence[Record], held_out: Sequence[Record], path: str) -> None:
+    shared = {record.id for record in train} & {record.id for record in held_out}
+    shared |= {record.question for record in train} & {record.question for record in held_out}
+    if shared:
         raise ConfigError(
-            f"{path}: {len(both)} ids or questions are in the training file as well, for instance "
-            f"{sorted(both)[0]!r}; the evaluation would not be one"
+            f"{path}: {len(shared)} ids or questions are also in the training file, for example "
+            f"{min(shared)!r}; remove them from one of the files"
         )
-
-
-def _index(
-    passages: Sequence[Passage], folder: str | None, *, title_weight: float, stem: bool
-) -> SearchIndex:
-    if folder is None:
-        return SearchIndex(passages, title_weight=title_weight, stem=stem)
-    hasher = hashlib.blake2b(f"stem={stem}".encode(), digest_size=16)
-    for passage in passages:
-        for text in (passage.title, passage.text):
-            data = text.encode("utf-8")
-            hasher.update(len(data).to_bytes(8, "big") + data)
-    # named after its content: another corpus is another file, and never a stale answer
-    path = Path(folder) / f"{hasher.hexdigest()}.sqlite"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        # another process may have been quicker, with the same content
-        with contextlib.suppress(FileExistsError):
-            SearchIndex(passages, path=path, stem=stem).close()
-    return SearchIndex(path=path, title_weight=title_weight)

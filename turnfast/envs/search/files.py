@@ -1,10 +1,10 @@
-"""Questions and passages from JSONL files, with every fault named by file, line and reason.
+"""Read questions and passages from JSONL files; errors name the file, the line and the reason.
 
     questions.jsonl   {"id": "q1", "question": "Who wrote Ulm?", "answers": ["Ida"],
-                       "supporting_titles": ["Ulm"]}              the last field may be left out
+                       "supporting_titles": ["Ulm"]}              supporting_titles is optional
     corpus.jsonl      {"title": "Ulm", "text": "Ulm was written by Ida."}
 
-Further fields are passed over, and so are blank lines.
+Other fields and blank lines are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Record:
 
 
 def read_questions(path: Path) -> list[Record]:
-    """Raises ConfigError: no such file, or a line that is no question, or an id given twice."""
+    """Read a file of questions; raise ConfigError for a missing file, a malformed line or a
+    duplicate id."""
     records: list[Record] = []
     lines: dict[str, int] = {}
     for number, row in json_objects(path):
@@ -46,32 +47,32 @@ def read_questions(path: Path) -> list[Record]:
             else (),
         )
         if not record.answers:
-            raise ConfigError(f"{where}: 'answers' is empty; give one accepted answer or more")
+            raise ConfigError(f"{where}: 'answers' is empty; give at least one accepted answer")
         if record.id in lines:
-            raise ConfigError(f"{where}: id {record.id!r} was given in line {lines[record.id]}")
+            raise ConfigError(f"{where}: duplicate id {record.id!r}, see line {lines[record.id]}")
         lines[record.id] = number
         records.append(record)
     if not records:
-        raise ConfigError(f"{path}: the file holds no questions")
+        raise ConfigError(f"{path}: the file contains no questions")
     return records
 
 
 def read_corpus(path: Path) -> list[Passage]:
-    """Raises ConfigError: no such file, or a line that is no passage."""
+    """Read a file of passages; raise ConfigError for a missing file or a malformed line."""
     passages = [
         Passage(
-            title=_text(row, "title", f"{path}:{number}", may_be_empty=True),
+            title=_text(row, "title", f"{path}:{number}", allow_empty=True),
             text=_text(row, "text", f"{path}:{number}"),
         )
         for number, row in json_objects(path)
     ]
     if not passages:
-        raise ConfigError(f"{path}: the file holds no passages")
+        raise ConfigError(f"{path}: the file contains no passages")
     return passages
 
 
 def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and the JSON objects on them. Raises ConfigError, as above."""
+    """Yield each line's number, from 1, and its JSON object; raise ConfigError for any fault."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -89,14 +90,14 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ConfigError(f"{where}: {_kind(row)} instead of an object")
+            raise ConfigError(f"{where}: expected an object, got {_type_name(row)}")
         yield number, row
 
 
-def _text(row: dict[str, Any], field: str, where: str, *, may_be_empty: bool = False) -> str:
+def _text(row: dict[str, Any], field: str, where: str, *, allow_empty: bool = False) -> str:
     if field not in row:
         raise ConfigError(f"{where}: field {field!r} is missing; found: {', '.join(row) or 'none'}")
-    return _checked(row[field], field, where, may_be_empty=may_be_empty)
+    return _checked(row[field], field, where, allow_empty=allow_empty)
 
 
 def _texts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
@@ -104,27 +105,26 @@ def _texts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
         raise ConfigError(f"{where}: field {field!r} is missing; found: {', '.join(row) or 'none'}")
     values = row[field]
     if not isinstance(values, list):
-        raise ConfigError(f"{where}: {field!r} is {_kind(values)}, not a list of texts")
+        raise ConfigError(f"{where}: {field!r} is {_type_name(values)}, expected a list of strings")
     return tuple(
-        _checked(value, f"{field}[{i}]", where, may_be_empty=False)
-        for i, value in enumerate(values)
+        _checked(value, f"{field}[{i}]", where, allow_empty=False) for i, value in enumerate(values)
     )
 
 
-def _checked(value: Any, field: str, where: str, *, may_be_empty: bool) -> str:
+def _checked(value: Any, field: str, where: str, *, allow_empty: bool) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {field!r} is {_kind(value)}, not a text")
-    if not value.strip() and not may_be_empty:
+        raise ConfigError(f"{where}: {field!r} is {_type_name(value)}, expected a string")
+    if not value.strip() and not allow_empty:
         raise ConfigError(f"{where}: {field!r} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConfigError(f"{where}: {field!r} holds half of a surrogate pair") from None
+        raise ConfigError(f"{where}: {field!r} contains a lone surrogate") from None
     return value
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
@@ -132,23 +132,24 @@ def _kind(value: Any) -> str:
 def split_records(
     records: Sequence[Record], *, share: float, seed: int
 ) -> dict[Split, tuple[Record, ...]]:
-    """Set a share aside, at least one question and not all; a question's side depends on its id,
-    the seed and the other ids, not on the order in the file.
+    """Hold out a share of the questions for evaluation, at least one question and never all.
+
+    The split depends on the seed and on the set of ids, not on the order of the file.
 
     Raises:
-        ConfigError: a single question cannot be split.
+        ConfigError: there is only one question.
     """
     if len(records) < 2:
         raise ConfigError(
             "env.options.questions: one question cannot be split into train and eval; "
-            "give more, or eval_questions"
+            "add questions, or set eval_questions"
         )
     count = min(max(1, round(share * len(records))), len(records) - 1)
     by_hash = sorted(records, key=lambda record: _digest(f"{seed}\0{record.id}"))
-    held = {record.id for record in by_hash[:count]}
+    held_out = {record.id for record in by_hash[:count]}
     return {
-        "train": tuple(record for record in records if record.id not in held),
-        "eval": tuple(record for record in records if record.id in held),
+        "train": tuple(record for record in records if record.id not in held_out),
+        "eval": tuple(record for record in records if record.id in held_out),
     }
 
 

@@ -1,8 +1,9 @@
-"""Questions and passages from Hugging Face datasets: HotpotQA (arXiv 1809.09600) and TriviaQA
-(arXiv 1705.03551), in the form in which the hub has them.
+"""Read questions and passages from the Hugging Face datasets HotpotQA (arXiv 1809.09600) and
+TriviaQA (arXiv 1705.03551).
 
-The rows come from the hub, or from a local folder: one written by `DatasetDict.save_to_disk`, or
-one of parquet files called train*.parquet and validation*.parquet. Nothing in a data set is run.
+The rows come from the hub or from a local folder. A local folder is the output of
+`DatasetDict.save_to_disk`, or it contains parquet files named train*.parquet and
+validation*.parquet. No code from a dataset is executed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a data set lies on the hub, and how one of its rows is read."""
+    """A dataset's name and config on the hub, and the functions that read one of its rows."""
 
     hub: str
     config: str
@@ -34,7 +35,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """One split: its questions, and the passages that came with them, each once."""
+    """The questions of one split and their passages, without duplicates."""
 
     records: tuple[Record, ...]
     passages: tuple[Passage, ...]
@@ -45,14 +46,14 @@ def load_split(dataset: str, split: str, *, path: str | None, max_rows: int) -> 
 
     Args:
         dataset: a name in `SOURCES`. split: "train" or "validation".
-        path: a local folder or another hub name; None takes the data set's own.
+        path: a local folder or a hub name; None uses the dataset's own hub name.
     Raises:
-        ConfigError: unknown data set, the `data` extra is missing, the data cannot be read, or
-            they have another form.
+        ConfigError: the dataset is unknown, the `data` extra is not installed, the folder does not
+            contain the split, or a row does not have the dataset's format.
     """
     if dataset not in SOURCES:
         raise ConfigError(
-            f"env.options.dataset: no data set is called {dataset!r}{suggest(dataset, SOURCES)}"
+            f"env.options.dataset: unknown dataset {dataset!r}{suggest(dataset, SOURCES)}"
         )
     source = SOURCES[dataset]
     records: dict[str, Record] = {}
@@ -63,8 +64,8 @@ def load_split(dataset: str, split: str, *, path: str | None, max_rows: int) -> 
             passages |= dict.fromkeys(source.passages(row))
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"env.options.dataset: row {len(records)} of {path or source.hub} ({split}) has "
-                f"not the form of {dataset}: {type(error).__name__}: {error}"
+                f"env.options.dataset: row {len(records)} of {path or source.hub} ({split}) does "
+                f"not have the format of {dataset}: {type(error).__name__}: {error}"
             ) from None
         records.setdefault(record.id, record)
     if not records:
@@ -81,31 +82,25 @@ def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
             "install it with: pip install 'turnfast[data]'"
         ) from None
     folder = Path(path) if path else None
-    try:
-        if folder is None or not folder.exists():
-            # a stream: a few thousand questions should not cost the whole download
-            return datasets.load_dataset(
-                path or source.hub, source.config, split=split, streaming=True
-            )
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            saved = datasets.load_from_disk(str(folder))
-            if not isinstance(saved, datasets.DatasetDict):
-                # one set for both splits would be trained on and then called an evaluation
-                raise ValueError(
-                    "one set without splits; save a DatasetDict(train=…, validation=…)"
-                )
-            return saved[split]  # pyright: ignore[reportReturnType]  # its rows are mappings
-        files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"no {split}*.parquet and no saved data set in {folder}")
-        return datasets.load_dataset(
-            "parquet", data_files={split: files}, split=split, streaming=True
-        )
-    except Exception as error:  # the hub client has no common base class for its errors
+    if folder is None or not folder.exists():
+        # Streaming reads only the rows that are used, not the whole dataset.
+        return datasets.load_dataset(path or source.hub, source.config, split=split, streaming=True)
+    if (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(folder))
+        if split not in saved:
+            raise ConfigError(f"env.options.dataset_path: {folder} has no split {split!r}")
+        return saved[split]  # pyright: ignore[reportReturnType]  # its rows are mappings
+    if (folder / "state.json").is_file():
         raise ConfigError(
-            f"env.options.dataset: cannot read {path or source.hub} ({split}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+            f"env.options.dataset_path: {folder} is a single Dataset without splits; "
+            "save a DatasetDict(train=…, validation=…)"
+        )
+    files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
+    if not files:
+        raise ConfigError(
+            f"env.options.dataset_path: {folder} contains no {split}*.parquet and no saved dataset"
+        )
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
 
 
 def _hotpot_record(row: Row) -> Record:
