@@ -68,6 +68,7 @@ from trl import GRPOConfig, GRPOTrainer
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.model import Policy, load_policy
 from turnfast.packing.pack import Packed, pack
+from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
@@ -294,7 +295,11 @@ class Ours:
         begin = clock()
         packed = self._sides.pack(drop_idle=True)
         middle = clock()
-        update(self._sides.policy, self._optimizer, packed.batches, LossConfig())
+        update(
+            Learner(policy=self._sides.policy, optimizer=self._optimizer),
+            packed.batches,
+            LossConfig(),
+        )
         return middle - begin, clock() - middle
 
 

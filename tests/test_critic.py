@@ -13,8 +13,8 @@ from turnfast.model import Policy, hidden_states
 from turnfast.packing.pack import pack
 from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from turnfast.types import Group, Status, Task, Trajectory, Turn
-from turnfast.update.budget import Budget
 from turnfast.update.critic import Critic
+from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
@@ -91,7 +91,9 @@ def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list
 @pytest.mark.parametrize("share_prefixes", [False, True])
 def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
     groups, critic = make_groups(1), taught(policy)
-    values = critic.values(policy, groups, budget=Budget(budget), share_prefixes=share_prefixes)
+    values = critic.values(
+        policy, groups, tokens_per_microbatch=budget, share_prefixes=share_prefixes
+    )
     assert [len(row) for row in values] == [3, 3]
     for group, rows in zip(groups, values, strict=True):
         for trajectory, row in zip(group.trajectories, rows, strict=True):
@@ -101,32 +103,9 @@ def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
             assert row == pytest.approx(wanted, abs=2e-5)
 
 
-def test_values_where_memory_runs_out(policy):
-    groups, critic = make_groups(1), taught(policy)
-    expected = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
-    seen: list[int] = []
-
-    def limited(module, args, kwargs) -> None:
-        seen.append(kwargs["input_ids"].shape[1])
-        if seen[-1] > 40:
-            raise torch.OutOfMemoryError("too large")
-
-    handle = policy.model.base_model.register_forward_pre_hook(limited, with_kwargs=True)
-    budget = Budget(4096)
-    found = critic.values(policy, groups, budget=budget, share_prefixes=True)
-    assert seen[0] > 40 >= max(seen[-2:]) and 1 <= budget.halvings <= 3
-    tried = len(seen)
-    critic.values(policy, groups, budget=budget, share_prefixes=True)
-    handle.remove()
-    assert max(seen[tried:]) <= budget.tokens <= 40  # the next step knows
-    for rows, wanted in zip(found, expected, strict=True):
-        for row, values in zip(rows, wanted, strict=True):
-            assert row == pytest.approx(values, abs=2e-5)
-
-
 def test_a_new_critic_knows_nothing(policy):
     values = Critic(policy, CriticConfig(), OPTIM).values(
-        policy, make_groups(1), budget=Budget(64), share_prefixes=True
+        policy, make_groups(1), tokens_per_microbatch=64, share_prefixes=True
     )
     assert {v for rows in values for row in rows for v in row} == {0.0}
 
@@ -136,7 +115,7 @@ def test_a_new_critic_knows_nothing(policy):
 def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
     groups = make_groups(2)
     critic = taught(policy, CriticConfig(clip=clip, coef=0.7))
-    values = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
+    values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
     shifted = [[tuple(v + 0.1 * (-1) ** i for i, v in enumerate(r)) for r in g] for g in values]
     credits = assign_credits(groups, rule, values=shifted)
     gradients = []
@@ -185,13 +164,15 @@ def test_updates_teach_the_critic_its_targets(policy, rule):
     groups = make_groups(3)
     critic = Critic(policy, CriticConfig(clip=None), OPTIM)
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
-    values = critic.values(policy, groups, budget=Budget(64), share_prefixes=True)
+    values = critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
     credits = assign_credits(groups, rule, values=values)
     packed = pack(groups, credits, budget=64)
     sampled = sum(t.num_sampled for g in groups for t in g.trajectories if not t.left_out)
     assert packed.num_targets == sampled
     losses = [
-        update(policy, optimizer, packed.batches, LossConfig(), critic=critic).value_loss
+        update(
+            Learner(policy=policy, optimizer=optimizer, critic=critic), packed.batches, LossConfig()
+        ).value_loss
         for _ in range(25)
     ]
     assert losses[-1] < 0.2 * losses[0]
@@ -199,7 +180,7 @@ def test_updates_teach_the_critic_its_targets(policy, rule):
 
 def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
     groups, critic = make_groups(4), taught(policy)
-    values = critic.values(policy, groups, budget=Budget(4096), share_prefixes=True)
+    values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
     credits = assign_credits(groups, "mt_ppo", values=values)
     (batch,) = pack(groups, credits, budget=4096, share_prefixes=False).batches
     expected = [
@@ -215,10 +196,12 @@ def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
 
     def step(critic: Critic) -> None:
-        values = critic.values(policy, groups, budget=Budget(64), share_prefixes=True)
+        values = critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
         credits = assign_credits(groups, "mt_ppo", values=values)
         update(
-            policy, optimizer, pack(groups, credits, budget=64).batches, LossConfig(), critic=critic
+            Learner(policy=policy, optimizer=optimizer, critic=critic),
+            pack(groups, credits, budget=64).batches,
+            LossConfig(),
         )
 
     step(critic)

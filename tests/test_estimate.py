@@ -33,13 +33,14 @@ CHILD = """
     import ctypes, json, re, sys
     from pathlib import Path
     import torch
-    from turnfast.loss import update
+    from turnfast.config.recipe import build_config
     from turnfast.model import load_policy
-    from turnfast.optim import Optimizer
-    from turnfast.packing import batch_of
-    from turnfast.rows import rows_of
-    from turnfast.recipe import build_config
+    from turnfast.packing.pack import batch_of
+    from turnfast.packing.rows import rows_of
     from turnfast.types import Turn
+    from turnfast.update.learner import Learner
+    from turnfast.update.optimizer import Optimizer
+    from turnfast.update.update import update
 
     torch.set_num_threads(1)
     config = build_config(json.loads(sys.argv[1]))
@@ -64,7 +65,7 @@ CHILD = """
         rows = rows_of([[turn] for turn in turns], [1.0 - i % 3 for i in range(len(turns))])
         weights = [1e-3] * len(rows)
         batch = batch_of(rows, weights, "cpu", share_prefixes=config.train.share_prefixes)
-        update(policy, optimizer, [batch], config.loss)
+        update(Learner(policy=policy, optimizer=optimizer), [batch], config.loss)
         return len(batch.tokens_T)
 
     warm = load_policy(config.model, Path(config.model.path), torch.device("cpu"))

@@ -30,6 +30,7 @@ from turnfast.sampler import make_sampler
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.sync import make_probe, sync_weights
 from turnfast.train import train
+from turnfast.update.learner import Learner
 from turnfast.update.reference import open_reference, with_reference
 from turnfast.update.update import update
 
@@ -126,7 +127,7 @@ def test_a_step_moves_the_adapter_alone(policy, targets, layers):
     batches, _ = batches_of()
     optimizer = optimizer_of(policy)
     for _ in range(2):  # A has no gradient while B is 0
-        update(policy, optimizer, batches, LossConfig())
+        update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
         assert policy.head_VD.grad is None
     after = dict(policy.model.named_parameters())
     moved_names = {name for name in before if not torch.equal(before[name], after[name])}
@@ -140,8 +141,8 @@ def test_the_gradient_is_that_of_the_merged_weight(adapted):
     plain = replace(adapted, model=merged_copy(adapted.model))
     plain.model.requires_grad_(True)
     ours, theirs = optimizer_of(adapted, 1e-12), optimizer_of(plain, 1e-12)
-    update(adapted, ours, batches, LossConfig())
-    update(plain, theirs, batches, LossConfig())
+    update(Learner(policy=adapted, optimizer=ours), batches, LossConfig())
+    update(Learner(policy=plain, optimizer=theirs), batches, LossConfig())
     trained = [n for n, p in adapted.model.named_parameters() if p.requires_grad]
     found = dict(zip(trained, ours.gradients[0], strict=True))
     names = [name for name, _ in plain.model.named_parameters()]
@@ -392,7 +393,9 @@ def test_kl_is_that_of_the_two_models(adapted):
     batches, trajectories = batches_of()
     batches = with_reference(batches, reference, kl, temperature=TEMPERATURE)
     optimizer = optimizer_of(adapted, 1e-12)
-    found = update(adapted, optimizer, batches, kl, temperature=TEMPERATURE).kl
+    found = update(
+        Learner(policy=adapted, optimizer=optimizer), batches, kl, temperature=TEMPERATURE
+    ).kl
     gaps = []
     with torch.no_grad():
         for trajectory in trajectories:

@@ -16,6 +16,7 @@ from turnfast.errors import ConfigError
 from turnfast.model import Policy
 from turnfast.model.tiny import write_tiny_model
 from turnfast.packing.pack import pack
+from turnfast.update.learner import Learner
 from turnfast.update.reference import open_reference, with_reference
 from turnfast.update.update import needs_every_token, update
 
@@ -61,7 +62,10 @@ def test_figure_and_gradient_are_those_of_k3(policy, budget):
         optimizer: Keeping = optimizer_of(policy, lr=1e-12)
         plain = [replace(b, ref_logprobs_N=None) for b in batches]
         done = update(
-            policy, optimizer, batches if config is KL else plain, config, temperature=TEMPERATURE
+            Learner(policy=policy, optimizer=optimizer),
+            batches if config is KL else plain,
+            config,
+            temperature=TEMPERATURE,
         )
         gradients.append(optimizer.gradients[0])
         kls.append(done.kl)
@@ -89,7 +93,10 @@ def test_the_term_pulls_the_policy_back(policy):
     strong = LossConfig(kl_coef=50.0)
     optimizer = optimizer_of(policy, lr=1e-2)
     kls = [
-        update(policy, optimizer, batches, strong, temperature=TEMPERATURE).kl for _ in range(15)
+        update(
+            Learner(policy=policy, optimizer=optimizer), batches, strong, temperature=TEMPERATURE
+        ).kl
+        for _ in range(15)
     ]
     assert kls[-1] is not None and kls[0] is not None and kls[-1] < 0.3 * kls[0]
 

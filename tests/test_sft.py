@@ -12,14 +12,15 @@ import torch
 from turnfast.config.recipe import build_config, load_config
 from turnfast.config.schema import LossConfig, OptimConfig, SftConfig
 from turnfast.envs import Demonstration
-from turnfast.errors import ConfigError
+from turnfast.errors import ConfigError, TrainingError
 from turnfast.packing.pack import batch_of
 from turnfast.packing.rows import Rows, rows_of
 from turnfast.rundir.checkpoint import newest_whole
 from turnfast.rundir.directory import read_metrics
 from turnfast.sft import demonstration_turns, sft, warm_start
+from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
-from turnfast.update.update import TrainingError, update
+from turnfast.update.update import update
 
 TALK = Demonstration(
     messages=(
@@ -86,7 +87,11 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
 
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
     optimizer = Keeping(policy.model.parameters(), OptimConfig(lr=1e-3))
-    done = update(policy, optimizer, [batch_of(rows, [1.0 / count] * 2, "cpu")], LossConfig())
+    done = update(
+        Learner(policy=policy, optimizer=optimizer),
+        [batch_of(rows, [1.0 / count] * 2, "cpu")],
+        LossConfig(),
+    )
 
     policy.model.load_state_dict(start)
     loss = torch.zeros(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -20,14 +21,13 @@ import turnfast.run
 from turnfast.cli import main
 from turnfast.config.recipe import to_toml
 from turnfast.envs import Demonstration, SearchEnv
-from turnfast.errors import ConfigError, OutOfMemory, RolloutError, SyncError
+from turnfast.errors import ConfigError, OutOfMemory, RolloutError, SyncError, TrainingError
 from turnfast.model.tiny import write_tiny_model
 from turnfast.report.trajectories import read_rollouts
 from turnfast.rundir.directory import read_metrics
 from turnfast.sampler.local import LocalSampler
 from turnfast.sft import warm_start
 from turnfast.train import train
-from turnfast.update.update import TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +112,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
 def test_steps_change_the_weights_and_carry_signal(straight, letters_model):
     steps = training_lines(straight)
     assert all(line["grad_norm"] > 0 and line["tokens_trained"] > 0 for line in steps)
-    assert all(line["ratio/max"] == 1.0 and "logprobs_reused" not in line for line in steps)
+    assert all(line["ratio/max"] == 1.0 for line in steps)
     assert weights(straight, 2) != weights(straight, 4)
     assert [line["lr"] for line in steps] == [1e-2] * 4
 
@@ -223,30 +223,35 @@ def test_rows_beyond_the_model_are_refused_before_anything_starts(letters_model,
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_step_out_of_memory_is_done_in_smaller_parts(letters_model, tmp_path, monkeypatch):
-    """A model that holds 96 tokens at a time, under a budget of 128: halved once, then kept."""
-    seen: list[int] = []
+@pytest.mark.parametrize(
+    ("changed", "with_grad"),
+    [({}, True), ({"credit__rule": "mt_ppo"}, False), ({"loss__kl_coef": 0.1}, False)],
+    ids=["gradient", "critic", "reference"],
+)
+def test_out_of_memory_ends_the_run_with_a_checkpoint(
+    letters_model, tmp_path, monkeypatch, changed, with_grad
+):
+    load, calls = turnfast.run.load_policy, itertools.count()
 
-    def check(module, args, kwargs) -> None:
-        if "packed_rows" in kwargs:
-            seen.append(kwargs["input_ids"].shape[1])
-            if seen[-1] > 96:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(module, args, kwargs) -> None:
+        packed = "packed_rows" in kwargs and torch.is_grad_enabled() == with_grad
+        if packed and (tmp_path / "run/metrics.jsonl").read_text().count('"loss"') == 1:
+            raise torch.OutOfMemoryError(f"CUDA out of memory {next(calls)}")
 
-    load = turnfast.run.load_policy
-
-    def load_cramped(*args):
+    def load_limited(*args):
         policy = load(*args)
-        policy.model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+        policy.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
         return policy
 
-    monkeypatch.setattr("turnfast.run.load_policy", load_cramped)
-    train(recipe(letters_model, rollout__prompts_per_step=4), tmp_path / "run")
-    lines = [line for line in read_metrics(tmp_path / "run") if "budget_halvings" in line]
-    halvings = [line["budget_halvings"] for line in lines]
-    assert len(halvings) == 4 and sum(halvings) == 1
-    assert sum(tokens > 96 for tokens in seen) == 1
-    assert all(line["grad_norm"] > 0 for line in lines)
+    monkeypatch.setattr("turnfast.run.load_policy", load_limited)
+    monkeypatch.setattr("turnfast.update.reference.load_policy", load_limited)
+    text = (
+        r"lower train\.tokens_per_microbatch from 128 to 96; .*model\.checkpointing = true \(CUDA"
+    )
+    with pytest.raises(OutOfMemory, match=text):
+        train(recipe(letters_model, train__save_every=0, **changed), tmp_path / "run")
+    assert next(calls) == 1  # not tried again
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_000001"
 
 
 def test_an_environment_without_evaluation_or_training_tasks(letters_model, tmp_path, monkeypatch):
@@ -362,13 +367,15 @@ def test_nothing_is_learned_from_tokens_of_other_weights(
     assert len(training_lines(run_dir)) == 1
 
 
-@pytest.mark.parametrize(("bound", "reused"), [(1e-12, 0), (1.0, 1)])
-def test_the_metrics_say_whether_log_probs_were_reused(bound, reused, letters_model, tmp_path):
-    config = recipe(
-        letters_model, train__steps=2, loss__old_logprobs="sampler", loss__max_logprob_gap=bound
-    )
-    train(config, tmp_path / "run")
-    assert [x["logprobs_reused"] for x in training_lines(tmp_path / "run")] == [reused] * 2
+def test_reused_log_probs_must_be_close_to_the_trainer(letters_model, tmp_path):
+    def run(name: str, limit: float) -> None:
+        changed = {"loss__old_logprobs": "sampler", "loss__max_logprob_gap": limit}
+        train(recipe(letters_model, train__steps=2, **changed), tmp_path / name)
+
+    run("within", 1.0)
+    assert len(training_lines(tmp_path / "within")) == 2
+    with pytest.raises(TrainingError, match=r"loss\.max_logprob_gap: .*more than 1e-12"):
+        run("beyond", 1e-12)
 
 
 CHILD = "from turnfast.cli import main; raise SystemExit(main())"

@@ -31,7 +31,8 @@ from .run import is_due, open_env_chat, open_model_folder, restore
 from .rundir.checkpoint import save_checkpoint, save_model
 from .rundir.directory import RunDir
 from .types import Turn
-from .update.budget import Budget
+from .update.learner import Learner
+from .update.memory import smaller_microbatches
 from .update.optimizer import Optimizer
 from .update.update import Update, update
 
@@ -149,15 +150,20 @@ def sft(
         _refuse_long(length, places[number], policy, config)
     optimizer = optimizer or sft_optimizer(policy, config)
     parts = _parts(lengths, config.batch_tokens, seed)
-    budget = Budget()
+    learner = Learner(policy=policy, optimizer=optimizer)
+    advice = smaller_microbatches(
+        "sft.batch_tokens",
+        config.batch_tokens,
+        least=max(lengths),
+        checkpointing=policy.model.is_gradient_checkpointing,
+    )
     for step, part in enumerate(islice(parts, done, config.steps), start=done + 1):
         if should_stop():
             return
         taken = rows.take(part)
         weights = np.full(len(shown), 1.0 / len(taken.targets_N))
         batch = batch_of(taken, weights, policy.device)
-        budget.begin_step()
-        report(step, update(policy, optimizer, [batch], LossConfig(), budget=budget))
+        report(step, update(learner, [batch], LossConfig(), memory_advice=advice))
 
 
 def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:

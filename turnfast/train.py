@@ -24,7 +24,8 @@ from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
 from .sampler.sync import refuse_strangers, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
-from .update.budget import Budget
+from .update.learner import Learner
+from .update.memory import explain_out_of_memory, smaller_microbatches
 from .update.reference import with_reference
 from .update.update import Gap, TrainingError, Update, needs_every_token, update
 
@@ -57,7 +58,6 @@ def train(
         synced_by = (run.policy.model, run.sampler, run.probe, run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
-        budget = Budget(config.train.tokens_per_microbatch, row=config.rollout.max_context)
         try:
             with ranks.together():
                 sync_weights(*synced_by)
@@ -65,18 +65,17 @@ def train(
                 _evaluate(run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
                 clock.lap()
-                budget.begin_step()
                 with clock.phase("rollout"), ranks.together():
                     if should_stop():
                         raise Interrupted
                     gathered = collector.collect(step)
                     groups = gathered.groups
                 with clock.phase("score"), ranks.together():
-                    credits = _credit(run, groups, budget)
+                    credits = _credit(run, groups)
                 with clock.phase("pack"):
-                    packed = _pack(run, groups, credits, budget)
+                    packed = _pack(run, groups, credits)
                 with clock.phase("train"):
-                    updated = _update(run, packed, budget)
+                    updated = _update(run, packed)
                 # whatever comes now, these weights and data are those after the step
                 done = step
                 with clock.phase("rollout"):
@@ -122,20 +121,25 @@ def _progress(run: Run) -> Progress:
     return show
 
 
-def _credit(run: Run, groups: Sequence[Group], budget: Budget) -> list[Credit]:
+def _credit(run: Run, groups: Sequence[Group]) -> list[Credit]:
     config, values = run.config, None
     if run.critic is not None:
-        share = config.train.share_prefixes
-        values = run.critic.values(run.policy, groups, budget=budget, share_prefixes=share)
+        with explain_out_of_memory(OutOfMemory, _memory_advice(config)):
+            values = run.critic.values(
+                run.policy,
+                groups,
+                tokens_per_microbatch=config.train.tokens_per_microbatch,
+                share_prefixes=config.train.share_prefixes,
+            )
     return assign_credits(groups, config.credit.rule, values=values, **config.credit.options)
 
 
-def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: Budget) -> Packed:
+def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
     config = run.config
     return pack(
         groups,
         credits,
-        budget=budget.tokens,
+        budget=config.train.tokens_per_microbatch,
         normalizer=config.loss.normalizer,
         constant=config.rollout.max_new_tokens * config.env.max_turns,
         device=run.policy.device,
@@ -148,25 +152,30 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit], budget: 
     )
 
 
-def _update(run: Run, packed: Packed, budget: Budget) -> Update:
+def _update(run: Run, packed: Packed) -> Update:
     loss, temperature = run.config.loss, run.config.rollout.temperature
+    advice = _memory_advice(run.config)
     batches: Sequence[Batch] = packed.batches
     if run.reference is not None:
-        with run.ranks.together():
-            batches = with_reference(
-                batches, run.reference, loss, temperature=temperature, budget=budget
-            )
+        with run.ranks.together(), explain_out_of_memory(OutOfMemory, advice):
+            batches = with_reference(batches, run.reference, loss, temperature=temperature)
     return update(
-        run.policy,
-        run.optimizer,
+        Learner(policy=run.policy, optimizer=run.optimizer, critic=run.critic),
         batches,
         loss,
         temperature=temperature,
         num_updates=run.config.train.updates_per_step,
-        critic=run.critic,
-        budget=budget,
-        check=_proof(run),
-        ranks=run.ranks,
+        check_gap=_proof(run),
+        memory_advice=advice,
+    )
+
+
+def _memory_advice(config: Config) -> str:
+    return smaller_microbatches(
+        "train.tokens_per_microbatch",
+        config.train.tokens_per_microbatch,
+        least=config.rollout.max_context,
+        checkpointing=config.model.checkpointing,
     )
 
 

@@ -15,6 +15,7 @@ from harness.synthetic import synthesize
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.model import hidden_states
 from turnfast.packing.pack import Packed, pack
+from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
@@ -91,7 +92,9 @@ class Bench:
         self.policy.model.zero_grad()
 
     def step(self, way: str, optimizer: Optimizer) -> None:
-        update(self.policy, optimizer, self.pack(way).batches, LossConfig())
+        update(
+            Learner(policy=self.policy, optimizer=optimizer), self.pack(way).batches, LossConfig()
+        )
 
     def optimizer(self) -> Optimizer:
         config = OptimConfig(lr=1e-6, state=self.options.optim_state)

@@ -164,7 +164,7 @@ class LossConfig(Section):
         default="trainer", description="of the ratio's denominator: of the first pass, or reused"
     )
     max_logprob_gap: PositiveFloat = Field(
-        default=0.02, description="largest mean gap at which the sampler's log-probs are reused"
+        default=0.02, description="largest mean gap at which the sampler's can be reused"
     )
     normalizer: Literal["token", "sequence", "constant"] = "token"
     impl: Literal["auto", "reference", "cpp", "triton"] = "auto"

@@ -20,13 +20,13 @@ SUMMED = (
 SUMMED_KINDS = ("cut/", "fault/", "tool_error/")
 
 
-LARGEST = ("budget_halvings", "sync_gap")
+LARGEST = ("sync_gap",)
 
 
 def over_ranks(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One line of metrics.jsonl for what each rank has to say.
 
-    Counts are added up. Of times, largest values and halvings the largest counts, of lists of names
+    Counts are added up. Of times and largest values the largest counts, of lists of names
     all that any rank has; other figures are means over the rollouts, as if every rank had as much
     of all else per rollout.
     """

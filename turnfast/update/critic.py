@@ -19,7 +19,6 @@ from ..model import Policy, hidden_states
 from ..packing.pack import pack
 from ..parallel.ranks import ALONE, Ranks
 from ..types import Batch, Credit, Group, Trajectory
-from .budget import Budget
 from .optimizer import Optimizer
 
 
@@ -50,14 +49,16 @@ class Critic:
 
     @torch.no_grad()
     def values(
-        self, policy: Policy, groups: Sequence[Group], *, budget: Budget, share_prefixes: bool
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        *,
+        tokens_per_microbatch: int,
+        share_prefixes: bool,
     ) -> list[list[tuple[float, ...]]]:
-        """values[g][i][t], before sampled token t of rollout i of group g, from one forward pass;
-        an empty tuple for rollouts that are left out. Where memory runs out it is made again, on
-        smaller micro-batches, and the budget keeps that for the rest of the run.
+        """Compute values[g][i][t], the value before sampled token t of rollout i of group g.
 
-        Raises:
-            OutOfMemory: not even with these.
+        Rollouts that are left out get an empty tuple.
         """
         everything = [
             Credit(rule="", advantages=tuple((1.0,) * len(t.turns) for t in group.trajectories))
@@ -66,18 +67,13 @@ class Critic:
         packed = pack(
             groups,
             everything,
-            budget=budget.tokens,
+            budget=tokens_per_microbatch,
             device=policy.device,
             share_prefixes=share_prefixes,
         )
         by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        found, batches = budget.replayed(
-            lambda parts: [
-                self.values_N(hidden_states(policy, part), part).tolist() for part in parts
-            ],
-            packed.batches,
-        )
-        for batch, values_N in zip(batches, found, strict=True):
+        for batch in packed.batches:
+            values_N = self.values_N(hidden_states(policy, batch), batch).tolist()
             turns_N = batch.turns_N.long()
             owners = zip(
                 batch.sequences_K[turns_N].tolist(), batch.places_K[turns_N].tolist(), strict=True

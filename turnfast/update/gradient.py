@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step, micro-batch by micro-batch, in the optimizer's sums."""
+"""The gradient of one optimizer step, accumulated over micro-batches."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ from ..errors import TrainingError
 from ..kernels import PolicyLoss, PolicyRule, turn_policy_loss
 from ..model import Policy, hidden_states, sparse_embedding
 from ..types import Batch
-from .budget import Budget
-from .critic import Critic
-from .optimizer import Optimizer
+from .learner import Learner
 
 ADVICE = (
-    "this update has changed no weight; lower optim.lr (sft.lr in a warm start), or resume from "
-    "the last checkpoint"
+    "this update changed no weight; lower optim.lr (sft.lr in a warm start), or resume from the "
+    "last checkpoint"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
-    """What one rank has of a step's gradient; the gradient itself lies in the optimizer's sums.
-
-    Attributes:
-        batches: what it is of; smaller than those that were given where memory ran out.
-        results: of each batch, without graph. value_loss: the critic's, over all batches.
-    """
+    """One rank's losses of a step; the optimizer holds the gradient itself."""
 
     batches: Sequence[Batch]
     results: Sequence[PolicyLoss]
+    """One per batch, without an autograd graph."""
     value_loss: float
+    """The critic's loss, summed over the batches; 0 without a critic."""
 
     @property
     def loss(self) -> float:
@@ -54,40 +49,20 @@ def policy_rule(config: LossConfig) -> PolicyRule:
 
 
 def compute_gradient(
-    policy: Policy,
-    optimizer: Optimizer,
-    critic: Critic | None,
-    batches: Sequence[Batch],
-    config: LossConfig,
-    *,
-    temperature: float,
-    budget: Budget,
+    learner: Learner, batches: Sequence[Batch], config: LossConfig, *, temperature: float
 ) -> Gradient:
-    """Forward and backward over all batches; whatever was in the sums before is added to.
+    """Run forward and backward over all batches; accumulates into existing gradients.
 
-    With a critic the same pass teaches it, and the policy's layers below it. Where memory runs out
-    the sums are cleared, and all is computed again in smaller parts: see `Budget.replayed`.
+    With a critic, the same backward pass computes the gradient of the value loss.
 
     Raises:
-        OutOfMemory: not even in these; the sums are empty.
-        TrainingError: the hidden states are not finite.
+        TrainingError: the loss head found hidden states or logits that are not finite.
     """
-
-    def attempt(parts: Sequence[Batch]) -> list[tuple[PolicyLoss, float]]:
-        # one buffer for all micro-batches; a rank without any takes part in its sum
-        head_grad = optimizer.grad_sum(policy.head_VD)
-        with optimizer.accumulating(), sparse_embedding(policy, wanted=head_grad is not None):
-            return [_backward(policy, critic, p, config, temperature, head_grad) for p in parts]
-
-    try:
-        passes, batches = budget.replayed(
-            attempt,
-            batches,
-            lambda: clear(optimizer, critic),
-            whole_sequences=config.ratio == "sequence",
-        )
-    except ValueError as error:  # the loss head refuses hidden states that are not finite
-        raise TrainingError(f"{error}; {ADVICE}") from error
+    policy, optimizer = learner.policy, learner.optimizer
+    # All micro-batches add to one buffer. A rank without batches needs it too, for the all-reduce.
+    head_grad = optimizer.grad_sum(policy.head_VD)
+    with optimizer.accumulating(), sparse_embedding(policy, wanted=head_grad is not None):
+        passes = [_backward(learner, batch, config, temperature, head_grad) for batch in batches]
     return Gradient(
         batches=batches,
         results=[result for result, _ in passes],
@@ -95,44 +70,52 @@ def compute_gradient(
     )
 
 
-def clear(optimizer: Optimizer, critic: Critic | None) -> None:
-    """Drop what there is of a gradient."""
-    optimizer.zero_grad()
-    if critic:
-        critic.zero_grad()
-
-
 def _backward(
-    policy: Policy,
-    critic: Critic | None,
+    learner: Learner,
     batch: Batch,
     config: LossConfig,
     temperature: float,
     head_grad: Tensor | None,
 ) -> tuple[PolicyLoss, float]:
-    hidden_TD = hidden_states(policy, batch)
-    result = turn_policy_loss(
-        hidden_TD,
-        policy.head_VD,
-        batch.rows_N,
-        batch.targets_N,
-        batch.turns_N,
-        batch.advantages_K,
-        batch.old_logprobs_N,
-        weights=batch.weights_N,
-        ref_logprobs=batch.ref_logprobs_N,
-        sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
-        sequences=batch.sequences_K if config.ratio == "sequence" else None,
-        head_grad=head_grad,
-        rule=policy_rule(config),
-        temperature=temperature,
-        softcap=policy.softcap,
-        impl=config.impl,
-    )
-    plain = replace(result, loss=result.loss.detach())
-    if critic is None:
+    hidden_TD = hidden_states(learner.policy, batch)
+    result = _policy_loss(learner.policy, hidden_TD, batch, config, temperature, head_grad)
+    detached = replace(result, loss=result.loss.detach())
+    if learner.critic is None:
         result.loss.backward()
-        return plain, 0.0
-    value_loss = critic.loss(hidden_TD, batch)
+        return detached, 0.0
+    value_loss = learner.critic.loss(hidden_TD, batch)
     (result.loss + value_loss).backward()
-    return plain, float(value_loss.detach())
+    return detached, float(value_loss.detach())
+
+
+def _policy_loss(
+    policy: Policy,
+    hidden_TD: Tensor,
+    batch: Batch,
+    config: LossConfig,
+    temperature: float,
+    head_grad: Tensor | None,
+) -> PolicyLoss:
+    try:
+        return turn_policy_loss(
+            hidden_TD,
+            policy.head_VD,
+            batch.rows_N,
+            batch.targets_N,
+            batch.turns_N,
+            batch.advantages_K,
+            batch.old_logprobs_N,
+            weights=batch.weights_N,
+            ref_logprobs=batch.ref_logprobs_N,
+            sampler_logprobs=batch.sampler_logprobs_N if config.is_cap is not None else None,
+            sequences=batch.sequences_K if config.ratio == "sequence" else None,
+            head_grad=head_grad,
+            rule=policy_rule(config),
+            temperature=temperature,
+            softcap=policy.softcap,
+            impl=config.impl,
+        )
+    except ValueError as error:
+        if "expected finite" not in str(error):
+            raise
+        raise TrainingError(f"{error}; {ADVICE}") from error

@@ -14,6 +14,7 @@ first step. Bytes per trained parameter, with moments in float32 (8; 4 in bfloat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,11 +33,16 @@ from .adamw import (
     make_moments,
     plain_entries,
 )
-from .budget import is_out_of_memory
+from .memory import explain_out_of_memory
 
 LESS_MEMORY = (
     "set optim.state to 'bfloat16' or '8bit', train an adapter with model.lora.r, or leave the "
     "engine less with sampler.gpu_memory"
+)
+NOTHING_CHANGED = f"out of memory in the optimizer's step, which changed nothing: {LESS_MEMORY}"
+TORN = (
+    "out of memory halfway through the optimizer's step: continue from the last checkpoint with "
+    f"--resume; {LESS_MEMORY}"
 )
 
 
@@ -64,21 +70,17 @@ class Optimizer:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._config = config
         self._total_steps = total_steps
-        self._ranks = ranks
+        self.ranks = ranks
         self.num_steps = 0
-        try:
+        count = sum(p.numel() for p in self._parameters)
+        with explain_out_of_memory(
+            ConfigError,
+            f"optim.state: no memory for AdamW's {config.state} moments and float32 weights of "
+            f"{count:,} parameters; {LESS_MEMORY}",
+        ):
             self._masters = [_master(p) for p in self._parameters]
             self._adamw = make_adamw(self._masters, config)
             make_moments(self._adamw, self._masters)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            count = sum(p.numel() for p in self._parameters)
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"optim.state: no memory for AdamW's {config.state} moments and float32 weights of "
-                f"{count:,} parameters; {LESS_MEMORY} ({reason})"
-            ) from None
 
     def step(self) -> float:
         """Clip, update, clear the gradients; returns the gradient norm before clipping.
@@ -89,15 +91,16 @@ class Optimizer:
             OutOfMemory: nothing has changed.
             TornStep: memory ran out half-way, which AdamW in 8 bits cannot rule out.
         """
-        with self._ranks.together():
+        with self.ranks.together(), explain_out_of_memory(OutOfMemory, NOTHING_CHANGED):
             self._prepare()
-        if self._ranks.size > 1:
-            self._ranks.add_up(m.grad for m in self._masters if m.grad is not None)
+        if self.ranks.size > 1:
+            self.ranks.add_up(m.grad for m in self._masters if m.grad is not None)
         norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             self._set_rate(self.lr)
-            with self._ranks.together():
-                self._update()
+            with self.ranks.together(), explain_out_of_memory(TornStep, TORN):
+                self._adamw.step()
+                self._write_back()
             self.num_steps += 1
         self.zero_grad()
         return norm
@@ -193,35 +196,12 @@ class Optimizer:
         self._write_back()
 
     def _prepare(self) -> None:
-        """Everything that a step needs memory for, before anything is changed."""
-        try:
-            for parameter, master in zip(self._parameters, self._masters, strict=True):
-                _into_sum(parameter, master)
-                if master.grad is None and self._ranks.size > 1:
-                    master.grad = torch.zeros_like(master)  # this rank learned nothing of it
-            ask_for_workspace(self._adamw, self._masters)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-            self.zero_grad()
-            raise OutOfMemory(
-                f"out of memory in the optimizer's step, which has changed nothing: {LESS_MEMORY} "
-                f"({reason})"
-            ) from None
-
-    def _update(self) -> None:
-        try:
-            self._adamw.step()
-            self._write_back()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0]
-            raise TornStep(
-                "out of memory half-way through the optimizer's step: go on from the last "
-                f"checkpoint with --resume; {LESS_MEMORY} ({reason})"
-            ) from None
+        """Allocate everything that a step needs, before anything changes."""
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            _into_sum(parameter, master)
+            if master.grad is None and self.ranks.size > 1:
+                master.grad = torch.zeros_like(master)  # this rank has no gradient for it
+        ask_for_workspace(self._adamw, self._masters)
 
     def _set_rate(self, rate: float) -> None:
         for group in self._adamw.param_groups:

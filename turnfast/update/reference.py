@@ -19,7 +19,6 @@ from ..kernels import linear_logprobs
 from ..model import Policy, hidden_states, load_policy
 from ..model.lora import adapted_layers, without_adapter
 from ..types import Batch
-from .budget import Budget
 
 
 def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Policy | None:
@@ -45,34 +44,18 @@ def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Poli
     return reference
 
 
-def with_reference(
-    batches: Sequence[Batch],
-    reference: Policy,
-    loss: LossConfig,
-    *,
-    temperature: float,
-    budget: Budget | None = None,
-) -> list[Batch]:
-    """The batches with `ref_logprobs_N`, at the temperature that the policy is trained at; smaller
-    ones where memory runs out.
-
-    Raises:
-        OutOfMemory: not even with these.
-    """
-    found, _ = (budget or Budget()).replayed(
-        lambda parts: [_with_logprobs(part, reference, loss, temperature) for part in parts],
-        batches,
-        whole_sequences=loss.ratio == "sequence",
-    )
-    return found
-
-
 @torch.no_grad()
-def _with_logprobs(batch: Batch, reference: Policy, loss: LossConfig, temperature: float) -> Batch:
+def with_reference(
+    batches: Sequence[Batch], reference: Policy, loss: LossConfig, *, temperature: float
+) -> list[Batch]:
+    """The batches with `ref_logprobs_N`, at the temperature that the policy is trained at."""
     with without_adapter(reference.model):
-        hidden_TD = hidden_states(reference, batch)
+        return [_with_logprobs(batch, reference, loss, temperature) for batch in batches]
+
+
+def _with_logprobs(batch: Batch, reference: Policy, loss: LossConfig, temperature: float) -> Batch:
     result = linear_logprobs(
-        hidden_TD,
+        hidden_states(reference, batch),
         reference.head_VD,
         batch.rows_N,
         batch.targets_N,

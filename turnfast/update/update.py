@@ -1,4 +1,4 @@
-"""One optimizer step, or several, on one step's packed rollouts."""
+"""One or more optimizer steps on the packed rollouts of one training step."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ import torch
 from torch import Tensor
 
 from ..config.schema import LossConfig
-from ..errors import ConfigError, OutOfMemory, RankError, TrainingError
+from ..errors import ConfigError, OutOfMemory, TrainingError
 from ..kernels.loss_head.backends import implementation
-from ..model import Policy
-from ..parallel.ranks import ALONE, Ranks
+from ..parallel.ranks import Ranks
 from ..types import Batch
-from .budget import Budget
 from .by_turn import by_turn, drawn_kl
-from .critic import Critic
-from .gradient import ADVICE, Gradient, clear, compute_gradient
-from .optimizer import Optimizer
+from .gradient import ADVICE, Gradient, compute_gradient
+from .learner import Learner
+from .memory import explain_out_of_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What an update did; without arguments, one that had nothing to learn from.
+    """What an update did; the defaults describe an update without any batch.
 
-    Loss, value loss and log-prob gaps are those of all ranks, other figures the rank's own.
+    Losses and log-prob gaps are those of all ranks, the other values those of this rank.
 
     Attributes:
-        logprob, entropy: means over the tokens computed, before the first optimizer step.
-        logprob_gap, logprob_gap_max: mean and largest |sampler - trainer| of their log-probs.
+        logprob, entropy: means over the computed tokens, before the first optimizer step.
+        logprob_gap, logprob_gap_max: mean and largest |sampler - trainer| of the log-probs.
         ratio_max, clip_fraction, loss, grad_norm, lr: of the last optimizer step.
-        kl: mean KL(policy || reference) of the last one, None without a reference.
-        value_loss: the critic's, None without one.
-        num_updates: optimizer steps. halvings: of the token budget, in this step of the run.
-        logprobs_reused: 1 if the sampler's log-probs were the old ones, 0 if they were to be and
-            differed too much; None where the trainer's are asked for.
-        by_turn: for every turn index, entropy and KL(sampler || trainer) before the first optimizer
-            step and, if there are several, KL(old || new) before the last.
+        kl: mean KL(policy || reference) of the last optimizer step; None without a reference.
+        value_loss: the critic's loss in the last optimizer step; None without a critic.
+        num_updates: number of optimizer steps.
+        by_turn: per turn index, entropy and KL(sampler || trainer) before the first optimizer step
+            and, after several steps, KL(old || new) before the last one.
     """
 
     loss: float = 0.0
@@ -51,16 +47,14 @@ class Update:
     grad_norm: float = 0.0
     lr: float = 0.0
     num_updates: int = 0
-    halvings: int = 0
     kl: float | None = None
     value_loss: float | None = None
-    logprobs_reused: int | None = None
     by_turn: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One optimizer step: the gradient, and over all ranks what it was of."""
+    """One optimizer step; `loss` and `value_loss` are sums over all ranks."""
 
     gradient: Gradient
     loss: float
@@ -71,17 +65,17 @@ class _Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """|sampler - trainer| of the log-probs of all ranks' tokens."""
+    """|sampler - trainer| of the log-probs, over the tokens of all ranks."""
 
     mean: float
     largest: float
 
 
 def check_impl(config: LossConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a `loss.impl` that is not available for the policy's device and dtype.
+    """Check that `loss.impl` is available for the policy's device and dtype.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: it is not; the text says why.
     """
     try:
         implementation(config.impl, device, dtype)
@@ -90,95 +84,76 @@ def check_impl(config: LossConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def needs_every_token(config: LossConfig) -> bool:
-    """Whether a token without advantage can still change the gradient."""
+    """Whether a token without advantage can change the gradient."""
     return config.entropy_coef != 0.0 or config.kl_coef != 0.0 or config.ratio == "sequence"
 
 
 def update(
-    policy: Policy,
-    optimizer: Optimizer,
+    learner: Learner,
     batches: Sequence[Batch],
     config: LossConfig,
     *,
     temperature: float = 1.0,
     num_updates: int = 1,
-    critic: Critic | None = None,
-    budget: Budget | None = None,
-    check: Callable[[Gap], None] = lambda gap: None,
-    ranks: Ranks = ALONE,
+    check_gap: Callable[[Gap], None] = lambda gap: None,
+    memory_advice: str = "out of memory in a micro-batch: use smaller ones",
 ) -> Update:
     """Take `num_updates` optimizer steps on the same batches.
 
-    The old log-probs of the ratio are those of the trainer or of the sampler. The trainer's cost no
-    pass of their own: the first step is on policy, its ratio is 1, and the log-probs that it
-    computes are the old ones of the steps after it. The sampler's (`old_logprobs = "sampler"`) are
-    the old ones from the first step on, so that the ratio also covers what engine and trainer
-    differ by. If that is more than `max_logprob_gap` on average, the first gradient is dropped and
-    computed again with the trainer's.
+    With `old_logprobs = "trainer"` the first step has a ratio of 1, and the log-probs that it
+    computes are the old log-probs of the following steps. With `"sampler"` the sampler's log-probs
+    are the old ones in every step, so that the ratio also corrects the difference between engine
+    and trainer.
 
-    With a critic each step also updates that. Where memory runs out, the batches are cut in halves
-    and the same step is computed again: see `Budget`. All ranks call this at the same time, some
-    perhaps without batches.
+    All ranks must call this function at the same time; a rank may have no batches.
 
     Args:
-        check: is told the gap before anything is learned, and may raise.
+        check_gap: called with the log-prob gap before the first optimizer step; may raise.
+        memory_advice: text of the OutOfMemory error.
+
     Raises:
-        TrainingError: loss or gradient is not finite; that optimizer step has changed nothing.
-        OutOfMemory: not even with smaller micro-batches; that one has changed nothing.
+        TrainingError: the loss or gradient is not finite, or the log-prob gap is larger than
+            `max_logprob_gap` with `old_logprobs = "sampler"`. This optimizer step changed nothing.
+        OutOfMemory: this optimizer step changed nothing.
         TornStep: see `Optimizer.step`.
     """
-    policy.model.train()  # whoever sampled with it has left it in eval mode
+    ranks = learner.optimizer.ranks
+    learner.policy.model.train()  # the local sampler leaves the model in eval mode
     if not ranks.any(bool(batches)):
         return Update()
-    budget = budget or Budget()
+    reuse = config.old_logprobs == "sampler"
+    if reuse:
+        batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
 
     def gradient_of(batches: Sequence[Batch]) -> Gradient:
-        try:
-            with ranks.together():
-                return compute_gradient(
-                    policy,
-                    optimizer,
-                    critic,
-                    batches,
-                    config,
-                    temperature=temperature,
-                    budget=budget,
-                )
-        except (TrainingError, OutOfMemory, RankError):
-            clear(optimizer, critic)  # another rank's failure leaves this one's gradient
-            raise
+        with ranks.together(), explain_out_of_memory(OutOfMemory, memory_advice):
+            return compute_gradient(learner, batches, config, temperature=temperature)
 
-    wanted = config.old_logprobs == "sampler"
-    first = gradient_of(_with_sampler_logprobs(batches) if wanted else batches)
-    gap = _logprob_gap(first, ranks)
     try:
-        check(gap)
-    except Exception:
-        clear(optimizer, critic)
-        raise
-    reused = wanted and gap.mean <= config.max_logprob_gap
-    if wanted and not reused:
-        clear(optimizer, critic)
         first = gradient_of(batches)
-    batches = first.batches if reused else _with_own_logprobs(first)
-    steps = [_step(first, optimizer, critic, ranks)]
-    while len(steps) < num_updates:
-        gradient = gradient_of(batches)
-        batches = gradient.batches
-        steps.append(_step(gradient, optimizer, critic, ranks))
+        gap = _logprob_gap(first, ranks)
+        check_gap(gap)
+        if reuse:
+            _check_reuse(gap, config)
+        else:
+            batches = _with_own_logprobs(first)
+        steps = [_step(first, learner)]
+        while len(steps) < num_updates:
+            steps.append(_step(gradient_of(batches), learner))
+    except Exception:
+        learner.zero_grad()  # also where another rank failed
+        raise
     last = steps[-1]
     return Update(
         loss=last.loss,
-        value_loss=last.value_loss if critic else None,
+        value_loss=last.value_loss if learner.critic else None,
         grad_norm=last.grad_norm,
         lr=last.lr,
         num_updates=len(steps),
-        halvings=budget.halvings,
         logprob=_mean(result.logprobs for result in first.results),
         entropy=_mean(result.entropies for result in first.results),
         logprob_gap=gap.mean,
         logprob_gap_max=gap.largest,
-        logprobs_reused=int(reused) if wanted else None,
         ratio_max=max((float(r.stats.ratio_max) for r in last.gradient.results), default=1.0),
         clip_fraction=_clip_fraction(last.gradient),
         kl=_reference_kl(last.gradient),
@@ -186,25 +161,29 @@ def update(
     )
 
 
-def _step(gradient: Gradient, optimizer: Optimizer, critic: Critic | None, ranks: Ranks) -> _Step:
-    loss, value_loss = ranks.sum([gradient.loss, gradient.value_loss])
+def _step(gradient: Gradient, learner: Learner) -> _Step:
+    optimizer, critic = learner.optimizer, learner.critic
+    loss, value_loss = optimizer.ranks.sum([gradient.loss, gradient.value_loss])
     lr = optimizer.lr
-    finite = math.isfinite(loss + value_loss)
-    norm = optimizer.step() if finite else math.nan
+    norm = optimizer.step() if math.isfinite(loss + value_loss) else math.nan
     if not math.isfinite(norm):
-        clear(optimizer, critic)
         raise TrainingError(f"loss {loss}, gradient norm {norm}; {ADVICE}")
     if critic:
         critic.step()
     return _Step(gradient=gradient, loss=loss, value_loss=value_loss, grad_norm=norm, lr=lr)
 
 
-def _with_sampler_logprobs(batches: Sequence[Batch]) -> list[Batch]:
-    return [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
+def _check_reuse(gap: Gap, config: LossConfig) -> None:
+    if gap.mean > config.max_logprob_gap:
+        raise TrainingError(
+            f"loss.max_logprob_gap: the sampler's log-probs differ from the trainer's by "
+            f"{gap.mean:.3g} on average, more than {config.max_logprob_gap:g}; set "
+            "loss.old_logprobs = 'trainer', or raise loss.max_logprob_gap"
+        )
 
 
 def _with_own_logprobs(first: Gradient) -> list[Batch]:
-    # tokens without advantage are not computed; they stay without it in every step
+    # tokens without advantage are not computed and are NaN; no step computes them
     return [
         replace(batch, old_logprobs_N=result.logprobs.nan_to_num(nan=0.0))
         for batch, result in zip(first.batches, first.results, strict=True)
