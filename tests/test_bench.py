@@ -59,13 +59,13 @@ def test_the_readme_is_what_the_results_say():
 def test_a_result_of_no_commit_is_refused(tmp_path):
     import readme
 
-    record = json.loads((readme.RESULTS / "segments_cpu.json").read_text(encoding="utf-8"))
+    record = json.loads((readme.RESULTS / "overhead.json").read_text(encoding="utf-8"))
     record["environment"]["commit"] += "+"
-    (tmp_path / "segments_cpu.json").write_text(json.dumps(record))
-    text = "<!-- segments_cpu:begin -->\n<!-- segments_cpu:end -->"
-    with pytest.raises(SystemExit, match=r"segments_cpu\.json: .*--unclean segments_cpu"):
+    (tmp_path / "overhead.json").write_text(json.dumps(record))
+    text = "<!-- overhead:begin -->\n<!-- overhead:end -->"
+    with pytest.raises(SystemExit, match=r"overhead\.json: .*--unclean overhead"):
         readme.filled(text, tmp_path, ())
-    assert "+`, + for changes" in readme.filled(text, tmp_path, {"segments_cpu"})
+    assert "+`, + for changes" in readme.filled(text, tmp_path, {"overhead"})
 
 
 @pytest.mark.parametrize(

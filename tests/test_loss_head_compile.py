@@ -136,7 +136,6 @@ def cases() -> list[Case]:
         case_of(rows.finish_rows_kernel, {"BLOCK_C": 256}),
         case_of(segments.bounds_kernel, block),
         case_of(segments.segment_sum_kernel, block),
-        case_of(segments.segment_broadcast_kernel, block, types={"out_ptr": "*fp32"}),
     ]
 
 

@@ -291,20 +291,6 @@ def linear_logprobs_cpu(record: dict[str, Any]) -> str:
     )
 
 
-def segments_cpu(record: dict[str, Any]) -> str:
-    largest = max(row["N"] for row in record["rows"])
-    rows = {row["what"]: row for row in record["rows"] if row["N"] == largest}
-    sums, plain = rows["sum, turnfast reference"], rows["sum, torch index_add"]
-    spread, indexed = rows["broadcast, turnfast reference"], rows["broadcast, torch indexing"]
-    floor = rows["floor: a copy of 12 N bytes"]
-    return (
-        f"The sums of {sums['K']:,} turns over {largest:,} tokens take {sums['us'] / 1e3:,.1f} ms "
-        f"with their checks (`index_add_` alone {plain['us'] / 1e3:,.1f}), the broadcast back "
-        f"{spread['us'] / 1e3:,.1f} ms (indexing alone {indexed['us'] / 1e3:,.1f}); a copy of as "
-        f"many bytes takes {floor['us'] / 1e3:,.1f} ms. {_where(record)}"
-    )
-
-
 def commit_of(record: dict[str, Any]) -> str:
     """The commit that a result was measured at; it ends in + where files differed from it."""
     return _environment(record)["commit"]
@@ -318,7 +304,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "trl_step": trl_step,
     "loss_head_cpu": loss_head_cpu,
     "linear_logprobs_cpu": linear_logprobs_cpu,
-    "segments_cpu": segments_cpu,
     "rollout_stalls": rollout_stalls,
     "overhead": overhead,
     "overhead_wider": overhead,

@@ -1,7 +1,7 @@
-"""Per-turn sums and broadcasts in torch, any device.
+"""Segment sums in torch.
 
-On the CPU index_add_ runs in order; elsewhere index_put_ sorts its indices first, so that sums
-repeat bitwise.
+Sums are bitwise repeatable: `index_add_` runs in order on the CPU, and `index_put_` sorts its
+indices on other devices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def segment_sum(values_N: Tensor, segments_N: Tensor, num_segments: int) -> Tensor:
-    """sums_K[k] = sum of values_N[n] over segments_N[n] == k."""
+    """sums_K[k] = sum of values_N[n] over segments_N[n] == k; 0 for an empty segment."""
     sums_K = torch.zeros(num_segments, dtype=values_N.dtype, device=values_N.device)
     add_rows(sums_K, segments_N, values_N)
     return sums_K
@@ -23,8 +23,3 @@ def add_rows(table_TD: Tensor, rows_C: Tensor, values_CD: Tensor) -> None:
         table_TD.index_add_(0, rows_C, values_CD)
     else:
         table_TD.index_put_((rows_C,), values_CD, accumulate=True)
-
-
-def segment_broadcast(values_K: Tensor, segments_N: Tensor) -> Tensor:
-    """values_N[n] = values_K[segments_N[n]]."""
-    return values_K[segments_N]

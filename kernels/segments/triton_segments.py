@@ -1,11 +1,11 @@
-"""Per-turn sums and broadcasts for contiguous segments, without atomics.
+"""Sums over contiguous segments, without atomics.
 
-bounds:    start_K, stop_K of each segment, N reads, at most 2 writes per segment
-sum:       one program per segment, fixed order: bitwise repeatable; reads 4N + 8K bytes, writes 4K
-broadcast: reads 8N bytes of ids and the table from cache, writes 4N
+bounds:    start_K, stop_K of each segment; N reads, at most 2 writes per segment
+sum:       one program per segment in a fixed order, so bitwise repeatable; reads 4N + 8K bytes,
+           writes 4K
 """
 
-# A kernel's launch, kernel[grid](...), has no type that a checker knows.
+# pyright has no type for a kernel launch, kernel[grid](...).
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -42,38 +42,17 @@ def segment_sum_kernel(values_ptr, start_ptr, stop_ptr, sums_ptr, BLOCK: tl.cons
     tl.store(sums_ptr + k, tl.sum(total, 0))
 
 
-@triton.jit
-def segment_broadcast_kernel(values_ptr, segments_ptr, out_ptr, N, BLOCK: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    k = tl.load(segments_ptr + n, mask=inside, other=0)
-    tl.store(out_ptr + n, tl.load(values_ptr + k, mask=inside, other=0.0), mask=inside)
-
-
 def segment_sum(values_N: Tensor, segments_N: Tensor, num_segments: int) -> Tensor:
     """sums_K[k] = sum of values_N[n] over segments_N[n] == k; each segment contiguous."""
     N = values_N.shape[0]
     sums_K = values_N.new_empty(num_segments)
     if num_segments == 0:
         return sums_K
-    # An absent segment keeps start = stop = 0, an empty sum.
+    # An empty segment keeps start = stop = 0.
     start_K = torch.zeros(num_segments, dtype=torch.int64, device=values_N.device)
     stop_K = torch.zeros_like(start_K)
     if N:
         grid = (triton.cdiv(N, BLOCK),)
         bounds_kernel[grid](segments_N.contiguous(), start_K, stop_K, N, BLOCK=BLOCK)
-    values_N = values_N.contiguous()
-    segment_sum_kernel[(num_segments,)](values_N, start_K, stop_K, sums_K, BLOCK=BLOCK)
+    segment_sum_kernel[(num_segments,)](values_N.contiguous(), start_K, stop_K, sums_K, BLOCK=BLOCK)
     return sums_K
-
-
-def segment_broadcast(values_K: Tensor, segments_N: Tensor) -> Tensor:
-    """values_N[n] = values_K[segments_N[n]]."""
-    N = segments_N.shape[0]
-    out_N = values_K.new_empty(N)
-    if N:
-        grid = (triton.cdiv(N, BLOCK),)
-        segment_broadcast_kernel[grid](
-            values_K.contiguous(), segments_N.contiguous(), out_N, N, BLOCK=BLOCK
-        )
-    return out_N
