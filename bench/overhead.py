@@ -166,21 +166,21 @@ def trained(
 
 def watch(seen: Watch) -> None:
     """Have the loop tell what the seconds of its phases are spent on."""
-    make, gather, ask, log, call = (
-        turnfast.run.make_sampler,
-        turnfast.rollout.collect.gather,
+    open_sampler, collect, ask, log, call = (
+        turnfast.run.open_sampler,
+        turnfast.rollout.collect.collect_groups,
         turnfast.rollout.episode.ask,
         turnfast.train._log,
         turnfast.tools.deadline._Call.run,
     )
 
-    def make_timed(*args: Any, **kwargs: Any) -> Timed:
-        seen.parameters = sum(p.numel() for p in kwargs["model"].parameters())
-        return Timed(make(*args, **kwargs), seen)
+    def open_timed(config: Any, policy: Any, *args: Any, **kwargs: Any) -> Timed:
+        seen.parameters = sum(p.numel() for p in policy.model.parameters())
+        return Timed(open_sampler(config, policy, *args, **kwargs), seen)
 
-    def gather_timed(*args: Any, **kwargs: Any) -> Any:
+    def collect_timed(*args: Any, **kwargs: Any) -> Any:
         before = seen.sampler, seen.tools, seen.answers
-        gathered = gather(*args, **kwargs)
+        gathered = collect(*args, **kwargs)
         seen.generation.append(seen.sampler - before[0])
         seen.tool_calls.append(seen.tools - before[1])
         seen.environment.append(seen.answers - before[2])
@@ -202,8 +202,8 @@ def watch(seen: Watch) -> None:
         call(self)
         seen.tools += time.thread_time() - begin
 
-    turnfast.run.make_sampler = make_timed  # type: ignore[assignment]
-    turnfast.rollout.collect.gather = gather_timed
+    turnfast.run.open_sampler = open_timed  # type: ignore[assignment]
+    turnfast.rollout.collect.collect_groups = collect_timed
     turnfast.rollout.episode.ask = ask_timed
     turnfast.train._log = log_timed
     turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]

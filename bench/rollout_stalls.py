@@ -39,7 +39,9 @@ from turnfast.config.schema import RolloutConfig
 from turnfast.envs.lookup.env import LookupEnv
 from turnfast.model.tiny import write_tiny_model
 from turnfast.rollout.episode import derive_seed
-from turnfast.rollout.groups import Gathered, Prompt, Quota, gather
+from turnfast.rollout.groups import CollectedGroups, collect_groups
+from turnfast.rollout.schedule import Prompt, Quota
+from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler import Completion, Request
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.tools import tool
@@ -207,7 +209,7 @@ class Bench:
             },
         }
 
-    def independent(self, extra: int = 0) -> tuple[Gathered, float]:
+    def independent(self, extra: int = 0) -> tuple[CollectedGroups, float]:
         """Samples and seconds of turnfast's rollout."""
         options = self._options
         prompts = [
@@ -215,16 +217,16 @@ class Bench:
             for i, task in enumerate(self._env.tasks("train")[: options.prompts + extra])
         ]
         begin = time.perf_counter()
-        gathered = gather(
-            iter(prompts),
-            Quota(wanted=options.prompts, ahead=extra, most=options.prompts + extra),
-            self._env,
-            self._chat,
-            self._sampler(),
-            self._config,
+        setup = RolloutSetup(
+            env=self._env,
+            chat=self._chat,
+            sampler=self._sampler(),
+            config=self._config,
             max_turns=options.hops + 1,
             seed=0,
         )
+        quota = Quota(wanted=options.prompts, ahead=extra, most=options.prompts + extra)
+        gathered = collect_groups(setup, iter(prompts), quota)
         return gathered, time.perf_counter() - begin
 
     def lock_step(self) -> tuple[list, float]:
@@ -275,7 +277,7 @@ class Bench:
         return Clock(self._chat, self._env, step_s=options.step_ms / 1e3, capacity=options.capacity)
 
 
-def _samples(gathered: Gathered) -> Sequence:
+def _samples(gathered: CollectedGroups) -> Sequence:
     return [
         [turn.sampled_ids for turn in trajectory.turns]
         for group in gathered.groups

@@ -5,12 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from turnfast.chat.base import Bridge
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
 from turnfast.envs import Env, Outcome, Step
-from turnfast.rollout.groups import rollout
+from turnfast.rollout.groups import rollout_tasks
+from turnfast.rollout.setup import RolloutSetup
+from turnfast.sampler import Sampler
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
 from turnfast.types import Group, Message, Task
+
+
+def roll_out(
+    env: Env,
+    chat: Bridge,
+    sampler: Sampler,
+    tasks: Sequence[Task],
+    *,
+    max_turns: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    **limits,
+) -> list[Group]:
+    """Groups of these tasks with seed 0; `limits` are fields of `RolloutConfig`."""
+    sizes = {"max_new_tokens": 100, "max_context": 2000, "trajectory_timeout_s": 120, **limits}
+    seed = sizes.pop("seed", 0)
+    setup = RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=sampler,
+        config=RolloutConfig(**sizes),
+        max_turns=max_turns,
+        seed=seed,
+    )
+    return rollout_tasks(setup, tasks, should_stop=should_stop)
 
 
 def roll(
@@ -23,20 +50,13 @@ def roll(
     num_tasks: int = 4,
     max_context: int = 2000,
 ) -> list[Group]:
-    """Groups whose every turn is `say` of all that the agent has seen, answered in random order."""
-    config = RolloutConfig(
-        prompts_per_step=num_tasks,
-        group_size=group_size,
-        max_new_tokens=100,
-        max_context=max_context,
-        max_error_share=0.0,
-        trajectory_timeout_s=120,
-    )
+    """Groups in which every turn is `say` of the whole context, finished in random order."""
     sampler = ScriptedSampler(
         lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
     )
     tasks = env.tasks("train")[:num_tasks]
-    return rollout(tasks, env, chat, sampler, config, max_turns=max_turns, seed=0)
+    limits = {"group_size": group_size, "max_context": max_context, "max_error_share": 0.0}
+    return roll_out(env, chat, sampler, tasks, max_turns=max_turns, **limits)
 
 
 def play(env: Env, task: Task, *texts: str) -> tuple[Sequence[Message], list[Step], Outcome]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -157,10 +156,10 @@ def test_the_template_is_told_its_options_in_every_turn(tiny_folder, kept):
 
 def test_options_that_a_template_does_not_have_are_refused(policy):
     policy.tokenizer.chat_template = ASKED_NOT_TO_THINK
-    env = SimpleNamespace(tools=(), native_calls=False)
 
     def chat(**options):
-        return open_chat(ModelConfig(template_options=options), policy, env)
+        config = ModelConfig(template_options=options)
+        return open_chat(config, policy.tokenizer, policy.folder, [])
 
     opened = chat(enable_thinking=False).open([{"role": "user", "content": "Who?"}])
     assert policy.tokenizer.decode(opened.prompt_ids).endswith("<think></think>")

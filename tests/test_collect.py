@@ -7,11 +7,10 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import recipe, training_lines
+from training_runs import recipe, stop_after, training_lines
 from transformers import AutoModelForCausalLM
 
 import turnfast.train
@@ -20,9 +19,9 @@ from turnfast.config.recipe import build_config
 from turnfast.config.schema import Config
 from turnfast.envs import Outcome, Step, Task
 from turnfast.errors import ConfigError, Interrupted
-from turnfast.parallel.ranks import ALONE
 from turnfast.rollout.collect import Collector
 from turnfast.rollout.prompts import PromptQueue, open_queue
+from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sampler.sync import teacher_forced_logprobs
 from turnfast.train import train
@@ -101,17 +100,18 @@ def config_of(**rollout) -> Config:
     return build_config({"rollout": {**sizes, **rollout}, "env": {"max_turns": 2}})
 
 
-def collector_of(chat: Chat, config: Config, env=None, state=None, first_step: int = 1):
-    run = SimpleNamespace(
-        config=config,
-        prompts=PromptQueue(TASKS, seed=0, **(state or {})),
+def collector_of(chat: Chat, config: Config, env=None, state=None, **options) -> Collector:
+    setup = RolloutSetup(
         env=env or Talk(),
         chat=chat,
         sampler=Dice(chat.end_id),
-        first_step=first_step,
-        ranks=ALONE,
+        config=config.rollout,
+        max_turns=config.env.max_turns,
+        seed=config.train.seed,
     )
-    return Collector(run, lambda: False)
+    prompts = PromptQueue(TASKS, seed=0, **(state or {}))
+    options = {"first_step": 1, **options}
+    return Collector(setup, prompts, config.train, config.credit, **options)
 
 
 def drawn(group) -> tuple:
@@ -131,20 +131,20 @@ def test_every_pass_takes_every_task_once():
     assert all(sorted(p.task.id for p in one) == sorted(t.id for t in TASKS) for one in passes)
     assert [p.place for one in passes for p in one] == list(range(40))
     assert len({tuple(p.task.id for p in one) for one in passes}) == 4
-    assert not any(p.settled for one in passes for p in one)
+    assert not any(p.must_finish for one in passes for p in one)
 
 
 def test_what_is_given_back_comes_first_and_must_be_finished():
     queue = PromptQueue(TASKS, seed=3)
     taken = [next(queue.take()) for _ in range(6)]
-    queue.give_back([taken[4], taken[1]])
+    queue.put_back([taken[4], taken[1]])
     state = queue.state()
     assert state == {"position": 6, "returned": [1, 4]}
     for again in (queue, open_queue(TASKS, 3, {"step": 1, "data": state}, done=99)):
         prompts = again.take()
         following = [next(prompts) for _ in range(4)]
         assert [p.place for p in following] == [1, 4, 6, 7]
-        assert [p.settled for p in following] == [True, True, False, False]
+        assert [p.must_finish for p in following] == [True, True, False, False]
         assert [p.task for p in following[:2]] == [taken[1].task, taken[4].task]
 
 
@@ -355,20 +355,9 @@ def test_an_error_in_the_training_ends_the_rollout_ahead(letters_model, tmp_path
 
 
 def test_a_stop_while_the_collector_rolls_out(chat):
-    run = SimpleNamespace(
-        config=config_of(),
-        prompts=PromptQueue(TASKS, seed=0),
-        env=Talk(),
-        chat=chat,
-        sampler=Dice(chat.end_id),
-        first_step=1,
-        ranks=ALONE,
-    )
-    asked = iter(range(5))
     with (
-        Collector(run, lambda: next(asked, None) is None) as collector,
+        collector_of(chat, config_of(), should_stop=stop_after(5)) as collector,
         pytest.raises(Interrupted),
     ):
         collector.collect(1)
     assert collector.state(0) == {"data": {"position": 0, "returned": []}}
-    assert run.sampler.num_pending == 0

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import by_script
 import pytest
+from by_script import roll_out
 
 from turnfast.config.recipe import load_config, to_toml
-from turnfast.config.schema import RewardConfig, RolloutConfig
+from turnfast.config.schema import RewardConfig
 from turnfast.credit import assign_credit
 from turnfast.envs import (
     Demonstrator,
@@ -28,7 +29,6 @@ from turnfast.envs import (
 )
 from turnfast.errors import ConfigError, RolloutError
 from turnfast.metrics.rollouts import summarise
-from turnfast.rollout.groups import rollout
 from turnfast.sampler.scripted import ScriptedSampler
 
 TASK = Task(
@@ -230,16 +230,9 @@ def test_functions_of_a_turn_run_at_the_same_time():
 
 
 def roll(chat, env, *, share):
-    config = RolloutConfig(
-        prompts_per_step=1,
-        group_size=6,
-        max_new_tokens=100,
-        max_context=400,
-        max_error_share=share,
-        trajectory_timeout_s=60,
-    )
     sampler = ScriptedSampler(lambda prompt_ids: chat.encode_reply(ANSWER))
-    return rollout([TASK], env, chat, sampler, config, max_turns=3, seed=0)
+    limits = {"max_turns": 3, "group_size": 6, "max_error_share": share}
+    return roll_out(env, chat, sampler, [TASK], **limits)
 
 
 def test_a_failed_reward_is_counted_and_stays_out_of_the_baseline(chat):

@@ -12,13 +12,11 @@ import signal
 import sys
 
 import pytest
-from by_script import play
+from by_script import play, roll, roll_out
 
-from turnfast.config.schema import RolloutConfig
 from turnfast.envs import RewardFault, load_env
 from turnfast.errors import ConfigError
-from turnfast.rollout.groups import rollout
-from turnfast.sampler.scripted import ScriptedSampler, shuffled
+from turnfast.sampler.scripted import ScriptedSampler
 
 try:
     from verifiers import MultiTurnEnv  # noqa: F401
@@ -197,14 +195,8 @@ def test_whole_rollouts_of_groups_at_the_same_time(chat):
         return str((low + high) // 2)
 
     env = make("guess")
-    config = RolloutConfig(
-        prompts_per_step=4, group_size=2, max_new_tokens=20, max_context=3000, max_error_share=0.0
-    )
-    sampler = ScriptedSampler(
-        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
-    )
     for _ in range(2):  # each in an event loop of its own
-        groups = rollout(env.tasks("train")[:4], env, chat, sampler, config, max_turns=8, seed=0)
+        groups = roll(chat, env, say, max_turns=8, group_size=2, max_context=3000)
         for group in groups:
             one, two = group.trajectories
             assert (one.status, one.error) == ("finished", "")
@@ -229,18 +221,10 @@ def test_faults_are_typed():
 
 
 def test_a_reward_that_is_no_number_ends_as_a_reward_error(chat):
-    config = RolloutConfig(prompts_per_step=1, group_size=2, max_new_tokens=20, max_context=3000)
-    sampler = ScriptedSampler(lambda ids: chat.encode_reply("4"), pick=shuffled(0))
     env = make("nan")
-    (group,) = rollout(
-        env.tasks("train")[:1],
-        env,
-        chat,
-        sampler,
-        config.model_copy(update={"max_error_share": 1.0}),
-        max_turns=2,
-        seed=0,
-    )
+    sampler = ScriptedSampler(lambda ids: chat.encode_reply("4"))
+    limits = {"max_turns": 2, "group_size": 2, "max_error_share": 1.0}
+    (group,) = roll_out(env, chat, sampler, env.tasks("train")[:1], **limits)
     assert {t.status for t in group.trajectories} == {"reward_error"}
 
 

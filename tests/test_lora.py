@@ -26,8 +26,8 @@ from turnfast.model import Policy, load_policy
 from turnfast.model.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
 from turnfast.packing.pack import pack
 from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from turnfast.sampler import make_sampler
-from turnfast.sampler.local import LocalSampler
+from turnfast.sampler import Sampler
+from turnfast.sampler.open import open_sampler
 from turnfast.sampler.sync import make_probe, sync_weights
 from turnfast.train import train
 from turnfast.update.learner import Learner
@@ -188,17 +188,14 @@ def test_a_bfloat16_weight_is_rounded_once(tiny_folder):
         assert torch.equal(found[f"{name}.weight"], exact.to(torch.bfloat16))
 
 
-def sampler_of(policy: Policy, *, beside_training: bool) -> LocalSampler:
-    return make_sampler(
-        SamplerConfig(backend="local", max_sequences=8), model_folder=policy.folder,
-        model=policy.model, stop_ids=[2], max_context=128, device="cpu", dtype=torch.float32,
-        beside_training=beside_training,
-    )  # fmt: skip
+def sampler_of(policy: Policy, *, overlap: bool) -> Sampler:
+    config = SamplerConfig(backend="local", max_sequences=8)
+    return open_sampler(config, policy, stop_ids=[2], max_context=128, overlap=overlap)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_the_local_sampler_follows(adapted, beside):
-    sampler = sampler_of(adapted, beside_training=beside)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_local_sampler_follows(adapted, overlap):
+    sampler = sampler_of(adapted, overlap=overlap)
     probe = make_probe(len(adapted.head_VD), 128)
     for seed in range(3):
         assert sync_weights(adapted.model, sampler, probe, 1e-4).gap < 1e-4
@@ -206,7 +203,7 @@ def test_the_local_sampler_follows(adapted, beside):
 
 
 def test_a_forgotten_merge_is_found(adapted):
-    sampler = sampler_of(adapted, beside_training=True)
+    sampler = sampler_of(adapted, overlap=True)
     probe = make_probe(len(adapted.head_VD), 128)
     moved(adapted)
     kept = sampler.load_weights

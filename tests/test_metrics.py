@@ -18,7 +18,7 @@ from turnfast.config.schema import Config, RolloutConfig
 from turnfast.errors import ConfigError
 from turnfast.metrics.rollouts import summarise
 from turnfast.metrics.stopwatch import Stopwatch
-from turnfast.rollout.overlong import settle_overlong
+from turnfast.rollout.overlong import apply_overlong_rule
 from turnfast.rundir.directory import RunDir, read_metrics
 from turnfast.rundir.jsonl import append_lines, read_lines, to_strict
 from turnfast.types import Credit, Group, Task, Turn
@@ -299,7 +299,7 @@ def test_rollouts_that_were_cut_are_counted_as_they_were_played(overlong):
     played = group(
         *(rollout(i, [turn(""), turn("", finish=f)], s) for i, (s, f) in enumerate(ends))
     )
-    (settled,) = settle_overlong([played], RolloutConfig(overlong=overlong))
+    (settled,) = apply_overlong_rule([played], RolloutConfig(overlong=overlong))
     figures = summarise([settled])
     assert {n: v for n, v in figures.items() if n.startswith("cut/")} == {
         "cut/context": 2, "cut/length": 2, "cut/turns": 1, "cut/time": 1

@@ -8,10 +8,11 @@ from by_hand import group_of, rollout, turn
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credit
+from turnfast.errors import ConfigError
 from turnfast.metrics.rewards import diagnose
 from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
-from turnfast.rollout.overlong import settle_overlong
+from turnfast.rollout.overlong import apply_overlong_rule
 from turnfast.types import Credit, Group, Turn
 
 
@@ -33,11 +34,11 @@ def config(overlong: str) -> RolloutConfig:
 
 
 def test_train_leaves_all_as_it_is():
-    assert settle_overlong([GROUP], config("train")) == [GROUP]
+    assert apply_overlong_rule([GROUP], config("train")) == [GROUP]
 
 
 def test_mask_sets_aside_what_a_limit_cut_off_and_counts_it():
-    (group,) = settle_overlong([GROUP], config("mask"))
+    (group,) = apply_overlong_rule([GROUP], config("mask"))
     statuses = [t.status for t in group.trajectories]
     # a turn cut short in the middle is the agent's to recover from
     assert statuses == ["overlong", "finished", "overlong", "finished", "timeout"]
@@ -54,7 +55,7 @@ def test_mask_sets_aside_what_a_limit_cut_off_and_counts_it():
 
 
 def test_penalty_falls_on_the_turn_that_was_long():
-    (group,) = settle_overlong([GROUP], config("penalty"))
+    (group,) = apply_overlong_rule([GROUP], config("penalty"))
     rewards = [[turn.reward for turn in t.turns] for t in group.trajectories]
     assert rewards == [[0.5, -1.0], [-1.0, None], [pytest.approx(-0.3)], [None], [None]]
     parts = group.trajectories[2].turns[0].reward_parts
@@ -64,12 +65,12 @@ def test_penalty_falls_on_the_turn_that_was_long():
 
 def test_all_cut_off_is_no_signal():
     group = Group(task=GROUP.task, trajectories=GROUP.trajectories[:3:2])
-    (masked,) = settle_overlong([group], config("mask"))
+    (masked,) = apply_overlong_rule([group], config("mask"))
     credit = assign_credit(masked)
     assert not credit.has_signal and pack([masked], [credit], budget=99).batches == ()
     assert Credit(rule="", advantages=()).tokens is None
 
 
 def test_a_buffer_beyond_the_limit_is_refused():
-    with pytest.raises(ValueError, match=r"rollout\.overlong_buffer: 64 is more than"):
+    with pytest.raises(ConfigError, match=r"rollout\.overlong_buffer: 64 is more than"):
         build_config({"rollout": {"overlong": "penalty", "max_new_tokens": 32}})

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from by_script import roll_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,9 @@ from turnfast.envs.rewards.reward import Reward, with_rewards
 from turnfast.errors import Interrupted, RolloutError
 from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
-from turnfast.rollout.groups import Prompt, Quota, gather, rollout
+from turnfast.rollout.groups import collect_groups
+from turnfast.rollout.schedule import Prompt, Quota
+from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
     ScriptedSampler,
@@ -34,9 +37,7 @@ from turnfast.sampler.scripted import (
 )
 from turnfast.types import Credit
 
-CONFIG = RolloutConfig(
-    prompts_per_step=2, group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60
-)
+LIMITS = dict(group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60)
 ANSWER = "<answer>done</answer>"
 
 
@@ -123,7 +124,7 @@ def workshop():
 def work(chat, workshop, sampler, **changed):
     """Both tasks, at most four turns each."""
     tasks = workshop.tasks("train")
-    return rollout(tasks, workshop, chat, sampler, CONFIG, max_turns=4, **changed)
+    return roll_out(workshop, chat, sampler, tasks, **{**LIMITS, "max_turns": 4, **changed})
 
 
 def timeless(groups):
@@ -179,9 +180,9 @@ def test_same_samples_in_batches_of_any_size(tiny_folder, chat, workshop, num_sl
 
     def play(slots: int):
         sampler = LocalSampler(model, stop_ids=chat.stop_ids, num_slots=slots, max_context=480)
-        config = CONFIG.model_copy(update={"max_new_tokens": 6})
         env = Workshop(missing_answer="remind")
-        groups = rollout(env.tasks("train"), env, chat, sampler, config, max_turns=3, seed=5)
+        limits = {**LIMITS, "max_new_tokens": 6, "max_turns": 3, "seed": 5}
+        groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
         return [
             [turn.sampled_ids for turn in t.turns] for group in groups for t in group.trajectories
         ]
@@ -195,14 +196,14 @@ def test_every_request_has_a_seed_of_its_own(chat, workshop):
     """Also when a task comes twice, which small data sets do in one step."""
     sampler = Recorder(chat, lambda prompt: call("echo", text="x"))
     tasks = [task("a"), task("b"), task("a")]
-    rollout(tasks, workshop, chat, sampler, CONFIG, max_turns=2, seed=0)
+    roll_out(workshop, chat, sampler, tasks, max_turns=2, seed=0, **LIMITS)
     seeds = [request.seed for request in sampler.requests]
     assert len(seeds) == len(set(seeds)) == 3 * 2 * 2
     again = Recorder(chat, lambda prompt: call("echo", text="x"))
-    rollout(tasks, workshop, chat, again, CONFIG, max_turns=2, seed=0)
+    roll_out(workshop, chat, again, tasks, max_turns=2, seed=0, **LIMITS)
     assert sorted(seeds) == sorted(request.seed for request in again.requests)
     other = Recorder(chat, lambda prompt: call("echo", text="x"))
-    rollout(tasks, workshop, chat, other, CONFIG, max_turns=2, seed=1)
+    roll_out(workshop, chat, other, tasks, max_turns=2, seed=1, **LIMITS)
     assert not set(seeds) & {request.seed for request in other.requests}
 
 
@@ -325,9 +326,8 @@ class BlockingEpisode:
 def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
     env = with_rewards(Blocking(), rewards) if rewards else Blocking()
     sampler = Recorder(chat, lambda prompt: "hm")
-    groups = rollout(
-        env.tasks("train"), env, chat, sampler, CONFIG, max_turns=4, seed=0, group_size=1
-    )
+    limits = {**LIMITS, "max_turns": 4, "group_size": 1}
+    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
     (a,), (b,) = (group.trajectories for group in groups)
     assert (a.status, len(a.turns), b.status, len(b.turns)) == ("finished", 1, "finished", 3)
     assert (a.outcome, b.outcome) == (1.0 + len(rewards), 3.0 + len(rewards))
@@ -339,10 +339,8 @@ def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
 )
 def test_a_step_that_blocks_for_good_ends_its_own_trajectory(chat, patience_s, status, error):
     env = Blocking(patience_s)
-    config = CONFIG.model_copy(update={"trajectory_timeout_s": 0.2, "max_error_share": 1.0})
-    groups = rollout(
-        [task("a")], env, chat, Recorder(chat, lambda prompt: "hm"), config, max_turns=4, seed=0
-    )
+    limits = {**LIMITS, "max_turns": 4, "trajectory_timeout_s": 0.2, "max_error_share": 1.0}
+    groups = roll_out(env, chat, Recorder(chat, lambda prompt: "hm"), [task("a")], **limits)
     env.gate.set()
     for trajectory in groups[0].trajectories:
         assert trajectory.status == status and error in trajectory.error
@@ -366,19 +364,9 @@ async def called_off():
 
 def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=everything, **changed):
     sampler = Recorder(chat, lambda prompt: "hm", pick=pick)
-    config = CONFIG.model_copy(update=changed)
+    limits = {**LIMITS, "max_turns": 2, "group_size": group_size, **changed}
     try:
-        return rollout(
-            env.tasks("train"),
-            env,
-            chat,
-            sampler,
-            config,
-            max_turns=2,
-            seed=0,
-            group_size=group_size,
-            should_stop=should_stop,
-        )
+        return roll_out(env, chat, sampler, env.tasks("train"), should_stop=should_stop, **limits)
     finally:
         assert sampler.num_pending == 0
 
@@ -499,17 +487,17 @@ async def stubborn():
 
 
 def test_an_environment_that_will_not_be_called_off_costs_one_trajectory(chat, monkeypatch):
-    monkeypatch.setattr("turnfast.rollout.schedule.STUBBORN_S", 0.1)
-    monkeypatch.setattr("turnfast.rollout.groups.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.schedule.CANCEL_GRACE_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
     groups = play_fragile(chat, Fragile(stubborn), trajectory_timeout_s=0.1)
     lone = groups[1].trajectories[0]
     assert (lone.status, lone.turns, lone.index) == ("timeout", (), 0)
-    assert "would not be called off" in lone.error
+    assert "ignored cancellation" in lone.error
     assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
 def test_a_stop_does_not_wait_for_an_environment_that_will_not_be_called_off(chat, monkeypatch):
-    monkeypatch.setattr("turnfast.rollout.groups.STUBBORN_S", 0.1)
+    monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
     asked = iter(range(3))
     with pytest.raises(Interrupted):
         play_fragile(chat, Fragile(stubborn), should_stop=lambda: next(asked, None) is None)
@@ -524,10 +512,8 @@ def test_the_clock_of_a_rollout_starts_with_it(chat):
 
     sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=slow, capacity=1)
     env = Fragile(broken, broken=())
-    config = CONFIG.model_copy(update={"trajectory_timeout_s": 0.3})
-    groups = rollout(
-        env.tasks("train"), env, chat, sampler, config, max_turns=1, seed=0, group_size=1
-    )
+    limits = {**LIMITS, "max_turns": 1, "group_size": 1, "trajectory_timeout_s": 0.3}
+    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
     played = [trajectory for group in groups for trajectory in group.trajectories]
     assert [t.status for t in played] == ["finished"] * 8
     assert max(t.time_s for t in played) < 0.3
@@ -574,11 +560,9 @@ def test_an_async_tool_of_many_awaits_does_not_need_an_engine_step_for_each(chat
 
 
 def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
-    config = CONFIG.model_copy(update={"max_context": 160})
     sampler = Recorder(chat, lambda prompt: call("echo", text="more and more of it"))
-    groups = rollout(
-        [task("a")], workshop, chat, sampler, config, max_turns=50, seed=0, group_size=1
-    )
+    limits = {**LIMITS, "max_turns": 50, "group_size": 1, "max_context": 160}
+    groups = roll_out(workshop, chat, sampler, [task("a")], **limits)
     (lone,) = groups[0].trajectories
     assert lone.status == "context_full" and 0 < len(lone.turns) < 50
     assert lone.metrics["answered"] == 0.0 and not lone.failed
@@ -589,21 +573,10 @@ def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
 def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
     """Also when it is the last turn, or the environment is content with what it got."""
     prompt = chat.open([{"role": "user", "content": "task a"}]).prompt_ids
-    config = CONFIG.model_copy(update={"max_context": len(prompt) + left})
     sampler = ScriptedSampler(lambda prompt_ids: [65] * 19 + [chat.end_id])
-    ((cut,),) = (
-        group.trajectories
-        for group in rollout(
-            [task("a")],
-            Fragile(broken, broken=()),
-            chat,
-            sampler,
-            config,
-            max_turns=1,
-            seed=0,
-            group_size=1,
-        )
-    )
+    limits = {**LIMITS, "max_turns": 1, "group_size": 1, "max_context": len(prompt) + left}
+    (group,) = roll_out(Fragile(broken, broken=()), chat, sampler, [task("a")], **limits)
+    (cut,) = group.trajectories
     assert cut.status == ("context_full" if left == 3 else "finished")
     assert cut.num_sampled == min(left, 20) and not cut.failed and cut.outcome == 1.0
 
@@ -612,18 +585,11 @@ def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
 def test_a_prompt_that_never_fits_is_an_error(chat, room):
     """Also one that fills the context to the last token."""
     size = len(chat.open([{"role": "user", "content": "task a"}]).prompt_ids)
-    config = CONFIG.model_copy(update={"max_context": size + room})
     told = rf"prompt has {size} tokens.*max_context = {size + room}"
+    sampler = Recorder(chat, lambda prompt: ANSWER)
+    limits = {**LIMITS, "max_turns": 2, "max_context": size + room}
     with pytest.raises(RolloutError, match=told):
-        rollout(
-            [task("a")],
-            Fragile(broken, broken=()),
-            chat,
-            Recorder(chat, lambda prompt: ANSWER),
-            config,
-            max_turns=2,
-            seed=0,
-        )
+        roll_out(Fragile(broken, broken=()), chat, sampler, [task("a")], **limits)
 
 
 # --- stops ----------------------------------------------------------------------------------------
@@ -654,16 +620,7 @@ def test_a_stop_while_tools_hang_in_threads(chat, workshop):
     asked = iter(range(4))
     sampler = Recorder(chat, lambda prompt: call("hang"))
     with pytest.raises(Interrupted):
-        rollout(
-            workshop.tasks("train"),
-            workshop,
-            chat,
-            sampler,
-            CONFIG,
-            max_turns=2,
-            seed=0,
-            should_stop=lambda: next(asked, None) is None,
-        )
+        work(chat, workshop, sampler, should_stop=lambda: next(asked, None) is None)
     assert sampler.num_pending == 0 and len(sampler.requests) == 4
 
 
@@ -684,17 +641,16 @@ def test_a_sampler_that_breaks_ends_the_rollout(chat):
 
 def usage_of(chat, env, sampler, size: int):
     tasks = [task(name) for name in "abcdefghijklmnop"[:size]]
-    return gather(
-        (Prompt(place=i, task=each) for i, each in enumerate(tasks)),
-        Quota(wanted=size, most=size),
-        env,
-        chat,
-        sampler,
-        CONFIG,
+    setup = RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=sampler,
+        config=RolloutConfig(**{**LIMITS, "group_size": 1}),
         max_turns=1,
         seed=0,
-        group_size=1,
-    ).usage
+    )
+    prompts = (Prompt(place=i, task=each) for i, each in enumerate(tasks))
+    return collect_groups(setup, prompts, Quota(wanted=size, most=size)).usage
 
 
 def test_utilisation_is_of_the_slots_there_are_rollouts_for(chat):
@@ -808,15 +764,9 @@ def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes
             return done
 
     env = Babel(replies)
-    groups = rollout(
-        env.tasks("train"),
-        env,
-        chat,
-        Noting(reply, score=score, pick=shuffled(seed)),
-        CONFIG,
-        max_turns=3,
-        seed=seed,
-    )
+    sampler = Noting(reply, score=score, pick=shuffled(seed))
+    limits = {**LIMITS, "max_turns": 3, "seed": seed}
+    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
     credits = [
         Credit(
             rule="test",

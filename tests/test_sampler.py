@@ -16,7 +16,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.config.schema import SamplerConfig
 from turnfast.errors import ConfigError
-from turnfast.sampler import Request, choose_backend, make_sampler
+from turnfast.model import Policy
+from turnfast.sampler import Request, choose_backend
+from turnfast.sampler.open import open_sampler
 from turnfast.sampler.scripted import ScriptedSampler, newest, oldest, shuffled
 from turnfast.sampler.slots import MIN_COPY, SlotTable
 
@@ -52,41 +54,43 @@ def test_vllm_is_refused_beside_the_triton_interpreter(monkeypatch: pytest.Monke
     assert choose_backend(SamplerConfig(backend="auto")) == "vllm"
 
 
-def make_local(max_context: int, *, device: str = "cpu", **fields):
+def open_local(max_context: int, *, device: str = "cpu", **fields):
     shape = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=1, **shape))
-    return make_sampler(
-        SamplerConfig(**{"backend": "local", **fields}),
-        model_folder=Path("unused"),
-        model=model,
-        stop_ids=(1,),
-        max_context=max_context,
-        device=device,
-        dtype=torch.float32,
+    config = Qwen3Config(
+        vocab_size=50, num_key_value_heads=1, max_position_embeddings=10**12, **shape
     )
+    policy = Policy(
+        model=Qwen3ForCausalLM(config),
+        tokenizer=None,
+        folder=Path("unused"),
+        device=torch.device(device),
+        attention="sdpa",
+    )
+    config = SamplerConfig(**{"backend": "local", **fields})
+    return open_sampler(config, policy, stop_ids=(1,), max_context=max_context)
 
 
-def test_local_is_made_when_asked_for():
-    sampler = make_local(32)
+def test_the_local_sampler_is_opened_on_request():
+    sampler = open_local(32)
     sampler.submit(request(0, (5, 6), max_new_tokens=2))
     sampler.step()
     sampler.close()
 
 
-def test_a_gpu_without_vllm_is_told_of_and_may_not_keep_its_cache(monkeypatch, caplog):
+def test_a_gpu_without_vllm_warns_and_must_free_its_cache(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    make_local(32, backend="auto")
-    make_local(32, device="cuda")
+    open_local(32, backend="auto")
+    open_local(32, device="cuda")
     assert not caplog.records
-    make_local(32, device="cuda", backend="auto")
-    assert "sampler.backend: vLLM cannot be used here" in caplog.text and "'.[vllm]'" in caplog.text
-    with pytest.raises(ConfigError, match=r"sampler\.sleep: without vLLM"):
-        make_local(32, device="cuda", backend="auto", sleep=False)
+    open_local(32, device="cuda", backend="auto")
+    assert "sampler.backend: vLLM cannot be used" in caplog.text and "'.[vllm]'" in caplog.text
+    with pytest.raises(ConfigError, match=r"sampler\.sleep: false needs vLLM"):
+        open_local(32, device="cuda", backend="auto", sleep=False)
 
 
 def test_a_context_that_no_memory_holds_is_refused():
     with pytest.raises(ConfigError, match=r"rollout\.max_context: .* 1000000000000 tokens"):
-        make_local(10**12)
+        open_local(10**12)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import (
 )
 from two_turns import finish_all, request, two_turns, worst_gap
 
+from turnfast.errors import ConfigError
 from turnfast.sampler.local import LocalSampler, draw
 
 SHAPE = dict(
@@ -190,7 +191,7 @@ def test_capped_attention_logits_are_refused():
     model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16))
     sampler = sampler_of(model)
     sampler.submit(request(0, range(2, 40)))
-    with pytest.raises(NotImplementedError, match="softcap"):
+    with pytest.raises(ConfigError, match="softcap"):
         sampler.step()
 
 

@@ -19,9 +19,9 @@ from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_g
 
 from turnfast.config.schema import LoraConfig, SamplerConfig
 from turnfast.errors import SyncError
-from turnfast.model import default_tolerance
+from turnfast.model import Policy, default_tolerance
 from turnfast.model.lora import add_adapter
-from turnfast.sampler import make_sampler
+from turnfast.sampler.open import open_sampler
 from turnfast.sampler.sync import Probe, compare, make_probe, sync_weights
 
 pytestmark = [
@@ -59,17 +59,17 @@ def trainer(folder: Path) -> Qwen3ForCausalLM:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator:
+    policy = Policy(
+        model=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        tokenizer=None,
+        folder=folder,
+        device=torch.device(DEVICE),
+        attention="sdpa",
+    )
+    config = SamplerConfig(backend="vllm", max_sequences=64)
     rng, numbers = torch.random.get_rng_state(), random.getstate()
     threads = torch.get_num_threads()
-    sampler = make_sampler(
-        SamplerConfig(backend="vllm", max_sequences=64),
-        model_folder=folder,
-        model=torch.nn.Identity(),
-        stop_ids=(STOP,),
-        max_context=CONTEXT,
-        device=DEVICE,
-        dtype=torch.float32,
-    )
+    sampler = open_sampler(config, policy, stop_ids=(STOP,), max_context=CONTEXT)
     # the engine seeds and pins what it can reach; none of that may show in the trainer
     assert torch.equal(rng, torch.random.get_rng_state()) and numbers == random.getstate()
     torch.set_num_threads(threads + 1)
@@ -98,8 +98,9 @@ def test_an_engine_that_gets_no_memory_is_one_line_with_the_way_out(letters_mode
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     told = done.stderr.splitlines()[-1]
-    assert told.startswith("turnfast: sampler.backend: vLLM did not start: Available memory on")
-    assert "VLLM_CPU_KVCACHE_SPACE" in told and "rollout.max_context = 256 tokens" in told
+    assert told.startswith("turnfast: sampler.backend: vLLM lacks memory to start; change")
+    assert "VLLM_CPU_KVCACHE_SPACE" in told and "rollout.max_context = 256" in told
+    assert "Error: Available memory on" in told
 
 
 def train_one_step(model: Qwen3ForCausalLM, lr: float = 3e-4) -> None:

@@ -20,9 +20,9 @@ from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sampler.sync import (
     Probe,
+    check_logprob_gap,
     compare,
     make_probe,
-    refuse_strangers,
     sync_after_step,
     sync_weights,
     teacher_forced_logprobs,
@@ -139,7 +139,7 @@ def test_without_a_probe_the_weights_are_handed_over_all_the_same(trainer):
 def test_tokens_of_other_weights_are_refused(dtype, mean, largest, refused):
     tolerance = default_tolerance(dtype)
     with pytest.raises(SyncError, match="of this step ") if refused else nullcontext():
-        refuse_strangers(mean, largest, tolerance=tolerance, dtype=dtype)
+        check_logprob_gap(mean, largest, tolerance=tolerance, dtype=dtype)
 
 
 def test_a_shared_module_with_requests_in_flight_is_refused(trainer):

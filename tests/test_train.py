@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from turnfast.model.tiny import write_tiny_model
 from turnfast.report.trajectories import read_rollouts
 from turnfast.rundir.directory import read_metrics
 from turnfast.sampler.local import LocalSampler
+from turnfast.sampler.open import open_sampler
 from turnfast.sft import warm_start
 from turnfast.train import train
 
@@ -338,11 +338,11 @@ def test_nothing_is_learned_from_tokens_of_other_weights(
 ):
     """A sampler with weights of its own, which does or does not take those of the first step. No
     probe is due then: the tokens of the second step tell."""
-    make, take = turnfast.run.make_sampler, LocalSampler.load_weights
+    take = LocalSampler.load_weights
     num_loads = 0
 
-    def make_apart(*args, **kwargs):
-        return make(*args, **{**kwargs, "model": copy.deepcopy(kwargs["model"])})
+    def open_copy(*args, **options):
+        return open_sampler(*args, **{**options, "overlap": True})
 
     def load_weights(self, named_weights):
         nonlocal num_loads
@@ -352,7 +352,7 @@ def test_nothing_is_learned_from_tokens_of_other_weights(
         else:
             take(self, named_weights)
 
-    monkeypatch.setattr("turnfast.run.make_sampler", make_apart)
+    monkeypatch.setattr("turnfast.run.open_sampler", open_copy)
     monkeypatch.setattr(LocalSampler, "load_weights", load_weights)
     run_dir = tmp_path / "run"
     config = recipe(letters_model, train__save_every=0, train__eval_every=0)

@@ -5,53 +5,45 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from .chat.base import Bridge
 from .config.schema import Config
-from .envs import Env, Split, tasks_of
+from .envs import Split, tasks_of
 from .envs.load import open_env
 from .errors import ConfigError
 from .metrics.rollouts import summarise
 from .model import load_policy, pick_device
 from .parallel.ranks import ALONE, Ranks
-from .rollout.groups import rollout
-from .run import open_env_chat, open_model_folder
+from .rollout.groups import rollout_tasks
+from .rollout.setup import RolloutSetup
+from .run import open_model_folder, open_rollouts
 from .rundir.directory import plain_group
 from .rundir.jsonl import append_lines, to_strict
-from .sampler import Sampler, open_sampler
 from .types import Group
 
 
 def evaluate(
-    config: Config,
-    env: Env,
-    chat: Bridge,
-    sampler: Sampler,
+    setup: RolloutSetup,
+    num_tasks: int,
     *,
     split: Split = "eval",
     sampled: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], list[Group]]:
-    """One rollout of each of the first `train.eval_tasks` tasks of a split, greedy unless `sampled`
-    (then at `rollout.temperature`); of several ranks each plays a share of them.
+    """Roll out the first `num_tasks` tasks of a split once each, divided among the ranks: greedy,
+    or with `sampled` at `rollout.temperature`.
 
     Returns:
-        The figures of `metrics.summarise` under `eval/…`, and the rollouts; this rank's own.
+        The metrics of `metrics.summarise` under `eval/…` and the rollouts, of this rank only.
     """
-    groups = rollout(
-        ranks.share(env.tasks(split)[: config.train.eval_tasks]),
-        env,
-        chat,
-        sampler,
-        config.rollout,
-        max_turns=config.env.max_turns,
-        seed=config.train.seed,
-        group_size=1,
-        temperature=None if sampled else 0.0,
-        should_stop=should_stop,
+    changes: dict[str, float] = (
+        {"group_size": 1} if sampled else {"group_size": 1, "temperature": 0.0}
     )
+    setup = replace(setup, config=setup.config.model_copy(update=changes))
+    tasks = ranks.share(setup.env.tasks(split)[:num_tasks])
+    groups = rollout_tasks(setup, tasks, should_stop=should_stop)
     return summarise(groups, prefix="eval/"), groups
 
 
@@ -71,12 +63,11 @@ def evaluate_model(
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
         folder = open_model_folder(config, env, Path(scratch))
         policy = load_policy(config.model, folder, pick_device(config.train.device))
-        chat = open_env_chat(config.model, policy, env)
-        sampler = open_sampler(config, policy, chat.stop_ids)
+        setup = open_rollouts(config, policy, env)
         try:
-            figures, groups = evaluate(config, env, chat, sampler, split=split, sampled=sampled)
+            figures, groups = evaluate(setup, config.train.eval_tasks, split=split, sampled=sampled)
         finally:
-            sampler.close()
+            setup.sampler.close()
     if out is not None:
         _write(out, groups)
     return json.dumps(to_strict(figures)[0])

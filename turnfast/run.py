@@ -29,9 +29,10 @@ from .model.folder import model_folder
 from .model.lora import add_adapter
 from .parallel.ranks import ALONE, Ranks
 from .rollout.prompts import PromptQueue, open_queue
+from .rollout.setup import RolloutSetup
 from .rundir.checkpoint import load_checkpoint, newest_whole
 from .rundir.directory import RunDir, read_metrics
-from .sampler import Sampler, open_sampler
+from .sampler.open import open_sampler
 from .sampler.sync import Probe, make_probe
 from .update.critic import Critic
 from .update.optimizer import Optimizer
@@ -50,9 +51,7 @@ class Run:
     config: Config
     directory: RunDir
     policy: Policy
-    env: Env
-    chat: Bridge
-    sampler: Sampler
+    setup: RolloutSetup
     optimizer: Optimizer
     critic: Critic | None
     reference: Policy | None
@@ -95,7 +94,6 @@ def open_run(
         # the first word between GPUs, before the engine says which network they have
         ranks.add_up([torch.zeros(1, device=device)])
         with ranks.together():
-            chat = open_env_chat(config.model, policy, env)
             optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
             critic = None
             if config.credit.rule in VALUE_RULES:
@@ -111,10 +109,8 @@ def open_run(
                 done=done * config.rollout.prompts_per_step,
                 ranks=ranks,
             )
-            sampler = open_sampler(
-                config, policy, chat.stop_ids, beside_training=config.train.overlap
-            )
-            opened.callback(sampler.close)
+            setup = open_rollouts(config, policy, env, overlap=config.train.overlap)
+            opened.callback(setup.sampler.close)
         ranks.refuse_difference(policy.model.parameters())
         # what is there now stays: to walk all of torch for garbage takes a quarter of a second
         gc.freeze()
@@ -126,9 +122,7 @@ def open_run(
             config=config,
             directory=directory,
             policy=policy,
-            env=env,
-            chat=chat,
-            sampler=sampler,
+            setup=setup,
             optimizer=optimizer,
             critic=critic,
             reference=reference,
@@ -152,6 +146,29 @@ def open_env_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
     """The chat interface of a policy, with the tools of its environment."""
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
     return open_chat(config, policy.tokenizer, policy.folder, schemas)
+
+
+def open_rollouts(
+    config: Config, policy: Policy, env: Env, *, overlap: bool = False
+) -> RolloutSetup:
+    """Open the chat interface and the sampler of a policy; the caller closes the sampler."""
+    chat = open_env_chat(config.model, policy, env)
+    sampler = open_sampler(
+        config.sampler,
+        policy,
+        chat.stop_ids,
+        max_context=config.rollout.max_context,
+        seed=config.train.seed,
+        overlap=overlap,
+    )
+    return RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=sampler,
+        config=config.rollout,
+        max_turns=config.env.max_turns,
+        seed=config.train.seed,
+    )
 
 
 def is_due(step: int, every: int, last: int) -> bool:

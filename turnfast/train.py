@@ -22,7 +22,7 @@ from .rollout.collect import Collector
 from .run import Run, is_due, open_run
 from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
-from .sampler.sync import refuse_strangers, sync_after_step, sync_weights
+from .sampler.sync import check_logprob_gap, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
 from .update.learner import Learner
 from .update.memory import explain_out_of_memory, smaller_microbatches
@@ -53,9 +53,17 @@ def train(
         open_ranks(timeout_s=2 * config.rollout.step_timeout_s, told=SHARED_ENDS) as ranks,
         open_run(config, run_dir, resume=resume, ranks=ranks) as run,
         _progress(run) as show,
-        Collector(run, should_stop) as collector,
+        Collector(
+            run.setup,
+            run.prompts,
+            config.train,
+            config.credit,
+            first_step=run.first_step,
+            should_stop=should_stop,
+            ranks=run.ranks,
+        ) as collector,
     ):
-        synced_by = (run.policy.model, run.sampler, run.probe, run.tolerance)
+        synced_by = (run.policy.model, run.setup.sampler, run.probe, run.tolerance)
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         try:
@@ -79,7 +87,7 @@ def train(
                 # whatever comes now, these weights and data are those after the step
                 done = step
                 with clock.phase("rollout"):
-                    collector.settle()
+                    collector.wait()
                 with clock.phase("sync"), ranks.together():
                     evaluated = is_due(step, config.train.eval_every, config.train.steps)
                     synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
@@ -116,7 +124,7 @@ def _progress(run: Run) -> Progress:
     show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
     show.note(
         f"sampler  {choose_backend(run.config.sampler)} on {run.policy.device.type}, "
-        f"{run.sampler.capacity} rollouts at a time"
+        f"{run.setup.sampler.capacity} rollouts at a time"
     )
     return show
 
@@ -183,7 +191,7 @@ def _proof(run: Run) -> Callable[[Gap], None]:
     """What the sampled tokens must pass before they are learned from: they prove the last sync."""
     if run.config.train.overlap:  # they are of the weights before it, and a probe has proven it
         return lambda gap: None
-    return lambda gap: refuse_strangers(
+    return lambda gap: check_logprob_gap(
         gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.policy.model.dtype
     )
 
@@ -197,12 +205,11 @@ def _log(run: Run, record: StepRecord, show: Progress) -> None:
 
 
 def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], bool]) -> None:
-    if not run.env.tasks("eval"):
+    if not run.setup.env.tasks("eval"):
         return
+    num_tasks = run.config.train.eval_tasks
     with run.ranks.together():
-        figures, groups = evaluate(
-            run.config, run.env, run.chat, run.sampler, should_stop=should_stop, ranks=run.ranks
-        )
+        figures, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
     figures = over_ranks(run.ranks.gather(figures))
     run.directory.log(step, figures)
     run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")

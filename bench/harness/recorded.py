@@ -24,7 +24,8 @@ from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credits
 from turnfast.envs import load_env
 from turnfast.model.tiny import write_tiny_model
-from turnfast.rollout.groups import rollout
+from turnfast.rollout.groups import rollout_tasks
+from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.types import Credit, Group
 
@@ -96,15 +97,15 @@ def record(
         max_context=8192,
     )
     chat = Chat(AutoTokenizer.from_pretrained(folder))
-    played = rollout(
-        env.tasks("train")[:groups],
-        env,
-        chat,
-        ScriptedSampler(_Agent(chat, options.seed, thoughts)),
-        RolloutConfig(group_size=options.group_size, max_new_tokens=1024, max_context=8192),
+    setup = RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=ScriptedSampler(_Agent(chat, options.seed, thoughts)),
+        config=RolloutConfig(group_size=options.group_size, max_new_tokens=1024, max_context=8192),
         max_turns=hops + 2,
         seed=options.seed,
     )
+    played = rollout_tasks(setup, env.tasks("train")[:groups])
     return Recording(groups=played, credits=assign_credits(played, "mt_grpo"))
 
 

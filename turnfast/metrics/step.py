@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..packing.pack import Packed
-from ..rollout.groups import Gathered
+from ..rollout.groups import CollectedGroups
 from ..sampler.sync import SyncReport
 from ..types import Credit
 from ..update.update import Update
@@ -24,7 +24,7 @@ class StepRecord:
     """
 
     step: int
-    gathered: Gathered
+    gathered: CollectedGroups
     credits: Sequence[Credit]
     packed: Packed
     updated: Update

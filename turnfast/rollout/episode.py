@@ -1,4 +1,4 @@
-"""One trajectory from its first message to its score."""
+"""One trajectory, from its first prompt to its score."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..chat.base import Bridge, Conversation
-from ..config.schema import RolloutConfig
-from ..envs import Env, FaultKind, Outcome, RewardFault, Step, check_reward
+from ..chat.base import Conversation
+from ..envs import FaultKind, Outcome, RewardFault, Step, check_reward
+from ..envs.base import Episode
 from ..envs.rewards.reward import OUTCOME, TURN_REWARD
 from ..sampler import Completion
 from ..sampler.awaited import AwaitedSampler
 from ..tools import ToolError, ask
-from ..types import Fault, Message, Status, Task, Trajectory, Turn
-from .schedule import Deadline
+from ..types import Fault, Message, Status, Trajectory, Turn
+from .schedule import Deadline, Prompt
+from .setup import RolloutSetup
 
 Answer = TypeVar("Answer")
-_UNSCORED = Outcome()
 _KINDS: Mapping[FaultKind, Fault] = {
     "raised": "reward_raised",
     "timeout": "reward_timeout",
@@ -33,70 +33,27 @@ _KINDS: Mapping[FaultKind, Fault] = {
 }
 
 
-async def play(
-    task: Task,
-    index: int,
-    env: Env,
-    chat: Bridge,
-    sampler: AwaitedSampler,
-    config: RolloutConfig,
-    deadline: Deadline,
-    *,
-    max_turns: int,
-    seed: int,
-    temperature: float,
+async def play_episode(
+    setup: RolloutSetup, sampler: AwaitedSampler, prompt: Prompt, index: int, deadline: Deadline
 ) -> Trajectory:
-    """Play one trajectory; what goes wrong in it becomes its status.
+    """Play one trajectory; an error of the environment becomes its status.
 
     Args:
-        index: the trajectory's place in its group.
-        deadline: who plays it cancels it when its time is up.
-        seed: with the turn's number it seeds each request.
-    Example, `context_full`: the context leaves 5 tokens for the second turn, the policy draws 5 and
-    no end of turn. The turn is kept, and the trajectory ends there whatever the environment said.
+        index: of the trajectory in its group.
+        deadline: read when the trajectory is cancelled, to tell a timeout from a dropped group.
     """
+    task = prompt.task
+    seed = derive_seed(setup.seed, prompt.place, task.id, index)
     turns: list[Turn] = []
-    status: Status = "max_turns"
-    outcome, error, begin = _UNSCORED, "", time.perf_counter()
+    outcome, error, begin = Outcome(), "", time.perf_counter()
     kind: Fault = ""
+    status: Status
     try:
-        episode = env.episode(task)
-        talk = chat.open(_messages(await ask(episode.start, label="env"), "start()"))
-        context = 0
-        for k in range(max_turns):
-            context = len(talk.prompt_ids) + (0 if talk.restart else context)
-            room = min(config.max_new_tokens, config.max_context - context)
-            if room < 1 and k == 0:
-                raise ValueError(
-                    f"the first prompt has {context} tokens, which leaves no room for a "
-                    f"turn; raise rollout.max_context = {config.max_context}"
-                )
-            if room < 1:
-                status = "context_full"
-                break
-            completion = await sampler.generate(
-                _context(turns, talk), room, temperature, derive_seed(seed, k)
-            )
-            context += len(completion.sampled_ids)
-            text = chat.text(completion.sampled_ids)
-            step = _as(Step, await ask(episode.step, text, label="env"), "step()")
-            _messages(step.messages, "step()")
-            if step.reward is not None:
-                check_reward(step.reward, TURN_REWARD)
-            turns.append(_turn(talk, completion, text, step))
-            closed = completion.finish == "stop"
-            if not closed and room < config.max_new_tokens:
-                status = "context_full"
-                break
-            if step.done:
-                status = "finished"
-                break
-            talk = chat.extend(talk, text, closed, step.messages)
-        scored = _as(Outcome, await ask(episode.finish, label="env"), "finish()")
-        check_reward(scored.reward, OUTCOME)
-        outcome = scored
+        episode = setup.env.episode(task)
+        status = await _play_turns(setup, sampler, episode, seed, turns)
+        outcome = await _score(episode)
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
-        # an environment's own fault must cost one trajectory, not the run
+        # an error of the environment ends this trajectory, not the run
         if deadline.expired:
             status, error = "timeout", f"no end after {deadline.timeout_s} s"
         elif isinstance(fault, asyncio.CancelledError) and _is_cancelled():
@@ -105,7 +62,7 @@ async def play(
             status, error, kind = "reward_error", str(fault), _KINDS[fault.kind]
         else:
             status, kind = "error", "environment"
-            error = f"{type(fault).__name__}: {fault}{_where(fault)}"
+            error = f"{type(fault).__name__}: {fault}{_location(fault)}"
     return Trajectory(
         task_id=task.id,
         index=index,
@@ -120,24 +77,75 @@ async def play(
     )
 
 
-def _as(kind: type[Answer], value: object, what: str) -> Answer:
+async def _play_turns(
+    setup: RolloutSetup, sampler: AwaitedSampler, episode: Episode, seed: int, turns: list[Turn]
+) -> Status:
+    """Append the turns to `turns` one by one, so that they are kept when an error is raised.
+
+    Example, `context_full`: the context has space for 5 tokens of the second turn, and the policy
+    draws 5 without an end of turn. The turn is kept, and the trajectory ends after it.
+    """
+    config, chat = setup.config, setup.chat
+    first = await ask(episode.start, label="env")
+    conversation = chat.open(_checked_messages(first, "start()"))
+    context: list[int] = []
+    for k in range(setup.max_turns):
+        if conversation.restart:
+            context.clear()
+        context += conversation.prompt_ids
+        max_new_tokens = min(config.max_new_tokens, config.max_context - len(context))
+        if max_new_tokens < 1:
+            if k == 0:
+                raise ValueError(
+                    f"the first prompt has {len(context)} tokens, which leaves none for the "
+                    f"turn; raise rollout.max_context = {config.max_context}"
+                )
+            return "context_full"
+        completion = await sampler.generate(
+            tuple(context), max_new_tokens, config.temperature, derive_seed(seed, k)
+        )
+        context += completion.sampled_ids
+        text = chat.text(completion.sampled_ids)
+        step = _checked(Step, await ask(episode.step, text, label="env"), "step()")
+        _checked_messages(step.messages, "step()")
+        if step.reward is not None:
+            check_reward(step.reward, TURN_REWARD)
+        turns.append(_turn(conversation, completion, text, step))
+        closed = completion.finish == "stop"
+        if not closed and max_new_tokens < config.max_new_tokens:
+            return "context_full"
+        if step.done:
+            return "finished"
+        conversation = chat.extend(conversation, text, closed, step.messages)
+    return "max_turns"
+
+
+async def _score(episode: Episode) -> Outcome:
+    outcome = _checked(Outcome, await ask(episode.finish, label="env"), "finish()")
+    check_reward(outcome.reward, OUTCOME)
+    return outcome
+
+
+def _checked(kind: type[Answer], value: object, method: str) -> Answer:
     if not isinstance(value, kind):
-        raise TypeError(f"the environment's {what} gave {value!r:.60}, expected {kind.__name__}")
+        raise TypeError(
+            f"the environment's {method} returned {value!r:.60}, expected {kind.__name__}"
+        )
     return value
 
 
-def _messages(messages: Sequence[Message], what: str) -> Sequence[Message]:
+def _checked_messages(messages: Sequence[Message], method: str) -> Sequence[Message]:
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise TypeError(
-                f"the environment's {what} gave the message {message!r:.60}; each is a mapping "
-                "with 'role' and 'content'"
+                f"the environment's {method} returned the message {message!r:.60}; each must be a "
+                "mapping with 'role' and 'content'"
             )
     return messages
 
 
-def _where(fault: BaseException) -> str:
-    """The line of the user's own code that a fault came from, as ` (capitals.py:12)`."""
+def _location(fault: BaseException) -> str:
+    """The line of the user's code that raised, as ` (capitals.py:12)`."""
     packages = {Path(__file__).parents[1], Path(asyncio.__file__).parents[1]}
     for frame in reversed(traceback.extract_tb(fault.__traceback__)):
         path = Path(frame.filename)
@@ -147,15 +155,15 @@ def _where(fault: BaseException) -> str:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed that is a function of all parts, and another one for any other parts."""
+    """A 62-bit seed from all parts; other parts give another seed."""
     text = "\0".join(map(str, parts))
     digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") >> 2  # engines take signed 64-bit seeds
 
 
-def _turn(talk: Conversation, completion: Completion, text: str, step: Step) -> Turn:
+def _turn(conversation: Conversation, completion: Completion, text: str, step: Step) -> Turn:
     return Turn(
-        prompt_ids=talk.prompt_ids,
+        prompt_ids=conversation.prompt_ids,
         sampled_ids=completion.sampled_ids,
         logprobs=completion.logprobs,
         text=text,
@@ -166,7 +174,7 @@ def _turn(talk: Conversation, completion: Completion, text: str, step: Step) -> 
         tool_calls=step.tool_calls,
         tool_successes=step.tool_successes,
         tool_errors=_count_errors(step) if step.calls else {},
-        restart=talk.restart,
+        restart=conversation.restart,
     )
 
 
@@ -175,20 +183,7 @@ def _count_errors(step: Step) -> Mapping[str, int]:
     return Counter(error.kind for error in errors if isinstance(error, ToolError))
 
 
-def _context(turns: Sequence[Turn], talk: Conversation) -> tuple[int, ...]:
-    """All ids the next sample sees: exactly what was drawn and appended since the last restart."""
-    if talk.restart:
-        return talk.prompt_ids
-    ids: list[int] = []
-    for turn in turns:
-        if turn.restart:
-            ids.clear()
-        ids.extend(turn.prompt_ids)
-        ids.extend(turn.sampled_ids)
-    return (*ids, *talk.prompt_ids)
-
-
 def _is_cancelled() -> bool:
-    """Whether the rollout itself is called off, and not something its environment waited for."""
+    """Whether this rollout was cancelled, and not only something that its environment awaited."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

@@ -1,4 +1,4 @@
-"""What becomes of rollouts that ran into a limit (arXiv 2503.14476, section 3.4)."""
+"""The rule for rollouts that were cut by a limit (arXiv 2503.14476, section 3.4)."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from ..types import Group, Trajectory, Turn
 PART = "overlong"
 
 
-def settle_overlong(groups: Sequence[Group], config: RolloutConfig) -> list[Group]:
+def apply_overlong_rule(groups: Sequence[Group], config: RolloutConfig) -> list[Group]:
     """Apply `rollout.overlong`:
 
-    train     as they stand: whatever the environment paid for them.
-    mask      a trajectory that a limit cut off gets the status `overlong`: it is counted, and
-              neither trained on nor in a baseline. Good text that was merely too long is then
-              not unlearned.
-    penalty   every turn pays for coming near `rollout.max_new_tokens` = M, with B =
-              `rollout.overlong_buffer`: 0 up to M - B tokens, then (M - B - n) / B, down to -1 for
-              a turn of M tokens. The price is a turn reward, so it falls on the turn that was long.
+    train     keep the rollouts and their rewards.
+    mask      a trajectory that a limit cut is counted, but neither trained on nor part of a
+              baseline, so that good text is not unlearned for being too long.
+    penalty   every turn is charged for its length n near `rollout.max_new_tokens` = M, with B =
+              `rollout.overlong_buffer`: 0 up to M - B tokens, then (M - B - n) / B, down to -1 at
+              M tokens. It is a turn reward, so it falls on the long turn.
 
-    Example: M = 100, B = 50: a turn of 50 tokens pays 0, of 75 tokens 0.5, of 100 tokens 1.
+    Example: M = 100, B = 50: a turn of 50 tokens costs 0, of 75 tokens 0.5, of 100 tokens 1.
     """
     if config.overlong == "train":
         return list(groups)
-    change = _masked if config.overlong == "mask" else _priced
+    change = _mask if config.overlong == "mask" else _charge
     return [
         replace(group, trajectories=tuple(change(t, config) for t in group.trajectories))
         for group in groups
     ]
 
 
-def _masked(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
+def _mask(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
     if trajectory.failed or not trajectory.cut_off:
         return trajectory
     return replace(trajectory, status="overlong", played=trajectory.status)
 
 
-def _priced(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
-    return replace(trajectory, turns=tuple(_priced_turn(turn, config) for turn in trajectory.turns))
+def _charge(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
+    turns = tuple(_charge_turn(turn, config) for turn in trajectory.turns)
+    return replace(trajectory, turns=turns)
 
 
-def _priced_turn(turn: Turn, config: RolloutConfig) -> Turn:
-    # the sampler may have had less room than max_new_tokens; the price is for length, not for that
+def _charge_turn(turn: Turn, config: RolloutConfig) -> Turn:
+    # a nearly full context may have allowed fewer tokens than M; only the length is charged
     free = config.max_new_tokens - config.overlong_buffer
     excess = min(len(turn.sampled_ids), config.max_new_tokens) - free
     if excess <= 0:

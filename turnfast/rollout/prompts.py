@@ -1,9 +1,9 @@
-"""Which prompts come next: endless shuffled passes over the tasks, and those that were dropped.
+"""The order of prompts: endless shuffled passes over the tasks, dropped prompts first.
 
-A prompt's place is its position in that endless order, a function of the seed alone, and its
-samples are seeded by its place. So a prompt that was dropped while it was slow draws with the same
-random numbers when its turn comes again: every (prompt, random numbers) pair is trained exactly
-once, and dropping what is slow makes long rollouts come later, but not less often.
+A prompt's place is its position in that endless order. It depends on the seed alone, and it seeds
+the prompt's samples, so a prompt that was dropped draws with the same random numbers when it is
+rolled out again. Every (prompt, random numbers) pair is trained exactly once: dropping slow groups
+delays long rollouts, but does not make them rarer.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any
 from ..errors import ConfigError
 from ..parallel.ranks import ALONE, Ranks
 from ..types import Task
-from .groups import Prompt
+from .schedule import Prompt
 
 
 class PromptQueue:
-    """Prompts in the order of the data, those that were given back first.
+    """Prompts in the order of the data, those that were put back first.
 
     Args:
         position: the next place in the endless order.
-        returned: places that were given back and not taken again.
-        stride: from one place to the next; where there are several ranks the others have those
-            between.
+        returned: places that were put back and not taken again.
+        stride: from one place to the next; with several ranks, the number of ranks.
     """
 
     def __init__(
@@ -45,19 +44,22 @@ class PromptQueue:
         self._returned = sorted(returned)
 
     def take(self) -> Iterator[Prompt]:
-        """Prompts without end; each is taken when it is asked for."""
+        """Endless prompts; each is taken when the iterator is advanced."""
         while True:
-            settled = bool(self._returned)
-            place = self._returned.pop(0) if settled else self._position
-            self._position += 0 if settled else self._stride
-            yield Prompt(place=place, task=self._task(place), settled=settled)
+            was_returned = bool(self._returned)
+            if was_returned:
+                place = self._returned.pop(0)
+            else:
+                place = self._position
+                self._position += self._stride
+            yield Prompt(place=place, task=self._task(place), must_finish=was_returned)
 
-    def give_back(self, prompts: Iterable[Prompt]) -> None:
-        """They come first from now on, and must then be finished."""
+    def put_back(self, prompts: Iterable[Prompt]) -> None:
+        """Put dropped prompts in front; next time they must finish."""
         self._returned = sorted([*self._returned, *(prompt.place for prompt in prompts)])
 
     def state(self) -> dict[str, Any]:
-        """Where the data stands, as values of JSON: the arguments that make this queue again."""
+        """The data position as JSON values: the arguments that rebuild this queue."""
         return {"position": self._position, "returned": list(self._returned)}
 
     def _task(self, place: int) -> Task:
@@ -73,21 +75,22 @@ def open_queue(
     done: int,
     ranks: Ranks = ALONE,
 ) -> PromptQueue:
-    """The queue of a checkpoint; one that says nothing about it stands behind `done` prompts.
+    """The queue of this rank, from the state of a checkpoint.
 
+    Args:
+        done: prompts of the finished steps, for a checkpoint without a data position.
     Raises:
-        ConfigError: the checkpoint is of another number of ranks.
+        ConfigError: the checkpoint was written by another number of ranks.
     """
-    everyone = [{"position": done + rank} for rank in range(ranks.size)]
-    everyone = state.get("data", everyone)
-    if isinstance(everyone, Mapping):  # as it was before there were ranks
-        everyone = [everyone]
-    if len(everyone) != ranks.size:
+    positions = state.get("data", [{"position": done + rank} for rank in range(ranks.size)])
+    if isinstance(positions, Mapping):  # of a run on one rank
+        positions = [positions]
+    if len(positions) != ranks.size:
         raise ConfigError(
-            f"--resume: the checkpoint is of {len(everyone)} ranks, here are {ranks.size}; start "
-            "as many again"
+            f"--resume: the checkpoint was written by {len(positions)} ranks and this run has "
+            f"{ranks.size}; start {len(positions)} ranks"
         )
-    return PromptQueue(tasks, seed, stride=ranks.size, **everyone[ranks.rank])
+    return PromptQueue(tasks, seed, stride=ranks.size, **positions[ranks.rank])
 
 
 @lru_cache(maxsize=4)

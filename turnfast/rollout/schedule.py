@@ -1,7 +1,7 @@
-"""The rollouts of a step in play: which groups are whole, which are running, and which come next.
+"""Which rollouts of a step are queued, running and finished.
 
-A rollout starts when the sampler has a slot for it, so its clock does not run while it queues, and
-a slot is not left empty while others wait for their tools.
+A rollout starts when the sampler has a free slot, so its deadline does not include time in the
+queue, and no slot stays empty while other rollouts wait for their tools.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from ..sampler.awaited import AwaitedSampler
 from ..types import Group, Task, Trajectory
 
-STUBBORN_S = 10.0
-"""How long a trajectory that is called off may take to clean up before nobody waits for it."""
+CANCEL_GRACE_S = 10.0
+"""How long the scheduler waits for the cleanup of a cancelled trajectory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,24 +24,24 @@ class Prompt:
     """A task at its place in the data.
 
     Attributes:
-        place: with the task's id and the rollout's index it seeds the samples, so a prompt that is
+        place: seeds the samples, with the task's id and the rollout's index: a prompt that is
             rolled out again draws with the same random numbers.
-        settled: it was dropped before and must be finished this time.
+        must_finish: it was dropped before and may not be dropped again.
     """
 
     place: int
     task: Task
-    settled: bool = False
+    must_finish: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """How many groups a step is made of.
+    """How many groups a step needs.
 
     Attributes:
-        wanted: groups after which the rest is dropped; only those that `counts` are counted.
-        ahead: prompts in flight beyond those.
-        most: prompts that may be started in all.
+        wanted: stop after this many groups that count.
+        ahead: prompts to run in addition to those still wanted.
+        most: prompts that may be started in total.
     """
 
     wanted: int
@@ -51,11 +51,8 @@ class Quota:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Deadline:
-    """When a trajectory must have ended; whoever plays it watches the clock and calls it off.
-
-    Attributes:
-        expired: it was called off because its time was up, not because nobody wants it any more.
-    """
+    """When a trajectory must have ended. `expired` is set when it is cancelled for being late,
+    and not because it is no longer needed."""
 
     timeout_s: float
     end: float
@@ -66,31 +63,32 @@ Play = Callable[[Prompt, int, Deadline], Coroutine[None, None, Trajectory]]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Playing:
-    """A group that is not whole yet; `played` by index, as its rollouts end."""
+class _OpenGroup:
+    """A group with unfinished rollouts; `trajectories` holds the finished ones by index."""
 
     prompt: Prompt
-    played: dict[int, Trajectory] = field(default_factory=dict)
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Started:
-    """A rollout that has begun, perhaps ended."""
+class _Rollout:
+    """A rollout that was started."""
 
-    group: _Playing
+    group: _OpenGroup
     index: int
     deadline: Deadline
     task: asyncio.Task[None]
 
 
-class InPlay:
-    """Starts rollouts of prompts and gathers them into groups, in the running event loop.
+class RolloutScheduler:
+    """Starts the rollouts of prompts in the running event loop and collects them into groups.
 
     Args:
+        play: runs one rollout of a prompt, by its index in the group. It returns errors of the
+            environment as a failed trajectory and raises only when it is cancelled.
         size: rollouts per prompt.
-        play: one rollout of a prompt by its index in the group; it never fails, and raises only
-            what it is cancelled with.
+        counts: whether a finished group counts towards `quota.wanted`.
         timeout_s: for one rollout, from its start.
     """
 
@@ -112,107 +110,118 @@ class InPlay:
         self._size = size
         self._counts = counts
         self._timeout_s = timeout_s
-        self._running: dict[int, _Playing] = {}
-        self._queued: deque[tuple[_Playing, int]] = deque()
-        self._started: deque[_Started] = deque()
-        self._late: list[_Started] = []
-        self._broken: BaseException | None = None
-        self._num_counted = self._num_settled = 0
+        self._open: dict[int, _OpenGroup] = {}
+        self._queued: deque[tuple[_OpenGroup, int]] = deque()
+        self._started: deque[_Rollout] = deque()
+        self._late: list[_Rollout] = []
+        self._finished: dict[int, Group] = {}
+        self._error: BaseException | None = None
+        self._num_counted = self._num_must_finish = 0
         self.num_started = 0
-        self.whole: dict[int, Group] = {}
-        self.called_off: list[Prompt] = []
+        self.dropped: list[Prompt] = []
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The finished groups in the order of the data."""
+        return tuple(self._finished[place] for place in sorted(self._finished))
 
     @property
     def num_unfinished(self) -> int:
-        return sum(self._size - len(group.played) for group in self._running.values())
+        return sum(self._size - len(group.trajectories) for group in self._open.values())
 
-    async def tend(self) -> bool:
-        """Call off what is late or no longer needed, start what is; False when nothing is left."""
-        if self._broken is not None:
-            raise self._broken
-        self._call_off_late()
-        if self._num_counted + self._num_settled >= self._quota.wanted:
-            for place in [p for p, group in self._running.items() if not group.prompt.settled]:
-                group = self._running.pop(place)
-                self.called_off.append(group.prompt)
-                for task in group.tasks:
-                    task.cancel()
+    async def update(self) -> bool:
+        """Cancel rollouts that are late or no longer needed and start queued ones; False when no
+        group is left to wait for."""
+        if self._error is not None:
+            raise self._error
+        self._cancel_late()
+        if self._num_counted + self._num_must_finish >= self._quota.wanted:
+            self._drop_open_groups()
         else:
             self._take_prompts()
-        if self._start():
-            # their first requests are there for the engine's next step
+        if self._start_queued():
+            # lets new rollouts submit their first requests before the next engine step
             await asyncio.sleep(0)
-        return bool(self._running)
+        return bool(self._open)
+
+    def _drop_open_groups(self) -> None:
+        for place in [p for p, group in self._open.items() if not group.prompt.must_finish]:
+            group = self._open.pop(place)
+            self.dropped.append(group.prompt)
+            for task in group.tasks:
+                task.cancel()
 
     def _take_prompts(self) -> None:
         quota = self._quota
-        while self._num_counted + len(self._running) < quota.wanted + quota.ahead:
+        while self._num_counted + len(self._open) < quota.wanted + quota.ahead:
             prompt = next(self._prompts, None) if self.num_started < quota.most else None
             if prompt is None:
                 return
-            group = _Playing(prompt=prompt)
-            self._running[prompt.place] = group
-            self._num_settled += prompt.settled
+            group = _OpenGroup(prompt=prompt)
+            self._open[prompt.place] = group
+            self._num_must_finish += prompt.must_finish
             self._queued.extend((group, index) for index in range(self._size))
             self.num_started += 1
 
-    def _start(self) -> bool:
-        room = most = self._engine.num_free
-        while room > 0 and self._queued:
+    def _start_queued(self) -> bool:
+        num_free = before = self._engine.num_free
+        while num_free > 0 and self._queued:
             group, index = self._queued.popleft()
-            if self._running.get(group.prompt.place) is not group:
+            if not self._is_open(group):
                 continue
-            deadline = Deadline(
-                timeout_s=self._timeout_s, end=time.perf_counter() + self._timeout_s
-            )
+            end = time.perf_counter() + self._timeout_s
+            deadline = Deadline(timeout_s=self._timeout_s, end=end)
             task = asyncio.create_task(self._run(group, index, deadline))
             group.tasks.append(task)
-            started = _Started(group=group, index=index, deadline=deadline, task=task)
-            self._started.append(started)
-            room -= 1
-        return room < most
+            self._started.append(_Rollout(group=group, index=index, deadline=deadline, task=task))
+            num_free -= 1
+        return num_free < before
 
-    async def _run(self, group: _Playing, index: int, deadline: Deadline) -> None:
+    async def _run(self, group: _OpenGroup, index: int, deadline: Deadline) -> None:
         self._engine.enter()
         try:
-            self._take(group, index, await self._play(group.prompt, index, deadline))
-        except Exception as error:  # a fault of ours: it ends the step, not this rollout alone
-            self._broken = error
+            self._add(group, index, await self._play(group.prompt, index, deadline))
+        except Exception as error:  # a bug here, not in the environment: it ends the step
+            self._error = error
         finally:
             self._engine.leave()
 
-    def _take(self, group: _Playing, index: int, trajectory: Trajectory) -> None:
-        # an abandoned one may come to an end after all
-        group.played.setdefault(index, trajectory)
-        place = group.prompt.place
-        if len(group.played) < self._size or self._running.get(place) is not group:
+    def _add(self, group: _OpenGroup, index: int, trajectory: Trajectory) -> None:
+        # a rollout that was given up as uncancellable may still end: its timeout stands
+        group.trajectories.setdefault(index, trajectory)
+        if len(group.trajectories) < self._size or not self._is_open(group):
             return
-        del self._running[place]
-        self._num_settled -= group.prompt.settled
-        played = tuple(group.played[i] for i in range(self._size))
-        self.whole[place] = whole = Group(task=group.prompt.task, trajectories=played)
-        self._num_counted += self._counts(whole)
+        prompt = group.prompt
+        del self._open[prompt.place]
+        self._num_must_finish -= prompt.must_finish
+        trajectories = tuple(group.trajectories[i] for i in range(self._size))
+        finished = Group(task=prompt.task, trajectories=trajectories)
+        self._finished[prompt.place] = finished
+        self._num_counted += self._counts(finished)
 
-    def _call_off_late(self) -> None:
+    def _is_open(self, group: _OpenGroup) -> bool:
+        return self._open.get(group.prompt.place) is group
+
+    def _cancel_late(self) -> None:
         now, started = time.perf_counter(), self._started
-        # all have the same time, so the first that began is the first to be late
+        # all rollouts have the same timeout, so they become late in the order of their start
         while started and (started[0].task.done() or started[0].deadline.end <= now):
             first = started.popleft()
             if not first.task.done():
                 first.deadline.expired = True
                 first.task.cancel()
                 self._late.append(first)
-        for late in [late for late in self._late if late.deadline.end + STUBBORN_S <= now]:
+        for late in [late for late in self._late if late.deadline.end + CANCEL_GRACE_S <= now]:
             self._late.remove(late)
             if not late.task.done():
-                self._take(late.group, late.index, self._abandoned(late.group, late.index))
+                self._add(late.group, late.index, self._timed_out(late.group, late.index))
 
-    def _abandoned(self, group: _Playing, index: int) -> Trajectory:
+    def _timed_out(self, group: _OpenGroup, index: int) -> Trajectory:
         return Trajectory(
             task_id=group.prompt.task.id,
             index=index,
             turns=(),
             status="timeout",
-            error=f"no end after {self._timeout_s} s, and its environment would not be called off",
-            time_s=self._timeout_s + STUBBORN_S,
+            error=f"no end after {self._timeout_s} s, and its environment ignored cancellation",
+            time_s=self._timeout_s + CANCEL_GRACE_S,
         )

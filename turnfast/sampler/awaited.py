@@ -47,7 +47,7 @@ class AwaitedSampler:
         self._sampler = sampler
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._next_id = 0
-        self._abandoned = False
+        self._closed = False
         self._news = asyncio.Event()
         self._new_future = asyncio.get_running_loop().create_future
 
@@ -69,7 +69,7 @@ class AwaitedSampler:
             temperature=temperature,
             seed=seed,
         )
-        if self._abandoned:
+        if self._closed:
             raise RuntimeError("the rollout that this request belongs to is over")
         future = self._waiting[request.id] = self._new_future()
         try:
@@ -130,9 +130,9 @@ class AwaitedSampler:
         self._slots_used += min(self._sampler.num_pending, self._sampler.capacity)
         return self._sampler.step()
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Take every request back, and no more from now on."""
-        self._abandoned = True
+        self._closed = True
         self._sampler.abort(list(self._waiting))
         self._waiting.clear()
 

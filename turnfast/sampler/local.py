@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..errors import ConfigError
 from ..model.lora import adapted_layers
 from ..types import Finish
 from .base import Completion, Request
@@ -68,9 +69,9 @@ class LocalSampler:
         max_context: int,
     ) -> None:
         if not getattr(model, "_supports_attention_backend", False):
-            raise NotImplementedError(
-                f"{type(model).__name__} does not take its attention from transformers' attention "
-                "interface, which the local sampler needs; use vLLM"
+            raise ConfigError(
+                f"sampler.backend: {type(model).__name__} does not use transformers' attention "
+                "interface, which the local sampler needs; set it to 'vllm'"
             )
         self._model: Any = model
         self._device = next(model.parameters()).device

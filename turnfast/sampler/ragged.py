@@ -23,6 +23,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 
+from ..errors import ConfigError
+
 ATTENTION_NAME = "turnfast_ragged"
 
 
@@ -287,15 +289,17 @@ def ragged_attention(
     out.
 
     Raises:
-        NotImplementedError: the model needs something of its attention that is not done here.
+        ConfigError: the model's attention needs something that is not computed here.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"the local sampler's attention has no {name!r}; use vLLM")
+            raise ConfigError(
+                f"sampler.backend: the local sampler's attention has no {name!r}; set it to 'vllm'"
+            )
     if step_plan is None:
-        raise NotImplementedError(
-            f"{type(module).__name__} was not handed the step plan: this model does not pass "
-            "keyword arguments on to its attention; use vLLM"
+        raise ConfigError(
+            f"sampler.backend: {type(module).__name__} does not pass keyword arguments to its "
+            "attention, which the local sampler needs; set it to 'vllm'"
         )
     layer: Any = module.layer_idx
     out = step_plan.attend(

@@ -7,7 +7,7 @@ of yesterday or with keys and values computed by them. So no sync goes unproven:
   compared with the trainer's own of the same ids.
 - After a step the proof costs nothing. The pass that computes the next gradient gives the trainer's
   log-probability of every token that was sampled since; if these are not the sampler's, the run
-  ends before anything is learned from them (`refuse_strangers`).
+  ends before anything is learned from them (`check_logprob_gap`).
 - Where that pass does not come, or not with the same weights (an evaluation, rollouts that are a
   step ahead), a short probe takes its place.
 
@@ -127,7 +127,7 @@ def sync_after_step(
 
     Args:
         probed: use the short form of a probe that has passed whole; else what is sampled next must
-            go through `refuse_strangers` before it is trained on.
+            go through `check_logprob_gap` before it is trained on.
     Raises:
         SyncError: see `sync_weights`.
     """
@@ -138,7 +138,7 @@ def sync_after_step(
     return SyncReport(gap=0.0, num_tokens=0, time_s=time.perf_counter() - begin)
 
 
-def refuse_strangers(
+def check_logprob_gap(
     mean_gap: float, largest_gap: float, *, tolerance: float, dtype: torch.dtype
 ) -> None:
     """Refuse sampled tokens that are not of the trainer's weights.

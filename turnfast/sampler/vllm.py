@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from ..errors import ConfigError
 from ..types import Finish
 from .base import Completion, Request
 from .ragged import cache_bytes_per_token
@@ -38,66 +40,51 @@ QUIET = "CRITICAL"
 with them vLLM prints every request in flight at level ERROR."""
 
 
-class VllmSampler:
-    """An in-process vLLM engine behind the `Sampler` protocol.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the engine is started with.
 
-    Args:
-        model_folder: Hugging Face folder (or hub name) to start from.
+    Attributes:
+        model_folder: Hugging Face folder (or hub name) with the first weights.
         stop_ids: a request ends when it draws one of these; the id stays in `sampled_ids`.
         max_sequences, max_context: requests in flight, tokens of one request.
         gpu_memory: share of the GPU's memory for weights and cache together (CUDA only).
         sleep: allow `sleep` to free that memory (CUDA only).
     """
 
-    def __init__(
-        self,
-        model_folder: str | Path,
-        *,
-        stop_ids: Sequence[int],
-        max_sequences: int,
-        max_context: int,
-        device: str,
-        dtype: torch.dtype,
-        gpu_memory: float,
-        sleep: bool,
-        seed: int,
-    ) -> None:
-        self._on_cpu = torch.device(device).type == "cpu"
-        self._sleeps = sleep and not self._on_cpu
-        self._stop_ids = list(stop_ids)
-        self._max_context = max_context
-        self.capacity = max_sequences
-        options: dict[str, Any] = {
-            "model": str(model_folder),
-            "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-            "dtype": str(dtype).removeprefix("torch."),
-            "seed": seed,
-            "max_model_len": max_context,
-            "max_num_seqs": max_sequences,
-            "max_num_batched_tokens": max(MAX_STEP_TOKENS, max_context),
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",
-            "async_scheduling": False,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
-        if self._on_cpu:
-            # a CPU generator cannot be rewound, which a prompt cut into chunks would need
-            options |= {
-                "enforce_eager": True,
-                "block_size": CPU_BLOCK_SIZE,
-                "enable_chunked_prefill": False,
-            }
-            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                options["kv_cache_memory_bytes"] = cpu_cache_bytes(
-                    AutoConfig.from_pretrained(model_folder), dtype, max_sequences, max_context
-                )
-        else:
-            options |= {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": self._sleeps}
+    model_folder: str | Path
+    device: torch.device
+    dtype: torch.dtype
+    stop_ids: tuple[int, ...]
+    max_sequences: int
+    max_context: int
+    gpu_memory: float
+    sleep: bool
+    seed: int
+
+
+class VllmSampler:
+    """An in-process vLLM engine behind the `Sampler` protocol.
+
+    Raises:
+        ConfigError: the engine lacks memory to start.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._on_cpu = options.device.type == "cpu"
+        self._sleeps = options.sleep and not self._on_cpu
+        self._stop_ids = list(options.stop_ids)
+        self._max_context = options.max_context
+        self.capacity = options.max_sequences
+        arguments = _engine_arguments(options)
         _set_environment()
-        with _trainer_untouched(), _quiet_stderr():
-            self._vllm, self._engine = _start(options, on_cpu=self._on_cpu)
+        try:
+            with _trainer_untouched(), _quiet_stderr():
+                self._vllm, self._engine = _start(arguments, on_cpu=self._on_cpu)
+        except (ValueError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            raise ConfigError(_lacks_memory(options, error)) from error
 
     def _stance(self) -> AbstractContextManager[Any]:
         # eager on a CPU means everything: one small compiled function of vLLM's sampler would ask
@@ -188,6 +175,52 @@ def cpu_cache_bytes(
         return int(float(space) * (1 << 30))
     tokens = max_sequences * (max_context + CPU_BLOCK_SIZE)
     return min(tokens * cache_bytes_per_token(architecture, dtype), CPU_CACHE_BYTES)
+
+
+def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": str(options.model_folder),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "max_model_len": options.max_context,
+        "max_num_seqs": options.max_sequences,
+        "max_num_batched_tokens": max(MAX_STEP_TOKENS, options.max_context),
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.device.type != "cpu":
+        return arguments | {
+            "gpu_memory_utilization": options.gpu_memory,
+            "enable_sleep_mode": options.sleep,
+        }
+    # chunked prefill would have to rewind a CPU generator, which is not possible
+    arguments |= {
+        "enforce_eager": True,
+        "block_size": CPU_BLOCK_SIZE,
+        "enable_chunked_prefill": False,
+    }
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        architecture = AutoConfig.from_pretrained(options.model_folder)
+        arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            architecture, options.dtype, options.max_sequences, options.max_context
+        )
+    return arguments
+
+
+def _lacks_memory(options: EngineOptions, error: Exception) -> str:
+    setting = f"sampler.gpu_memory = {options.gpu_memory:g}"
+    if options.device.type == "cpu":
+        setting = "the environment variable VLLM_CPU_KVCACHE_SPACE (GiB)"
+    return (
+        f"sampler.backend: vLLM lacks memory to start; change {setting}, lower "
+        f"rollout.max_context = {options.max_context}, or set sampler.backend = 'local'. "
+        f"{type(error).__name__}: {' '.join(str(error).split())}"
+    )
 
 
 def _set_environment() -> None:
