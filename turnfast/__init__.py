@@ -1,6 +1,6 @@
-"""Trains language-model agents that act in turns, and gives every turn its own credit.
+"""Train language-model agents that act in turns, with credit for each turn.
 
-The rooms are listed in the README; `turnfast.kernels` stands on its own.
+`turnfast.kernels` can be used without the rest of the package.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m turnfast`, which is what torchrun starts on every rank."""
+"""`python -m turnfast`: the form that torchrun starts on every rank."""
 
 import sys
 

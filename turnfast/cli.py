@@ -1,8 +1,8 @@
-"""The command line: `turnfast train | sft | eval | report | recipes`.
+"""The command line: `turnfast train | sft | eval | report | recipes | fields`.
 
-Rooms that load torch are imported by the command that needs them, so `turnfast --help` answers at
-once. What the user got wrong is one line on stderr and exit code 2; what went wrong in a run is one
-line and exit code 1. Neither shows a traceback unless `--traceback` asks for it.
+Each command imports the modules it needs, so that `turnfast --help` does not load torch. An error
+is one line on stderr, without a traceback unless `--traceback` is given. The exit code is
+`TurnfastError.exit_code`, 1 for any other exception, and 128 + the signal's number after a signal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from types import FrameType
 
 from . import __version__
 from .config.recipe import describe_fields, load_config, shipped_recipes, suggest_field
-from .errors import ConfigError
+from .errors import ConfigError, TurnfastError
 
 FIELDS = (
     "Every field of the recipe is a flag, `--loss.clip-high 0.28`. `turnfast fields` lists them."
@@ -27,7 +29,7 @@ FIELDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
+    """Run one command and return its exit code."""
     parser = _parser()
     words, flags = _split(sys.argv[1:] if argv is None else argv)
     arguments, unknown = parser.parse_known_args(words)
@@ -35,26 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = suggest_field(unknown[0].lstrip("-")) if unknown[0].startswith("--") else ""
         parser.error(f"unrecognised arguments: {' '.join(unknown)}{hint}")
     if flags and not hasattr(arguments, "recipe"):
-        parser.error(f"this command takes no fields of a recipe: {' '.join(flags)}")
+        parser.error(f"this command takes no recipe fields: {' '.join(flags)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.command(arguments, flags)
-    except ConfigError as error:
-        code, text = 2, str(error)
-        if arguments.traceback:
-            raise
     except KeyboardInterrupt:
         code, text = 128 + signal.SIGINT, "interrupted"
-    except (RuntimeError, OSError) as error:
-        code, text = 1, f"{error}" or type(error).__name__
-        if arguments.traceback or not _is_ours(error):
+    except TurnfastError as error:
+        if arguments.traceback:
             raise
-    print(f"turnfast: {text}", file=sys.stderr)
+        code, text = error.exit_code, str(error)
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        code, text = 1, _describe_crash(error)
+    print(f"turnfast: {_printable(text)}", file=sys.stderr)
     return code
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Ordinary words, and the dotted flags with their values, wherever they stand."""
+    """Separate the dotted flags and their values, in any position, from the other arguments."""
     words: list[str] = []
     flags: list[str] = []
     queue = list(argv)
@@ -69,9 +71,27 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
-def _is_ours(error: Exception) -> bool:
-    """Errors raised on purpose, with a text for users; a traceback of the rest reports a bug."""
-    return type(error).__module__.startswith("turnfast.") or isinstance(error, OSError)
+def _describe_crash(error: Exception) -> str:
+    """One line with the type, text and place of an exception that turnfast did not raise."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        text = f"{error.strerror}{name}"
+    standard_library = sysconfig.get_path("stdlib")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+        and ("-packages" in frame.filename or not frame.filename.startswith(standard_library))
+    ]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    about = f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
+    return f"{about}{place}; add --traceback to see the calls that led there"
+
+
+def _printable(text: str) -> str:
+    """Escape control characters: an error may quote text that a model wrote."""
+    return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"turnfast {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function, text: str, *, recipe: bool = True) -> argparse.ArgumentParser:
@@ -91,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=epilog, allow_abbrev=False
         )
         sub.set_defaults(command=function)
-        # taken after the command as well; the default would undo one given before it
+        # SUPPRESS: a default here would overwrite a --traceback given before the command
         sub.add_argument(
             "--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
@@ -101,20 +121,20 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train on a recipe with turn-level credit")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     sub.add_argument(
         "--dry-run",
         action="store_true",
-        help="print token budget and a memory estimate; start nothing, write nothing",
+        help="check the recipe and estimate its memory; load no weights, write nothing",
     )
-    sub = command("sft", _sft, "warm start: supervised tuning on demonstrations")
+    sub = command("sft", _sft, "supervised fine-tuning on demonstrations, before train")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    sub = command("eval", _eval, "rollouts on held-out tasks; prints one JSON object")
-    sub.add_argument("--out", type=Path, help="also write the rollouts here, as JSON lines")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    sub = command("eval", _eval, "evaluate the model on held-out tasks; prints one JSON object")
+    sub.add_argument("--out", type=Path, help="also write the rollouts to this file, as JSON lines")
     sub.add_argument("--split", choices=["eval", "train"], default="eval", help="default: eval")
     sub.add_argument(
-        "--sampled", action="store_true", help="draw at rollout.temperature instead of greedily"
+        "--sampled", action="store_true", help="sample at rollout.temperature instead of greedily"
     )
     sub = command("report", _report, "write report.html of a run directory again", recipe=False)
     sub.add_argument("run_dir", type=Path)
@@ -138,23 +158,23 @@ def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
 
     with stop_on_signals() as stop:
         train(config, run_dir, resume=arguments.resume, should_stop=stop)
-    return _exit_code(stop.reason, f"{run_dir}; go on with --resume")
+    return _exit_code(stop, run_dir)
 
 
 def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
-    _refuse_ranks("sft")
+    _check_one_process("sft")
     config = load_config(arguments.recipe, flags)
     run_dir = arguments.run_dir or Path("runs") / f"{Path(arguments.recipe).stem}-sft"
     from .sft import warm_start
 
     with stop_on_signals() as stop:
         folder = warm_start(config, run_dir, resume=arguments.resume, should_stop=stop)
-    print(f"{'stopped' if stop.reason else 'model'}: {folder}")
-    return _exit_code(stop.reason, f"{run_dir}; go on with --resume")
+    print(f"{'checkpoint' if stop() else 'model'}: {folder}")
+    return _exit_code(stop, run_dir)
 
 
 def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:
-    _refuse_ranks("eval")
+    _check_one_process("eval")
     config = load_config(arguments.recipe, flags)
     from .evaluate import evaluate_model
 
@@ -184,24 +204,17 @@ def _fields(arguments: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
-def _refuse_ranks(command: str) -> None:
+def _check_one_process(command: str) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
         raise ConfigError(
-            f"WORLD_SIZE: {size} processes would each do the whole of `turnfast {command}` and "
-            "write the same files; start it without torchrun"
+            f"WORLD_SIZE: `turnfast {command}` runs in one process, not in {size}; start it "
+            "without torchrun"
         )
 
 
-def _exit_code(reason: str, kept: str) -> int:
-    if not reason:
-        return 0
-    print(f"turnfast: stopped by {reason}; everything is kept in {kept}", file=sys.stderr)
-    return 128 + signal.Signals[reason]
-
-
 class StopRequest:
-    """Set by the first signal; `reason` names it."""
+    """Whether a signal asked the run to stop; `reason` is its name, such as "SIGTERM"."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -212,19 +225,27 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a request; a second Ctrl-C interrupts at once."""
+    """Turn SIGTERM and SIGINT into a request; a SIGINT after that raises KeyboardInterrupt."""
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if request.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.reason = signal.Signals(number).name
 
     for number in before:
-        signal.signal(number, note)
+        signal.signal(number, handle)
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exit_code(stop: StopRequest, run_dir: Path) -> int:
+    if not stop():
+        return 0
+    text = f"turnfast: stopped by {stop.reason}; continue the run in {run_dir} with --resume"
+    print(text, file=sys.stderr)
+    return 128 + signal.Signals[stop.reason]

@@ -1,7 +1,7 @@
-"""Every error that ends a step or a run.
+"""Errors that end a step or a run.
 
-The text of each is written for the user: it names the field, file or rank concerned and what to do.
-The command line prints it without a traceback and exits with `exit_code`.
+Each text is for the user: it names the field, file or rank concerned and the fix. The command line
+prints it without a traceback and exits with `exit_code`.
 """
 
 from __future__ import annotations
