@@ -89,7 +89,7 @@ class Clock(ScriptedSampler):
         super().__init__(lambda prompt_ids: (), capacity=capacity)
         self._chat = chat
         self._step_s = step_s
-        self._hops = max(env.hops)
+        self._hops = max(env.training.hops)
         self._told = env.describe().count("<result>")
         self._left: dict[int, int] = {}
         self._replies: dict[int, tuple[int, ...]] = {}

@@ -247,7 +247,7 @@ def world(here, monkeypatch, request):
         ("    def tasks(self, split): return 1 / 0", "World.tasks('train') failed: ZeroDivision"),
         ("    def tasks(self, split): return ['Who?']", "tasks('train') has 'Who?' in it"),
         ("    def tasks(self, split): return []", "has no tasks in its split 'train'"),
-        ("    def __init__(self, book): pass", "env.options.book: this option must be given"),
+        ("    def __init__(self, book): pass", "env.options.book: this option is required"),
     ],
     indirect=["world"],
 )

@@ -299,7 +299,7 @@ def test_too_many_failed_rewards_end_the_run_in_words(chat):
 
 
 def test_a_demonstrator_stays_one():
-    small = LookupEnv(people=40, held_out_people=40, popular_questions=4, eval_tasks=8, demos=300)
+    small = LookupEnv(people=40, held_out_people=40, popular_questions=4, eval_tasks=8)
     reward = Reward(name="words", function=words)
     env = with_rewards(small, [reward])
     assert isinstance(env, Demonstrator) and env.demonstrations(0) == small.demonstrations(0)
@@ -326,7 +326,7 @@ number = 3
 RECIPE = """
 [env]
 name = "lookup"
-options = {people = 40, held_out_people = 40, popular_questions = 4, eval_tasks = 8, demos = 300}
+options = {people = 40, held_out_people = 40, popular_questions = 4, eval_tasks = 8}
 [[env.rewards]]
 function = "my_rewards_of_a_test:brevity"
 on = "turn"
@@ -368,7 +368,7 @@ def play_lookup(env, *texts):
         ({"function": "no_such_room:f"}, r"function: no module 'no_such_room'"),
         ({"function": "my_rewards_of_a_test:brevety"}, r"did you mean 'brevity'"),
         ({"function": "my_rewards_of_a_test:number"}, r"has no 'number'"),
-        ({"function": "my_rewards_of_a_test:three"}, r"options.more: this option must be given"),
+        ({"function": "my_rewards_of_a_test:three"}, r"options.more: this option is required"),
         (
             {"function": "my_rewards_of_a_test:brevity", "options": {"scle": 1.0}},
             r"env.rewards\[0\].options.scle: no such option; did you mean 'scale'",
@@ -383,7 +383,7 @@ def play_lookup(env, *texts):
 def test_a_bad_entry_is_refused_by_name(folder, entry, message):
     options = {"people": 40, "held_out_people": 40, "popular_questions": 4, "eval_tasks": 8}
     with pytest.raises(ConfigError, match=message):
-        load_env("lookup", {**options, "demos": 10}, rewards=configs(entry))
+        load_env("lookup", options, rewards=configs(entry))
 
 
 def test_two_of_one_name_are_refused():

@@ -62,9 +62,7 @@ def test_three_steps_on_the_built_in_world(tmp_path):
         "train_tasks": 16,
         "eval_tasks": 6,
         "popular_questions": 8,
-        "demos": 300,
-        "demo_calls": 0.9,
-        "demo_popular_passes": 0,
+        "demos": {"count": 300, "calls": 0.9, "popular_passes": 0},
     }
     base = {
         **LETTERS,

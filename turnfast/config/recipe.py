@@ -8,7 +8,6 @@ came from, and the way out.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
@@ -21,6 +20,7 @@ from pydantic.fields import FieldInfo
 from ..errors import ConfigError
 from .conflicts import refusals
 from .schema import Config, RewardConfig
+from .signature import suggest
 
 
 def recipe_path(name: str) -> Path:
@@ -28,13 +28,11 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
-            raise ConfigError(
-                f"{name}: no such recipe file{_did_you_mean(name, shipped_recipes())}"
-            )
+            raise ConfigError(f"{name}: no such recipe file{suggest(name, shipped_recipes())}")
         return path
     shipped = shipped_recipes()
     if name not in shipped:
-        raise ConfigError(f"{name}: no such recipe{_did_you_mean(name, shipped)}")
+        raise ConfigError(f"{name}: no such recipe{suggest(name, shipped)}")
     return shipped[name]
 
 
@@ -150,19 +148,11 @@ def suggest_field(dotted: str) -> str:
     """The end of a message on an unknown field: those of the same last name, or the nearest."""
     leaf = dotted.rpartition(".")[2].replace("-", "_")
     if dotted.startswith("env.rewards."):
-        return _did_you_mean(leaf, list(RewardConfig.model_fields))
+        return suggest(leaf, RewardConfig.model_fields)
     same = [repr(name) for name in field_names() if name.rpartition(".")[2] == leaf]
     if same:
         return f"; did you mean {' or '.join(same)}?"
-    return _did_you_mean(dotted, field_names() if "." in dotted else list(Config.model_fields))
-
-
-def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    section = [name for name in known if name.split(".")[0] == word.split(".")[0]]
-    return f"; known: {', '.join(section or known)}"
+    return suggest(dotted, field_names() if "." in dotted else Config.model_fields)
 
 
 def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:

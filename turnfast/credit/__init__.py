@@ -26,9 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
+from turnfast.config.signature import suggest
 from turnfast.credit.baseline import Rows
 from turnfast.credit.frame import with_failed
-from turnfast.credit.options import split_options, suggest
+from turnfast.credit.options import split_options
 from turnfast.credit.rules import (
     branches as tree,
 )
@@ -105,7 +106,7 @@ def assign_credits(
     -> advantages ((0.5, -1.0), (-0.5, 1.0)).
     """
     function = _find(rule)
-    frame, arguments = split_options(rule, function, options)
+    frame, arguments = split_options(function, options)
     if rule in VALUE_RULES:
         if values is None:
             raise ValueError(f"credit.rule: {rule!r} needs the values of a critic")
@@ -120,7 +121,7 @@ def assign_credits(
 def check_rule(rule: str, options: Mapping[str, Any], *, num_ranks: int = 1) -> None:
     """Refuse, before anything runs, what `assign_credits` would refuse, and what compares the turns
     of a whole batch where each of several ranks has a part of it: raises ConfigError."""
-    frame, arguments = split_options(rule, _find(rule), options)
+    frame, arguments = split_options(_find(rule), options)
     if num_ranks == 1:
         return
     over_batch = {

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..config.options import suggest
+from ..config.signature import suggest
 from ..errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config.options import check_options, suggest
 from ..config.schema import Config, RewardConfig
+from ..config.signature import check_options, suggest
 from ..errors import ConfigError
 from ..types import Task
 from .adapters.gymnasium import GymnasiumEnv
@@ -66,13 +66,7 @@ def load_env(
     """
     make = BUILT_IN.get(name) or _find(name)
     added = load_rewards(rewards)
-    check_options(make, options)
-    try:
-        env = make(**options)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"env.options: {name} refuses them: {error}") from error
+    env = make(**check_options(make, options, field="env.options"))
     missing = [
         attribute
         for attribute in ("tasks", "episode", "tools", "native_calls")

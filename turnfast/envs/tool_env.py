@@ -52,8 +52,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..config.options import suggest
 from ..config.schema import PositiveInt
+from ..config.signature import suggest
 from ..errors import ConfigError
 from ..tools import (
     MAX_RESULT_CHARS,

@@ -21,14 +21,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import Parameter
 from typing import Any, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from ..config.signature import arguments_model, parameters_of
 from .deadline import is_async
 
 
@@ -137,32 +138,22 @@ def tool(
     return _make_tool(function, name, description, inline)
 
 
-def signature_model(
-    function: Callable[..., Any], label: str, described: Mapping[str, str] | None = None
-) -> tuple[type[BaseModel], bool]:
-    """The strict pydantic model of a function's parameters, and whether the first one is `self`.
+def _tool_parameters(function: Callable[..., Any], label: str) -> tuple[list[Parameter], bool]:
+    """The parameters of a tool without `self`, and whether there was one.
 
-    Fields are aliased, so that a parameter may be called `json` or `_x` as freely as in Python.
+    Raises:
+        TypeError: a parameter without a type, or one that a call by name cannot give.
     """
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = parameters_of(function)
     is_method = bool(parameters) and parameters[0].name == "self"
-    hints = typing.get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {}
-    for index, parameter in enumerate(parameters[is_method:]):
+    for parameter in parameters[is_method:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{label}: *{parameter.name} has no schema; name each parameter")
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{label}: {parameter.name!r} is positional-only, calls are by name")
-        if parameter.name not in hints:
+        if parameter.annotation is parameter.empty:
             raise TypeError(f"{label}: parameter {parameter.name!r} has no type")
-        default = ... if parameter.default is parameter.empty else parameter.default
-        text = (described or {}).get(parameter.name)
-        fields[f"p{index}"] = (
-            hints[parameter.name],
-            Field(default, alias=parameter.name, description=text),
-        )
-    config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=False)
-    return create_model(label, __config__=config, **fields), is_method
+    return parameters[is_method:], is_method
 
 
 def _make_tool(
@@ -174,14 +165,15 @@ def _make_tool(
     if not re.fullmatch(r"\w[\w.-]{0,63}", label):
         raise TypeError(f"tool {label!r}: needs a name of letters, digits, '_', '.' or '-'")
     summary, described = _read_docstring(inspect.getdoc(function) or "")
-    model, is_method = signature_model(function, label, described)
-    parameters = model.model_json_schema(schema_generator=_PlainSchema)
-    parameters.pop("title", None)
-    parameters.setdefault("properties", {})
+    parameters, is_method = _tool_parameters(function, label)
+    model = arguments_model(label, parameters, descriptions=described, arbitrary_types=False)
+    schema = model.model_json_schema(schema_generator=_PlainSchema)
+    schema.pop("title", None)
+    schema.setdefault("properties", {})
     return Tool(
         name=label,
         description=description or summary,
-        parameters=parameters,
+        parameters=schema,
         function=function,
         arguments=model,
         is_method=is_method,

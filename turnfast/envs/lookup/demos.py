@@ -1,9 +1,9 @@
-"""Demonstrations for the warm start of the built-in world: a base model's habits, good and bad.
+"""Demonstrations for the warm start of the lookup world.
 
-They are not a lesson in searching. They leave a small model where a base model stands before it is
-trained on a tool: it knows the popular answers, calls the tool now and then, often malforms the
-call, seldom uses the result, and is able to copy from a text and, if it is asked to in words, to
-take a question apart. What is then learned, reward has taught.
+They give a small model the habits of a base model before training on a tool, good and bad: it
+knows the popular answers, sometimes calls the tool, often malforms the call and seldom uses the
+result. It can copy from a text and, if prompted to, split a question into hops. Everything beyond
+that is learned from reward.
 """
 
 from __future__ import annotations
@@ -11,81 +11,96 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Annotated
 
+from pydantic import Field
+
+from ...config.schema import PositiveInt, Section, Share
 from ...errors import ConfigError
 from ...tools import ToolError, ToolResult, check_call, parse_calls
 from ...types import Message, Task
 from ..base import Demonstration
-from ..tool_env import CallResult
-from .world import Fact, NameMaker, Question, made_up_facts
-
-if TYPE_CHECKING:
-    from .env import LookupEnv
+from ..tool_env import CallResult, ToolEnv
+from .world import Fact, NameMaker, Question, TrainingPart, made_up_facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
-    """What the demonstrations are made of.
+class DemoOptions(Section):
+    """`env.options.demos`: the mixture of demonstrations.
 
     count = reading, walk and echo exercises + question demonstrations; the latter are
 
-        calls * questions               call the tool; of them a share `popular` is on popular ones
-          malformed                     … cannot be read: error shown, answer from memory
-          (1 - malformed) * copied      … are carried out, and the answer is copied from the result
-          (1 - malformed) * (1-copied)  … are carried out, and the answer comes from memory
-        popular_passes * popular set    answer a popular question at once, rightly
-        the rest                        answer a rare question at once, with a wrong name
+        calls * questions               call the tool; a share `popular` of them is on popular ones
+          malformed                     … are malformed: the error, then an answer from memory
+          (1 - malformed) * copied      … are executed, and the answer is copied from the result
+          (1 - malformed) * (1-copied)  … are executed, and the answer is from memory
+        popular_passes * popular set    answer a popular question without a call, correctly
+        the rest                        answer a rare question without a call, with a wrong name
 
-    Raises:
-        ConfigError: the passes and the calls need more demonstrations than there are.
+    An answer from memory is correct for popular questions (after a call, in a share
+    `recall_after_call` of them), and otherwise a random name of the right kind.
+
+    Attributes:
+        reading: share of all demonstrations with a made-up sentence and a question about it; they
+            teach copying, not searching.
+        walks: share of all demonstrations that split a question into hops in plain words; they
+            teach what to look up next, not searching.
+        echo: share of all demonstrations that repeat a list of made-up names.
+        spaced: write "<answer> Ulm", so that a byte-level tokenizer gives the answer the same
+            tokens as in the sentence it is copied from; scoring ignores the space.
     """
 
-    count: int
-    calls: float
-    malformed: float
-    copied: float
-    popular: float
-    popular_passes: int
-    reading: float
-    walks: float
-    echo: float
-    recall_after_call: float
-    spaced: bool
+    count: PositiveInt = 12_000
+    calls: Share = 0.3
+    malformed: Share = 0.4
+    copied: Share = 0.35
+    popular_passes: Annotated[int, Field(ge=0)] = 40
+    reading: Share = 0.1
+    walks: Share = 0.0
+    echo: Share = 0.1
+    recall_after_call: Share = 0.0
+    spaced: bool = True
 
 
-def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[Demonstration]:
+DEFAULT_DEMOS = DemoOptions()
+
+
+def write_demonstrations(
+    env: ToolEnv, world: TrainingPart, options: DemoOptions, seed: int
+) -> list[Demonstration]:
+    """Write the demonstrations in random order.
+
+    Args:
+        env: formats the prompts and runs the tool calls.
+    Raises:
+        ConfigError: `count` is too small for the passes, calls and exercises.
+    """
     rng = random.Random(f"turnfast demonstrations {seed}")
-    num_reading = round(mixture.reading * mixture.count)
-    num_walks = round(mixture.walks * mixture.count)
-    num_echo = round(mixture.echo * mixture.count)
+    num_reading = round(options.reading * options.count)
+    num_walks = round(options.walks * options.count)
+    num_echo = round(options.echo * options.count)
     num_exercises = num_reading + num_walks + num_echo
-    num_calls = round(mixture.calls * (mixture.count - num_exercises))
-    num_known = mixture.popular_passes * len(env.popular)
-    num_guessed = mixture.count - num_exercises - num_calls - num_known
+    num_calls = round(options.calls * (options.count - num_exercises))
+    num_known = options.popular_passes * len(world.popular)
+    num_guessed = options.count - num_exercises - num_calls - num_known
     if num_guessed < 0:
-        needed = mixture.count - num_guessed
+        needed = options.count - num_guessed
         raise ConfigError(
-            f"env.options.demos: {mixture.count} are too few, {needed} are needed for "
+            f"env.options.demos.count: {options.count} is too small, {needed} are needed for "
             f"{num_known} passes over popular questions, {num_calls} calls and "
-            f"{num_exercises} exercises; raise demos or lower demo_popular_passes"
+            f"{num_exercises} exercises; raise it or lower env.options.demos.popular_passes"
         )
-    writer = _Writer(env, rng, spaced=mixture.spaced)
-    exercises = made_up_facts(rng, NameMaker(rng, env.names))
-    written = [
-        writer.reading(Question(text=_ask(fact), facts=(fact,)))
-        for _, fact in zip(range(num_reading), exercises, strict=False)
-    ]
+    writer = _Writer(env, world, rng, options)
+    made_up = made_up_facts(rng, NameMaker(rng, world.names))
+    written = [writer.reading(fact) for fact in islice(made_up, num_reading)]
     written += [writer.walk(writer.draw(0.0)[0]) for _ in range(num_walks)]
-    written += [writer.echo(list(islice(exercises, 3))) for _ in range(num_echo)]
-    # by count and not by chance, so that a mixture has exactly the shares it names
-    num_malformed = round(mixture.malformed * num_calls)
-    num_copied = round(mixture.copied * (num_calls - num_malformed))
+    written += [writer.echo(list(islice(made_up, 3))) for _ in range(num_echo)]
+    # by count instead of by chance, so that the shares are exact
+    num_malformed = round(options.malformed * num_calls)
+    num_copied = round(options.copied * (num_calls - num_malformed))
     for i in range(num_calls):
-        question, known = writer.draw(mixture.popular)
-        known = known and rng.random() < mixture.recall_after_call
+        question, known = writer.draw(world.popular_share)
+        known = known and rng.random() < options.recall_after_call
         if i < num_malformed:
             written.append(writer.malformed(question, known))
         else:
@@ -93,8 +108,8 @@ def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[De
             written.append(writer.called(question, known, copied=copied))
     written += [
         writer.at_once(question, known=True)
-        for question in env.popular
-        for _ in range(mixture.popular_passes)
+        for question in world.popular
+        for _ in range(options.popular_passes)
     ]
     written += [writer.at_once(writer.draw(0.0)[0], known=False) for _ in range(num_guessed)]
     rng.shuffle(written)
@@ -104,71 +119,77 @@ def write_demonstrations(env: LookupEnv, mixture: Mixture, seed: int) -> list[De
 class _Writer:
     """Writes one conversation at a time, with the replies that the environment would give."""
 
-    def __init__(self, env: LookupEnv, rng: random.Random, *, spaced: bool) -> None:
+    def __init__(
+        self, env: ToolEnv, world: TrainingPart, rng: random.Random, options: DemoOptions
+    ) -> None:
         self._env = env
-        self._space = " " if spaced else ""
+        self._world = world
         self._rng = rng
-        self._famous = {question.text for question in env.popular}
-        self._by_kind = {
-            kind: [name for entity in env.region.of_kind(kind) for name in entity.names]
+        self._space = " " if options.spaced else ""
+        self._popular_texts = {question.text for question in world.popular}
+        self._names_by_kind = {
+            kind: [name for entity in world.region.of_kind(kind) for name in entity.names]
             for kind in ("person", "place", "work", "trade")
         }
         self._malformations = malformations("tool_call" if env.native_calls else "tool")
 
-    def draw(self, popular: float) -> tuple[Question, bool]:
-        """A question, and whether its answer is known from memory."""
-        if self._rng.random() < popular:
-            return self._rng.choice(self._env.popular), True
+    def draw(self, popular_share: float) -> tuple[Question, bool]:
+        """Draw a question, and whether it is a popular one."""
+        if self._rng.random() < popular_share:
+            return self._rng.choice(self._world.popular), True
         while True:
-            question = self._env.region.ask(self._rng, self._rng.choice(self._env.hops))
-            if question.text not in self._famous:
+            question = self._world.region.ask(self._rng, self._rng.choice(self._world.hops))
+            if question.text not in self._popular_texts:
                 return question, False
 
     def at_once(self, question: Question, known: bool) -> Demonstration:
+        """An answer from memory, without a call."""
         return self._finish(self._open(question), self._remember(question, known))
 
     def malformed(self, question: Question, known: bool) -> Demonstration:
+        """A malformed call, its error, and an answer from memory."""
         messages = self._open(question)
         text = self._rng.choice(self._malformations)(question.facts[0].query)
-        self._exchange(messages, text)
+        self._add_call(messages, text)
         return self._finish(messages, self._remember(question, known))
 
     def called(self, question: Question, known: bool, *, copied: bool) -> Demonstration:
-        """Searches hop by hop; who does not use results searches once and goes by memory."""
+        """If `copied`, one search per hop; otherwise one search, then an answer from memory."""
         messages = self._open(question)
         for fact in question.facts if copied else question.facts[:1]:
-            self._exchange(messages, self._call_text(fact.query))
-        answer = question.facts[-1].said if copied else self._remember(question, known)
+            self._add_call(messages, self._call_text(fact.query))
+        answer = question.facts[-1].stated_name if copied else self._remember(question, known)
         return self._finish(messages, answer)
 
-    def reading(self, question: Question) -> Demonstration:
-        # in the order of a conversation with a call: question, result, answer
-        text = f"{question.text}\n<result>{question.facts[0].sentence}</result>"
-        return self._finish([{"role": "user", "content": text}], question.facts[0].said)
+    def reading(self, fact: Fact) -> Demonstration:
+        """A question and its result in one message, in the order of a conversation with a call."""
+        question = f"{fact.relation.word} is the {fact.relation.noun} of {fact.subject.name}?"
+        text = f"{question}\n<result>{fact.sentence}</result>"
+        return self._finish([{"role": "user", "content": text}], fact.stated_name)
 
     def walk(self, question: Question) -> Demonstration:
-        """A question taken apart hop by hop in plain words, the facts told one at a time."""
+        """A question split into hops in plain words; the user states one fact at a time."""
         messages: list[Message] = [{"role": "user", "content": f"Step by step. {question.text}"}]
         for fact in question.facts:
             messages.append({"role": "assistant", "content": fact.query})
             messages.append({"role": "user", "content": fact.sentence})
-        return self._finish(messages, question.facts[-1].said)
+        return self._finish(messages, question.facts[-1].stated_name)
 
     def echo(self, facts: Sequence[Fact]) -> Demonstration:
-        """Names to be said again: copying at its plainest, nearly every token is a copy."""
+        """A list of names to repeat: nearly every target token is a copy."""
         names = ", ".join(name for fact in facts for name in (fact.subject.name, fact.object.name))
-        asked: Message = {"role": "user", "content": f"Repeat: {names}"}
-        return Demonstration(messages=(asked, {"role": "assistant", "content": f"Repeat: {names}"}))
+        prompt: Message = {"role": "user", "content": f"Repeat: {names}"}
+        return Demonstration(messages=(prompt, {**prompt, "role": "assistant"}))
 
     def _open(self, question: Question) -> list[Message]:
         return self._env.first_messages(Task(id="", question=question.text))
 
     def _finish(self, messages: list[Message], answer: str) -> Demonstration:
-        said = self._thought("I answer.") + f"<answer>{self._space}{answer}</answer>"
-        return Demonstration(messages=(*messages, {"role": "assistant", "content": said}))
+        text = self._reasoning("I answer.") + f"<answer>{self._space}{answer}</answer>"
+        return Demonstration(messages=(*messages, {"role": "assistant", "content": text}))
 
-    def _exchange(self, messages: list[Message], text: str) -> None:
-        """One turn with a call, and the reply to it."""
+    def _add_call(self, messages: list[Message], text: str) -> None:
+        """Append a turn with a call, and the environment's reply."""
         (call,) = parse_calls(text)
         checked = check_call(self._env.tools, call)
         if isinstance(checked, ToolError):
@@ -176,7 +197,7 @@ class _Writer:
         else:
             tool, arguments = checked
             result = ToolResult(text=tool(**arguments))
-        messages.append({"role": "assistant", "content": self._thought("I search.") + text})
+        messages.append({"role": "assistant", "content": self._reasoning("I search.") + text})
         messages.extend(self._env.reply([CallResult(call=call, result=result)]))
 
     def _call_text(self, query: str) -> str:
@@ -185,21 +206,21 @@ class _Writer:
         return f"<{tag}>{call}</{tag}>"
 
     def _remember(self, question: Question, known: bool) -> str:
+        """The answer if it is known; otherwise a wrong name of the right kind."""
+        target = question.facts[-1].object
         if known:
-            return question.facts[-1].object.name
-        right = question.answers
-        kind = question.facts[-1].object.kind
-        while (guess := self._rng.choice(self._by_kind[kind])) in right:
+            return target.name
+        while (guess := self._rng.choice(self._names_by_kind[target.kind])) in question.answers:
             pass
         return guess
 
-    def _thought(self, text: str) -> str:
-        asked = self._env.reasoning and not self._env.native_calls
-        return f"<reasoning>{text}</reasoning>" if asked else ""
+    def _reasoning(self, text: str) -> str:
+        expected = self._env.reasoning and not self._env.native_calls
+        return f"<reasoning>{text}</reasoning>" if expected else ""
 
 
 def malformations(tag: str) -> Sequence[Callable[[str], str]]:
-    """Ways to get a call wrong, as models do; each takes the query."""
+    """Typical errors of models in a call; each function takes the query."""
     key = "arguments" if tag == "tool_call" else "args"
     start, end = f'<{tag}>{{"name": "search", "{key}": {{"query": ', f"</{tag}>"
     return (
@@ -211,7 +232,3 @@ def malformations(tag: str) -> Sequence[Callable[[str], str]]:
         lambda query: f'<{tag}>{{"name": "find", "{key}": {{"query": "{query}"}}}}{end}',
         lambda query: f'<{tag}>{{"name": "search", "{key}": {{"q": "{query}"}}}}{end}',
     )
-
-
-def _ask(fact: Fact) -> str:
-    return f"{fact.relation.word} is the {fact.relation.noun} of {fact.subject.name}?"

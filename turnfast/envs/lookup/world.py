@@ -1,9 +1,9 @@
-"""A made-up world to ask about: entities with invented names, and facts that relate them.
+"""An invented world: entities, the facts that relate them, and questions about them.
 
-Facts are drawn from a seed, so nobody can know them without looking them up; names are
-pronounceable and made of few syllables, so that a small byte-level tokenizer spells one in a few
-tokens. The world has two parts that share no entity: one for training, one held out. Each question
-is a walk along facts, and every hop of the walk is one sentence of the corpus::
+Facts are drawn from a seed, so they cannot be known without a search. Names consist of few
+syllables, so a small byte-level tokenizer needs few tokens for one. The world has two parts that
+share no entity: one for training, one held out. A question follows a chain of facts, and each hop
+of the chain is one sentence of the corpus::
 
     work Sorime --author--> person Bela Koru --teacher--> person Mino Tase
     "Who is the teacher of the author of Sorime?"                   2 hops, answer Mino Tase
@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...errors import ConfigError
 from ...tools import STOP_WORDS, Passage
 
 Kind = Literal["person", "place", "work", "trade"]
 
-# each consonant with two vowels, all vowels equally often: letters within a syllable then go
-# together far more often than letters across syllables, and a byte-level tokenizer trained on such
-# names has the syllables as its tokens
+# Each consonant occurs with two vowels, and all vowels equally often. Pairs of letters within a
+# syllable are then far more frequent than pairs across syllables, so a byte-level tokenizer trained
+# on such names learns the syllables as tokens.
 _SYLLABLE_TEXT = """
 ba be di do fu fa ge gi ho hu ja je ki ko lu la me mi no nu pa pe ri ro su sa te ti vo vu wa we yo
 yu za zi
@@ -32,12 +33,12 @@ SYLLABLES = tuple(_SYLLABLE_TEXT.split())
 
 _ONE = "[B-DF-HJ-NP-TV-Zb-df-hj-np-tv-z][aeiou]"
 SYLLABLE = rf" ?\b{_ONE}(?=(?:{_ONE})*\b)|(?<=\b{_ONE}|\b{_ONE}{_ONE}){_ONE}(?=(?:{_ONE})*\b)"
-"""A syllable of a word of up to three, which is all of a name and hardly any other word."""
+"""Matches a syllable in a word of up to three syllables: all names, and few other words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relation:
-    """What a fact says: "the {noun} of {subject} is {object}", asked for with `word`."""
+    """A kind of fact, "the {noun} of {subject} is {object}"; `word` is its question word."""
 
     noun: str
     subject: Kind
@@ -71,7 +72,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """`sentence` is what the corpus says; it may call the object by its alias."""
+    """One fact and its `sentence` in the corpus, which may use the object's alias."""
 
     subject: Entity
     relation: Relation
@@ -80,19 +81,19 @@ class Fact:
 
     @property
     def query(self) -> str:
-        """What to search for: the words of the question that stand for this hop."""
+        """The search query for this hop, in the words of the question."""
         return f"{self.relation.noun} of {self.subject.name}"
 
     @property
-    def said(self) -> str:
-        """The name by which the sentence calls the object."""
+    def stated_name(self) -> str:
+        """The name of the object in the sentence."""
         alias = self.object.alias
         return alias if alias and alias in self.sentence else self.object.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A walk along facts, the first hop first."""
+    """A question and its chain of facts, first hop first."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -108,7 +109,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """One part of the world, closed in itself: every fact leads to an entity of the same part."""
+    """One part of the world; its facts relate only its own entities."""
 
     entities: tuple[Entity, ...]
     facts: tuple[Fact, ...]
@@ -116,54 +117,73 @@ class Region:
     distractors: tuple[str, ...]
 
     def passages(self) -> list[Passage]:
-        """The corpus. Titles carry all names of the subject, so that an alias finds it too."""
-        told = [Passage(title=" ".join(f.subject.names), text=f.sentence) for f in self.facts]
-        return told + [Passage(title="", text=sentence) for sentence in self.distractors]
+        """The corpus. A title holds all names of the subject, so that a search finds any."""
+        stated = [Passage(title=" ".join(f.subject.names), text=f.sentence) for f in self.facts]
+        return stated + [Passage(title="", text=sentence) for sentence in self.distractors]
 
     def of_kind(self, kind: Kind) -> list[Entity]:
         return [entity for entity in self.entities if entity.kind == kind]
 
     def ask(self, rng: random.Random, hops: int) -> Question:
-        """A random question of so many hops; it never comes back to an entity it has passed."""
+        """Draw a question of `hops` hops that visits no entity twice."""
         while True:
-            walk = [rng.choice(self.facts)]
-            passed = {walk[0].subject.name, walk[0].object.name}
-            while len(walk) < hops:
-                ahead = [
+            chain = [rng.choice(self.facts)]
+            visited = {chain[0].subject.name, chain[0].object.name}
+            while len(chain) < hops:
+                options = [
                     fact
-                    for fact in self.facts_of[walk[-1].object.name]
-                    if fact.object.name not in passed
+                    for fact in self.facts_of[chain[-1].object.name]
+                    if fact.object.name not in visited
                 ]
-                if not ahead:
+                if not options:
                     break
-                walk.append(rng.choice(ahead))
-                passed.add(walk[-1].object.name)
-            if len(passed) == hops + 1:
-                return Question(text=_question(walk, rng), facts=tuple(walk))
+                chain.append(rng.choice(options))
+                visited.add(chain[-1].object.name)
+            if len(visited) == hops + 1:
+                return Question(text=_question(chain, rng), facts=tuple(chain))
 
 
 class NameMaker:
-    """Invented words, each given out once, and none that `others` have given out."""
+    """Draws invented names, each once, and none that `others` has drawn."""
 
     def __init__(self, rng: random.Random, others: NameMaker | None = None) -> None:
         self._rng = rng
         self._taken: set[str] = set(others._taken) if others else set()
 
     def word(self, syllables: int) -> str:
-        # a search drops stop words, so "Same" is no name
+        # a search ignores stop words, so "Same" cannot be a name
         while (word := "".join(self._rng.choices(SYLLABLES, k=syllables))) in STOP_WORDS:
             pass
         return word.capitalize()
 
     def fresh(self, kind: Kind) -> str:
-        """A new name: two words of two syllables for people, one word of three for the rest."""
+        """A new name: two words of two syllables for a person, otherwise one word of three."""
         for _ in range(10_000):
             name = f"{self.word(2)} {self.word(2)}" if kind == "person" else self.word(3)
             name = name.lower() if kind == "trade" else name
             if name.lower() not in self._taken:
                 self._taken.add(name.lower())
                 return name
-        raise ValueError("the world is too large: the syllables make no further names")
+        raise ConfigError(
+            "env.options.people: the syllables allow no more names; lower people or held_out_people"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPart:
+    """What demonstrations and training questions are drawn from.
+
+    Attributes:
+        names: has drawn all names of the world, held-out ones included.
+        hops: possible numbers of hops of a question.
+        popular: the popular questions. popular_share: their share of the training questions.
+    """
+
+    region: Region
+    names: NameMaker
+    hops: tuple[int, ...]
+    popular: tuple[Question, ...]
+    popular_share: float
 
 
 def make_region(
@@ -178,11 +198,10 @@ def make_region(
     """Draw entities and one fact for every entity and relation of its kind.
 
     Args:
-        people: number of people; half as many works, a quarter as many places, an eighth trades.
-        aliased: share of the people who are also known by another name.
-        inverted: share of the sentences that say "{object} is the {noun} of {subject}".
-        distractors: false friends per fact, sentences with the words of the fact and another
-            name in the place of the answer.
+        people: number of people; works are half, places a quarter, trades an eighth as many.
+        aliased: share of the people with a second name.
+        inverted: share of the sentences of the form "{object} is the {noun} of {subject}".
+        distractors: distractors per fact: sentences with the words of the fact and a wrong name.
     """
     entities: list[Entity] = []
     sizes: tuple[tuple[Kind, int], ...] = (
@@ -196,21 +215,21 @@ def make_region(
             alias = names.fresh("place") if kind == "person" and rng.random() < aliased else None
             entities.append(Entity(name=names.fresh(kind), kind=kind, alias=alias))
     facts: list[Fact] = []
-    decoys: list[str] = []
+    sentences: list[str] = []
     for relation in RELATIONS:
         subjects = [entity for entity in entities if entity.kind == relation.subject]
         objects = [entity for entity in entities if entity.kind == relation.object]
         for subject in subjects:
             target = _other(rng, objects, subject)
-            said = rng.choice(target.names)
+            name = rng.choice(target.names)
             template = (
                 "{o} is the {r} of {s}." if rng.random() < inverted else "The {r} of {s} is {o}."
             )
-            sentence = template.format(r=relation.noun, s=subject.name, o=said)
+            sentence = template.format(r=relation.noun, s=subject.name, o=name)
             facts.append(Fact(subject=subject, relation=relation, object=target, sentence=sentence))
             if rng.random() < distractors:
-                false = _other(rng, objects, target).name
-                decoys.append(f"The {relation.noun} of a rival of {subject.name} is {false}.")
+                wrong = _other(rng, objects, target).name
+                sentences.append(f"The {relation.noun} of a rival of {subject.name} is {wrong}.")
     facts_of: dict[str, tuple[Fact, ...]] = {}
     for fact in facts:
         facts_of[fact.subject.name] = (*facts_of.get(fact.subject.name, ()), fact)
@@ -218,12 +237,12 @@ def make_region(
         entities=tuple(entities),
         facts=tuple(facts),
         facts_of=facts_of,
-        distractors=tuple(decoys),
+        distractors=tuple(sentences),
     )
 
 
 def made_up_facts(rng: random.Random, names: NameMaker) -> Iterator[Fact]:
-    """Endless facts about nobody, with names that no part of the world has: reading exercises."""
+    """Yield facts about entities outside the world, without end."""
     while True:
         relation = rng.choice(RELATIONS)
         subject = Entity(name=names.fresh(relation.subject), kind=relation.subject)
@@ -232,11 +251,33 @@ def made_up_facts(rng: random.Random, names: NameMaker) -> Iterator[Fact]:
         yield Fact(subject=subject, relation=relation, object=target, sentence=sentence)
 
 
-def _question(walk: Sequence[Fact], rng: random.Random) -> str:
-    phrase = rng.choice(walk[0].subject.names)
-    for fact in walk:
+def distinct_questions(
+    rng: random.Random, region: Region, hops: Sequence[int], count: int
+) -> tuple[Question, ...]:
+    """Draw `count` different questions.
+
+    Raises:
+        ConfigError: the region is too small.
+    """
+    found: dict[str, Question] = {}
+    for _ in range(50 * count):
+        if len(found) == count:
+            break
+        question = region.ask(rng, rng.choice(hops))
+        found.setdefault(question.text, question)
+    else:
+        raise ConfigError(
+            f"env.options.people: the world is too small for {count} different questions; raise "
+            "people (or held_out_people), or lower eval_tasks or popular_questions"
+        )
+    return tuple(found.values())
+
+
+def _question(chain: Sequence[Fact], rng: random.Random) -> str:
+    phrase = rng.choice(chain[0].subject.names)
+    for fact in chain:
         phrase = f"the {fact.relation.noun} of {phrase}"
-    return f"{walk[-1].relation.word} is {phrase}?"
+    return f"{chain[-1].relation.word} is {phrase}?"
 
 
 def _other(rng: random.Random, entities: Sequence[Entity], than: Entity) -> Entity:

@@ -17,8 +17,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...config.options import check_options, suggest
 from ...config.schema import RewardConfig
+from ...config.signature import check_options, suggest
 from ...errors import ConfigError
 from ...types import Task
 from ..base import PlayedTurn
@@ -126,16 +126,10 @@ def _load(config: RewardConfig, field: str) -> Reward:
     if function is None:
         function = import_named(name, field=f"{field}.function", form="module:function")
     if isinstance(function, type):
-        check_options(function, config.options, field=f"{field}.options")
-        try:
-            function = function(**config.options)
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{field}.options: {name} refuses them: {error}") from error
+        function = function(**check_options(function, config.options, field=f"{field}.options"))
     else:
-        check_options(function, config.options, field=f"{field}.options", given=2)
-        function = functools.partial(function, **config.options)
+        options = check_options(function, config.options, field=f"{field}.options", skip=2)
+        function = functools.partial(function, **options)
     try:
         inspect.signature(function).bind(None, ())
     except TypeError as error:

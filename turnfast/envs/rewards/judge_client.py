@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from ...errors import ConfigError
 from ...tools import BackgroundLoop
 from ...types import Message
 
@@ -75,7 +76,9 @@ class ChatEndpoint:
         max_tokens: int = 512,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url: {base_url!r} must begin with http:// or https://")
+            raise ConfigError(
+                f"env.rewards: base_url: {base_url!r} must begin with http:// or https://"
+            )
         self._url = base_url.rstrip("/") + "/chat/completions"
         self._body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

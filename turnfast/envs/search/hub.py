@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.options import suggest
+from ...config.signature import suggest
 from ...errors import ConfigError
 from ...tools import Passage
 from .files import Record
