@@ -27,7 +27,7 @@ from typing import Any
 from harness.plots import learning_plot
 from harness.provenance import RESULTS, provenance, write
 
-from turnfast.credit import RULES, VALUE_RULES
+from turnfast.credit import RULES
 from turnfast.rundir.directory import read_metrics
 
 HELD_OUT = 512
@@ -56,7 +56,7 @@ def main() -> None:
     parser = arguments(
         __doc__,
         recipe="bench/hops.toml",
-        rules=(*RULES, *VALUE_RULES),
+        rules=tuple(RULES),
         seeds=(0, 1, 2),
         name="hops",
     )

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turnfast.config.schema import VALUE_RULES
 from turnfast.credit import RULES, assign_credit, assign_credits, check_rule
 from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
 PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two unequal numbers become -1 and +1
 PLAIN: dict[str, Any] = {"std": "none"}
-NORMED = [rule for rule in RULES if rule not in ("dr", "rloo")]
+GROUP_RULES = [rule for rule in RULES if rule not in VALUE_RULES]
+NORMED = [rule for rule in GROUP_RULES if rule not in ("dr", "rloo")]
 
 Rewards = Sequence[float | None]
 
@@ -130,14 +132,6 @@ def test_return_to_go_worked_example() -> None:
     assert close(pooled, (1 / 3, 1 / 3), (-2 / 3,))
 
 
-def test_return_to_go_over_the_batch() -> None:
-    low = group_of(rollout(0, (0.0,)), rollout(1, (1.0,)))
-    high = group_of(rollout(0, (4.0,)), rollout(1, (7.0,)), rollout(2, (math.nan,), status="error"))
-    credits = assign_credits([low, high], "return_to_go", over="batch", **PLAIN)
-    assert close(credits[0], (-3,), (-2,))
-    assert close(credits[1], (1,), (4,), (0,))
-
-
 def test_gigpo_worked_example() -> None:
     same = group_of(
         rollout(0, (None, None), 1.0, replies=["a", "x"]),
@@ -182,7 +176,7 @@ def test_tree_turn_without_a_branch_carries_the_branch_before_it() -> None:
 def test_numbers_of_other_kinds_come_out_as_floats() -> None:
     single: Any = np.float32(0.5)
     group = group_of(rollout(0, (single, 1), True), rollout(1, (0.0, None), 0))
-    for rule in RULES:
+    for rule in GROUP_RULES:
         rows = assign_credit(group, rule).advantages
         assert {type(a) for row in rows for a in row} == {float}
 
@@ -215,7 +209,6 @@ ONE_TURN = group_of(*[rollout(i, (0.1 * i,), o) for i, o in enumerate(OUTCOMES)]
             for rule in ("grpo_or", "grpo_mr", "mt_grpo", "mt_grpo_unbiased", "rloo", "dr", "tree")
         ],
         ("return_to_go", {"over": "group"}, FLAT_RAGGED),
-        ("return_to_go", {"over": "batch"}, FLAT_RAGGED),
         ("gigpo", {"gamma": 1.0, "step_weight": 0.0}, FLAT_RAGGED),
         ("return_to_go", {}, FLAT_EVEN),
         ("hybrid", {"gamma": 1.0}, FLAT_EVEN),
@@ -233,7 +226,7 @@ PAID_BY_TURN = [(0.7, None, 0.1), (0.0, 0.5, None), (None, 0.2, 0.2), (0.7, 0.7,
 SAME_EVERYWHERE = {"gigpo": {"gamma": 1.0, "step_weight": 0.0}, "hybrid": {"gamma": 1.0}}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 def test_flatten_moves_the_rewards_to_the_end(rule: str) -> None:
     paid = [rollout(i, r, o) for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))]
     late = [
@@ -329,7 +322,7 @@ def options(draw: st.DrawFn, rule: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_shape_faults_and_order(rule: str, data: st.DataObject) -> None:
@@ -351,7 +344,7 @@ def test_shape_faults_and_order(rule: str, data: st.DataObject) -> None:
     assert assign_credit(alone, rule, **chosen).advantages == tuple(rows[i] for i in healthy)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 @given(reward=rewards_, outcome=st.floats(-2, 2), size=st.integers(2, 6), turns=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_equal_rewards_are_exactly_no_signal(
@@ -362,13 +355,13 @@ def test_equal_rewards_are_exactly_no_signal(
         assert not assign_credit(group, rule, **chosen).has_signal
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 def test_equal_sums_are_equal_whatever_the_rounding(rule: str) -> None:
     group = group_of(rollout(0, (0.3,), 0.3), rollout(1, (0.1 + 0.2,), 0.3))
     assert not assign_credit(group, rule, **({"epsilon": 0.0} if rule in NORMED else {})).has_signal
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 def test_no_peers_no_signal(rule: str) -> None:
     lone = group_of(rollout(0, (0.5, 1.0), 2.0))
     survivor = group_of(rollout(0, (0.5, 1.0), 2.0), rollout(1, (0.1,), 0.0, status="timeout"))
@@ -402,7 +395,7 @@ def test_no_peers_no_signal(rule: str) -> None:
         ("mt_grpo", {"outcome_weight": "1"}, ["credit.options.outcome_weight", "'1'"]),
         ("mt_grpo", {"outcome_weight": math.nan}, ["credit.options.outcome_weight", "finite"]),
         ("return_to_go", {"gamma": 1.5}, ["credit.options.gamma", "1.5"]),
-        ("return_to_go", {"over": "world"}, ["credit.options.over", "'turn', 'group' or 'batch'"]),
+        ("return_to_go", {"over": "world"}, ["credit.options.over", "'turn' or 'group'"]),
         ("dr", {"clip": 0.0}, ["credit.options.clip"]),
         ("dr", {"whiten": 1}, ["credit.options.whiten"]),
     ],
@@ -418,14 +411,14 @@ def test_bad_rules_and_options(rule: str, options: dict[str, Any], words: list[s
 
 
 def test_good_rules_pass_the_check() -> None:
-    for rule in RULES:
+    for rule in GROUP_RULES:
         check_rule(rule, {"clip": 5, "whiten": True})
     for rule in NORMED:
         check_rule(rule, {"epsilon": 0, "std": "none", "baseline": "leave_one_out"})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GROUP_RULES)
 def test_rewards_that_are_no_numbers_are_named(rule: str, bad: float) -> None:
     good = rollout(0, (0.1, 0.2), 1.0)
     with pytest.raises(ValueError, match=r"task 'q', trajectory 5, turn 1: reward is"):

@@ -17,7 +17,6 @@ from turnfast.credit import assign_credits
 from turnfast.types import Group, Task, Trajectory, Turn
 
 G, L = 6, 4  # rollouts of a group and turns of a rollout, at most
-BATCH = 20  # groups that are normalised together by over="batch"
 REPLIES = ("left", "right")
 
 
@@ -172,9 +171,8 @@ def return_to_go(d: Dense, gamma: float = 1.0, over: str = "turn", **norm: Any) 
     x = to_go(d, gamma)
     if over == "turn":
         return over_turn_index(x, d.lives, **norm)
-    pool = (-1, G * L) if over == "group" else (-1, BATCH * G * L)
-    mask = d.lives.reshape(pool)
-    x = np.where(mask, x.reshape(pool), 0.0)
+    mask = d.lives.reshape(-1, G * L)
+    x = np.where(mask, x.reshape(-1, G * L), 0.0)
     return peer_norm(x, same(mask), **norm).reshape(d.lives.shape)
 
 
@@ -249,8 +247,8 @@ OWN: dict[str, list[dict[str, Any]]] = {
         {},
         {"gamma": 0.9, "over": "group"},
         {"gamma": 0.0},
-        {"over": "batch"},
-        {"gamma": 0.5, "over": "batch"},
+        {"over": "group"},
+        {"gamma": 0.5, "over": "group"},
     ],
     "hybrid": [{}, {"gamma": 1.0}, {"outcome_weight": 0.0}, {"gamma": 0.0}, {}],
     "gigpo": [
@@ -277,12 +275,10 @@ def test_equals_the_dense_reference(rule: str, world: list[tuple[list[Group], De
         options = options | OWN.get(rule, [{}] * len(NORMS))[chunk]
         want = np.where(dense.lives, REFERENCES[rule](dense, **options), 0.0)
         got = np.zeros_like(want)
-        for start in range(0, CHUNK, BATCH):
-            credits = assign_credits(groups[start : start + BATCH], rule, **options)
-            signal += sum(credit.has_signal for credit in credits)
-            for b, credit in enumerate(credits, start):
-                for i, row in enumerate(credit.advantages):
-                    assert len(row) == dense.lengths[b, i]
-                    got[b, i, : len(row)] = row
+        for b, credit in enumerate(assign_credits(groups, rule, **options)):
+            signal += credit.has_signal
+            for i, row in enumerate(credit.advantages):
+                assert len(row) == dense.lengths[b, i]
+                got[b, i, : len(row)] = row
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
     assert signal > CHUNK  # the groups do put the rule to the test

@@ -11,8 +11,10 @@ from by_hand import group_of, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.credit import VALUE_RULES, assign_credits, check_rule
+from turnfast.config.schema import VALUE_RULES
+from turnfast.credit import RULES, assign_credits, check_rule
 from turnfast.credit.rules.gae import gae
+from turnfast.credit.with_values import ValueRule
 from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group, Task, Trajectory
 
@@ -168,6 +170,11 @@ def test_clip_and_whiten_hold_for_tokens_too():
     assert clipped.tokens[0].targets == (5.0, 5.0, 5.0)
     (white,) = assign_credits([group], "mt_ppo", values=values, whiten=True)
     assert white.tokens and sum(white.tokens[0].advantages or ()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_config_knows_which_rules_have_a_critic():
+    found = {name for name, rule in RULES.items() if isinstance(rule, ValueRule)}
+    assert found == set(VALUE_RULES)
 
 
 def test_a_critic_always_has_something_to_learn():

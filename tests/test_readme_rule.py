@@ -1,24 +1,20 @@
-"""The README's worked rule is a rule: the file and the line that it shows run as they stand."""
+"""The credit rule shown in the README is a working rule, and its table lists all rules."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 from by_hand import group_of, rollout, turn
 
-from turnfast import credit
-from turnfast.credit import assign_credit, check_rule, per_group
+from turnfast.credit import RULES, assign_credit, check_rule
+from turnfast.credit.with_values import ValueRule
 from turnfast.types import Group
 
-README = Path(__file__).parent.parent / "README.md"
-
-
-def blocks() -> list[str]:
-    text = README.read_text(encoding="utf-8")
-    return re.findall(r"```python\n(# turnfast/credit/.*?)```", text, re.DOTALL)
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def group_with(*rewards: float) -> Group:
@@ -27,20 +23,20 @@ def group_with(*rewards: float) -> Group:
 
 @pytest.fixture
 def rank(tmp_path, monkeypatch) -> str:
-    """The file imported, and its line put where the README says."""
-    source, line = blocks()
+    """The README's rule, imported and registered as the README says; returns its source."""
+    source, registration = re.findall(r"```python\n(# turnfast/credit/.*?)```", README, re.DOTALL)
+    assert source.startswith("# turnfast/credit/rules/rank.py\n")
+    assert registration.splitlines()[1].strip() == '"rank": rank.advantages,'
     (tmp_path / "rank.py").write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("rank", tmp_path / "rank.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    registered = re.search(r'^    "(\w+)": per_group\((\w+\.\w+)\),$', line, re.MULTILINE)
-    assert registered is not None and registered.groups() == ("rank", "rank.advantages")
-    monkeypatch.setitem(credit.RULES, "rank", per_group(module.advantages))
+    monkeypatch.setitem(RULES, "rank", module.advantages)
     return source
 
 
-def test_the_rule_of_the_readme_runs(rank):
+def test_the_rule_in_the_readme_runs(rank):
     assert len(rank.splitlines()) <= 60
     options = {"std": "biased", "epsilon": 0.0}
     rows = assign_credit(group_with(0.0, 1.0, 1000.0), "rank", **options).advantages
@@ -50,14 +46,13 @@ def test_the_rule_of_the_readme_runs(rank):
     check_rule("rank", {"clip": 1.0, "whiten": True, "flatten": True, "baseline": "leave_one_out"})
 
 
-def test_the_rules_of_the_readme_are_those_there_are():
-    text = README.read_text(encoding="utf-8")
-    table = text.split("## Which credit rule, when")[1].split("\n\n")[2]
-    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert sorted(named) == sorted([*credit.RULES, *credit.VALUE_RULES])
+def test_the_readme_lists_every_rule():
+    table = README.split("## Which credit rule, when")[1].split("\n\n")[2]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(RULES)
 
 
 def test_every_rule_is_one_short_file():
-    folder = Path(credit.__file__).parent
-    for name in (*credit.RULES, *credit.VALUE_RULES):
-        assert len((folder / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
+    functions = [rule.estimate if isinstance(rule, ValueRule) else rule for rule in RULES.values()]
+    files = {Path(inspect.getfile(function)) for function in functions}
+    assert len(files) == len(RULES) and {file.parent.name for file in files} == {"rules"}
+    assert all(len(file.read_text(encoding="utf-8").splitlines()) <= 60 for file in files)

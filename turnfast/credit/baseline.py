@@ -1,7 +1,7 @@
-"""The mathematics that rules share: what a turn earned, and how it compares with its peers.
+"""Returns and normalisation, shared by the rules.
 
-Shapes: G rollouts of a group; rows are ragged, row i has one entry for each of rollout i's turns.
-Sums over rollouts are exactly rounded (`math.fsum`), so the order of a group never shows.
+Shapes: a group has G rollouts; rows are ragged, row i has one entry per turn of rollout i. Sums
+over rollouts are exact (`math.fsum`), so the result does not depend on the order of the group.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """norm(x)_i = (x_i - mean) / (std + epsilon); zeros for fewer than two or all-equal values.
+    """norm(x)_i = (x_i - mean) / (std + epsilon); zeros if x has fewer than two different values.
 
     Attributes:
         epsilon: added to the standard deviation.
-        std: "unbiased" divides the squares by n - 1, as torch.std and thus the public code of
-            arXiv 2505.11821 do; "biased" by n; "none" leaves the scale alone (arXiv 2503.20783).
-        baseline: "mean" of all values, or "leave_one_out": of the others (arXiv 2402.14740).
+        std: "unbiased" divides the sum of squares by n - 1, as the public code of arXiv 2505.11821
+            does; "biased" divides by n; "none" does not scale (arXiv 2503.20783).
+        baseline: "mean" of all values, or "leave_one_out" for the mean of the other values (arXiv
+            2402.14740).
 
-    Example: [1, 0, 2] with std "none" gives [0, -1, 1], and left one out [0, -1.5, 1.5].
+    Example: [1, 0, 2] with std "none" gives [0, -1, 1], with "leave_one_out" [0, -1.5, 1.5].
     """
 
     epsilon: Annotated[float, Field(ge=0)] = 1e-4
@@ -59,9 +60,9 @@ def norm_within(
     cells: Sequence[Sequence[Hashable]],
     norm: Norm,
 ) -> Rows:
-    """Normalise every value among the values that carry the same label in `cells`.
+    """Normalise every value over the values that have the same label in `cells`.
 
-    None is a reward that was not given: it stays out of its cell's baseline and becomes 0.
+    None, a missing reward, is excluded from the baseline and becomes 0.
     """
     members: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
     for i, (row, labels) in enumerate(zip(values, cells, strict=True)):
@@ -77,7 +78,7 @@ def norm_within(
 
 
 def turn_rewards(group: Group, missing: Literal["skip", "zero"]) -> list[list[float | None]]:
-    """The rewards as given, None included ("skip"), or with 0 in the place of None ("zero")."""
+    """The turn rewards; missing ones stay None ("skip") or become 0 ("zero")."""
     filler = 0.0 if missing == "zero" else None
     return [
         [filler if turn.reward is None else turn.reward for turn in t.turns]
@@ -90,7 +91,7 @@ def outcomes(group: Group) -> list[float]:
 
 
 def episode_returns(group: Group) -> list[float]:
-    """Everything a rollout earned: R_i = sum_k r_{i,k} + o_i; a missing reward adds nothing."""
+    """R_i = sum_k r_{i,k} + o_i; a missing reward adds nothing."""
     return [
         math.fsum([turn.reward or 0.0 for turn in t.turns] + [t.outcome])
         for t in group.trajectories
@@ -98,7 +99,7 @@ def episode_returns(group: Group) -> list[float]:
 
 
 def returns_to_go(group: Group, gamma: float) -> Rows:
-    """R_{i,k} = sum_{m >= k} gamma^(m-k) r_{i,m}, the outcome being paid with the last turn.
+    """R_{i,k} = sum_{m >= k} gamma^(m-k) r_{i,m}, with the outcome added to the last reward.
 
     Example: rewards (1, None, 2), outcome 4, gamma 0.5 give (2.5, 3, 6).
     """
@@ -113,7 +114,7 @@ def returns_to_go(group: Group, gamma: float) -> Rows:
 
 
 def turn_indices(group: Group) -> list[list[int]]:
-    """Cells for `norm_within`: turn k is compared with the others' turn k."""
+    """Cells for `norm_within` that group turns by their index."""
     return [list(range(len(t.turns))) for t in group.trajectories]
 
 
@@ -122,5 +123,5 @@ def on_every_turn(values_G: Sequence[float], group: Group) -> Rows:
 
 
 def _equal(values: Sequence[float]) -> bool:
-    # equal up to rounding: 0.1 + 0.2 and 0.3 are one reward, and must not become a signal
+    # up to rounding: 0.1 + 0.2 and 0.3 are the same reward
     return max(values) - min(values) <= 1e-12 * max(1.0, abs(max(values)), abs(min(values)))

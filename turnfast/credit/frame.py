@@ -1,4 +1,4 @@
-"""What happens around every rule: which rollouts count before it, whitening and clipping after."""
+"""Steps around every rule: remove failed rollouts before it, whiten and clip after it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from turnfast.types import LARGEST_REWARD, Group, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """Options that every rule takes; `turnfast.credit` says what they mean."""
+    """Options of every rule, documented in `turnfast.credit`."""
 
     clip: PositiveFloat | None = None
     whiten: bool = False
     flatten: bool = False
 
     def before(self, group: Group, *, at_least: int = 2) -> Group:
-        """What the rule gets to see of a group: the rollouts that count."""
-        seen = counted(group, at_least)
-        return flattened(seen) if self.flatten else seen
+        """The group that the rule receives."""
+        healthy = without_failed(group, at_least)
+        return flattened(healthy) if self.flatten else healthy
 
-    def apply(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
+    def after(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
+        """Whiten and clip the advantages of a batch."""
         result = _whitened(rows_by_group) if self.whiten else list(rows_by_group)
         if (c := self.clip) is None:
             return result
         return [[[min(max(a, -c), c) for a in row] for row in rows] for rows in result]
 
 
-def counted(group: Group, at_least: int = 2) -> Group:
-    """The rollouts that count; none if fewer than `at_least`: one alone has no peer to be compared.
+def without_failed(group: Group, at_least: int = 2) -> Group:
+    """The group without failed and masked rollouts; empty if fewer than `at_least` remain.
 
     Raises:
-        ValueError: a reward that is no finite number, with its task, trajectory and turn.
+        ValueError: a reward is not a finite number; names its task, trajectory and turn.
     """
     healthy = tuple(t for t in group.trajectories if not t.left_out)
     for trajectory in healthy:
@@ -44,7 +45,7 @@ def counted(group: Group, at_least: int = 2) -> Group:
 
 
 def flattened(group: Group) -> Group:
-    """The same rewards, all paid at the end: o_i + sum_k r_{i,k}, and no turn has one of its own.
+    """The group with all turn rewards added to the outcome: o_i + sum_k r_{i,k}.
 
     Example: rewards (0.7, None) and outcome 1 become (None, None) and 1.7.
     """
@@ -57,7 +58,7 @@ def flattened(group: Group) -> Group:
 
 
 def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
-    """The rows of the rollouts that counted, in the group's order, and zeros for the others."""
+    """The rows of the remaining rollouts, with zeros inserted for the removed ones."""
     remaining = iter(rows)
     return tuple(
         tuple(map(float, next(remaining))) if rows and not t.left_out else (0.0,) * len(t.turns)

@@ -1,7 +1,7 @@
-"""Credit that is measured against a critic's values instead of the other rollouts of the group.
+"""Credit relative to a critic's values instead of the other rollouts of the group.
 
-A value rule is one file with one pure function `estimate(trajectory, values, *, options)`, which
-gives one advantage per token or per turn and a target for the value of every token that has one.
+A value rule is one file with one pure function `estimate(trajectory, values, *, options)`. It
+returns one advantage per token or per turn, and a value target or None for every token.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from turnfast.credit.frame import Frame
 from turnfast.types import Credit, Group, TokenCredit, Trajectory
 
 Values = Sequence[Sequence[Sequence[float]]]
-"""values[g][i][t]: before sampled token t of rollout i of group g; none for failed rollouts."""
+"""values[g][i][t]: the value before sampled token t of rollout i of group g; empty for rollouts
+that are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueRule:
-    """`per` says what has an advantage of its own."""
-
     estimate: Callable[..., tuple[list[float], list[float | None]]]
     per: Literal["token", "turn"]
+    """Whether `estimate` returns one advantage per token or per turn."""
 
 
 def credit_with_values(
@@ -35,10 +35,10 @@ def credit_with_values(
     frame: Frame,
     arguments: dict[str, Any],
 ) -> list[Credit]:
-    """One `Credit` per group, in order; a rollout needs no peers, so groups of one count.
+    """Apply a value rule to a batch; returns one `Credit` per group. A group may have one rollout.
 
     Raises:
-        ValueError: a reward that is no finite number, or values that do not fit the rollouts.
+        ValueError: a reward or value is not finite, or the values do not fit the rollouts.
     """
     rows_by_group: list[Rows] = []
     targets: list[list[float | None]] = []
@@ -56,7 +56,7 @@ def credit_with_values(
     rest = iter(targets)
     return [
         _credit(name, rule.per, group, values[g], rows, rest)
-        for g, (group, rows) in enumerate(zip(groups, frame.apply(rows_by_group), strict=True))
+        for g, (group, rows) in enumerate(zip(groups, frame.after(rows_by_group), strict=True))
     ]
 
 

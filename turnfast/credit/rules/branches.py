@@ -1,4 +1,4 @@
-"""Branch means: what a turn changed, seen from the rollouts that share the history before it."""
+"""Branch means: how much each branch of the tree of rollouts changed the mean return."""
 
 import math
 from collections import defaultdict
@@ -10,15 +10,15 @@ ROUNDING = 1e-12
 
 
 def advantages(group: Group, *, norm: Norm = NORM) -> Rows:
-    """A_{i,k} = V(through turn k) - V(before the branch), V = mean of norm(R) over the sharers.
+    """A_{i,k} = V(node of turn k) - V(parent branch), V = mean of norm(R) over a node's rollouts.
 
-    Rollouts share a node while their sampled ids are identical turn by turn; V(root) = 0. This is
-    the local advantage of TreeRL (arXiv 2506.11902). A turn after which nobody parted from the
-    others belongs to the same branch as the turn before it and carries its advantage, so that a
-    group that shares nothing is plain GRPO on R (`grpo_mr`); a turn that all rollouts took alike
-    has 0. Along a path, each branch counted once, the advantages add up to norm(R)_i.
+    Rollouts share a node while the sampled ids of all their turns so far are identical; V(root) =
+    0. This is the local advantage of TreeRL (arXiv 2506.11902). A turn without a fork belongs to
+    the branch of the turn before it and has the same advantage. So a group without common turns
+    gets plain GRPO on R (`grpo_mr`), and a turn that all rollouts share gets 0. Along a path, with
+    each branch counted once, the advantages add up to norm(R)_i.
 
-    What the environment replied is not compared: its chance falls to the turn that follows.
+    Replies of the environment are not compared: their randomness is part of the next turn.
 
     Example (std "none", mean R = 3): a and b share turn 0, c took another. R = 4, 2, 3:
     V(a, b) = 0, V(c) = 0; a has (0, 1), b (0, -1), c (0, 0).
@@ -39,7 +39,7 @@ def advantages(group: Group, *, norm: Norm = NORM) -> Rows:
             if len(members[node]) < sharers:
                 sharers = len(members[node])
                 parent, value = value, math.fsum(members[node]) / sharers
-                # equal means of unlike many rollouts differ in the last bit
+                # means of equal values over different numbers of rollouts differ by rounding
                 advantage = value - parent if abs(value - parent) > ROUNDING else 0.0
             row.append(advantage)
         rows.append(row)

@@ -7,10 +7,10 @@ CENTRED = Norm(std="none")
 
 
 def advantages(group: Group) -> Rows:
-    """A_{i,k} = R_i - mean(R) on every turn, R_i all that the rollout earned.
+    """A_{i,k} = R_i - mean(R) on every turn, R_i the sum of all rewards of the rollout.
 
-    A std gives tasks that are nearly always, or nearly never, solved the largest weight; this does
-    not. The same in every rule that normalises: std="none".
+    Division by the std gives the largest weight to tasks that are nearly always or nearly never
+    solved; this rule does not divide. Other rules have std="none" for the same.
 
     Example: returns 1, 0, 2 give 0, -1 and 1.
     """

@@ -10,9 +10,9 @@ def gae(
 ) -> list[float]:
     """A_t = sum_{l >= 0} (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    `values[t]` is V before action t, `rewards[t]` what follows it; V is 0 behind the last one. With
-    gamma = lambda = 1 this is the sum of what is still to come minus V_t; with lambda = 0 the error
-    of one step.
+    `values[t]` is V before action t, `rewards[t]` the reward of action t; V is 0 after the last
+    action. With gamma = lambda = 1, A_t is the return from t on minus V_t; with lambda = 0 it is
+    the one-step error.
 
     Example: rewards (0, 1), values (0.5, 0.5), gamma = lambda = 1 give (0.5, 0.5).
     """
@@ -26,9 +26,10 @@ def gae(
 
 
 def rewards_of_turns(trajectory: Trajectory) -> list[tuple[int, float]]:
-    """(sampled tokens, reward) of every turn that sampled any, the outcome paid with the last.
+    """(number of sampled tokens, reward) of every turn that sampled any token.
 
-    What a turn without a token earned falls to the turn before it, whose reply it was an answer to.
+    The outcome is added to the last turn. The reward of a turn without tokens is added to the turn
+    before it.
     """
     pairs: list[tuple[int, float]] = []
     for turn in trajectory.turns:

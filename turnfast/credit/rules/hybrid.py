@@ -20,8 +20,8 @@ def advantages(
 
         A_{i,k} = norm_k(sum_{l >= k} gamma^(l-k) r_{i,l} + gamma^(K-1-k) o_i) + lambda * norm(o)_i
 
-    norm_k is over the rollouts that reached turn k. The outcome arrives with the last turn: gamma
-    to the number of turns still to come, the paper's K - k with its turns counted from 1.
+    norm_k is over the rollouts that reached turn k. The outcome is paid with the last turn, so its
+    exponent is the number of turns after k (K - k in the paper, which counts turns from 1).
 
     Example (std "biased", epsilon 0, gamma 0.5, lambda 0.3): r = (0.7, None), o = 0 and
     r = (0, None), o = 1 have the returns (0.7, 0) and (0.5, 1): (1 - 0.3, -1 - 0.3) and

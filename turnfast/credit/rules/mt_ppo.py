@@ -10,12 +10,12 @@ from turnfast.types import Trajectory
 def estimate(
     trajectory: Trajectory, values: Sequence[float], *, gamma: Share = 1.0, gae_lambda: Share = 1.0
 ) -> tuple[list[float], list[float | None]]:
-    """GAE over the sampled tokens, r_t the turn's reward on its last token, the outcome on the very
-    last; one advantage per token, and the target A_t + V_t of every token's value.
+    """GAE over the sampled tokens; returns one advantage and one value target A_t + V_t per token.
 
-    The step from a turn's last token goes to the next turn's first one: what the environment said
-    in between is part of that state, not an action. gamma counts tokens, so that below 1 a long
-    turn is worth less than a short one; the paper's setting is 1 for both.
+    The reward of a turn is paid on its last token, the outcome on the last token of the rollout.
+    The next state after a turn's last token is the first token of the next turn; the reply in
+    between is part of that state, not an action. gamma counts tokens, so below 1 a long turn is
+    discounted more than a short one; the paper sets gamma and lambda to 1.
 
     Example: two turns of two tokens and one, rewards 1 and 2, values 0, gamma 1, lambda 1:
     advantages (3, 3, 2), targets the same.

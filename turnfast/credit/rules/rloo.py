@@ -7,10 +7,10 @@ LEAVE_ONE_OUT = Norm(std="none", baseline="leave_one_out")
 
 
 def advantages(group: Group) -> Rows:
-    """A_{i,k} = R_i - mean_{j != i} R_j on every turn, R_i all that the rollout earned; no std.
+    """A_{i,k} = R_i - mean_{j != i} R_j on every turn, R_i the sum of all rewards of the rollout.
 
-    An unbiased policy gradient. The same per turn: `return_to_go` with std="none" and
-    baseline="leave_one_out", which every rule that normalises takes.
+    An unbiased policy gradient. `return_to_go` with std="none" and baseline="leave_one_out" does
+    the same per turn.
 
     Example: returns 1, 0, 2 give 1 - 1 = 0, 0 - 1.5 = -1.5 and 2 - 0.5 = 1.5.
     """

@@ -11,10 +11,10 @@ from turnfast.types import Trajectory
 def estimate(
     trajectory: Trajectory, values: Sequence[float], *, gamma: Share = 0.99, gae_lambda: Share = 0.9
 ) -> tuple[list[float], list[float | None]]:
-    """GAE over turns, V the value before a turn's first token; one advantage per turn, which all of
-    its tokens carry, and a target A_k + V_k for that first token alone.
+    """GAE over turns; returns one advantage per turn and value targets per token.
 
-    gamma and lambda count turns here, so they do not depend on how much a turn says.
+    V_k is the value before the first token of turn k. Only that token has a target, A_k + V_k. All
+    tokens of a turn share its advantage. gamma and lambda count turns, whatever their length.
 
     Example: two turns of two tokens and one, rewards 1 and 2, values 0, gamma 0.5, lambda 1:
     advantages (2, 2), targets (2, none, 2).
@@ -26,5 +26,5 @@ def estimate(
     targets: list[float | None] = [None] * len(values)
     for start, advantage, value in zip(starts, found, before, strict=True):
         targets[start] = advantage + value
-    acting = iter(found)
-    return [next(acting) if turn.sampled_ids else 0.0 for turn in trajectory.turns], targets
+    remaining = iter(found)
+    return [next(remaining) if turn.sampled_ids else 0.0 for turn in trajectory.turns], targets
