@@ -1,11 +1,11 @@
-"""Put the figures of bench/results/ into README.md, between its markers.
+"""Write the tables of README.md and bench/README.md from the files in bench/results/.
 
     python bench/readme.py [--check] [--unclean NAME ...]
 
-Each block `<!-- name:begin --> … <!-- name:end -->` is made from bench/results/<name>.json by the
-function of that name in tables.py; --check only says whether the README is up to date. A result
-whose commit ends in + was measured with changes that nobody else can have: it is refused, but for
-those in EXCEPTIONS, which say so under their table, and those that --unclean names.
+Each block `<!-- name:begin --> … <!-- name:end -->` is generated from bench/results/<name>.json by
+the function of that name in harness/tables.py. --check only reports whether the files are up to
+date. A result whose commit ends in + was measured with uncommitted changes and is rejected, except
+for those in EXCEPTIONS, whose tables say so, and those given by --unclean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from harness.provenance import RESULTS
 from harness.tables import TABLES, commit_of
 
-README = Path(__file__).parent.parent / "README.md"
+READMES = (Path(__file__).parents[1] / "README.md", Path(__file__).parent / "README.md")
 EXCEPTIONS = {"loss_head_cpu"}
 
 
@@ -29,19 +29,21 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--unclean", nargs="*", default=(), metavar="NAME")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    text = filled(before, RESULTS, {*EXCEPTIONS, *options.unclean})
-    if options.check:
-        return int(text != before)
-    README.write_text(text, encoding="utf-8")
-    return 0
+    changed = False
+    for readme in READMES:
+        before = readme.read_text(encoding="utf-8")
+        text = filled(before, RESULTS, {*EXCEPTIONS, *options.unclean})
+        changed |= text != before
+        if not options.check:
+            readme.write_text(text, encoding="utf-8")
+    return int(options.check and changed)
 
 
 def filled(text: str, results: Path, unclean: Collection[str]) -> str:
-    """The text with a fresh table in every block that has a result file.
+    """Return the text with a new table in every block that has a result file.
 
     Raises:
-        SystemExit: a result comes from no commit, and is not one of `unclean`.
+        SystemExit: a result was measured with uncommitted changes and is not in `unclean`.
     """
     for name, table in TABLES.items():
         path = results / f"{name}.json"
@@ -50,8 +52,8 @@ def filled(text: str, results: Path, unclean: Collection[str]) -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         if commit_of(record).endswith("+") and name not in unclean:
             raise SystemExit(
-                f"{path.name}: measured at {commit_of(record)}, with changes that are in no "
-                f"commit; commit them and measure again, or give --unclean {name}"
+                f"{path.name}: measured at {commit_of(record)} with uncommitted changes; "
+                f"commit them and measure again, or pass --unclean {name}"
             )
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)

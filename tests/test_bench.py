@@ -52,20 +52,25 @@ def test_a_commit_is_marked_where_anything_but_results_differs(tmp_path):
 def test_the_readme_is_what_the_results_say():
     import readme
 
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.filled(text, readme.RESULTS, readme.EXCEPTIONS) == text
+    for path in readme.READMES:
+        text = path.read_text(encoding="utf-8")
+        assert readme.filled(text, readme.RESULTS, readme.EXCEPTIONS) == text
 
 
 def test_a_result_of_no_commit_is_refused(tmp_path):
     import readme
 
-    record = json.loads((readme.RESULTS / "overhead.json").read_text(encoding="utf-8"))
+    record = json.loads((readme.RESULTS / "linear_logprobs_cpu.json").read_text(encoding="utf-8"))
     record["environment"]["commit"] += "+"
-    (tmp_path / "overhead.json").write_text(json.dumps(record))
-    text = "<!-- overhead:begin -->\n<!-- overhead:end -->"
-    with pytest.raises(SystemExit, match=r"overhead\.json: .*--unclean overhead"):
+    (tmp_path / "linear_logprobs_cpu.json").write_text(json.dumps(record))
+    text = "<!-- linear_logprobs_cpu:begin -->\n<!-- linear_logprobs_cpu:end -->"
+    with pytest.raises(
+        SystemExit, match=r"linear_logprobs_cpu\.json: .*--unclean linear_logprobs_cpu"
+    ):
         readme.filled(text, tmp_path, ())
-    assert "+`, + for changes" in readme.filled(text, tmp_path, {"overhead"})
+    assert "+` (+: with uncommitted changes)" in readme.filled(
+        text, tmp_path, {"linear_logprobs_cpu"}
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The README's tables, each from a result file: a function of the name of file and block."""
+"""The tables of both READMEs. Each function has the name of its result file and block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def starts(record: dict[str, Any]) -> str:
     rows = []
     for name, study in record["starts"].items():
         drawn = {what.removeprefix("sampled/"): share for what, share in study["start"].items()}
-        portrait = (
+        start = (
             f"{drawn['calls']:.0%} | {drawn['calls_that_fail']:.0%} "
             f"| {drawn['exact_match_after_a_call']:.0%} | {drawn['exact_match_without_a_call']:.0%}"
         )
@@ -21,7 +21,7 @@ def starts(record: dict[str, Any]) -> str:
             f"/ {_steps(row['steps_to_80'])}"
             for row in study["rules"].values()
         ]
-        rows.append(f"| {name} | {portrait} | {' | '.join(reached)} |")
+        rows.append(f"| {name} | {start} | {' | '.join(reached)} |")
     seeds = len(record["seeds"])
     return "\n".join(
         [
@@ -31,10 +31,10 @@ def starts(record: dict[str, Any]) -> str:
             "|---" * (5 + len(rules)) + "|",
             *rows,
             "",
-            "Left, what the start does in sampled rollouts; right, what each rule makes of it: "
-            "tool success / exact match after "
-            f"{next(iter(rules.values()))['steps']} steps, greedy and held out / the step at which "
-            f"an evaluation first finds 0.8; {seeds} run{'s' * (seeds > 1)} each. "
+            "Left, sampled rollouts of the start; right, for each rule tool success / exact match "
+            f"after {next(iter(rules.values()))['steps']} steps (greedy, held-out questions) / the "
+            "step of the first evaluation with an exact match of 0.8; "
+            f"{seeds} run{'s' * (seeds > 1)} each. "
             f"{_source(record)}",
             "",
             "![held-out exact match and tool success over the steps](bench/results/starts.svg)",
@@ -60,8 +60,8 @@ def hops(record: dict[str, Any]) -> str:
             f"| {start['eval/tool_success']:.2f} | {start['eval/turns']:.2f} |",
             *rows,
             "",
-            f"{_seeds(record)}; the steps per seed, over the run the mean of all evaluations, at "
-            f"the end {record['held_out_questions']} held-out questions. "
+            f"{_seeds(record)}. Steps are given per seed; `over the run` is the mean of all "
+            f"evaluations; `at the end` uses {record['held_out_questions']} held-out questions. "
             f"The steps of a run take {run_s:.0f} s, two runs at a time. {_source(record)}",
             "",
             "![held-out exact match and tool success over the steps](bench/results/hops.svg)",
@@ -70,7 +70,7 @@ def hops(record: dict[str, Any]) -> str:
 
 
 def step(record: dict[str, Any]) -> str:
-    names = {"rows": "rows, each whole", "trees": "prefix trees", "lean": "and no idle tokens"}
+    names = {"rows": "full rows", "trees": "prefix trees", "lean": "trees, no idle tokens"}
     rows = [
         f"| {name.replace('-', ' ')} | {names[way]} | {row['tokens_computed']:,} "
         f"| {row['model_speedup']:.2f} × | {row['step_speedup']:.2f} × "
@@ -91,9 +91,10 @@ def step(record: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"All tokens over distinct ones: {', '.join(ratios)}; the aim is 0.85 of it. At most "
-            f"{most:.3f} × the distinct tokens are computed. Errors are against float64. "
-            f"{record['parameters'] / 1e6:.1f} M parameters, {record['dtype']}. {_where(record)}",
+            f"Ratio of all tokens to distinct tokens: {', '.join(ratios)}; the target is 0.85 of "
+            f"it. At most {most:.3f} × the distinct tokens are computed. "
+            f"Errors are against float64. {record['parameters'] / 1e6:.1f} M parameters, "
+            f"{record['dtype']}. {_where(record)}",
         ]
     )
 
@@ -121,7 +122,7 @@ def trl_step(record: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            f"**{record['step_speedup']:.1f} ×**, interleaved; the aim is 3. "
+            f"**{record['step_speedup']:.1f} ×**, interleaved; the target is 3. "
             f"{record['rollouts']} recorded rollouts, {record['tokens_of_rows']:,} tokens, "
             f"{record['shared_tokens']:.0%} shared; {record['parameters'] / 1e6:.1f} M parameters, "
             f"{record['dtype']}. TRL in micro-batches of {best.removeprefix('trl ')} rows, the "
@@ -132,19 +133,19 @@ def trl_step(record: dict[str, Any]) -> str:
 
 
 def overhead(record: dict[str, Any]) -> str:
-    names = {"local": "plain torch, the trainer's own module", "vllm": "vLLM, a copy in process"}
+    names = {"local": "plain torch, sharing the trainer's module", "vllm": "vLLM in process"}
     lines = [
-        "| sampler | a step | neither model, loss nor generation | environment: tools and rewards "
-        "| chat and bookkeeping of the rollouts | weight sync | credit, packing, logs |",
+        "| sampler | seconds per step | neither model, loss nor generation | tools and rewards "
+        "| chat and rollout scheduling | weight sync | credit, packing, logs |",
         "|---|---|---|---|---|---|---|",
     ]
     for backend, each in record["backends"].items():
         shares = each["shares"]
-        answers = shares["environment"] + shares["tools"]
+        env_share = shares["environment"] + shares["tools"]
         small = sum(shares[name] for name in ("score", "pack", "other", "log"))
         lines.append(
             f"| {names.get(backend, backend)} | {each['step_s']:.2f} s "
-            f"| **{each['overhead']:.1%}** | {answers:.1%} | {shares['rollout besides']:.1%} "
+            f"| **{each['overhead']:.1%}** | {env_share:.1%} | {shares['rollout besides']:.1%} "
             f"| {shares['sync']:.1%} | {small:.1%} |"
         )
     counts = next(iter(record["backends"].values()))
@@ -159,8 +160,8 @@ def overhead(record: dict[str, Any]) -> str:
 
 def rollout_stalls(record: dict[str, Any]) -> str:
     names = {
-        "independent": "trajectories on their own",
-        "cut": "and 25 % more prompts, the slowest dropped for the next step",
+        "independent": "independent trajectories",
+        "cut": "independent, 25 % more prompts, the slowest dropped",
         "lock step": "lock step",
     }
     rows = [
@@ -174,10 +175,10 @@ def rollout_stalls(record: dict[str, Any]) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"{record['share']:.0%} of the tool calls take {record['stall_s']:.1f} s longer, a "
-            f"quarter of the time of {record['rollouts']} rollouts of {record['hops']} searches "
-            f"without stalls; an engine with steps of {record['step_ms']:g} ms, medians of "
-            f"{record['rounds']} interleaved rounds. {_source(record)}",
+            f"{record['rollouts']} rollouts of {record['hops']} searches. {record['share']:.0%} of "
+            f"the tool calls take {record['stall_s']:.1f} s longer, a quarter of the time without "
+            f"stalls. Engine steps of {record['step_ms']:g} ms; medians of {record['rounds']} "
+            f"interleaved rounds. {_source(record)}",
         ]
     )
 
@@ -204,12 +205,12 @@ def credit_bias(record: dict[str, Any]) -> str:
         [
             f"| turns after training | {' | '.join(titles[world] for world in worlds)} |",
             "|---|" + "---|" * len(worlds),
-            f"| right would be | {' | '.join(right)} |",
+            f"| optimum | {' | '.join(right)} |",
             *rows,
             "",
-            f"A table of {record['longest'] - 1} logits, from {record['start']:.2f} turns at the "
-            f"start; mean (least–most) over {record['seeds']} seeds after {record['steps']} steps. "
-            f"{_source(record)}",
+            f"A policy of {record['longest'] - 1} logits that starts at {record['start']:.2f} "
+            f"turns; mean (minimum–maximum) over {record['seeds']} seeds after {record['steps']} "
+            f"steps. {_source(record)}",
             "",
             "![turns per rollout over the steps](bench/results/credit_bias.svg)",
         ]
@@ -248,7 +249,7 @@ def loss_head_cpu(record: dict[str, Any]) -> str:
     )
     return "\n".join(
         [
-            "| N × D × V | dtype | threads | turnfast, ms | its three products alone "
+            "| N × D × V | dtype | threads | turnfast, ms | three matrix products alone "
             f"| {peer} | Liger chunked GRPO | peak MB | log-prob error | gradient error |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *lines,
@@ -278,7 +279,7 @@ def linear_logprobs_cpu(record: dict[str, Any]) -> str:
         )
     return "\n".join(
         [
-            "| N × D × V | dtype | log-probs alone, ms | the product alone | best of PyTorch "
+            "| N × D × V | dtype | log-probs, ms | one matrix product alone | best of PyTorch "
             "| peak MB | error |",
             "|---|---|---|---|---|---|---|",
             *lines,
@@ -292,7 +293,7 @@ def linear_logprobs_cpu(record: dict[str, Any]) -> str:
 
 
 def commit_of(record: dict[str, Any]) -> str:
-    """The commit that a result was measured at; it ends in + where files differed from it."""
+    """The commit of a measurement; it ends in + if there were uncommitted changes."""
     return _environment(record)["commit"]
 
 
@@ -328,7 +329,7 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 def _environment(record: dict[str, Any]) -> dict[str, Any]:
-    """What `provenance` tells; files of some scripts have it beside everything else."""
+    """The record of `provenance`, which some scripts write at the top level."""
     return record.get("environment", record)
 
 
@@ -340,7 +341,7 @@ def _where(record: dict[str, Any]) -> str:
 
 def _source(record: dict[str, Any]) -> str:
     name = commit_of(record)
-    changed = ", + for changes of that time that were not committed" if name[-1:] == "+" else ""
+    changed = " (+: with uncommitted changes)" if name[-1:] == "+" else ""
     return f"From `{record['command']}`, commit `{name}`{changed}."
 
 
