@@ -28,6 +28,7 @@ from turnfast.envs import (
     with_rewards,
 )
 from turnfast.errors import ConfigError, RolloutError
+from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rollouts import summarise
 from turnfast.sampler.scripted import ScriptedSampler
 
@@ -255,7 +256,7 @@ def test_a_failed_reward_is_counted_and_stays_out_of_the_baseline(chat):
         a[0] for t, a in zip(group.trajectories, credit.advantages, strict=True) if not t.failed
     ]
     assert sum(healthy) == pytest.approx(0.0, abs=1e-6) and max(healthy) > 1.0
-    figures = summarise([group])
+    figures = values_of(summarise([group]))
     assert figures["status/reward_error"] == pytest.approx(2 / 6) == figures["failed"]
     assert figures["reward_part/moody"] == pytest.approx(3.0)
     assert figures["fault/reward_not_finite"] == figures["fault/reward_missing"] == 1
@@ -283,7 +284,7 @@ def test_every_kind_of_fault_is_counted_by_itself(chat):
     for kind, env in kinds.items():
         (group,) = roll(chat, env, share=1.0)
         assert {t.fault for t in group.trajectories} == {kind}
-        faults = {n: v for n, v in summarise([group]).items() if n.startswith("fault/")}
+        faults = {n: v for n, v in values_of(summarise([group])).items() if n.startswith("fault/")}
         assert faults == {f"fault/{kind}": 6}
 
 

@@ -9,6 +9,7 @@ from turnfast.config.recipe import build_config
 from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credit
 from turnfast.errors import ConfigError
+from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rewards import diagnose
 from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
@@ -47,11 +48,11 @@ def test_mask_sets_aside_what_a_limit_cut_off_and_counts_it():
     assert credit.advantages == ((0.0, 0.0), (0.5, 0.5), (0.0,), (-0.5,), (0.0,))
     packed = pack([group], [credit], budget=999)
     assert packed.num_targets == 100 + 3 + 50
-    figures = summarise([group], [credit])
+    figures = values_of(summarise([group], [credit]))
     assert figures["status/overlong"] == 2 / 5 and figures["failed"] == 1 / 5
     # what they earned is still how well the policy does
     assert figures["reward/outcome"] == (5 + 1 + 3 + 0) / 4
-    assert diagnose([group], [credit])["advantage/turn_1"] == 0.0
+    assert diagnose([group], [credit])["advantage/turn_1"].value == 0.0
 
 
 def test_penalty_falls_on_the_turn_that_was_long():

@@ -31,7 +31,6 @@ from turnfast.config.recipe import to_toml
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.errors import ConfigError, RankError, TrainingError
-from turnfast.metrics.reduce import over_ranks
 from turnfast.model import Policy, load_policy
 from turnfast.packing.pack import Packed, pack
 from turnfast.parallel.ranks import ALONE, Ranks, fingerprint, open_ranks
@@ -387,36 +386,6 @@ def test_another_number_of_ranks_is_refused():
     state = {"data": [{"position": 4, "returned": []}, {"position": 5, "returned": []}]}
     with pytest.raises(ConfigError, match="of 2 ranks, here are 1"):
         open_queue([], 0, state, done=0)
-
-
-def test_figures_of_several_ranks():
-    first = {"rollouts": 6, "tokens": 10, "reward/outcome": 1.0, "logprob_gap/max": 0.1, "loss": 2}
-    second = {"rollouts": 2, "tokens": 5, "reward/outcome": 0.0, "logprob_gap/max": 0.3, "loss": 2}
-    nothing = {"rollouts": 0, "tokens": 0, "reward/outcome": float("nan"), "loss": 2}
-    assert over_ranks([first, second, nothing]) == {
-        "rollouts": 8,
-        "tokens": 15,
-        "reward/outcome": 0.75,
-        "logprob_gap/max": 0.3,
-        "loss": 2,
-    }
-    assert over_ranks([first]) == first
-
-
-def test_counts_of_ranks_are_added_up_and_warnings_put_together():
-    first = {"rollouts": 6, "fault/judge": 3, "tool_error/timeout": 4, "cut/length": 1}
-    second = {"rollouts": 6, "fault/judge": 5, "eval/cut/turns": 2}
-    first |= {"wrong_way": ["length", "tool"], "sync_gap": 0.01}
-    second |= {"wrong_way": ["format", "tool"], "sync_gap": 0.03}
-    assert over_ranks([first, second, {"rollouts": 6, "sync_gap": 0.0}]) == {
-        "rollouts": 18,
-        "fault/judge": 8,
-        "tool_error/timeout": 4,
-        "cut/length": 1,
-        "eval/cut/turns": 2,
-        "wrong_way": ["format", "length", "tool"],
-        "sync_gap": 0.03,
-    }
 
 
 @pytest.mark.parametrize("rule", ["mt_grpo", "mt_ppo"])

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import Config
 from turnfast.errors import ConfigError
+from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rewards import diagnose
 from turnfast.metrics.rollouts import summarise
 from turnfast.report import write_report
@@ -136,8 +137,8 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
             }
             other = {"time/other": 0.008}
             figures = {
-                **summarise(groups, credits),
-                **diagnose(groups, credits),
+                **values_of(summarise(groups, credits)),
+                **values_of(diagnose(groups, credits)),
                 "loss": draw_.gauss(0, 0.02),
                 "entropy": 1.1 - 0.8 * skill + draw_.gauss(0, 0.04),
                 "grad_norm": math.exp(draw_.gauss(-1 - skill, 0.4)),
@@ -157,7 +158,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
             run.log_rollouts(step, groups[:4], credits)
         if step % eval_every == 0:
             groups, _ = make_groups(skill, 10_000 + step, count=16)
-            run.log(step, summarise(groups, prefix="eval/"))
+            run.log(step, values_of(summarise(groups, prefix="eval/")))
             run.log_rollouts(step, groups[:4], split="eval")
     return run
 

@@ -22,6 +22,7 @@ from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
 from turnfast.envs.rewards.reward import Reward, with_rewards
 from turnfast.errors import Interrupted, RolloutError
+from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
 from turnfast.rollout.groups import collect_groups
@@ -415,7 +416,7 @@ def test_a_reward_that_is_no_number_costs_one_trajectory(chat, where, reward, sh
     # counted, in no baseline, and the step goes on
     credits = assign_credits(groups)
     assert not credits[1].has_signal
-    assert summarise(groups, credits)["status/reward_error"] == 2 / 16
+    assert values_of(summarise(groups, credits))["status/reward_error"] == 2 / 16
     with pytest.raises(RolloutError, match=r"2 of 16 .* rollout\.max_error_share"):
         play_fragile(chat, Fragile(paid(where, reward), where), group_size=2, max_error_share=0.1)
 

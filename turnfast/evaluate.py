@@ -12,6 +12,7 @@ from .config.schema import Config
 from .envs import Split, tasks_of
 from .envs.load import open_env
 from .errors import ConfigError
+from .metrics.reduce import Metric, values_of
 from .metrics.rollouts import summarise
 from .model import load_policy, pick_device
 from .parallel.ranks import ALONE, Ranks
@@ -31,12 +32,12 @@ def evaluate(
     sampled: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
-) -> tuple[dict[str, float], list[Group]]:
+) -> tuple[dict[str, Metric], list[Group]]:
     """Roll out the first `num_tasks` tasks of a split once each, divided among the ranks: greedy,
     or with `sampled` at `rollout.temperature`.
 
     Returns:
-        The metrics of `metrics.summarise` under `eval/…` and the rollouts, of this rank only.
+        The metrics of `summarise` under `eval/…` and the rollouts, of this rank only.
     """
     changes: dict[str, float] = (
         {"group_size": 1} if sampled else {"group_size": 1, "temperature": 0.0}
@@ -65,12 +66,12 @@ def evaluate_model(
         policy = load_policy(config.model, folder, pick_device(config.train.device))
         setup = open_rollouts(config, policy, env)
         try:
-            figures, groups = evaluate(setup, config.train.eval_tasks, split=split, sampled=sampled)
+            metrics, groups = evaluate(setup, config.train.eval_tasks, split=split, sampled=sampled)
         finally:
             setup.sampler.close()
     if out is not None:
         _write(out, groups)
-    return json.dumps(to_strict(figures)[0])
+    return json.dumps(to_strict(values_of(metrics))[0])
 
 
 def _check_writable(out: Path) -> None:

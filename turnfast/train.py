@@ -10,8 +10,8 @@ from .config.schema import Config
 from .credit import assign_credits
 from .errors import Interrupted, OutOfMemory, RolloutError, SyncError
 from .evaluate import evaluate
-from .metrics.reduce import over_ranks
-from .metrics.step import StepRecord, figures_of
+from .metrics.reduce import reduce_metrics, to_plain
+from .metrics.step import StepRecord, metrics_of
 from .metrics.stopwatch import Stopwatch
 from .model.architecture import attention_span_of
 from .packing.pack import Packed, pack
@@ -197,11 +197,11 @@ def _proof(run: Run) -> Callable[[Gap], None]:
 
 
 def _log(run: Run, record: StepRecord, show: Progress) -> None:
-    figures = over_ranks(run.ranks.gather(figures_of(record)))
+    metrics = reduce_metrics(run.ranks.gather(to_plain(metrics_of(record))))
     shown = record.gathered.groups[: run.config.train.log_rollouts]
-    run.directory.log(record.step, figures)
+    run.directory.log(record.step, metrics)
     run.directory.log_rollouts(record.step, shown, record.credits)
-    show.step(record.step, figures)
+    show.step(record.step, metrics)
 
 
 def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], bool]) -> None:
@@ -209,11 +209,11 @@ def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], boo
         return
     num_tasks = run.config.train.eval_tasks
     with run.ranks.together():
-        figures, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
-    figures = over_ranks(run.ranks.gather(figures))
-    run.directory.log(step, figures)
+        metrics, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
+    values = reduce_metrics(run.ranks.gather(to_plain(metrics)))
+    run.directory.log(step, values)
     run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")
-    show.step(step, figures)
+    show.step(step, values)
 
 
 def _save(run: Run, collector: Collector, step: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..packing.pack import Packed
 from ..rollout.groups import CollectedGroups
 from ..sampler.sync import SyncReport
 from ..types import Credit
 from ..update.update import Update
+from .reduce import Max, Mean, Metric, Same, Sum
 from .rewards import diagnose
 from .rollouts import summarise
 
@@ -29,41 +29,54 @@ class StepRecord:
     packed: Packed
     updated: Update
     synced: SyncReport
-    times: Mapping[str, float]
+    times: Mapping[str, Max]
 
 
-def figures_of(record: StepRecord) -> dict[str, Any]:
-    """One line of metrics.jsonl, without the step's number."""
+def metrics_of(record: StepRecord) -> dict[str, Metric]:
+    """The metrics of one line of metrics.jsonl, of this rank."""
     gathered, packed, updated = record.gathered, record.packed, record.updated
+    usage, trained = gathered.usage, packed.num_targets
+    by_tokens = {
+        "logprob": updated.logprob,
+        "entropy": updated.entropy,
+        "clip_fraction": updated.clip_fraction,
+        "kl": updated.kl,
+        **updated.by_turn,
+    }
     return {
         **summarise(gathered.groups, record.credits),
         **diagnose(gathered.groups, record.credits),
-        "rollout/time_s": gathered.usage.time_s,
-        "rollout/utilisation": gathered.usage.utilisation,
-        "rollout/tail": gathered.usage.tail,
-        "rollout/tool_wait": gathered.usage.tool_wait,
-        "groups_dropped": len(gathered.dropped),
-        "groups_without_signal": sum(not credit.has_signal for credit in record.credits),
-        "groups_refilled": gathered.num_refilled,
-        "loss": updated.loss,
-        "logprob": updated.logprob,
-        "entropy": updated.entropy,
-        "grad_norm": updated.grad_norm,
-        "ratio/max": updated.ratio_max,
-        "clip_fraction": updated.clip_fraction,
-        **updated.by_turn,
-        **_present(kl=updated.kl, value_loss=updated.value_loss),
-        "logprob_gap": updated.logprob_gap,
-        "logprob_gap/max": updated.logprob_gap_max,
-        "sync_gap": record.synced.gap,
-        "lr": updated.lr,
-        "tokens": packed.num_tokens,
-        "tokens_trained": packed.num_targets,
-        "padding": packed.padding,
-        "shared_prefix": packed.shared_prefix,
+        "rollout/time_s": Max(usage.time_s),
+        "rollout/utilisation": Mean(usage.utilisation, 1),
+        "rollout/tail": Mean(usage.tail * usage.time_s, usage.time_s),
+        "rollout/tool_wait": Mean(usage.tool_wait * usage.time_s, usage.time_s),
+        "groups_dropped": Sum(len(gathered.dropped)),
+        "groups_without_signal": Sum(sum(not credit.has_signal for credit in record.credits)),
+        "groups_refilled": Sum(gathered.num_refilled),
+        **{
+            name: Mean(value * trained, trained, 0.0)
+            for name, value in by_tokens.items()
+            if value is not None
+        },
+        **_same(
+            loss=updated.loss,
+            grad_norm=updated.grad_norm,
+            value_loss=updated.value_loss,
+            lr=updated.lr,
+            logprob_gap=updated.logprob_gap,
+        ),
+        "ratio/max": Max(updated.ratio_max),
+        "logprob_gap/max": Max(updated.logprob_gap_max),
+        "sync_gap": Max(record.synced.gap),
+        "tokens": Sum(packed.num_tokens),
+        "tokens_trained": Sum(packed.num_targets),
+        "padding": Mean(packed.padding * packed.num_tokens, packed.num_tokens, 0.0),
+        "shared_prefix": Mean(
+            packed.shared_prefix * packed.num_tokens_total, packed.num_tokens_total, 0.0
+        ),
         **record.times,
     }
 
 
-def _present(**figures: float | None) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if value is not None}
+def _same(**values: float | None) -> dict[str, Metric]:
+    return {name: Same(value) for name, value in values.items() if value is not None}

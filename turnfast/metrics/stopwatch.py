@@ -1,4 +1,4 @@
-"""Where the time of a step went, in phases that add up to it."""
+"""The time of a training step, split into phases."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
+from .reduce import Max
+
 PHASES = ("rollout", "score", "pack", "train", "sync")
 
 
 class Stopwatch:
-    """Splits the time of a step into phases that cannot overlap.
+    """Splits the time of a step into phases that add up to it.
 
-    A phase inside another one is taken out of the outer one's time, and what no phase covered is
-    `time/other`, so the parts always add up to `time/step`.
+    The time of a nested phase does not count for the outer one. Time outside of all phases is
+    `time/other`.
 
     Args:
-        synchronize: called at every border, so that queued GPU work counts where it was asked for
-            (`torch.cuda.synchronize`); nothing on CPU.
+        synchronize: called at every phase change, so that queued GPU work is charged to the phase
+            that queued it (`torch.cuda.synchronize`).
     """
 
     def __init__(
@@ -29,33 +31,36 @@ class Stopwatch:
     ) -> None:
         self._synchronize = synchronize
         self._clock = clock
-        self._spent: defaultdict[str, float] = defaultdict(float)
-        self._open = ["other"]
-        self._since = clock()
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._open_phases = ["other"]
+        self._last_change = clock()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time of the block goes to `time/<name>`."""
+        """Charge the time of the block to `time/<name>`."""
         self._charge()
-        self._open.append(name)
+        self._open_phases.append(name)
         try:
             yield
         finally:
             self._charge()
-            self._open.pop()
+            self._open_phases.pop()
 
-    def lap(self) -> dict[str, float]:
-        """Seconds since the last lap: `time/rollout` … `time/sync`, any other phase, `time/other`
-        and `time/step`; then start over."""
+    def lap(self) -> dict[str, Max]:
+        """Return the seconds since the last lap and start the next one.
+
+        The names are `time/rollout` … `time/sync`, any other phase, `time/other` and `time/step`.
+        """
         self._charge()
-        names = dict.fromkeys((*PHASES, *self._spent, "other"))
-        times = {f"time/{name}": self._spent[name] for name in names}
-        self._spent.clear()
-        return times | {"time/step": sum(times.values())}
+        names = dict.fromkeys((*PHASES, *self._spent_s, "other"))
+        times_s = {name: self._spent_s[name] for name in names}
+        times_s["step"] = sum(times_s.values())
+        self._spent_s.clear()
+        return {f"time/{name}": Max(time_s) for name, time_s in times_s.items()}
 
     def _charge(self) -> None:
         if self._synchronize:
             self._synchronize()
         now = self._clock()
-        self._spent[self._open[-1]] += now - self._since
-        self._since = now
+        self._spent_s[self._open_phases[-1]] += now - self._last_change
+        self._last_change = now

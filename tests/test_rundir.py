@@ -1,0 +1,235 @@
+"""The run directory: strict JSON after every kind of damage, resume, and metric sinks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tomllib
+
+import by_hand
+import pytest
+from by_hand import rollout
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turnfast.config.recipe import build_config
+from turnfast.config.schema import Config
+from turnfast.errors import ConfigError
+from turnfast.rundir.directory import RunDir, read_metrics
+from turnfast.rundir.jsonl import append_lines, read_lines, to_strict
+from turnfast.types import Credit, Group, Task, Turn
+
+
+def turn(text="", reward=None, tokens=3, **more) -> Turn:
+    ids = tuple(range(tokens))
+    return by_hand.turn(tokens, reward, text=text, prompt_ids=(1, 2), sampled_ids=ids, **more)
+
+
+def group(*trajectories) -> Group:
+    return Group(task=Task(id="q", question="Who?", answers=("Ida",)), trajectories=trajectories)
+
+
+def test_the_recipe_is_written_whole(tmp_path):
+    config = build_config({"credit": {"rule": "grpo_mr"}, "train": {"seed": 4}})
+    run = RunDir.create(tmp_path / "runs" / "a", config)
+    tree = tomllib.loads((run.path / "config.toml").read_text())
+    assert build_config(tree) == config
+
+
+def test_a_used_run_directory_is_refused_and_the_way_out_named(tmp_path):
+    RunDir.create(tmp_path / "a", Config())
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--run-dir"):
+        RunDir.create(tmp_path / "a", Config())
+    RunDir.create(tmp_path / "a", Config(), resume=True)
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "rollouts.jsonl", "checkpoints"])
+def test_any_trace_of_a_run_counts(tmp_path, trace):
+    (tmp_path / trace).mkdir()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDir.create(tmp_path, Config())
+
+
+def test_a_run_that_failed_before_its_first_line_does_not_block_the_next(tmp_path):
+    with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()):
+        raise KeyError("no such model")
+    with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()) as run:
+        run.log(0, {})
+        raise KeyError
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDir.create(tmp_path / "a", Config())
+
+
+def test_resume_with_another_recipe_keeps_both(tmp_path):
+    RunDir.create(tmp_path, build_config({"train": {"steps": 5}}))
+    RunDir.create(tmp_path, build_config({"train": {"steps": 9}}), resume=True)
+    RunDir.create(tmp_path, build_config({"train": {"steps": 9}}), resume=True)
+    steps = {
+        path.name: tomllib.loads(path.read_text())["train"]["steps"]
+        for path in tmp_path.glob("config*.toml")
+    }
+    assert steps == {"config.toml": 9, "config.1.toml": 5}
+
+
+def test_a_file_in_the_way_and_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConfigError, match=r"is a file.*--run-dir"):
+        RunDir.create(tmp_path / "a", Config())
+    with pytest.raises(ConfigError, match=r"cannot be written.*--run-dir"):
+        RunDir.create(tmp_path / "a" / "b", Config())
+
+
+def test_numbers_that_are_not_finite_become_null_and_are_counted(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    run.log(1, {"loss": math.nan, "ratio/max": math.inf, "n": 3, "note": "x", "none": None})
+    text = run.metrics.read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line == {
+        "step": 1, "loss": None, "ratio/max": None, "n": 3, "note": "x", "none": None,
+        "nonfinite": 2,
+    }  # fmt: skip
+
+
+def test_scalars_of_other_libraries_are_numbers(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    run = RunDir.create(tmp_path, Config())
+    run.log(1, {"a": numpy.float32(0.5), "b": numpy.int64(2)})
+    assert read_metrics(run.path) == [{"step": 1, "a": 0.5, "b": 2}]
+
+
+numbers = st.floats() | st.integers(-(2**60), 2**60)
+records = st.dictionaries(st.text(max_size=8), numbers | st.text(max_size=8) | st.none())
+
+
+@given(record=records)
+def test_what_is_written_is_strict_json_and_reads_back(tmp_path_factory, record):
+    record = {key: value for key, value in record.items() if key != "step"}
+    path = tmp_path_factory.mktemp("j") / "x.jsonl"
+    strict, lost = to_strict({"step": 0, **record})
+    append_lines(path, [strict])
+    (line,) = read_lines(path)
+    not_finite = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    assert lost == len(not_finite)
+    assert line == {"step": 0, **record, **dict.fromkeys(not_finite)}
+
+
+def test_lone_surrogates_and_null_bytes_survive(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    text = "a\ud800b\x00c\u202ed</script>\n"
+    run.log_rollouts(3, [group(rollout(turns=[turn(text)]))])
+    (line,) = read_lines(run.rollouts)
+    assert line["rollouts"][0]["turns"][0]["text"] == text
+    assert run.rollouts.read_bytes().isascii()
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "ü'])
+def test_a_torn_last_line_is_left_out_and_then_mended(tmp_path, torn):
+    run = RunDir.create(tmp_path, Config())
+    run.log(1, {"loss": 0.1})
+    run.log(2, {"loss": 0.2})
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write(torn)
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2]
+    run.log(3, {"loss": 0.3})
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
+
+
+def test_a_file_that_is_one_torn_line(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    run.metrics.write_text('{"st')
+    run.log(1, {})
+    assert read_metrics(run.metrics) == [{"step": 1}]
+
+
+def test_rewind_leaves_every_step_once(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    for step in range(8):
+        run.log(step, {"loss": step / 3})
+        run.log_rollouts(step, [group(rollout(turns=[turn("x")]))])
+    with run.metrics.open("a") as file:
+        file.write('{"step": 8, "lo')
+    before = run.metrics.read_text().splitlines()[:6]
+    assert run.rewind(5) == 2
+    for step in (6, 7):
+        run.log(step, {"loss": step / 3})
+    assert [line["step"] for line in read_metrics(run.path)] == list(range(8))
+    assert run.metrics.read_text().splitlines()[:6] == before
+    assert [line["step"] for line in read_lines(run.rollouts)] == list(range(6))
+    assert run.rewind(-1) == 8 and read_metrics(run.path) == []
+
+
+def test_a_kill_in_the_middle_of_a_step_costs_its_lines_and_no_others(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    for step in (1, 2):
+        run.log_rollouts(step, [group(rollout(turns=[turn("x")]))] * 3)
+    whole = run.rollouts.read_bytes()
+    ends = [i for i, byte in enumerate(whole, 1) if byte == ord("\n")]
+    assert len(ends) == 6
+    for stop in (ends[2], ends[2] + 9, ends[4], ends[4] + 9):
+        run.rollouts.write_bytes(whole[:stop])
+        run.rewind(1)
+        assert run.rollouts.read_bytes() == whole[: ends[2]]
+        run.log_rollouts(2, [group(rollout(turns=[turn("x")]))] * 3)
+        assert run.rollouts.read_bytes() == whole
+
+
+def test_rewind_of_an_empty_run_is_nothing(tmp_path):
+    assert RunDir.create(tmp_path, Config()).rewind(4) == 0
+
+
+@pytest.mark.parametrize("bad", ["not json\n", "[1]\n", '{"loss": 1}\n', "\n", "\xff\n"])
+def test_a_damaged_line_is_named(tmp_path, bad):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bad.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: "):
+        read_metrics(tmp_path)
+
+
+def test_missing_metrics_are_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be read"):
+        read_metrics(tmp_path)
+
+
+def test_rollouts_carry_all_that_a_reader_needs(tmp_path):
+    run = RunDir.create(tmp_path, Config())
+    searched = turn(
+        "<tool>…", 0.7, reply="<result>…", reward_parts={"tool": 0.2, "hit": 0.5}, tool_calls=1,
+        tool_successes=1,
+    )  # fmt: skip
+    whole = rollout(0, [searched, turn("Ida")], outcome=1.9, metrics={"exact_match": 1.0})
+    failed = rollout(1, [searched], "timeout", error="tool search: 10 s")
+    credit = Credit(rule="mt_grpo", advantages=((1.5, -0.5), ()))
+    run.log_rollouts(2, [group(whole, failed)], [credit], split="eval")
+    (line,) = read_lines(run.rollouts)
+    assert (line["step"], line["split"], line["group"], line["rule"]) == (2, "eval", 0, "mt_grpo")
+    assert (line["question"], line["answers"]) == ("Who?", ["Ida"])
+    first, second = line["rollouts"]
+    assert [t["advantage"] for t in first["turns"]] == [1.5, -0.5]
+    assert first["turns"][0]["reward_parts"] == {"tool": 0.2, "hit": 0.5}
+    assert first["turns"][1]["reward"] is None
+    assert (second["status"], second["error"]) == ("timeout", "tool search: 10 s")
+    assert second["turns"][0]["advantage"] is None
+
+
+# --- sinks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_sink_whose_package_is_missing_is_a_clear_error(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None
+    )
+    with pytest.raises(ConfigError, match=rf"train\.sinks: {name} is not installed.*tracking"):
+        RunDir.create(tmp_path, build_config({"train": {"sinks": [name]}}))
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunDir.create(tmp_path, build_config({"train": {"sinks": ["tensorboard"]}})) as run:
+        run.log(1, {"loss": 0.5, "bad": math.nan})
+        run.log(2, {"loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
