@@ -13,26 +13,24 @@ import pytest
 from by_script import play, roll
 
 from turnfast.envs import ToolEnv, load_env
-from turnfast.envs.adapters import door
 from turnfast.envs.adapters.mcp import McpServer
 from turnfast.errors import ConfigError
 
 SIZES = {"group_size": 2, "num_tasks": 3, "max_context": 6000}
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(door.importlib, "import_module", missing)
-    for make in (
-        lambda: load_env("gymnasium", {"id": "FrozenLake-v1"}),
-        lambda: load_env("textarena", {"id": "Mastermind-v0"}),
-        lambda: McpServer("python", ["server.py"]),
-    ):
-        with pytest.raises(ConfigError, match=r"needs the package \w+ .* 'turnfast\[adapters\]'"):
-            make()
-
-
-def missing(name):
-    raise ImportError(f"No module named {name!r}")
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("gymnasium", lambda: load_env("gymnasium", {"id": "FrozenLake-v1"})),
+        ("textarena", lambda: load_env("textarena", {"id": "Mastermind-v0"})),
+        ("mcp", lambda: McpServer("python", ["server.py"])),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, package, make):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"needs the package {package}.*'turnfast\[adapters\]'"):
+        make()
 
 
 # gymnasium

@@ -22,8 +22,8 @@ from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
+from ..optional import import_optional
 from ..rewards.answers import read_tag
-from .door import require
 from .games import seeded_tasks, within
 
 _HIGHLIGHT = re.compile(r"\x1b\[[1-9][\d;]*m(.*?)\x1b\[0?m", flags=re.DOTALL)
@@ -65,7 +65,7 @@ class GymnasiumEnv:
         eval_tasks: PositiveInt = 64,
         step_timeout_s: PositiveFloat = 30.0,
     ) -> None:
-        self._gymnasium = require("gymnasium", env="gymnasium")
+        self._gymnasium = import_optional("gymnasium", install="turnfast[adapters]")
         self._id, self._kwargs = id, dict(kwargs or {})
         self.malformed, self.rewards_on = malformed, rewards_on
         self.step_timeout_s = step_timeout_s

@@ -28,9 +28,9 @@ from ...errors import ConfigError
 from ...tools import BackgroundLoop, Tool, ToolError
 from ...types import Task
 from ..base import Split
+from ..optional import import_optional
 from ..search.files import read_questions, split_records
 from ..tool_env import ToolEnv
-from .door import require
 
 _TYPES: Mapping[str, Any] = {
     "string": str,
@@ -61,8 +61,8 @@ class McpServer:
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 30.0,
     ) -> None:
-        self._mcp = require("mcp", env="mcp")
-        stdio = require("mcp.client.stdio", env="mcp")
+        self._mcp = import_optional("mcp", install="turnfast[adapters]")
+        stdio = import_optional("mcp.client.stdio", install="turnfast[adapters]")
         parameters = self._mcp.StdioServerParameters(
             command=command, args=list(args), env=dict(env) if env else None
         )

@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from ...tools import Tool, without_thoughts
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
-from .door import require
+from ..optional import import_optional
 from .games import seeded_tasks, within
 
 _GLOBAL_RANDOM = threading.Lock()
@@ -52,7 +52,7 @@ class TextArenaEnv:
         eval_tasks: PositiveInt = 64,
         step_timeout_s: PositiveFloat = 30.0,
     ) -> None:
-        self._textarena = require("textarena", env="textarena")
+        self._textarena = import_optional("textarena", install="turnfast[adapters]")
         self._id, self._kwargs = id, dict(kwargs or {})
         self.step_timeout_s = step_timeout_s
         self._tasks = seeded_tasks(id, seed=seed, train=train_tasks, eval=eval_tasks)

@@ -34,8 +34,8 @@ from ...errors import ConfigError
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
 from ..base import Outcome, Split, Step
+from ..optional import import_optional
 from ..rewards.reward import OUTCOME, check_reward
-from .door import require
 from .games import within
 from .verifiers_talk import FAILED_CALLS, REWARD_FAULTS, Asked, Talk, plain_text, policy_client
 
@@ -65,12 +65,12 @@ class VerifiersEnv:
         seed: int = 0,
         step_timeout_s: PositiveFloat = 60.0,
     ) -> None:
-        verifiers = require("verifiers", env="verifiers", install="verifiers<0.4")
+        verifiers = import_optional("verifiers", install="verifiers<0.4")
         if not hasattr(verifiers, "MultiTurnEnv"):
             raise ConfigError(
                 "env.name: this release of verifiers has no MultiTurnEnv; install 'verifiers<0.4'"
             )
-        self.types = require("verifiers.types", env="verifiers", install="verifiers<0.4")
+        self.types = import_optional("verifiers.types", install="verifiers<0.4")
         self.cut_off = verifiers.OverlongPromptError
         self.client = policy_client(verifiers.Client)
         self.background = BackgroundLoop("verifiers")

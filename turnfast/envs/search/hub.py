@@ -17,6 +17,7 @@ from typing import Any
 from ...config.signature import suggest
 from ...errors import ConfigError
 from ...tools import Passage
+from ..optional import import_optional
 from .files import Record
 
 WORDS_PER_PASSAGE = 100
@@ -74,13 +75,7 @@ def load_split(dataset: str, split: str, *, path: str | None, max_rows: int) -> 
 
 
 def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            "env.options.dataset: needs the package 'datasets'; "
-            "install it with: pip install 'turnfast[data]'"
-        ) from None
+    datasets = import_optional("datasets", install="turnfast[data]")
     folder = Path(path) if path else None
     if folder is None or not folder.exists():
         # Streaming reads only the rows that are used, not the whole dataset.
@@ -89,7 +84,7 @@ def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
         saved = datasets.load_from_disk(str(folder))
         if split not in saved:
             raise ConfigError(f"env.options.dataset_path: {folder} has no split {split!r}")
-        return saved[split]  # pyright: ignore[reportReturnType]  # its rows are mappings
+        return saved[split]
     if (folder / "state.json").is_file():
         raise ConfigError(
             f"env.options.dataset_path: {folder} is a single Dataset without splits; "
