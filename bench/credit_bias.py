@@ -36,7 +36,7 @@ from harness.provenance import RESULTS, provenance, write
 from matplotlib.figure import Figure
 
 from turnfast.credit import assign_credits
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group, Status, Task, Trajectory, Turn
 
 LONGEST = 6
 START = 0.3  # the chance of stopping after each turn, before training
@@ -83,7 +83,7 @@ def rollout(world: str, index: int, length: int) -> Trajectory:
         )
         for k, reward in enumerate(WORLDS[world][0](length))
     )
-    return Trajectory(task_id=TASK.id, index=index, turns=turns, status="finished")
+    return Trajectory(task_id=TASK.id, index=index, turns=turns, status=Status.FINISHED)
 
 
 def stops(logits: list[float]) -> list[float]:

@@ -22,7 +22,7 @@ from harness.timing import arguments, begin, finish, medians_s, sizes
 from turnfast.kernels.packing.tree import prefix_tree
 
 from turnfast.packing.pack import pack
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
 SIZES = "192x70,1000x1000"
 GROUP_SIZE = 8
@@ -108,7 +108,7 @@ def made_step(number: int, length: int) -> tuple[list[Group], list[Credit]]:
                 for k in range(NUM_TURNS)
             ]
             trajectories.append(
-                Trajectory(task_id=str(g), index=i, turns=tuple(turns), status="finished")
+                Trajectory(task_id=str(g), index=i, turns=tuple(turns), status=Status.FINISHED)
             )
         groups.append(Group(task=Task(id=str(g), question=""), trajectories=tuple(trajectories)))
         advantages = tuple(tuple(draw.gauss(0, 1) for _ in t.turns) for t in trajectories)

@@ -22,9 +22,9 @@ def turn(tokens: int = 1, reward: float | None = None, **fields) -> Turn:
 
 
 def rollout(
-    index: int = 0, turns: Sequence[Turn] = (), status: Status = "finished", **fields
+    index: int = 0, turns: Sequence[Turn] = (), status: str = "finished", **fields
 ) -> Trajectory:
-    return Trajectory(task_id="q", index=index, turns=tuple(turns), status=status, **fields)
+    return Trajectory(task_id="q", index=index, turns=tuple(turns), status=Status(status), **fields)
 
 
 def group_of(*rollouts: Trajectory) -> Group:

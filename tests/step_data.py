@@ -8,7 +8,7 @@ import torch
 
 from turnfast.config.schema import OptimConfig
 from turnfast.model import Policy
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.optimizer import Optimizer
 
 
@@ -58,7 +58,7 @@ def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
                     task_id=name,
                     index=index,
                     turns=tuple(turns),
-                    status="finished",
+                    status=Status.FINISHED,
                     outcome=outcome,
                 )
             )

@@ -30,7 +30,7 @@ def rollout(
     rewards: Rewards,
     outcome: float = 0.0,
     *,
-    status: Status = "finished",
+    status: str = "finished",
     ids: Sequence[int] | None = None,
     replies: Sequence[str] | None = None,
 ) -> Trajectory:
@@ -47,7 +47,7 @@ def rollout(
         )
         for k, reward in enumerate(rewards)
     )
-    return Trajectory(task_id="q", index=index, turns=turns, status=status, outcome=outcome)
+    return Trajectory(task_id="q", index=index, turns=turns, status=Status(status), outcome=outcome)
 
 
 def group_of(*trajectories: Trajectory) -> Group:

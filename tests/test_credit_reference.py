@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from turnfast.credit import assign_credits
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group, Status, Task, Trajectory, Turn
 
 G, L = 6, 4  # rollouts of a group and turns of a rollout, at most
 REPLIES = ("left", "right")
@@ -50,7 +50,7 @@ def make(seed: int, count: int) -> tuple[list[Group], Dense]:
                 Trajectory(
                     task_id=str(b),
                     index=i,
-                    status="error" if failed[b, i] else "finished",
+                    status=Status("error" if failed[b, i] else "finished"),
                     outcome=float(outcomes[b, i]),
                     turns=tuple(
                         Turn(

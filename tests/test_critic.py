@@ -46,13 +46,13 @@ def make_groups(seed: int) -> list[Group]:
                         restart=k > 0 and draw.random() < 0.3,
                     )
                 )
-            status: Status = "error" if (name, index) == ("a", 1) else "finished"
+            failed = (name, index) == ("a", 1)
             rollouts.append(
                 Trajectory(
                     task_id=name,
                     index=index,
                     turns=tuple(turns),
-                    status=status,
+                    status=Status.ENVIRONMENT_ERROR if failed else Status.FINISHED,
                     outcome=draw.random(),
                 )
             )

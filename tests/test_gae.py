@@ -16,7 +16,7 @@ from turnfast.credit import RULES, assign_credits, check_rule
 from turnfast.credit.rules.gae import gae
 from turnfast.credit.with_values import ValueRule
 from turnfast.errors import ConfigError
-from turnfast.types import Credit, Group, Task, Trajectory
+from turnfast.types import Credit, Group, Status, Task, Trajectory
 
 number = st.floats(-3, 3)
 share = st.sampled_from([0.0, 0.3, 0.9, 1.0])
@@ -29,7 +29,8 @@ def trajectories(draw: st.DrawFn, index: int = 0) -> Trajectory:
         task_id="q",
         index=index,
         turns=tuple(turn(n, r) for n, r in draw(st.lists(pairs, max_size=5))),
-        status=draw(st.sampled_from(["finished", "finished", "max_turns", "error", "overlong"])),
+        status=Status(draw(st.sampled_from(["finished", "finished", "max_turns", "error"]))),
+        masked=draw(st.integers(0, 4)) == 0,
         outcome=draw(number),
     )
 
@@ -143,7 +144,11 @@ def test_gamma_and_lambda_of_one_are_the_return_minus_the_value(batch, rule):
 
 def test_by_hand():
     t = Trajectory(
-        task_id="q", index=0, turns=(turn(2, 1.0), turn(1, None)), status="finished", outcome=2.0
+        task_id="q",
+        index=0,
+        turns=(turn(2, 1.0), turn(1, None)),
+        status=Status.FINISHED,
+        outcome=2.0,
     )
     group = Group(task=Task(id="q", question=""), trajectories=(t,))
     (mt,) = assign_credits([group], "mt_ppo", values=[[[0.5, 1.0, 3.0]]])
@@ -162,7 +167,7 @@ def test_by_hand():
 
 
 def test_clip_and_whiten_hold_for_tokens_too():
-    t = Trajectory(task_id="q", index=0, turns=(turn(3, 5.0),), status="finished")
+    t = Trajectory(task_id="q", index=0, turns=(turn(3, 5.0),), status=Status.FINISHED)
     group = Group(task=Task(id="q", question=""), trajectories=(t,))
     values = [[[0.0, 4.0, 9.0]]]
     (clipped,) = assign_credits([group], "mt_ppo", values=values, clip=2.0)
@@ -184,7 +189,7 @@ def test_a_critic_always_has_something_to_learn():
 
 @pytest.mark.parametrize("rule", VALUE_RULES)
 def test_what_does_not_fit_is_named(rule):
-    t = Trajectory(task_id="q", index=4, turns=(turn(2, 1.0),), status="finished")
+    t = Trajectory(task_id="q", index=4, turns=(turn(2, 1.0),), status=Status.FINISHED)
     group = Group(task=Task(id="q", question=""), trajectories=(t,))
     with pytest.raises(ValueError, match="needs the values of a critic"):
         assign_credits([group], rule)

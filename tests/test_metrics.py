@@ -144,7 +144,7 @@ def test_summarise_by_hand():
     b = rollout(
         1,
         [turn(0.1, 3, tool_calls=2, tool_successes=1, finish="length")],
-        "max_turns",
+        "length",
         outcome=0.1,
         metrics={"exact_match": 0.0},
     )
@@ -167,12 +167,14 @@ def test_summarise_by_hand():
             "f1": 1.0,
             "failed": 1 / 4,
             "status/finished": 1 / 4,
-            "status/max_turns": 2 / 4,
+            "status/max_turns": 0,
+            "status/length": 2 / 4,
             "status/context_full": 0,
             "status/overlong": 0,
             "status/error": 1 / 4,
             "status/reward_error": 0,
             "status/timeout": 0,
+            "fault/environment": 1,
             "cut/context": 0,
             "cut/length": 2,
             "cut/turns": 0,
@@ -187,8 +189,8 @@ def test_summarise_by_hand():
 def test_faults_and_tool_errors_are_counted_by_kind():
     slow = turn(tool_calls=3, tool_errors={"timeout": 2, "raised": 1})
     a = rollout(0, [slow, turn(tool_errors={"timeout": 1})])
-    b = rollout(1, [slow], "reward_error", fault="judge")
-    c = rollout(2, [], "error", fault="environment")
+    b = rollout(1, [slow], "judge")
+    c = rollout(2, [], "error")
     metrics = values_of(summarise([group_of(a, b, c)]))
     assert {n: v for n, v in metrics.items() if n.startswith(("fault/", "tool_error/"))} == {
         "fault/judge": 1,
@@ -205,8 +207,8 @@ def test_cut_rollouts_are_counted_by_limit_whatever_the_overlong_rule(overlong):
         ("context_full", "length"),
         ("context_full", "stop"),
         ("timeout", "length"),
-        ("finished", "length"),
-        ("max_turns", "length"),
+        ("length", "length"),
+        ("length", "length"),
         ("max_turns", "stop"),
         ("error", "length"),
         ("finished", "stop"),

@@ -19,7 +19,7 @@ from turnfast.model import Policy, hidden_states
 from turnfast.model.architecture import attention_span_of
 from turnfast.packing.pack import Packed, pack
 from turnfast.packing.rows import Rows, rows_of, without_idle_ends
-from turnfast.types import Batch, Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Batch, Credit, Group, Status, Task, Trajectory, Turn
 
 VOCAB = 61
 
@@ -41,7 +41,7 @@ def turn(prompt, sampled, *, restart=False) -> Turn:
 
 
 def trajectory(task, index, turns, status="finished") -> Trajectory:
-    return Trajectory(task_id=task, index=index, turns=tuple(turns), status=status)
+    return Trajectory(task_id=task, index=index, turns=tuple(turns), status=Status(status))
 
 
 def group_of(task: str, rollouts, statuses=None) -> Group:

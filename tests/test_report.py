@@ -33,7 +33,7 @@ from turnfast.report.page import embed
 from turnfast.report.scales import linear_axis, log_axis, smooth, thin
 from turnfast.report.trajectories import PAGE_LIMIT, TEXT_LIMIT, clip, read_rollouts, visible
 from turnfast.rundir.directory import RunDir, read_metrics
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
 PEOPLE = ("Ida Brandt", "Otto Falk", "Mara Weiss", "Jon Aker", "Selma Rost", "Emil Lind")
 WORKS = ("Ulm", "The Salt Road", "Night Ferry", "A House in Arles", "Nine Bridges")
@@ -79,7 +79,7 @@ def make_rollout(task: Task, index: int, skill: float, draw_: random.Random) -> 
         task_id=task.id,
         index=index,
         turns=tuple(turns),
-        status="timeout" if failed else "finished",
+        status=Status.TIMEOUT if failed else Status.FINISHED,
         error="tool search: no answer within 10 s" if failed else "",
         outcome=1.5 * match + 0.4,
         outcome_parts={"answer_in_text": 0.5 * match, "exact_match": match, "format": 0.4},
@@ -335,7 +335,12 @@ def hostile_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
         reward_parts={text: 1.0},
     )
     trajectory = Trajectory(
-        task_id=text, index=0, turns=(turn,), status="error", error=text, metrics={text: 1.0}
+        task_id=text,
+        index=0,
+        turns=(turn,),
+        status=Status.ENVIRONMENT_ERROR,
+        error=text,
+        metrics={text: 1.0},
     )
     task = Task(id=text, question=text, answers=(text,))
     group = Group(task=task, trajectories=(trajectory,))

@@ -410,7 +410,7 @@ def paid(where: str, reward):
 def test_a_reward_that_is_no_number_costs_one_trajectory(chat, where, reward, shown):
     groups = play_fragile(chat, Fragile(paid(where, reward), where), group_size=2)
     for lone in groups[1].trajectories:
-        assert lone.status == "reward_error" and lone.outcome == 0.0
+        assert lone.status.is_reward_fault and lone.outcome == 0.0
         assert re.search(f"the environment's .* is {shown}; it must be a finite", lone.error)
         assert all(turn.reward == 1.0 for turn in lone.turns)
     # counted, in no baseline, and the step goes on

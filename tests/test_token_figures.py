@@ -11,7 +11,7 @@ import torch
 
 from turnfast.credit import assign_credits
 from turnfast.packing.pack import pack
-from turnfast.types import Group, Task, Trajectory, Turn
+from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.by_turn import by_turn, drawn_kl
 
 
@@ -34,7 +34,7 @@ def groups_of(seed: int, *, restarts: bool) -> list[Group]:
         Trajectory(
             task_id="q",
             index=i,
-            status="finished",
+            status=Status.FINISHED,
             outcome=draw.random(),
             turns=tuple(turn(k) for k in range(draw.randrange(1, 5))),
         )

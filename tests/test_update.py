@@ -16,7 +16,7 @@ from turnfast.credit import assign_credits
 from turnfast.errors import TrainingError
 from turnfast.model import hidden_states
 from turnfast.packing.pack import Packed, pack
-from turnfast.types import Group, Trajectory
+from turnfast.types import Group, Status, Trajectory
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import Update, update
@@ -253,7 +253,7 @@ def test_a_step_without_signal_changes_nothing(policy):
                     task_id=t.task_id,
                     index=t.index,
                     turns=t.turns[:1],
-                    status="finished",
+                    status=Status.FINISHED,
                     outcome=1.0,
                 )
                 for t in group.trajectories

@@ -22,31 +22,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 Finish = Literal["stop", "length"]
-Status = Literal[
-    "finished", "max_turns", "context_full", "overlong", "error", "reward_error", "timeout"
-]
-Limit = Literal["", "context", "length", "turns", "time"]
-Fault = Literal[
-    "",
-    "environment",
-    "reward_raised",
-    "reward_timeout",
-    "reward_missing",
-    "reward_not_a_number",
-    "reward_not_finite",
-    "judge",
-]
-"""Whose fault a failed trajectory is, and of what kind; the clock's stands in its status."""
 LARGEST_REWARD = 1e100
 """Rewards stay below it in size: their squares, summed over a group, are still numbers."""
 Message = Mapping[str, Any]
 """One chat message: `role` and `content`, as Hugging Face chat templates take it."""
+
+
+class Status(StrEnum):
+    """How a trajectory ended."""
+
+    FINISHED = "finished"
+    """The environment ended it."""
+    MAX_TURNS = "max_turns"
+    """It had `env.max_turns` turns."""
+    LENGTH = "length"
+    """Its last turn reached `rollout.max_new_tokens`."""
+    CONTEXT_FULL = "context_full"
+    """It reached `rollout.max_context`."""
+    TIMEOUT = "timeout"
+    """It reached `rollout.trajectory_timeout_s`."""
+    ENVIRONMENT_ERROR = "error"
+    REWARD_RAISED = "reward_raised"
+    REWARD_TIMEOUT = "reward_timeout"
+    REWARD_MISSING = "reward_missing"
+    REWARD_NOT_A_NUMBER = "reward_not_a_number"
+    REWARD_NOT_FINITE = "reward_not_finite"
+    JUDGE_ERROR = "judge"
+
+    @property
+    def is_cut(self) -> bool:
+        """A token limit ended it."""
+        return self in (Status.LENGTH, Status.CONTEXT_FULL)
+
+    @property
+    def is_fault(self) -> bool:
+        """The environment, a reward function or the clock failed, not the policy."""
+        return self is Status.TIMEOUT or self is Status.ENVIRONMENT_ERROR or self.is_reward_fault
+
+    @property
+    def is_reward_fault(self) -> bool:
+        """A reward function raised, took too long or returned no finite number."""
+        return self is Status.JUDGE_ERROR or self.value.startswith("reward_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,55 +128,32 @@ class Trajectory:
     Attributes:
         outcome: weighted outcome reward of the whole trajectory (0.0 when it never answered).
         metrics: unweighted figures for people (`exact_match`, …), averaged in metrics.jsonl.
-        status: how it ended. `error`, `reward_error` (a reward function that raised, hung or gave
-            no number) and `timeout` are faults of the world, not of the policy: such a trajectory
-            is counted, but never trained on and never part of a baseline. Nor is an `overlong`
-            one, which a limit cut off and `rollout.overlong = "mask"` sets aside.
-        played: the status that an `overlong` one had before.
-        fault: the kind of a failure, where its status does not say it all.
+        status: how it ended. A trajectory that failed is counted, but neither trained on nor part
+            of a baseline.
+        masked: set by `rollout.overlong = "mask"`; treated like a failed one.
+        error: the message of the fault, "" without one.
+        time_s: from the start of the rollout to its end.
     """
 
     task_id: str
     index: int
     turns: tuple[Turn, ...]
     status: Status
+    masked: bool = False
     outcome: float = 0.0
     outcome_parts: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
-    fault: Fault = ""
     time_s: float = 0.0
-    played: Status | Literal[""] = ""
 
     @property
     def failed(self) -> bool:
-        return self.status in ("error", "reward_error", "timeout")
+        return self.status.is_fault
 
     @property
     def left_out(self) -> bool:
         """Neither trained on nor part of a baseline."""
-        return self.failed or self.status == "overlong"
-
-    @property
-    def cut_off(self) -> bool:
-        """A limit ended it: no room left in the context, or the last turn ran into its own."""
-        cut = bool(self.turns) and self.turns[-1].finish == "length"
-        return self.status in ("context_full", "overlong") or cut
-
-    @property
-    def limit(self) -> Limit:
-        """What ended it before its time: no room left in the context, the most tokens of a turn in
-        its last one, the most turns, or the clock. One of them; "" for any other end."""
-        status = self.played or self.status
-        if status == "context_full":
-            return "context"
-        if status == "timeout":
-            return "time"
-        if status in ("error", "reward_error"):
-            return ""
-        if self.turns and self.turns[-1].finish == "length":
-            return "length"
-        return "turns" if status == "max_turns" else ""
+        return self.failed or self.masked
 
     @property
     def num_sampled(self) -> int:

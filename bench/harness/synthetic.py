@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from harness.recorded import Recording
 
-from turnfast.types import Credit, Group, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
 
 def synthesize(
@@ -51,7 +51,7 @@ def synthesize(
         for index, (size, first) in enumerate(zip(own, firsts, strict=True)):
             turns = _turns(question, size + 8, first, vocab_size, draw)
             rollouts.append(
-                Trajectory(task_id=str(number), index=index, turns=turns, status="finished")
+                Trajectory(task_id=str(number), index=index, turns=turns, status=Status.FINISHED)
             )
             advantages.append(tuple(draw.gauss(0.0, 1.0) for _ in turns))
         task = Task(id=str(number), question="")

@@ -6,10 +6,26 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import get_args
 
-from ..types import Credit, Group, Limit, Status, Trajectory
+from ..types import Credit, Group, Status, Trajectory
 from .reduce import Mean, Metric, Sum
+
+STATUSES = (
+    "finished",
+    "max_turns",
+    "length",
+    "context_full",
+    "overlong",
+    "error",
+    "reward_error",
+    "timeout",
+)
+CUTS = {
+    "context": Status.CONTEXT_FULL,
+    "length": Status.LENGTH,
+    "turns": Status.MAX_TURNS,
+    "time": Status.TIMEOUT,
+}
 
 
 def summarise(
@@ -33,7 +49,7 @@ def summarise(
         <metric of the environment>: mean over the rollouts that have it (exact_match, …).
         failed, status/<status>: shares of all rollouts.
         cut/context, cut/length, cut/turns, cut/time: rollouts ended by the context length, the
-            token limit of a turn, the number of turns or the time limit (`Trajectory.limit`).
+            token limit of a turn, the number of turns or the time limit (`types.Status`).
         rollouts, tokens_sampled: counts.
         fault/<kind>: failed rollouts by fault; only kinds that occurred.
         tool_error/<kind>: failed tool calls, those of failed rollouts included; as above.
@@ -42,8 +58,8 @@ def summarise(
     everyone = [trajectory for group in groups for trajectory in group.trajectories]
     valid = [trajectory for trajectory in everyone if not trajectory.failed]
     turns = [turn for trajectory in valid for turn in trajectory.turns]
-    statuses = Counter([trajectory.status for trajectory in everyone])
-    limits = Counter([trajectory.limit for trajectory in everyone])
+    statuses = Counter([_status_name(trajectory) for trajectory in everyone])
+    ends = Counter([trajectory.status for trajectory in everyone])
     metrics: dict[str, Metric] = {
         "reward/outcome": Mean.of([t.outcome for t in valid]),
         "reward/turn": Mean(math.fsum([turn.reward or 0.0 for turn in turns]), len(valid)),
@@ -55,8 +71,8 @@ def summarise(
         "truncated": Mean.of([turn.finish == "length" for turn in turns]),
         **_environment_metrics([t.metrics for t in valid]),
         "failed": Mean(len(everyone) - len(valid), len(everyone)),
-        **{f"status/{name}": Mean(statuses[name], len(everyone)) for name in get_args(Status)},
-        **{f"cut/{name}": Sum(limits[name]) for name in get_args(Limit) if name},
+        **{f"status/{name}": Mean(statuses[name], len(everyone)) for name in STATUSES},
+        **{f"cut/{name}": Sum(ends[status]) for name, status in CUTS.items()},
         "rollouts": Sum(len(everyone)),
         "tokens_sampled": Sum(sum([len(turn.sampled_ids) for t in everyone for turn in t.turns])),
         **_fault_counts(everyone),
@@ -64,6 +80,16 @@ def summarise(
     if credits is not None:
         metrics["zero_signal_groups"] = Mean.of([not credit.has_signal for credit in credits])
     return {prefix + name: metric for name, metric in metrics.items()}
+
+
+def _status_name(trajectory: Trajectory) -> str:
+    if trajectory.masked:
+        return "overlong"
+    return "reward_error" if trajectory.status.is_reward_fault else trajectory.status.value
+
+
+def _fault_name(status: Status) -> str:
+    return "environment" if status is Status.ENVIRONMENT_ERROR else status.value
 
 
 def _turn_rewards(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:
@@ -86,7 +112,8 @@ def _reward_parts(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:
 
 
 def _fault_counts(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:
-    counts = Counter([f"fault/{t.fault}" for t in rollouts if t.fault])
+    faults = [t.status for t in rollouts if t.failed and t.status is not Status.TIMEOUT]
+    counts = Counter([f"fault/{_fault_name(status)}" for status in faults])
     for errors in [turn.tool_errors for t in rollouts for turn in t.turns if turn.tool_errors]:
         counts.update({f"tool_error/{kind}": n for kind, n in errors.items()})
     return {name: Sum(count) for name, count in counts.items()}

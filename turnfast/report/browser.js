@@ -83,7 +83,6 @@
   root.append(el("div", "bar", el("label", "", "Step", steps), el("span", "", back, " ", next),
     el("label", "", "Question", groups)), body);
 
-  const failed = (rollout) => ["error", "reward_error", "timeout"].includes(rollout.status);
   const taught = (group) => group.rollouts.some((rollout) => rollout.turns.some((turn) => turn.advantage));
   // a page opens on a group that something was learned from
   const firstTaught = (key) => Math.max(0, pages.get(key).findIndex(taught));
@@ -132,7 +131,7 @@
     const view = el("div");
     rollout.turns.forEach((turn, index) => view.append(turnView(turn, index, largest)));
     const outcome = el("div", "outcome",
-      el("span", failed(rollout) ? "failed" : "", rollout.status.replaceAll("_", " ")),
+      el("span", rollout.failed ? "failed" : "", rollout.status.replaceAll("_", " ")),
       rollout.outcome === null ? null : ` \u00b7 outcome ${fixed(rollout.outcome, 2)}`,
       rollout.error ? el("pre", "reply", rollout.error) : null,
       parts(Object.entries(rollout.parts)),
@@ -158,7 +157,7 @@
     const list = el("div", "list");
     group.rollouts.forEach((rollout, index) => {
       const button = el("button", "", el("span", "n", String(index + 1)),
-        el("span", failed(rollout) ? "state failed" : "state", rollout.status.replaceAll("_", " ")),
+        el("span", rollout.failed ? "state failed" : "state", rollout.status.replaceAll("_", " ")),
         el("span", "", rollout.outcome === null ? "" : fixed(rollout.outcome, 2)));
       const cells = el("span", "cells");
       rollout.turns.forEach((turn) => { if (turn.advantage !== null) cells.append(advantage(turn.advantage, largest)); });

@@ -90,6 +90,7 @@ def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "index": _number(record.get("index")),
         "status": _text(record.get("status", "")),
+        "failed": record.get("failed") is True,
         "error": _text(record.get("error") or ""),
         "outcome": _number(record.get("outcome")),
         "parts": _numbers(record.get("outcome_parts")),

@@ -18,18 +18,18 @@ from ..envs.rewards.reward import OUTCOME, TURN_REWARD
 from ..sampler import Completion
 from ..sampler.awaited import AwaitedSampler
 from ..tools import ToolError, ask
-from ..types import Fault, Message, Status, Trajectory, Turn
+from ..types import Message, Status, Trajectory, Turn
 from .schedule import Deadline, Prompt
 from .setup import RolloutSetup
 
 Answer = TypeVar("Answer")
-_KINDS: Mapping[FaultKind, Fault] = {
-    "raised": "reward_raised",
-    "timeout": "reward_timeout",
-    "missing": "reward_missing",
-    "not_a_number": "reward_not_a_number",
-    "not_finite": "reward_not_finite",
-    "judge": "judge",
+_REWARD_FAULTS: Mapping[FaultKind, Status] = {
+    "raised": Status.REWARD_RAISED,
+    "timeout": Status.REWARD_TIMEOUT,
+    "missing": Status.REWARD_MISSING,
+    "not_a_number": Status.REWARD_NOT_A_NUMBER,
+    "not_finite": Status.REWARD_NOT_FINITE,
+    "judge": Status.JUDGE_ERROR,
 }
 
 
@@ -46,8 +46,6 @@ async def play_episode(
     seed = derive_seed(setup.seed, prompt.place, task.id, index)
     turns: list[Turn] = []
     outcome, error, begin = Outcome(), "", time.perf_counter()
-    kind: Fault = ""
-    status: Status
     try:
         episode = setup.env.episode(task)
         status = await _play_turns(setup, sampler, episode, seed, turns)
@@ -55,13 +53,13 @@ async def play_episode(
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an error of the environment ends this trajectory, not the run
         if deadline.expired:
-            status, error = "timeout", f"no end after {deadline.timeout_s} s"
+            status, error = Status.TIMEOUT, f"no end after {deadline.timeout_s} s"
         elif isinstance(fault, asyncio.CancelledError) and _is_cancelled():
             raise
         elif isinstance(fault, RewardFault):
-            status, error, kind = "reward_error", str(fault), _KINDS[fault.kind]
+            status, error = _REWARD_FAULTS[fault.kind], str(fault)
         else:
-            status, kind = "error", "environment"
+            status = Status.ENVIRONMENT_ERROR
             error = f"{type(fault).__name__}: {fault}{_location(fault)}"
     return Trajectory(
         task_id=task.id,
@@ -72,7 +70,6 @@ async def play_episode(
         outcome_parts=outcome.reward_parts,
         metrics=outcome.metrics,
         error=error,
-        fault=kind,
         time_s=time.perf_counter() - begin,
     )
 
@@ -100,7 +97,7 @@ async def _play_turns(
                     f"the first prompt has {len(context)} tokens, which leaves none for the "
                     f"turn; raise rollout.max_context = {config.max_context}"
                 )
-            return "context_full"
+            return Status.CONTEXT_FULL
         completion = await sampler.generate(
             tuple(context), max_new_tokens, config.temperature, derive_seed(seed, k)
         )
@@ -113,11 +110,11 @@ async def _play_turns(
         turns.append(_turn(conversation, completion, text, step))
         closed = completion.finish == "stop"
         if not closed and max_new_tokens < config.max_new_tokens:
-            return "context_full"
+            return Status.CONTEXT_FULL
         if step.done:
-            return "finished"
+            return Status.FINISHED if closed else Status.LENGTH
         conversation = chat.extend(conversation, text, closed, step.messages)
-    return "max_turns"
+    return Status.MAX_TURNS if turns[-1].finish == "stop" else Status.LENGTH
 
 
 async def _score(episode: Episode) -> Outcome:

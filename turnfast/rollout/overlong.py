@@ -15,7 +15,7 @@ def apply_overlong_rule(groups: Sequence[Group], config: RolloutConfig) -> list[
     """Apply `rollout.overlong`:
 
     train     keep the rollouts and their rewards.
-    mask      a trajectory that a limit cut is counted, but neither trained on nor part of a
+    mask      a trajectory that a token limit ended is counted, but neither trained on nor part of a
               baseline, so that good text is not unlearned for being too long.
     penalty   every turn is charged for its length n near `rollout.max_new_tokens` = M, with B =
               `rollout.overlong_buffer`: 0 up to M - B tokens, then (M - B - n) / B, down to -1 at
@@ -33,9 +33,7 @@ def apply_overlong_rule(groups: Sequence[Group], config: RolloutConfig) -> list[
 
 
 def _mask(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
-    if trajectory.failed or not trajectory.cut_off:
-        return trajectory
-    return replace(trajectory, status="overlong", played=trajectory.status)
+    return replace(trajectory, masked=True) if trajectory.status.is_cut else trajectory
 
 
 def _charge(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 
 from ..sampler.awaited import AwaitedSampler
-from ..types import Group, Task, Trajectory
+from ..types import Group, Status, Task, Trajectory
 
 CANCEL_GRACE_S = 10.0
 """How long the scheduler waits for the cleanup of a cancelled trajectory."""
@@ -221,7 +221,7 @@ class RolloutScheduler:
             task_id=group.prompt.task.id,
             index=index,
             turns=(),
-            status="timeout",
+            status=Status.TIMEOUT,
             error=f"no end after {self._timeout_s} s, and its environment ignored cancellation",
             time_s=self._timeout_s + CANCEL_GRACE_S,
         )

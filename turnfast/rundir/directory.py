@@ -208,9 +208,10 @@ def _free_name(folder: Path) -> Path:
 def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -> dict[str, Any]:
     return {
         "index": trajectory.index,
-        "status": trajectory.status,
+        "status": trajectory.status.value,
+        "failed": trajectory.failed,
+        "masked": trajectory.masked,
         "error": trajectory.error,
-        "fault": trajectory.fault,
         "outcome": trajectory.outcome,
         "outcome_parts": trajectory.outcome_parts,
         "metrics": trajectory.metrics,
