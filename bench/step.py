@@ -143,7 +143,7 @@ def measure(bench: Bench) -> dict[str, Any]:
             "tokens_computed": packed.num_tokens,
             "computed_over_distinct": packed.num_tokens / distinct[way].num_tokens,
             "targets": packed.num_targets,
-            "shared_prefix": packed.shared_prefix,
+            "shared_prefix": packed.shared_prefix.value,
             "idle_tokens": packed.num_idle_tokens,
             "gradient_error": errors[way],
             "trained_tokens_per_s": packed.num_tokens / seconds["step_s"],

@@ -355,7 +355,7 @@ def measure(sides: Sides) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "rollouts": len(samples),
         "tokens_of_rows": whole.num_tokens_total,
-        "shared_tokens": whole.shared_prefix,
+        "shared_tokens": whole.shared_prefix.value,
         "tokens_computed": {"trl": width * len(samples), "turnfast": packed.num_tokens},
         "computed_over_distinct": computed,
         "trl_setting": best,

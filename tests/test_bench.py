@@ -82,7 +82,7 @@ def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, grou
     made = synthesize(pack_tokens=pack_tokens, share=share, groups=groups)
     packed = pack(made.groups, made.credits, budget=pack_tokens)
     assert packed.num_tokens == pack_tokens and len(packed.batches) == 1
-    assert packed.shared_prefix == pytest.approx(share, abs=2e-3)
+    assert packed.shared_prefix.value == pytest.approx(share, abs=2e-3)
     rows = rows_of(made)
     assert sum(map(len, rows)) == packed.num_tokens_total and len(rows) == 8 * groups
     assert max(map(len, rows)) > min(map(len, rows))

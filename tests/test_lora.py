@@ -392,7 +392,7 @@ def test_kl_is_that_of_the_two_models(adapted):
     optimizer = optimizer_of(adapted, 1e-12)
     found = update(
         Learner(policy=adapted, optimizer=optimizer), batches, kl, temperature=TEMPERATURE
-    ).kl
+    ).kl.value
     gaps = []
     with torch.no_grad():
         for trajectory in trajectories:

@@ -182,6 +182,7 @@ def test_summarise_by_hand():
             "rollouts": 4,
             "tokens_sampled": 4 + 2 + 3 + 5 + 3,
             "zero_signal_groups": 0.5,
+            "groups_without_signal": 1,
         }
     )
 

@@ -331,7 +331,7 @@ def test_sharing_prefixes_and_dropping_idle_ends_change_nothing(policy, seed, bu
     plain = pack(groups, credits, budget=10_000, share_prefixes=False, **options)
     shared = pack(groups, credits, budget=budget, **options)
     lean = pack(groups, credits, budget=budget, drop_idle=True, **options)
-    assert plain.shared_prefix == 0.0 and plain.num_tokens == plain.num_tokens_total
+    assert plain.shared_prefix.value == 0.0 and plain.num_tokens == plain.num_tokens_total
     assert shared.num_tokens_total == plain.num_tokens and shared.num_targets == plain.num_targets
     assert lean.num_tokens_total + lean.num_idle_tokens == plain.num_tokens
     if not plain.batches:
@@ -354,8 +354,9 @@ def test_computed_tokens_are_the_distinct_ones():
                     context.append(token)
     packed = pack(groups, credits, budget=10_000)
     assert packed.num_tokens == len(contexts) < packed.num_tokens_total
-    assert packed.padding == 0.0
-    assert packed.shared_prefix == 1 - packed.num_tokens / packed.num_tokens_total
+    assert packed.padding.value == 0.0
+    saved = packed.num_tokens_total - packed.num_tokens
+    assert packed.shared_prefix.value == saved / packed.num_tokens_total
     cut = pack(groups, credits, budget=90)
     assert len(contexts) < cut.num_tokens < packed.num_tokens_total
     assert max(len(batch.tokens_T) for batch in cut.batches) <= 90
@@ -363,7 +364,7 @@ def test_computed_tokens_are_the_distinct_ones():
     assert plain.num_tokens == plain.num_tokens_total
     for each in (cut, plain):
         laid_out = sum(batch.tokens_T.numel() for batch in each.batches)
-        assert each.padding == pytest.approx((laid_out - len(contexts)) / laid_out)
+        assert each.padding.value == pytest.approx((laid_out - len(contexts)) / laid_out)
 
 
 def test_an_idle_rollout_costs_nothing_but_its_place_in_the_denominator():

@@ -661,9 +661,9 @@ def test_utilisation_is_of_the_slots_there_are_rollouts_for(chat):
         sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=oldest, capacity=capacity)
         return usage_of(chat, Fragile(broken, broken=()), sampler, 4)
 
-    assert usage(2).utilisation == (2 + 2 + 2 + 1) / (4 * 2)
-    assert usage(100).utilisation == (4 + 3 + 2 + 1) / (4 * 4)
-    assert usage(1).utilisation == 1.0
+    assert usage(2).utilisation.value == (2 + 2 + 2 + 1) / (4 * 2)
+    assert usage(100).utilisation.value == (4 + 3 + 2 + 1) / (4 * 4)
+    assert usage(1).utilisation.value == 1.0
 
 
 @pytest.mark.parametrize(("slow", "tail"), [("ab", True), ("abcdef", False)])
@@ -673,8 +673,8 @@ def test_waiting_for_the_last_is_the_tail(chat, slow, tail):
 
     sampler = ScriptedSampler(lambda ids: [chat.end_id])
     usage = usage_of(chat, Fragile(doze, broken=tuple(slow)), sampler, 16)
-    assert usage.time_s >= 0.4 and usage.tool_wait >= 0.5
-    assert usage.tail >= 0.5 if tail else usage.tail <= 0.1
+    assert usage.time_s >= 0.4 and usage.tool_wait.value >= 0.5
+    assert usage.tail.value >= 0.5 if tail else usage.tail.value <= 0.1
 
 
 # --- identity -------------------------------------------------------------------------------------

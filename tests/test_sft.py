@@ -106,7 +106,7 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
             logits, torch.tensor(labels[1:]), reduction="sum", ignore_index=-100
         )
     (loss / count).backward()
-    assert done.logprob == pytest.approx(-float(loss.detach()) / count, abs=1e-5)
+    assert done.logprob.value == pytest.approx(-float(loss.detach()) / count, abs=1e-5)
     worst = max(
         float((ours - p.grad).abs().max())
         for ours, p in zip(gradients, policy.model.parameters(), strict=True)
@@ -128,7 +128,7 @@ def test_loss_falls_and_the_same_seed_gives_the_same_steps(policy, chat):
             chat,
             config,
             seed=4,
-            report=lambda step, done, losses=losses: losses.append(-done.logprob),
+            report=lambda step, done, losses=losses: losses.append(-done.logprob.value),
         )
         runs.append(losses)
     assert runs[0] == runs[1] and len(runs[0]) == 25
@@ -233,7 +233,14 @@ def test_a_file_of_conversations_is_tuned_on_as_the_environments_own(policy, cha
     for env, file in ((Shown(TALK, SHORT), ""), (object(), data)):
         policy.model.load_state_dict(start)
         config = SftConfig(steps=3, lr=1e-2, batch_tokens=64, data=file)
-        sft(policy, env, chat, config, seed=1, report=lambda _, done: figures.append(done.logprob))
+        sft(
+            policy,
+            env,
+            chat,
+            config,
+            seed=1,
+            report=lambda _, done: figures.append(done.logprob.value),
+        )
     assert figures[:3] == figures[3:] and len(set(figures)) == 3
 
 

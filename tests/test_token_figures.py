@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from turnfast.credit import assign_credits
+from turnfast.metrics.reduce import values_of
 from turnfast.packing.pack import pack
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.by_turn import by_turn, drawn_kl
@@ -54,7 +55,7 @@ def test_means_are_those_of_the_turns(restarts, share_prefixes):
     for trajectory in groups[0].trajectories:
         for k, turn in enumerate(trajectory.turns):
             columns.setdefault(f"x/turn_{k + 1}", []).extend(turn.logprobs)
-    assert figures == pytest.approx({name: sum(x) / len(x) for name, x in columns.items()})
+    assert values_of(figures) == pytest.approx({n: sum(x) / len(x) for n, x in columns.items()})
 
 
 def test_tokens_that_were_not_computed_do_not_count():
@@ -62,7 +63,7 @@ def test_tokens_that_were_not_computed_do_not_count():
     (batch,) = pack(groups, assign_credits(groups), budget=999).batches
     values = torch.ones(len(batch.targets_N))
     values[0] = math.nan
-    assert set(by_turn("x", [values], [batch]).values()) == {1.0}
+    assert set(values_of(by_turn("x", [values], [batch])).values()) == {1.0}
     first = batch.places_K[batch.turns_N.long()] == 0
     values[first] = math.nan
     assert "x/turn_1" not in by_turn("x", [values], [batch])

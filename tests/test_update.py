@@ -140,7 +140,7 @@ def test_updates_are_plain_autograd(policy, config, budget):
     gap = (torch.cat(old) - torch.tensor(drawn)).abs()
     assert done.logprob_gap == pytest.approx(float(gap.mean()), rel=1e-4)
     assert done.logprob_gap_max == pytest.approx(float(gap.max()), rel=1e-4)
-    assert done.logprob == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
+    assert done.logprob.value == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
 
 
 def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
@@ -156,7 +156,7 @@ def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
     for parameter, value in zip(policy.model.parameters(), optimizer.weights[0], strict=True):
         parameter.data.copy_(value)
     logprobs = [plain_logprobs(policy.model, t, softcap=2.0) for t, _ in sequences]
-    assert done.logprob == pytest.approx(float(torch.cat(logprobs).detach().mean()), rel=1e-4)
+    assert done.logprob.value == pytest.approx(float(torch.cat(logprobs).detach().mean()), rel=1e-4)
     gains = [
         row[k] * x
         for (trajectory, row), values in zip(sequences, logprobs, strict=True)
@@ -224,7 +224,7 @@ def test_the_first_update_is_on_policy(policy):
     done = update(
         Learner(policy=policy, optimizer=optimizer_of(policy)), packed.batches, LossConfig()
     )
-    assert done.ratio_max == 1.0 and done.clip_fraction == 0.0 and done.lr == 3e-3
+    assert done.ratio_max == 1.0 and done.clip_fraction.value == 0.0 and done.lr == 3e-3
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
@@ -409,7 +409,7 @@ def test_the_entropy_bonus_raises_entropy(policy):
     optimizer = optimizer_of(policy, lr=1e-2)
     config = LossConfig(entropy_coef=100.0)
     entropies = [
-        update(Learner(policy=policy, optimizer=optimizer), packed.batches, config).entropy
+        update(Learner(policy=policy, optimizer=optimizer), packed.batches, config).entropy.value
         for _ in range(3)
     ]
     assert entropies[2] > entropies[0]

@@ -81,8 +81,8 @@ def warm_start(
                 nonlocal done
                 done = step
                 figures = {
-                    "loss": -update.logprob,
-                    "entropy": update.entropy,
+                    "loss": -update.logprob.value,
+                    "entropy": update.entropy.value,
                     "grad_norm": update.grad_norm,
                 }
                 directory.log(step, figures)

@@ -10,8 +10,9 @@ from .config.schema import Config
 from .credit import assign_credits
 from .errors import Interrupted, OutOfMemory, RolloutError, SyncError
 from .evaluate import evaluate
-from .metrics.reduce import reduce_metrics, to_plain
-from .metrics.step import StepRecord, metrics_of
+from .metrics.reduce import Metrics, reduce_metrics, to_plain
+from .metrics.rewards import diagnose
+from .metrics.rollouts import summarise
 from .metrics.stopwatch import Stopwatch
 from .model.architecture import attention_span_of
 from .packing.pack import Packed, pack
@@ -92,16 +93,19 @@ def train(
                     evaluated = is_due(step, config.train.eval_every, config.train.steps)
                     synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
                 ranks.refuse_difference(run.policy.model.parameters())
-                record = StepRecord(
-                    step=step,
-                    gathered=gathered,
-                    credits=credits,
-                    packed=packed,
-                    updated=updated,
-                    synced=synced,
-                    times=clock.lap(),
-                )
-                _log(run, record, show)
+                times = clock.lap()
+                metrics = {
+                    **summarise(groups, credits),
+                    **diagnose(groups, credits),
+                    **gathered.metrics(),
+                    **packed.metrics(),
+                    **updated.metrics(),
+                    **synced.metrics(),
+                    **times,
+                }
+                _log(run, step, metrics, show)
+                shown = groups[: config.train.log_rollouts]
+                run.directory.log_rollouts(step, shown, credits)
                 if evaluated:
                     _evaluate(run, step, show, should_stop)
                 if is_due(step, config.train.save_every, config.train.steps):
@@ -196,12 +200,10 @@ def _proof(run: Run) -> Callable[[Gap], None]:
     )
 
 
-def _log(run: Run, record: StepRecord, show: Progress) -> None:
-    metrics = reduce_metrics(run.ranks.gather(to_plain(metrics_of(record))))
-    shown = record.gathered.groups[: run.config.train.log_rollouts]
-    run.directory.log(record.step, metrics)
-    run.directory.log_rollouts(record.step, shown, record.credits)
-    show.step(record.step, metrics)
+def _log(run: Run, step: int, metrics: Metrics, show: Progress) -> None:
+    values = reduce_metrics(run.ranks.gather(to_plain(metrics)))
+    run.directory.log(step, values)
+    show.step(step, values)
 
 
 def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], bool]) -> None:
@@ -210,10 +212,8 @@ def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], boo
     num_tasks = run.config.train.eval_tasks
     with run.ranks.together():
         metrics, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
-    values = reduce_metrics(run.ranks.gather(to_plain(metrics)))
-    run.directory.log(step, values)
+    _log(run, step, metrics, show)
     run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")
-    show.step(step, values)
 
 
 def _save(run: Run, collector: Collector, step: int) -> None:

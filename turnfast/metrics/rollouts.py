@@ -37,7 +37,7 @@ def summarise(
     `status/…` are shares of all rollouts. A mean over nothing is NaN.
 
     Args:
-        credits: one per group; without them `zero_signal_groups` is left out.
+        credits: one per group; without them the last two metrics are left out.
         prefix: put before every name (`"eval/"`).
     Returns:
         reward/outcome: mean per rollout.
@@ -53,7 +53,8 @@ def summarise(
         rollouts, tokens_sampled: counts.
         fault/<kind>: failed rollouts by fault; only kinds that occurred.
         tool_error/<kind>: failed tool calls, those of failed rollouts included; as above.
-        zero_signal_groups: share of groups without an advantage.
+        zero_signal_groups, groups_without_signal: share and number of groups in which every
+            advantage is 0.
     """
     everyone = [trajectory for group in groups for trajectory in group.trajectories]
     valid = [trajectory for trajectory in everyone if not trajectory.failed]
@@ -78,7 +79,9 @@ def summarise(
         **_fault_counts(everyone),
     }
     if credits is not None:
-        metrics["zero_signal_groups"] = Mean.of([not credit.has_signal for credit in credits])
+        silent = [not credit.has_signal for credit in credits]
+        metrics["zero_signal_groups"] = Mean.of(silent)
+        metrics["groups_without_signal"] = Sum(sum(silent))
     return {prefix + name: metric for name, metric in metrics.items()}
 
 

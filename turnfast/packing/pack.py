@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.packing.tree import PrefixTree
+from ..metrics.reduce import Mean, Metric, Sum
 from ..parallel.ranks import ALONE, Ranks
 from ..types import Batch, Credit, Group, TokenCredit, Turn
 from .dealing import Dealer, tree_of
@@ -50,17 +51,25 @@ class Packed:
     zero_signal_groups: int
 
     @property
-    def shared_prefix(self) -> float:
-        """Share of the rows' tokens that need not be computed, because another row has them."""
-        total = self.num_tokens_total
-        return 1.0 - self.num_tokens / total if total else 0.0
+    def shared_prefix(self) -> Mean:
+        """Share of the rows' tokens that are not computed, because another row has them."""
+        shared = self.num_tokens_total - self.num_tokens
+        return Mean(shared, self.num_tokens_total, if_empty=0.0)
 
     @property
-    def padding(self) -> float:
-        """Share of the computed tokens that nobody needs: all but the distinct ones. Prefixes that
-        a cut between micro-batches repeats are among them, and all that rows have in common where
-        it is not shared."""
-        return 1.0 - self.num_distinct / self.num_tokens if self.num_tokens else 0.0
+    def padding(self) -> Mean:
+        """Share of the computed tokens that are not distinct: prefixes that are repeated between
+        micro-batches, and common prefixes if they are not shared."""
+        return Mean(self.num_tokens - self.num_distinct, self.num_tokens, if_empty=0.0)
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the packing, under the names of metrics.jsonl."""
+        return {
+            "tokens": Sum(self.num_tokens),
+            "tokens_trained": Sum(self.num_targets),
+            "padding": self.padding,
+            "shared_prefix": self.shared_prefix,
+        }
 
 
 def pack(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import Interrupted, RolloutError
+from ..metrics.reduce import Metric, Sum
 from ..sampler.awaited import AwaitedSampler, Usage
 from ..types import Group, Task, Trajectory
 from .episode import play_episode
@@ -34,6 +35,14 @@ class CollectedGroups:
     dropped: tuple[Prompt, ...]
     num_refilled: int
     usage: Usage
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the collection, under the names of metrics.jsonl."""
+        return {
+            **self.usage.metrics(),
+            "groups_dropped": Sum(len(self.dropped)),
+            "groups_refilled": Sum(self.num_refilled),
+        }
 
 
 def every_group_counts(group: Group) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 
+from ..metrics.reduce import Max, Mean, Metric
 from .base import Completion, Request, Sampler
 
 TAIL_SHARE = 0.25
@@ -21,23 +22,30 @@ PATIENCE = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What became of the time of a rollout.
+    """How the time of a rollout was used.
 
     Attributes:
-        time_s: from the start of the first rollout to the end of the last.
-        utilisation: slots in use, summed over the engine's steps, over steps × slots. The slots
-            are those of the engine, or as many as there were rollouts at the same time where those
-            are fewer: 1.0 if no step left one of them empty.
-        tail: share of the time in which fewer than a quarter of the rollouts that had been running
-            at the same time were left.
-        tool_wait: share of the time in which there was nothing to generate, because every rollout
+        time_s: from the start of the first trajectory to the end of the last.
+        utilisation: slots in use per engine step, over the slots that could be in use: those of
+            the engine, or the largest number of trajectories at a time if that is smaller.
+        tail: share of the time in which fewer than a quarter of that number were left.
+        tool_wait: share of the time in which no request was pending, because every trajectory
             waited for its environment.
     """
 
     time_s: float
-    utilisation: float
-    tail: float
-    tool_wait: float
+    utilisation: Mean
+    tail: Mean
+    tool_wait: Mean
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the rollout's time, under the names of metrics.jsonl."""
+        return {
+            "rollout/time_s": Max(self.time_s),
+            "rollout/utilisation": self.utilisation,
+            "rollout/tail": self.tail,
+            "rollout/tool_wait": self.tool_wait,
+        }
 
 
 class AwaitedSampler:
@@ -144,9 +152,9 @@ class AwaitedSampler:
         tail_s = sum(spent for count, spent in self._time_with.items() if 0 < count < few)
         return Usage(
             time_s=time_s,
-            utilisation=self._slots_used / max(1, self._num_steps * slots),
-            tail=tail_s / time_s if time_s else 0.0,
-            tool_wait=self._idle_s / time_s if time_s else 0.0,
+            utilisation=Mean(self._slots_used, self._num_steps * slots, if_empty=0.0),
+            tail=Mean(tail_s, time_s, if_empty=0.0),
+            tool_wait=Mean(self._idle_s, time_s, if_empty=0.0),
         )
 
     def _count(self, change: int) -> None:

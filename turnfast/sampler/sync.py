@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..errors import SyncError
+from ..metrics.reduce import Max, Metric
 from ..model.lora import merged
 from . import Completion, Request, Sampler
 
@@ -75,6 +76,10 @@ class SyncReport:
     gap: float
     num_tokens: int
     time_s: float
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the sync, under the names of metrics.jsonl."""
+        return {"sync_gap": Max(self.gap)}
 
 
 def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:

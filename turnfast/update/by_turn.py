@@ -1,4 +1,4 @@
-"""Figures of single tokens, gathered by the turn they were sampled in."""
+"""Means over the tokens of each turn index."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..metrics.reduce import Mean
 from ..types import Batch
 
 
-def by_turn(name: str, values: Iterable[Tensor], batches: Sequence[Batch]) -> dict[str, float]:
-    """Means over the tokens of each turn index, `name/turn_1` and so on.
+def by_turn(name: str, values: Iterable[Tensor], batches: Sequence[Batch]) -> dict[str, Mean]:
+    """Means over the tokens of each turn index: `name/turn_1`, `name/turn_2`, …
 
     Args:
-        values: one [N] per batch; NaN for tokens that were not computed, which do not count.
+        values: one [N] per batch; tokens that were not computed are NaN and do not count.
     """
     sums = torch.zeros(0, dtype=torch.float64)
     counts = torch.zeros(0, dtype=torch.int64)
@@ -25,14 +26,14 @@ def by_turn(name: str, values: Iterable[Tensor], batches: Sequence[Batch]) -> di
         sums, counts = _grown(sums, size), _grown(counts, size)
         sums.index_add_(0, places, values_N[known_N].double().cpu())
         counts += torch.bincount(places, minlength=size)
-    means = (sums / counts).tolist()
-    return {f"{name}/turn_{k + 1}": mean for k, mean in enumerate(means) if counts[k]}
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return {f"{name}/turn_{k}": Mean(x, n) for k, (x, n) in enumerate(pairs, 1) if n}
 
 
 def drawn_kl(drawn_N: Tensor, other_N: Tensor) -> Tensor:
-    """KL(p || q) from tokens drawn from p, by the estimate k3: exp(x) - 1 - x, x = log q - log p.
+    """Estimate KL(p || q) from tokens drawn from p by k3: exp(x) - 1 - x with x = log q - log p.
 
-    Never negative, and right on average (arXiv 2402.03300 uses it for its reference).
+    Unbiased and never negative (as in arXiv 2402.03300).
     """
     x = other_N - drawn_N
     return x.expm1() - x

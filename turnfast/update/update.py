@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config.schema import LossConfig
 from ..errors import ConfigError, OutOfMemory, TrainingError
 from ..kernels.loss_head.backends import implementation
+from ..metrics.reduce import Max, Mean, Metric, Same
 from ..parallel.ranks import Ranks
 from ..types import Batch
 from .by_turn import by_turn, drawn_kl
@@ -19,12 +20,15 @@ from .gradient import ADVICE, Gradient, compute_gradient
 from .learner import Learner
 from .memory import explain_out_of_memory
 
+NO_TOKENS = Mean(0.0, 0, if_empty=0.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What an update did; the defaults describe an update without any batch.
 
-    Losses and log-prob gaps are those of all ranks, the other values those of this rank.
+    Losses, log-prob gaps, gradient norm and learning rate are those of all ranks, the other values
+    those of this rank.
 
     Attributes:
         logprob, entropy: means over the computed tokens, before the first optimizer step.
@@ -38,18 +42,38 @@ class Update:
     """
 
     loss: float = 0.0
-    logprob: float = 0.0
-    entropy: float = 0.0
+    logprob: Mean = NO_TOKENS
+    entropy: Mean = NO_TOKENS
     logprob_gap: float = 0.0
     logprob_gap_max: float = 0.0
     ratio_max: float = 1.0
-    clip_fraction: float = 0.0
+    clip_fraction: Mean = NO_TOKENS
     grad_norm: float = 0.0
     lr: float = 0.0
     num_updates: int = 0
-    kl: float | None = None
+    kl: Mean | None = None
     value_loss: float | None = None
-    by_turn: Mapping[str, float] = field(default_factory=dict)
+    by_turn: Mapping[str, Mean] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the update, under the names of metrics.jsonl."""
+        optional = {
+            "kl": self.kl,
+            "value_loss": None if self.value_loss is None else Same(self.value_loss),
+        }
+        return {
+            "loss": Same(self.loss),
+            "logprob": self.logprob,
+            "entropy": self.entropy,
+            "grad_norm": Same(self.grad_norm),
+            "ratio/max": Max(self.ratio_max),
+            "clip_fraction": self.clip_fraction,
+            **self.by_turn,
+            **{name: metric for name, metric in optional.items() if metric is not None},
+            "logprob_gap": Same(self.logprob_gap),
+            "logprob_gap/max": Same(self.logprob_gap_max),
+            "lr": Same(self.lr),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,40 +226,44 @@ def _logprob_gap(gradient: Gradient, ranks: Ranks) -> Gap:
     return Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
 
 
-def _mean(values: Iterable[Tensor]) -> float:
-    """Of all that were computed; 0 where none was."""
+def _mean(values: Iterable[Tensor]) -> Mean:
+    """The mean over the computed tokens; those that were not computed are NaN."""
     parts = list(values)
-    return float(torch.cat(parts).nanmean().nan_to_num()) if parts else 0.0
+    if not parts:
+        return NO_TOKENS
+    values_N = torch.cat(parts)
+    count = int(values_N.isnan().logical_not().sum())
+    return replace(NO_TOKENS, sum=float(values_N.double().nansum()), count=count)
 
 
-def _clip_fraction(gradient: Gradient) -> float:
+def _clip_fraction(gradient: Gradient) -> Mean:
     stats = [result.stats for result in gradient.results]
     clipped = [float(s.clip_low + s.clip_high + s.clip_dual) for s in stats]
     return _over_trained(clipped, gradient)
 
 
-def _reference_kl(gradient: Gradient) -> float | None:
+def _reference_kl(gradient: Gradient) -> Mean | None:
     if all(batch.ref_logprobs_N is None for batch in gradient.batches):
         return None
     return _over_trained([float(r.stats.ref_kl) for r in gradient.results], gradient)
 
 
-def _over_trained(figures: Sequence[float], gradient: Gradient) -> float:
-    """The mean of micro-batches' figures, by their trained tokens."""
+def _over_trained(means: Sequence[float], gradient: Gradient) -> Mean:
+    """The mean over all trained tokens, from the means of the micro-batches."""
     trained = [float(result.stats.tokens) for result in gradient.results]
-    total = sum(x * n for x, n in zip(figures, trained, strict=True))
-    return total / max(1.0, sum(trained))
+    total = sum(x * n for x, n in zip(means, trained, strict=True))
+    return replace(NO_TOKENS, sum=total, count=sum(trained))
 
 
-def _by_turn(steps: Sequence[_Step]) -> dict[str, float]:
+def _by_turn(steps: Sequence[_Step]) -> dict[str, Mean]:
     first, last = steps[0].gradient, steps[-1].gradient
     drawn = [batch.sampler_logprobs_N for batch in first.batches]
-    figures = by_turn("entropy", (r.entropies for r in first.results), first.batches)
-    figures |= by_turn("kl_sampler", _drawn_kl(drawn, first), first.batches)
+    metrics = by_turn("entropy", (r.entropies for r in first.results), first.batches)
+    metrics |= by_turn("kl_sampler", _drawn_kl(drawn, first), first.batches)
     if len(steps) > 1:
         old = [b.old_logprobs_N for b in last.batches if b.old_logprobs_N is not None]
-        figures |= by_turn("kl_old", _drawn_kl(old, last), last.batches)
-    return figures
+        metrics |= by_turn("kl_old", _drawn_kl(old, last), last.batches)
+    return metrics
 
 
 def _drawn_kl(drawn: Sequence[Tensor], gradient: Gradient) -> list[Tensor]:
