@@ -3,7 +3,7 @@
     python bench/step.py [--rollouts one-search,two-searches,many-groups,long-replies]
                          [--threads 1] [--clock cpu]
     python bench/step.py --device cuda --shape qwen2.5-1.5b|qwen2.5-7b [--pack-tokens 32768]
-                         [--share 0.6] [--checkpointing] [--compile] [--optim-state 8bit]
+                         [--share 0.6] [--checkpointing] [--compile] [--optim-state bfloat16]
 
 Rollouts of the built-in search world (groups of 8, system prompt with the tool description) are
 recorded once, with a scripted agent that searches, rephrases, answers at once, or answers wrongly:
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
     made.add_argument("--checkpointing", action="store_true")
     made.add_argument("--compile", action="store_true", help="the model's body")
-    made.add_argument("--optim-state", choices=("float32", "bfloat16", "8bit"), default="float32")
+    made.add_argument("--optim-state", choices=("float32", "bfloat16"), default="float32")
     made.add_argument("--memory-of", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
     return made
 

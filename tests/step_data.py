@@ -1,10 +1,14 @@
-"""Groups of made-up rollouts, and an optimizer that remembers: for tests of a whole update."""
+"""Rollouts with random tokens and rewards, and the gradients of optimizer steps."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from turnfast.config.schema import OptimConfig
 from turnfast.model import Policy
@@ -12,23 +16,40 @@ from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.optimizer import Optimizer
 
 
-class Keeping(Optimizer):
-    """Remembers the weights and the gradient of every step."""
+class RecordingOptimizer(Optimizer):
+    """Records the weights and gradients of its parameters before every step."""
 
     def step(self) -> float:
-        kept = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self._parameters]
-        self.gradients = [*getattr(self, "gradients", []), kept]
-        weights = [p.detach().clone() for p in self._parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        self.gradients = [*getattr(self, "gradients", []), grads]
+        weights = [p.detach().clone() for p in self.parameters]
         self.weights = [*getattr(self, "weights", []), weights]
         return super().step()
 
 
-def optimizer_of(policy: Policy, lr: float = 3e-3) -> Keeping:
-    return Keeping(policy.model.parameters(), OptimConfig(lr=lr, warmup_steps=0, grad_clip=1e9))
+def optimizer_of(policy: Policy, lr: float = 3e-3) -> RecordingOptimizer:
+    config = OptimConfig(lr=lr, warmup_steps=0, grad_clip=1e9)
+    return RecordingOptimizer(policy.model.parameters(), config)
+
+
+@contextmanager
+def adamw_gradients() -> Iterator[list[list[Tensor]]]:
+    """The gradients that AdamW receives, one list per step."""
+    steps: list[list[Tensor]] = []
+
+    def record(optimizer, args, kwargs) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        steps.append([p.grad.clone() for p in params])
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        yield steps
+    finally:
+        handle.remove()
 
 
 def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
-    """Two tasks, three rollouts of one to three turns; `flat`: every rollout earns the same."""
+    """Two tasks, three rollouts of one to three turns; `flat`: all rollouts earn the same."""
     draw = random.Random(seed)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def taught(policy: Policy, config: CriticConfig | None = None, seed: int = 0) ->
 
 def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list[torch.Tensor]:
     """The head on the model's own hidden states of each context alone."""
-    weight, bias = critic._head.weight, critic._head.bias
+    weight, bias = critic.head.weight, critic.head.bias
     ids: list[int] = []
     values: list[torch.Tensor] = []
     for turn in trajectory.turns:
@@ -155,7 +155,7 @@ def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
 
 
 def _gradients(policy: Policy, critic: Critic) -> list[torch.Tensor]:
-    every = (*policy.model.parameters(), *critic._head.parameters())
+    every = (*policy.model.parameters(), *critic.head.parameters())
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in every]
 
 

@@ -258,7 +258,6 @@ def test_a_dry_run_finds_what_cannot_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("package", "flags", "said"),
     [
-        ("torchao", ["--optim.state", "8bit"], "optim.state: '8bit' needs torchao"),
         ("liger_kernel", ["--model.liger", "true"], "model.liger: liger-kernel is not installed"),
         ("", ["--loss.impl", "triton"], "loss.impl"),
     ],

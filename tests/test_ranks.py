@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from step_data import Keeping, make_groups
+from step_data import RecordingOptimizer, make_groups
 from training_runs import recipe, training_lines
 
 from turnfast.config.recipe import to_toml
@@ -85,7 +85,7 @@ def two_steps(
     """Two updates on groups that are dealt to the ranks, one by one."""
     policy = load(folder)
     config = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=0.05)
-    optimizer = Keeping(policy.model.parameters(), config, ranks=ranks)
+    optimizer = RecordingOptimizer(policy.model.parameters(), config, ranks=ranks)
     updates = []
     for seed in (7, 8):
         groups = ranks.share([*make_groups(seed), *make_groups(seed + 10)])

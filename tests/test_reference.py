@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from step_data import Keeping, make_groups, optimizer_of
+from step_data import RecordingOptimizer, make_groups, optimizer_of
 from test_update import plain_logprobs
 
 from turnfast.config.recipe import build_config
@@ -59,7 +59,7 @@ def test_figure_and_gradient_are_those_of_k3(policy, budget):
     batches, trajectories = step_of(policy, reference, budget)
     gradients, kls = [], []
     for config in (KL, LossConfig()):
-        optimizer: Keeping = optimizer_of(policy, lr=1e-12)
+        optimizer: RecordingOptimizer = optimizer_of(policy, lr=1e-12)
         plain = [replace(b, ref_logprobs_N=None) for b in batches]
         done = update(
             Learner(policy=policy, optimizer=optimizer),

@@ -80,13 +80,13 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
     count = len(rows.targets_N)
     gradients = []
 
-    class Keeping(Optimizer):
+    class RecordingOptimizer(Optimizer):
         def step(self) -> float:
-            gradients.extend(p.grad.clone() for p in self._parameters)
+            gradients.extend(p.grad.clone() for p in self.parameters)
             return super().step()
 
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    optimizer = Keeping(policy.model.parameters(), OptimConfig(lr=1e-3))
+    optimizer = RecordingOptimizer(policy.model.parameters(), OptimConfig(lr=1e-3))
     done = update(
         Learner(policy=policy, optimizer=optimizer),
         [batch_of(rows, [1.0 / count] * 2, "cpu")],

@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 from families import SMALL, policy_of
-from step_data import Keeping, make_groups, optimizer_of
+from step_data import RecordingOptimizer, adamw_gradients, make_groups, optimizer_of
 from transformers import Qwen2Config
 
 from turnfast.config.schema import LossConfig, OptimConfig
@@ -293,30 +293,24 @@ def test_what_is_no_number_changes_no_weight(policy, where):
     update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
 
 
-class Apart(Keeping):
+class Apart(RecordingOptimizer):
     """The head's gradient is made anew in every micro-batch, and added up by autograd."""
 
     def grad_sum(self, parameter):
         return None
 
 
-class Step:
-    """The gradients that AdamW is given, and what the parameters' own .grad are made of."""
-
-    def __init__(self, optimizer):
-        self.own = [p.grad is not None for p in optimizer._parameters]
-        self.gradients = [m.grad.clone() for m in optimizer._masters]
-
-
-def step_of(optimizer_class, batches, *, tied: bool, dtype: torch.dtype) -> Step:
+def step_of(optimizer_class, batches, *, tied: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The gradients that AdamW receives."""
     config = Qwen2Config(**{**SMALL, "vocab_size": 300}, tie_word_embeddings=tied, dtype=dtype)
     policy = policy_of(config)
     policy.model.to(dtype)
     optimizer = optimizer_class(policy.model.parameters(), OptimConfig(grad_clip=1e9))
-    steps = []
-    optimizer._adamw.register_step_pre_hook(lambda *given: steps.append(Step(optimizer)))
-    update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
+    with adamw_gradients() as steps:
+        update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
     assert len(steps) == 1 and all(p.grad is None for p in policy.model.parameters())
+    if dtype == torch.bfloat16:  # no gradient stays in bf16
+        assert not any(g.any() for g in getattr(optimizer, "gradients", [[]])[0])
     return steps[0]
 
 
@@ -326,19 +320,18 @@ def test_microbatches_add_to_one_head_gradient(tied, dtype):
     many, one = (packed_step(seed=1, budget=budget)[0].batches for budget in (32, 4096))
     assert len(many) >= 3 and len(one) == 1
     place = 0 if tied else -1
-    found, apart = (step_of(kind, many, tied=tied, dtype=dtype) for kind in (Keeping, Apart))
-    # in bf16 no parameter is left with a gradient of its own dtype, the head no more than others
-    assert set(found.own) == set(apart.own) == {dtype == torch.float32}
-    rounded = apart.gradients.pop(place)
-    head_VD = found.gradients.pop(place)
-    assert all(map(torch.equal, found.gradients, apart.gradients))
+    found, apart = (
+        step_of(kind, many, tied=tied, dtype=dtype) for kind in (RecordingOptimizer, Apart)
+    )
+    rounded, head_VD = apart.pop(place), found.pop(place)
+    assert all(map(torch.equal, found, apart))
     assert rounded.abs().max() > 1e-3
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     assert (head_VD - rounded).norm() <= bound * rounded.norm()
     if dtype == torch.float32:
-        whole = step_of(Keeping, one, tied=tied, dtype=dtype)
-        assert (whole.gradients.pop(place) - head_VD).abs().max() <= 1e-6
-        for a, b in zip(found.gradients, whole.gradients, strict=True):
+        whole = step_of(RecordingOptimizer, one, tied=tied, dtype=dtype)
+        assert (whole.pop(place) - head_VD).abs().max() <= 1e-6
+        for a, b in zip(found, whole, strict=True):
             assert (a - b).abs().max() <= 1e-6
 
 
@@ -376,13 +369,12 @@ def gradients_of(batches, dtype: torch.dtype) -> list[torch.Tensor]:
             (-(batch.weights_N.double() * gains_N).sum()).backward()
         return [p.grad for p in policy.model.base_model.layers.parameters()]
     optimizer = Optimizer(policy.model.parameters(), OptimConfig(grad_clip=1e9))
-    steps = []
-    optimizer._adamw.register_step_pre_hook(lambda *given: steps.append(Step(optimizer)))
-    update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
+    with adamw_gradients() as steps:
+        update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
     layers = {id(p) for p in policy.model.base_model.layers.parameters()}
     return [
         gradient.double()
-        for parameter, gradient in zip(optimizer._parameters, steps[0].gradients, strict=True)
+        for parameter, gradient in zip(optimizer.parameters, steps[0], strict=True)
         if id(parameter) in layers
     ]
 

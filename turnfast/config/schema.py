@@ -188,8 +188,8 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     grad_clip: PositiveFloat = Field(default=0.1, description="largest norm of the gradient")
-    state: Literal["float32", "bfloat16", "8bit"] = Field(
-        default="float32", description="what AdamW's moments are kept in; 8bit needs torchao"
+    state: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of AdamW's moments"
     )
 
 

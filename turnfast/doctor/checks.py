@@ -21,7 +21,6 @@ from ..model.liger import check_liger
 from ..parallel.ranks import Ranks
 from ..rundir.sinks import check_sinks
 from ..sampler import choose_backend
-from ..update.adamw import check_state
 from ..update.update import check_impl
 
 
@@ -29,7 +28,6 @@ def preflight(config: Config) -> None:
     """Raises ConfigError for the first thing that a run would fail on."""
     device = pick_device(config.train.device)
     check_impl(config.loss, device, dtype_of(config.model, device))
-    check_state(config.optim)
     check_sinks(config.train.sinks)
     check_liger(config.model.liger, architecture_of(config).model_type, device)
     if config.model.path == "tiny":

@@ -35,7 +35,7 @@ from ..model.lora import add_adapter
 from ..sampler import choose_backend
 from ..sampler.ragged import cache_bytes_per_token
 from ..sampler.vllm import cpu_cache_bytes
-from ..update.adamw import BYTES, WORKSPACE, WORKSPACE_BYTES
+from ..update.adamw import DTYPES, WORKSPACE, WORKSPACE_BYTES
 from .checks import refuse_rounded_adapter
 
 # The most that a chunk of the loss head takes, by device; see kernels/loss_head.
@@ -57,7 +57,7 @@ class Estimate:
         optimizer: moments, and float32 masters of low-precision weights.
         activations: what autograd keeps of one micro-batch of `tokens` tokens.
         loss_head: gradient buffer of the hidden states, and a chunk of logits.
-        workspace: of the optimizer's step; that of 8-bit moments is torchao's, and not counted.
+        workspace: temporary memory of the optimizer's step.
         sampler_awake: its keys and values, and its own copy of the weights where it has one.
         sampler_asleep: what of that stays while the policy is trained.
         merged: the layers that have taken an adapter up, as a checkpoint holds them all at once.
@@ -141,7 +141,7 @@ def estimate(config: Config) -> Estimate:
         tokens=tokens,
         weights=own_weights * copies,
         gradients=4 * num_trained + (largest * dtype.itemsize if masters else 0),
-        optimizer=int(num_trained * (masters + 2 * BYTES[config.optim.state])),
+        optimizer=num_trained * (masters + 2 * DTYPES[config.optim.state].itemsize),
         activations=_activations(model, config, device),
         loss_head=min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens) + 4 * D * tokens,
         workspace=int(step * WORKSPACE_BYTES) if config.optim.state == "bfloat16" else 0,
@@ -199,7 +199,7 @@ def verdict(found: Estimate) -> str:
         "train.tokens_per_microbatch, or set model.checkpointing = true": (
             found.activations + found.loss_head if asleep else 0
         ),
-        "what is trained, with model.lora.r, or optim.state to 'bfloat16' or '8bit'": (
+        "what is trained, with model.lora.r, or optim.state = 'bfloat16'": (
             found.optimizer + (found.gradients if asleep else 0)
         ),
         "sampler.gpu_memory" if found.device == "cuda" else "sampler.max_sequences": (

@@ -1,12 +1,10 @@
-"""AdamW by what its two moments are kept in: float32, bfloat16, or 8 bits with a scale per block.
+"""AdamW over float32 weights, with moments in float32 or bfloat16.
 
-The update itself is computed in float32 every time; only what lasts from step to step is rounded.
+The update is computed in float32 in both cases; only the stored moments are rounded.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,104 +12,93 @@ import torch
 from torch import Tensor
 
 from ..config.schema import OptimConfig
-from ..errors import ConfigError
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0 + 4.0 / 256}
-"""Per moment and weight."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtype of the moments per value of `optim.state`."""
 
 WORKSPACE = 1 << 22
 """Weights that `Bfloat16AdamW` updates at a time."""
 WORKSPACE_BYTES = 28 * WORKSPACE
-"""What that takes: seven float32 or int32 tensors."""
+"""Temporary memory of that: seven float32 or int32 tensors."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_state(config: OptimConfig) -> None:
-    """Raises ConfigError if `optim.state` needs a package that is not installed."""
-    if config.state == "8bit" and importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            "optim.state: '8bit' needs torchao; install turnfast[8bit], or set it to 'bfloat16'"
-        )
-
-
-def make_adamw(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over float32 parameters, without moments yet.
-
-    Raises:
-        ConfigError: `optim.state = "8bit"` without torchao.
-    """
-    check_state(config)
+def make_adamw(parameters: Sequence[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over float32 parameters; its moments are allocated, so that they cannot fail later."""
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
-    if config.state == "float32":
-        return torch.optim.AdamW(parameters, **settings, fused=True)
     if config.state == "bfloat16":
-        return Bfloat16AdamW(parameters, **settings)
-    return importlib.import_module("torchao.optim").AdamW8bit(parameters, **settings)
+        adamw: torch.optim.Optimizer = Bfloat16AdamW(parameters, **settings)
+    else:
+        adamw = torch.optim.AdamW(parameters, **settings, fused=True)
+    make_moments(adamw, config)
+    return adamw
 
 
-def make_moments(adamw: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Give every parameter that has none yet its moments, zeros, as the first step would."""
-    for p in parameters:
+def make_moments(adamw: torch.optim.Optimizer, config: OptimConfig) -> None:
+    """Allocate zero moments for every parameter that has none."""
+    for p in adamw.param_groups[0]["params"]:
         if adamw.state[p]:
             continue
-        if isinstance(adamw, Bfloat16AdamW):
-            moments = [torch.zeros_like(p, dtype=torch.bfloat16) for _ in _MOMENTS]
-            count = torch.zeros(())
-        elif isinstance(adamw, torch.optim.AdamW):
-            moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in _MOMENTS]
-            count = torch.zeros((), device=p.device)  # a fused step counts where it computes
-        else:
-            eight_bit: Any = adamw  # of torchao, which need not be installed
-            moments = [eight_bit._new_buffer(p, signed) for signed in (True, False)]
-            count = torch.zeros(())
-        adamw.state[p] = {"step": count, **dict(zip(_MOMENTS, moments, strict=True))}
+        moments = {name: torch.zeros_like(p, dtype=DTYPES[config.state]) for name in _MOMENTS}
+        # the fused kernel needs its step count on the parameter's device
+        device = "cpu" if config.state == "bfloat16" else p.device
+        adamw.state[p] = {"step": torch.zeros((), device=device), **moments}
 
 
-def ask_for_workspace(adamw: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Take and give back the memory of a step, so that it runs out before anything is changed.
+def reserve_workspace(adamw: torch.optim.Optimizer) -> None:
+    """Allocate and free the memory of a step, so that a lack of it shows before anything changes.
 
-    The float32 one works in place; what torchao's compiled one takes is not known here.
+    The float32 update needs none.
     """
     if isinstance(adamw, Bfloat16AdamW):
-        for device in {p.device for p in parameters}:
+        for device in {p.device for p in adamw.param_groups[0]["params"]}:
             torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 class Bfloat16AdamW(torch.optim.Optimizer):
-    """AdamW whose moments are bfloat16, rounded up or down at random so that means are kept.
+    """AdamW with bfloat16 moments and stochastic rounding.
 
-    A second moment that moves by 0.1 % per step would stand still if it were rounded to the nearest
-    of values 0.8 % apart. The draw is a function of the step and the parameter's place: a resumed
-    run repeats it.
+    Nearest rounding would freeze the second moment: it changes by 0.1 % per step, and neighbouring
+    bfloat16 values are 0.8 % apart. Stochastic rounding is right on average. The random numbers
+    depend on the step and on the index of the parameter only, so a resumed run repeats them.
     """
 
-    def __init__(self, parameters, *, lr: float, betas, weight_decay: float, eps: float = 1e-8):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float = 1e-8,
+    ) -> None:
         super().__init__(parameters, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
-            for place, p in enumerate(group["params"]):
+            for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 state["step"] += 1
-                draw = torch.Generator(p.device).manual_seed((int(state["step"]) << 20) + place)
-                mean, square = (_parts(state[name]) for name in _MOMENTS)
-                for part in zip(_parts(p), _parts(p.grad), mean, square, strict=True):
-                    _update(*part, int(state["step"]), group, draw)
+                count = int(state["step"])
+                random = torch.Generator(p.device).manual_seed((count << 20) + index)
+                slices = (_slices(x) for x in (p, p.grad, *(state[name] for name in _MOMENTS)))
+                for part in zip(*slices, strict=True):
+                    _update(*part, count, group, random)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        for state in self.state.values():  # torch's has made them float32, like the parameter
+        for state in self.state.values():  # torch casts moments to the parameter's float32
             for name in _MOMENTS:
                 state[name] = state[name].bfloat16()
 
 
-def _parts(x: Tensor) -> Sequence[Tensor]:
+def _slices(x: Tensor) -> Sequence[Tensor]:
     """Views of at most WORKSPACE elements, or of one row."""
     rows = x if x.dim() else x[None]
     per_row = max(1, rows[:1].numel())
@@ -125,53 +112,20 @@ def _update(
     exp_avg_sq: Tensor,
     count: int,
     group: Mapping[str, Any],
-    draw: torch.Generator,
+    random: torch.Generator,
 ) -> None:
-    """AdamW's formula on a part of a parameter. What takes memory comes before the first change."""
+    """AdamW on a slice of a parameter. Allocates everything before the first change."""
     lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
     mean = exp_avg.float().lerp_(grad, 1 - beta1)
     square = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    rounded = _rounded(mean, draw), _rounded(square, draw)
+    rounded = _round(mean, random), _round(square, random)
     scale = square.div_(1 - beta2**count).sqrt_().add_(group["eps"])
     exp_avg.copy_(rounded[0])
     exp_avg_sq.copy_(rounded[1])
     p.mul_(1 - lr * decay).addcdiv_(mean, scale, value=-lr / (1 - beta1**count))
 
 
-def _rounded(x: Tensor, draw: torch.Generator) -> Tensor:
-    """bfloat16 neighbours of float32 values, the nearer the likelier."""
-    noise = torch.randint(0, 1 << 16, x.shape, generator=draw, device=x.device, dtype=torch.int32)
+def _round(x: Tensor, random: torch.Generator) -> Tensor:
+    """Round float32 to a neighbouring bfloat16 value, with a probability that keeps the mean."""
+    noise = torch.randint(0, 1 << 16, x.shape, generator=random, device=x.device, dtype=torch.int32)
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
-
-
-def plain_entries(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as ordinary tensors: 8-bit moments become codes and scales."""
-    plain: dict[str, Any] = {}
-    for name, value in entries.items():
-        if hasattr(value, "codes"):
-            plain |= {f"{name}.codes": value.codes, f"{name}.scale": value.scale}
-        else:
-            plain[name] = value
-    return plain
-
-
-def fill_entries(adamw: Any, parameter: Tensor, plain: Mapping[str, Any]) -> None:
-    """Put `plain_entries` back into an 8-bit optimizer.
-
-    Raises:
-        ValueError: they are not those of such an optimizer.
-    """
-    made: dict[str, Any] = {"step": plain["step"].detach().cpu().clone()}
-    for name, signed in zip(_MOMENTS, (True, False), strict=True):
-        made[name] = adamw._new_buffer(parameter, signed)
-        parts = (
-            {"codes": made[name].codes, "scale": made[name].scale}
-            if hasattr(made[name], "codes")
-            else {"": made[name]}
-        )
-        for part, target in parts.items():
-            key = f"{name}.{part}".rstrip(".")
-            if key not in plain or plain[key].shape != target.shape:
-                raise ValueError(f"no 8-bit {key} of shape {list(target.shape)}")
-            target.copy_(plain[key])
-    adamw.state[parameter] = made

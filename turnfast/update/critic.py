@@ -1,9 +1,9 @@
-"""The critic: one linear layer on the policy's last hidden states, float32 whatever their dtype.
+"""The critic: one float32 linear layer on the policy's last hidden states.
 
-A value is of the state before a sampled token, so it sits on the hidden row that predicts it: the
-same packed rows and prefix trees serve policy and critic, in one forward and backward pass.
-The layer starts at 0. It has an optimizer of its own, as what is learned from nothing wants a
-larger rate than what is fine-tuned.
+The value of the state before a sampled token is computed from the hidden state that predicts the
+token. So policy and critic share packed rows, prefix trees, and one forward and backward pass. The
+layer starts at zero and has its own optimizer, since it needs a larger learning rate than a
+pretrained policy.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from .optimizer import Optimizer
 
 
 class Critic:
-    """Values of states, and the loss that teaches them.
+    """State values and their loss.
 
     Args:
-        policy: gives the hidden states; only their width and device are looked at here.
-        optim: the policy's; the rate is `critic.lr_factor` times its own.
-        ranks: whose gradients are added up.
+        policy: only its hidden size and device are used here.
+        optim: settings of the policy's optimizer; the learning rate is multiplied by
+            `critic.lr_factor`, weight decay is 0.
+        ranks: gradients are summed over these.
     """
 
     def __init__(
         self, policy: Policy, config: CriticConfig, optim: OptimConfig, *, ranks: Ranks = ALONE
     ) -> None:
         width = policy.head_VD.shape[1]
-        self._head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
-        nn.init.zeros_(self._head.weight)
-        nn.init.zeros_(self._head.bias)
+        self.head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         self._config = config
         rate = optim.lr * config.lr_factor
         own = optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
-        self._optimizer = Optimizer(self._head.parameters(), own, ranks=ranks)
+        self._optimizer = Optimizer(self.head.parameters(), own, ranks=ranks)
 
     def values_N(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """The value before each target of a batch, with gradient."""
-        return self._head(hidden_TD.float()).squeeze(1)[batch.rows_N]
+        """The value before each target token of a batch, with gradient."""
+        return self.head(hidden_TD.float()).squeeze(1)[batch.rows_N]
 
     @torch.no_grad()
     def values(
@@ -84,28 +85,31 @@ class Critic:
         return [[_of_rollout(t, by_turn, numbers) for t in group.trajectories] for group in groups]
 
     def loss(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """coef / 2 times the weighted mean of (V - target)^2, or of the worse of that and the same
-        for V held within `critic.clip` of its old value (arXiv 1707.06347 and its public code)."""
+        """coef / 2 times the weighted mean of (V - target)^2.
+
+        With `critic.clip` it is the maximum of that and of the error of V clipped to within `clip`
+        of its old value (public code of arXiv 1707.06347).
+        """
         assert batch.values_N is not None and batch.value_targets_N is not None
         assert batch.value_weights_N is not None
         values_N = self.values_N(hidden_TD, batch)
         errors_N = (values_N - batch.value_targets_N).square()
         if self._config.clip is not None:
             c = self._config.clip
-            held_N = batch.values_N + (values_N - batch.values_N).clamp(-c, c)
-            errors_N = torch.maximum(errors_N, (held_N - batch.value_targets_N).square())
+            clipped_N = batch.values_N + (values_N - batch.values_N).clamp(-c, c)
+            errors_N = torch.maximum(errors_N, (clipped_N - batch.value_targets_N).square())
         return 0.5 * self._config.coef * (batch.value_weights_N * errors_N).sum()
 
     def step(self) -> float:
-        """Update the layer; the norm of its gradient, which changes nothing if it is not finite."""
+        """Update the layer and return its gradient norm; nothing changes if that is not finite."""
         return self._optimizer.step()
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors: the layer, the moments and the count of steps."""
-        state = {f"head.{name}": x.detach() for name, x in self._head.state_dict().items()}
+        """The layer, the moments and the number of steps, all as tensors."""
+        state = {f"head.{name}": x.detach() for name, x in self.head.state_dict().items()}
         saved = self._optimizer.state_dict()
         for index, entries in saved["state"].items():
             state |= {f"optimizer.{index}.{name}": x for name, x in entries.items()}
@@ -113,9 +117,9 @@ class Critic:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises KeyError or RuntimeError if the state is of another width."""
+        """Load a state. Raises KeyError or RuntimeError if it is of another hidden size."""
         head = {n.removeprefix("head."): x for n, x in state.items() if n.startswith("head.")}
-        self._head.load_state_dict(head)
+        self.head.load_state_dict(head)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, x in state.items():
             kind, _, rest = name.partition(".")
@@ -135,7 +139,7 @@ def _of_rollout(
     by_turn: Mapping[tuple[int, int], Sequence[float]],
     numbers: Iterator[int],
 ) -> tuple[float, ...]:
-    # numbered as `pack` numbers them: those that have targets, in order
+    # `pack` numbers the trajectories that have targets, in order
     if trajectory.left_out or not trajectory.num_sampled:
         return ()
     number = next(numbers)

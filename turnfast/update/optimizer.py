@@ -1,15 +1,15 @@
-"""AdamW with a warm-up, float32 master weights and float32 gradients, whatever the model's dtype.
+"""AdamW with warm-up, float32 master weights and float32 gradients for any model dtype.
 
-At a learning rate of 1e-6 a bf16 weight never moves: the update is smaller than its last digit. So
-low-precision parameters get a float32 master copy here, and the model holds its rounding. For the
-same reason their gradients are summed in float32: to a bf16 sum a micro-batch adds nothing if its
-gradient is less than 1/256 of it, and the step would depend on how it was cut.
+A bfloat16 weight cannot change at a learning rate of 1e-6: the update is smaller than its last
+digit. So low-precision parameters get a float32 master copy, and the model holds its rounding.
+Gradients are accumulated in float32 for the same reason: a bfloat16 sum loses a micro-batch whose
+gradient is less than 1/256 of it, and the step would depend on the split into micro-batches.
 
-Masters and moments are there from the start, so that what is too large fails then, and not in the
-first step. Bytes per trained parameter, with moments in float32 (8; 4 in bfloat16, 2 in 8 bits):
+Masters and moments are allocated at once, so that a lack of memory shows before the first step.
+Bytes per trained parameter, with float32 moments (8; in bfloat16 4):
 
-    float32 model    weight 4 + gradient 4            + moments 8
-    bf16 model       weight 2 + gradient 4 + master 4 + moments 8
+    float32 model     weight 4 + gradient 4            + moments 8
+    bfloat16 model    weight 2 + gradient 4 + master 4 + moments 8
 """
 
 from __future__ import annotations
@@ -26,37 +26,36 @@ from torch import Tensor, nn
 from ..config.schema import OptimConfig
 from ..errors import ConfigError, OutOfMemory, TornStep
 from ..parallel.ranks import ALONE, Ranks
-from .adamw import (
-    ask_for_workspace,
-    fill_entries,
-    make_adamw,
-    make_moments,
-    plain_entries,
-)
+from .adamw import make_adamw, make_moments, reserve_workspace
 from .memory import explain_out_of_memory
 
 LESS_MEMORY = (
-    "set optim.state to 'bfloat16' or '8bit', train an adapter with model.lora.r, or leave the "
-    "engine less with sampler.gpu_memory"
+    "set optim.state = 'bfloat16', train an adapter with model.lora.r, or lower sampler.gpu_memory"
 )
 NOTHING_CHANGED = f"out of memory in the optimizer's step, which changed nothing: {LESS_MEMORY}"
 TORN = (
     "out of memory halfway through the optimizer's step: continue from the last checkpoint with "
     f"--resume; {LESS_MEMORY}"
 )
+LEAST_DECAY = 0.1
 
 
 class Optimizer:
     """AdamW over a model's trainable parameters.
 
     Args:
-        parameters: those with `requires_grad`; gradients are read from them, see `accumulating`.
-        ranks: their gradients are added up before every step; they must hold the same weights and
-            take the same steps.
-        total_steps: None for a constant rate after the warm-up, else a linear decay to 10 %.
+        parameters: those without `requires_grad` are ignored.
+        total_steps: the learning rate decays linearly to 10 % over so many steps; None keeps it
+            constant after the warm-up.
+        ranks: gradients are summed over these before every step. All ranks must hold the same
+            weights and take the same steps.
+
+    Attributes:
+        parameters: the trained parameters.
+        num_steps: number of steps taken.
 
     Raises:
-        ConfigError: masters and moments do not fit the memory, or need a package that is missing.
+        ConfigError: masters and moments do not fit in memory.
     """
 
     def __init__(
@@ -67,29 +66,28 @@ class Optimizer:
         total_steps: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
-        self._config = config
-        self._total_steps = total_steps
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.ranks = ranks
         self.num_steps = 0
-        count = sum(p.numel() for p in self._parameters)
+        self._config = config
+        self._total_steps = total_steps
+        count = sum(p.numel() for p in self.parameters)
         with explain_out_of_memory(
             ConfigError,
             f"optim.state: no memory for AdamW's {config.state} moments and float32 weights of "
             f"{count:,} parameters; {LESS_MEMORY}",
         ):
-            self._masters = [_master(p) for p in self._parameters]
+            self._masters = [_master(p) for p in self.parameters]
             self._adamw = make_adamw(self._masters, config)
-            make_moments(self._adamw, self._masters)
 
     def step(self) -> float:
-        """Clip, update, clear the gradients; returns the gradient norm before clipping.
+        """Sum gradients over ranks, clip, update, clear; return the norm before clipping.
 
-        A gradient that is not finite changes nothing: its norm is returned, the step is skipped.
+        If the norm is not finite, the update is skipped and nothing changes.
 
         Raises:
-            OutOfMemory: nothing has changed.
-            TornStep: memory ran out half-way, which AdamW in 8 bits cannot rule out.
+            OutOfMemory: nothing changed.
+            TornStep: memory ran out during the update itself.
         """
         with self.ranks.together(), explain_out_of_memory(OutOfMemory, NOTHING_CHANGED):
             self._prepare()
@@ -97,7 +95,8 @@ class Optimizer:
             self.ranks.add_up(m.grad for m in self._masters if m.grad is not None)
         norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
         if math.isfinite(norm):
-            self._set_rate(self.lr)
+            for group in self._adamw.param_groups:
+                group["lr"] = self.lr
             with self.ranks.together(), explain_out_of_memory(TornStep, TORN):
                 self._adamw.step()
                 self._write_back()
@@ -107,12 +106,14 @@ class Optimizer:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Within, every backward adds the gradients of low-precision parameters to float32 sums,
-        each as soon as it is there, and leaves no `.grad` of them; those of float32 parameters are
-        added up in `.grad`, by autograd itself."""
+        """Accumulate the gradients of every backward pass in float32.
+
+        The gradient of a low-precision parameter is added to its float32 sum as soon as autograd
+        has computed it, and its `.grad` is freed. Float32 parameters accumulate in `.grad`.
+        """
         hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_into_sum, master=master))
-            for parameter, master in zip(self._parameters, self._masters, strict=True)
+            parameter.register_post_accumulate_grad_hook(partial(_move_grad, master=master))
+            for parameter, master in zip(self.parameters, self._masters, strict=True)
             if master is not parameter
         ]
         try:
@@ -122,14 +123,14 @@ class Optimizer:
                 hook.remove()
 
     def grad_sum(self, parameter: Tensor) -> Tensor | None:
-        """The float32 sum, zeros at first, that the next step takes for the parameter's gradient;
-        of a float32 parameter it is `.grad`.
+        """The float32 buffer in which the next step expects the parameter's gradient.
 
-        What adds to it in place needs no gradient of its own in every micro-batch; what autograd
-        finds besides is added to it, too, and may be sparse. None if the parameter is not trained
-        here; on ranks all have to ask, or none. `zero_grad` drops it.
+        It is created with zeros if needed, and `zero_grad` drops it. A kernel may add to it in
+        place; autograd adds its gradients to the same buffer. For a float32 parameter it is
+        `.grad`. Returns None if the parameter is not trained here. With several ranks, call it on
+        all of them or on none.
         """
-        for own, master in zip(self._parameters, self._masters, strict=True):
+        for own, master in zip(self.parameters, self._masters, strict=True):
             if own is parameter:
                 if master.grad is None:
                     master.grad = torch.zeros_like(master, memory_format=torch.contiguous_format)
@@ -138,93 +139,84 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """The rate of the next step."""
+        """The learning rate of the next step."""
         rate = self._config.lr * min(1.0, (self.num_steps + 1) / max(1, self._config.warmup_steps))
         if self._total_steps is None:
             return rate
-        left = 1.0 - self.num_steps / self._total_steps
-        return rate * max(0.1, left)
+        return rate * max(LEAST_DECAY, 1.0 - self.num_steps / self._total_steps)
 
     def zero_grad(self) -> None:
-        for parameter in (*self._parameters, *self._masters):
+        for parameter in (*self.parameters, *self._masters):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the master copies and the step count beside the moments."""
+        """The state of torch's AdamW, plus `master` per low-precision parameter and `num_steps`."""
         state = self._adamw.state_dict()
-        state["state"] = {i: plain_entries(values) for i, values in state["state"].items()}
-        for i, (parameter, master) in enumerate(zip(self._parameters, self._masters, strict=True)):
+        state["state"] = {index: dict(entries) for index, entries in state["state"].items()}
+        for i, (parameter, master) in enumerate(zip(self.parameters, self._masters, strict=True)):
             if master is not parameter:
                 state["state"].setdefault(i, {})["master"] = master.detach()
         for group in state["param_groups"]:
-            group |= {"num_steps": self.num_steps, "lr": float(group["lr"])}
+            group["num_steps"] = self.num_steps
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load after the model: a state without master copies (of a run in float32) leaves them
-        at the model's weights. Betas and weight decay stay those of the config."""
+        """Load a state; call it after the model's weights are loaded.
+
+        Without master copies (the state of a float32 model) the masters are the model's weights.
+        Betas and weight decay stay those of the config.
+        """
         groups = [dict(group) for group in state["param_groups"]]
-        self.num_steps = int(groups[0].pop("num_steps"))
-        for group in groups[1:]:
-            group.pop("num_steps")
+        self.num_steps = int(groups[0]["num_steps"])
+        for group in groups:
+            del group["num_steps"]
         moments: dict[int, dict[str, Any]] = {}
         with torch.no_grad():
-            for parameter, own in zip(self._parameters, self._masters, strict=True):
-                own.copy_(parameter)
-            for i, values in state["state"].items():
-                kept = dict(values)
-                master: Tensor | None = kept.pop("master", None)
-                if master is not None:
-                    self._masters[int(i)].copy_(master)
+            for parameter, master in zip(self.parameters, self._masters, strict=True):
+                master.copy_(parameter)
+            for i, entries in state["state"].items():
+                kept = dict(entries)
+                saved: Tensor | None = kept.pop("master", None)
+                if saved is not None:
+                    self._masters[int(i)].copy_(saved)
                 if kept:
                     moments[int(i)] = kept
-        eight_bit = self._config.state == "8bit"
-        if not eight_bit and any("exp_avg.codes" in kept for kept in moments.values()):
-            raise ValueError('its moments have 8 bits: optim.state = "8bit"')
-        own_settings = [
+        settings = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self._adamw.param_groups
         ]
-        self._adamw.state.clear()  # no second set of moments beside the one that is loaded
-        self._adamw.load_state_dict({"state": {} if eight_bit else moments, "param_groups": groups})
-        for group, settings in zip(self._adamw.param_groups, own_settings, strict=True):
-            group |= settings
-        if eight_bit:
-            for i, plain in moments.items():
-                fill_entries(self._adamw, self._masters[i], plain)
-        make_moments(self._adamw, self._masters)
+        self._adamw.state.clear()  # free the old moments before the new ones are copied
+        self._adamw.load_state_dict({"state": moments, "param_groups": groups})
+        for group, own in zip(self._adamw.param_groups, settings, strict=True):
+            group |= own
+        make_moments(self._adamw, self._config)
         self._write_back()
 
     def _prepare(self) -> None:
         """Allocate everything that a step needs, before anything changes."""
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            _into_sum(parameter, master)
+        for parameter, master in zip(self.parameters, self._masters, strict=True):
+            _move_grad(parameter, master)
             if master.grad is None and self.ranks.size > 1:
                 master.grad = torch.zeros_like(master)  # this rank has no gradient for it
-        ask_for_workspace(self._adamw, self._masters)
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self._adamw.param_groups:
-            # torchao compiles its step and wants a tensor
-            group["lr"] = torch.tensor(rate) if self._config.state == "8bit" else rate
+        reserve_workspace(self._adamw)
 
     def _write_back(self) -> None:
         with torch.no_grad():
-            for parameter, master in zip(self._parameters, self._masters, strict=True):
+            for parameter, master in zip(self.parameters, self._masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
 
 
-def _into_sum(parameter: Tensor, master: Tensor) -> None:
-    """Move what autograd has left at a low-precision parameter to the float32 sum."""
+def _move_grad(parameter: Tensor, master: Tensor) -> None:
+    """Add the gradient of a low-precision parameter to the float32 sum, and free it."""
     if master is parameter or parameter.grad is None:
         return
-    found, parameter.grad = parameter.grad, None
+    grad, parameter.grad = parameter.grad, None
     if master.grad is None:
-        master.grad = found.to(master.dtype).to_dense()
+        master.grad = grad.to(master.dtype).to_dense()
     else:
-        # only the dense ones of other dtypes are added without a copy
-        master.grad += found.to(master.dtype) if found.is_sparse else found
+        # torch adds dense tensors of another dtype without a copy, but not sparse ones
+        master.grad += grad.to(master.dtype) if grad.is_sparse else grad
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -1,8 +1,8 @@
-"""The policy that training is held close to: a frozen copy of the start, or another model.
+"""The reference policy of the KL term: a frozen copy of the initial policy, or another model.
 
-It costs one forward pass over each step's rows, and a second copy of the weights in the model's
-dtype (14 GiB for 7 billion parameters in bfloat16), without gradients or optimizer state. With a
-LoRA adapter the start needs no copy: it is the policy with its adapter off.
+It costs one forward pass over the rows of each step and a second copy of the weights in the
+model's dtype (14 GiB for 7 billion parameters in bfloat16). With a LoRA adapter the initial policy
+needs no copy: it is the policy with its adapter disabled.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..types import Batch
 
 
 def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Policy | None:
-    """The reference of `loss.reference`; None where `loss.kl_coef` is 0 and none is needed.
+    """Open the model of `loss.reference`; returns None if `loss.kl_coef` is 0.
 
     Raises:
-        ConfigError: the folder is no model, or one with another vocabulary.
+        ConfigError: the folder does not exist, or its model has another vocabulary.
     """
     if loss.kl_coef == 0.0:
         return None
@@ -33,12 +33,12 @@ def open_reference(loss: LossConfig, model: ModelConfig, policy: Policy) -> Poli
         return policy
     folder = policy.folder if loss.reference == "start" else Path(loss.reference).expanduser()
     if not folder.is_dir() and loss.reference != "start":
-        raise ConfigError(f"loss.reference: there is no folder {folder}; use 'start' or a model")
+        raise ConfigError(f"loss.reference: no folder {folder}; use 'start' or a model folder")
     reference = load_policy(model, folder, policy.device)
     if len(reference.head_VD) != len(policy.head_VD):
         raise ConfigError(
-            f"loss.reference: {folder} has a vocabulary of {len(reference.head_VD)}, the model one "
-            f"of {len(policy.head_VD)}; the reference must be a model of the same family"
+            f"loss.reference: {folder} has a vocabulary of {len(reference.head_VD)} tokens, the "
+            f"policy has {len(policy.head_VD)}; use a model of the same family"
         )
     reference.model.requires_grad_(False)
     return reference
