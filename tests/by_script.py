@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from turnfast.chat.base import Bridge
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
-from turnfast.envs import Env, Outcome, Step
+from turnfast.envs import Env, Outcome, Scorer, Step
 from turnfast.rollout.groups import rollout_tasks
 from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler import Sampler
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
+from turnfast.tools import ask
 from turnfast.types import Group, Message, Task
 
 
@@ -63,9 +64,13 @@ def play(env: Env, task: Task, *texts: str) -> tuple[Sequence[Message], list[Ste
     """One episode without a model: its first messages, its step after each text, its outcome."""
 
     async def run() -> tuple[Sequence[Message], list[Step], Outcome]:
-        episode = env.episode(task)
-        first = await episode.start()
-        steps = [await episode.step(text) for text in texts]
-        return first, steps, await episode.finish()
+        episode, scorer = env.episode(task), Scorer(env.rewards, task)
+        first = await ask(episode.start, label="env")
+        steps = [
+            await scorer.score_step(text, await ask(episode.step, text, label="env"))
+            for text in texts
+        ]
+        outcome = await scorer.score_outcome(await ask(episode.finish, label="env"))
+        return first, steps, outcome
 
     return asyncio.run(run())

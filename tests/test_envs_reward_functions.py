@@ -16,8 +16,6 @@ from turnfast.config.recipe import load_config, to_toml
 from turnfast.config.schema import RewardConfig
 from turnfast.credit import assign_credit
 from turnfast.envs import (
-    Demonstrator,
-    LookupEnv,
     Reward,
     RewardFault,
     Task,
@@ -25,7 +23,6 @@ from turnfast.envs import (
     check_reward,
     load_env,
     tool,
-    with_rewards,
 )
 from turnfast.errors import ConfigError, RolloutError
 from turnfast.metrics.reduce import values_of
@@ -55,6 +52,11 @@ def call(query: str) -> str:
 
 
 ANSWER = "<answer>Ida</answer>"
+
+
+def with_rewards(env, rewards):
+    env.rewards = (*env.rewards, *rewards)
+    return env
 
 
 def play(env, *texts):
@@ -94,29 +96,75 @@ def test_weights_and_places_of_plain_and_async_functions():
     assert (first.messages, second.done) == (plain_steps[0].messages, True)
 
 
+class Replying(Books):
+    """Changes the environment's own step and outcome."""
+
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        self.changes = changes
+
+    def episode(self, task):
+        episode = super().episode(task)
+        for method, change in self.changes.items():
+            setattr(episode, method, self.changed(getattr(episode, method), change))
+        return episode
+
+    @staticmethod
+    def changed(method, change):
+        async def call(*args):
+            return replace(await method(*args), **change)
+
+        return call
+
+
+@pytest.mark.parametrize("rewards", [0, 1])
 @pytest.mark.parametrize(
     ("own", "kind"), [(None, "missing"), ("1.0", "not_a_number"), (math.nan, "not_finite")]
 )
-@pytest.mark.parametrize("on", ["turn", "outcome"])
-def test_what_they_are_added_to_must_be_a_reward_too(own, kind, on):
-    class Odd(Books):
-        def episode(self, task):
-            episode = super().episode(task)
-            method = {"turn": "step", "outcome": "finish"}[on]
-            asked = getattr(episode, method)
-
-            async def answer(*args):
-                return replace(await asked(*args), reward=own)
-
-            setattr(episode, method, answer)
-            return episode
-
-    env = with_rewards(Odd(), [Reward(name="length", function=turns_so_far, on=on)])
-    if on == "turn" and own is None:  # a turn need not have one
-        return play(env, ANSWER)
+@pytest.mark.parametrize("method", ["step", "finish"])
+def test_the_rewards_of_the_environment_are_checked_too(own, kind, method, rewards):
+    length = Reward(name="length", function=turns_so_far, on="turn", weight=2.0)
+    env = with_rewards(Replying(**{method: {"reward": own}}), [length] * rewards)
+    if method == "step" and own is None:  # a turn may have no reward
+        (step,), _ = play(env, ANSWER)
+        assert step.reward == (2.0 if rewards else None)
+        return
     with pytest.raises(RewardFault, match="the environment's") as fault:
         play(env, ANSWER)
     assert fault.value.kind == kind
+
+
+@pytest.mark.parametrize("method", ["step", "finish"])
+def test_a_part_of_the_environment_and_a_reward_need_different_names(method):
+    on = {"step": "turn", "finish": "outcome"}[method]
+    env = Replying(**{method: {"reward_parts": {"length": 1.0}}})
+    with_rewards(env, [Reward(name="length", function=turns_so_far, on=on)])
+    with pytest.raises(ConfigError, match="already has a reward 'length'"):
+        play(env, ANSWER)
+
+
+def test_a_tool_env_states_its_rewards_in_one_method():
+    class Brief(Books):
+        def default_rewards(self):
+            short = Reward(name="short", function=self.is_short, on="turn")
+            return (*super().default_rewards()[:2], short)
+
+        def is_short(self, task, turns):
+            return float(len(turns[-1].text) < 40)
+
+    (first, second), outcome = play(Brief(), call("Ulm"), ANSWER)
+    assert first.reward_parts == {"tool_executed": 0.0, "answer_in_result": 0.0, "short": 0.0}
+    assert second.reward_parts == {"short": 1.0} and second.reward == 1.0
+    assert (outcome.reward, outcome.reward_parts) == (0.0, {})
+
+
+def test_rewards_on_answer_need_an_answer_in_the_last_turn():
+    env = with_rewards(Books(), [Reward(name="n", function=turns_so_far, on="answer")])
+    for texts in (["Ida, I think."], [call("Ulm")], [call("Ulm") + ANSWER]):
+        _, outcome = play(env, *texts)
+        assert (outcome.reward, outcome.reward_parts) == (0.0, {})
+    _, outcome = play(env, call("Ulm"), ANSWER)
+    assert outcome.reward_parts["n"] == 2.0
 
 
 def test_functions_see_calls_results_and_replies():
@@ -186,8 +234,8 @@ async def hangs_async(task, turns):
 FAULTS = [
     (raises, "raised", "raised ZeroDivisionError: by nought"),
     (exits, "raised", "raised SystemExit: 3"),
-    (hangs, "timeout", "gave nothing in 0.2 s"),
-    (hangs_async, "timeout", "gave nothing in 0.2 s"),
+    (hangs, "timeout", "returned nothing within 0.2 s"),
+    (hangs_async, "timeout", "returned nothing within 0.2 s"),
     (lambda task, turns: None, "missing", "is None"),
     (lambda task, turns: "1.0", "not_a_number", "is '1.0'"),
     (lambda task, turns: math.nan, "not_finite", "is nan"),
@@ -291,7 +339,7 @@ def test_every_kind_of_fault_is_counted_by_itself(chat):
 
 
 class Torn(Books):
-    def score_answer(self, task, answer, turns):
+    def metrics(self, task, answer, turns):
         raise OSError("the disk is gone")
 
 
@@ -299,15 +347,6 @@ def test_too_many_failed_rewards_end_the_run_in_words(chat):
     env = with_rewards(Books(), [Reward(name="bad", function=raises)])
     with pytest.raises(RolloutError, match=r"6 of 6 .*reward 'bad' raised ZeroDivisionError"):
         roll(chat, env, share=0.5)
-
-
-def test_a_demonstrator_stays_one():
-    small = LookupEnv(people=40, held_out_people=40, popular_questions=4, eval_tasks=8)
-    reward = Reward(name="words", function=words)
-    env = with_rewards(small, [reward])
-    assert isinstance(env, Demonstrator) and env.demonstrations(0) == small.demonstrations(0)
-    assert env.corpus() == small.corpus() and env.tools == small.tools
-    assert not isinstance(with_rewards(Books(), [reward]), Demonstrator)
 
 
 MODULE = """
@@ -367,7 +406,7 @@ def play_lookup(env, *texts):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"function": "f2"}, r"env.rewards\[0\].function: no reward is called 'f2'.*'f1'"),
+        ({"function": "f2"}, r"env.rewards\[0\].function: no reward function is called 'f2'.*'f1'"),
         ({"function": "no_such_room:f"}, r"function: no module 'no_such_room'"),
         ({"function": "my_rewards_of_a_test:brevety"}, r"did you mean 'brevity'"),
         ({"function": "my_rewards_of_a_test:number"}, r"has no 'number'"),
@@ -380,7 +419,7 @@ def play_lookup(env, *texts):
             {"function": "my_rewards_of_a_test:Counting", "options": {"start": "1"}},
             r"options.start: Input should be a valid integer",
         ),
-        ({"function": "exact_match"}, r"lookup has a part 'exact_match' of its own"),
+        ({"function": "exact_match"}, r"lookup already has a reward 'exact_match'"),
     ],
 )
 def test_a_bad_entry_is_refused_by_name(folder, entry, message):
@@ -391,7 +430,8 @@ def test_a_bad_entry_is_refused_by_name(folder, entry, message):
 
 def test_two_of_one_name_are_refused():
     twice = configs({"function": "f1"}, {"function": "f1", "on": "turn"})
-    with pytest.raises(ConfigError, match=r"env.rewards\[1\].name: there is a 'f1' already"):
+    with pytest.raises(ConfigError, match=r"env.rewards\[1\].name: there is already a reward 'f1'"):
         load_env("lookup", {}, rewards=twice)
-    with pytest.raises(ValueError, match="two rewards are called 'f'"):
-        with_rewards(Books(), [Reward(name="f", function=words)] * 2)
+    twice = with_rewards(Books(), [Reward(name="f", function=words)] * 2)
+    with pytest.raises(ConfigError, match="already has a reward 'f'"):
+        play(twice, ANSWER)

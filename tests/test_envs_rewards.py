@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.envs.rewards.answers import (
-    DEFAULT_WEIGHTS,
     contains_answer,
     exact_match,
     f1,
@@ -15,18 +14,7 @@ from turnfast.envs.rewards.answers import (
     normalize_answer,
     read_answer,
     tags_score,
-    weigh,
 )
-
-
-def test_the_weights_are_those_of_the_paper():
-    turn = DEFAULT_WEIGHTS["tool_executed"] + DEFAULT_WEIGHTS["answer_in_result"]
-    assert turn == 0.7
-    assert sum(DEFAULT_WEIGHTS.values()) - turn == pytest.approx(1.9)
-    assert weigh({"exact_match": 1.0, "own": 0.5}, {"exact_match": 2.0}) == {
-        "exact_match": 2.0,
-        "own": 0.5,
-    }
 
 
 def test_normalisation():

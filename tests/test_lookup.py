@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from itertools import pairwise
 
+import by_script
 import pytest
 from transformers import AutoTokenizer
 
@@ -168,28 +169,23 @@ def test_aliases_are_accepted_and_used():
 
 def play_perfectly(world: LookupEnv, hops: int):
     """Turn rewards and outcome of a perfect agent on each eval question with `hops` hops."""
-
-    async def run():
-        outcomes = []
-        for task in world.tasks("eval"):
-            if task.data["hops"] != hops:
-                continue
-            episode = world.episode(task)
-            await episode.start()
-            name, rewards = task.data["entities"][0], []
-            for noun in nouns_of(task.question):
-                (fact,) = [f for f in world.held_out.facts_of[name] if f.relation.noun == noun]
-                text = f'<tool>{{"name": "search", "args": {{"query": "{fact.query}"}}}}</tool>'
-                step = await episode.step(text)
-                assert step.messages[0]["content"] == f"<result>{fact.sentence}</result>"
-                rewards.append(round(step.reward or 0.0, 9))
-                name, answer = fact.object.name, fact.stated_name
-            last = await episode.step(f"<answer>{answer}</answer>")
-            assert last.done and last.reward is None
-            outcomes.append((rewards, await episode.finish()))
-        return outcomes
-
-    return asyncio.run(run())
+    played = []
+    for task in [t for t in world.tasks("eval") if t.data["hops"] == hops]:
+        name, chain = task.data["entities"][0], []
+        for noun in nouns_of(task.question):
+            chain += [f for f in world.held_out.facts_of[name] if f.relation.noun == noun]
+            name = chain[-1].object.name
+        call = '<tool>{{"name": "search", "args": {{"query": "{}"}}}}</tool>'
+        answer = f"<answer>{chain[-1].stated_name}</answer>"
+        _, (*steps, last), outcome = by_script.play(
+            world, task, *(call.format(fact.query) for fact in chain), answer
+        )
+        assert [step.messages[0]["content"] for step in steps] == [
+            f"<result>{fact.sentence}</result>" for fact in chain
+        ]
+        assert last.done and last.reward is None
+        played.append(([round(step.reward, 9) for step in steps], outcome))
+    return played
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3, 4])

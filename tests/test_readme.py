@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+from by_script import play
 
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import EnvConfig
@@ -45,17 +45,13 @@ def test_the_environment_of_the_readme_plays_and_pays(folder):
     task = env.tasks("train")[0]
     country = task.question.removeprefix("What is the capital of ").rstrip("?")
 
-    async def play():
-        episode = env.episode(task)
-        first = await episode.start()
-        call = f'{{"name": "atlas", "args": {{"country": "{country}"}}}}'
-        steps = [
-            await episode.step(f"<reasoning>Look.</reasoning><tool>{call}</tool>"),
-            await episode.step(f"<reasoning>So.</reasoning><answer>{task.answers[0]}</answer>"),
-        ]
-        return first, steps, await episode.finish()
-
-    first, steps, outcome = asyncio.run(play())
+    call = f'{{"name": "atlas", "args": {{"country": "{country}"}}}}'
+    first, steps, outcome = play(
+        env,
+        task,
+        f"<reasoning>Look.</reasoning><tool>{call}</tool>",
+        f"<reasoning>So.</reasoning><answer>{task.answers[0]}</answer>",
+    )
     assert "Look up the capital of a country." in first[0]["content"]
     assert steps[0].messages[0]["content"] == f"<result>{task.answers[0]}</result>"
     assert steps[0].reward_parts.keys() == {"tool_executed", "answer_in_result", "brevity"}

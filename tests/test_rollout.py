@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credits
-from turnfast.envs import Outcome, Step, Task, ToolEnv, tool
-from turnfast.envs.rewards.reward import Reward, with_rewards
+from turnfast.envs import Outcome, Reward, Step, Task, ToolEnv, tool
 from turnfast.errors import Interrupted, RolloutError
 from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rollouts import summarise
@@ -325,7 +324,8 @@ class BlockingEpisode:
 
 @pytest.mark.parametrize("rewards", [(), (Reward(name="one", function=lambda task, turns: 1.0),)])
 def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
-    env = with_rewards(Blocking(), rewards) if rewards else Blocking()
+    env = Blocking()
+    env.rewards = rewards
     sampler = Recorder(chat, lambda prompt: "hm")
     limits = {**LIMITS, "max_turns": 4, "group_size": 1}
     groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)

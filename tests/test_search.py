@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_script import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,16 +61,14 @@ def test_an_episode(files):
     task = next(t for s in ("train", "eval") for t in env.tasks(s) if t.id == "q2")
     assert (task.question, task.answers) == ("Who wrote Ulm?", ("Ida Berg", "Berg"))
 
-    async def run():
-        episode = env.episode(task)
-        messages = await episode.start()
-        call = '<tool>{"name": "search", "args": {"query": "who wrote the novel Ulm"}}</tool>'
-        steps = [await episode.step(f"<reasoning>I search.</reasoning>{call}")]
-        steps.append(await episode.step(call.replace("who wrote the novel Ulm", "xyzzy")))
-        steps.append(await episode.step("<reasoning>So.</reasoning><answer>Berg</answer>"))
-        return messages, steps, await episode.finish()
-
-    messages, (found, missed, last), outcome = asyncio.run(run())
+    call = '<tool>{"name": "search", "args": {"query": "who wrote the novel Ulm"}}</tool>'
+    messages, (found, missed, last), outcome = play(
+        env,
+        task,
+        f"<reasoning>I search.</reasoning>{call}",
+        call.replace("who wrote the novel Ulm", "xyzzy"),
+        "<reasoning>So.</reasoning><answer>Berg</answer>",
+    )
     assert "Search the corpus" in messages[0]["content"]
     assert found.messages[0]["content"] == (
         "<result>Ulm: Ulm is a novel that was written by Ida Berg.</result>"

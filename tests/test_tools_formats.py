@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
+from by_script import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,14 +181,8 @@ class Books(ToolEnv):
 def test_an_environment_takes_and_rewards_every_family_in_its_own_form(form):
     env = Books(call_format="native")
 
-    async def run():
-        episode = env.episode(env.tasks("train")[0])
-        await episode.start()
-        first = await episode.step(f"<think>hm</think>{write_calls([ULM], form)}")
-        await episode.step("<answer>Ida</answer>")
-        return first, await episode.finish()
-
-    first, outcome = asyncio.run(run())
+    call = f"<think>hm</think>{write_calls([ULM], form)}"
+    _, (first, _), outcome = play(env, env.tasks("train")[0], call, "<answer>Ida</answer>")
     assert first.messages == ({"role": "tool", "name": "search", "content": "Ulm: by Ida."},)
     assert first.reward == pytest.approx(0.7)
     assert outcome.reward == pytest.approx(1.9)
@@ -197,11 +191,6 @@ def test_an_environment_takes_and_rewards_every_family_in_its_own_form(form):
 def test_prose_around_a_call_is_not_the_form():
     env = Books(call_format="native")
 
-    async def run(text):
-        episode = env.episode(env.tasks("train")[0])
-        await episode.start()
-        await episode.step(text)
-        await episode.step("<answer>Ida</answer>")
-        return (await episode.finish()).reward_parts["format"]
-
-    assert asyncio.run(run("Well. " + write_calls([ULM], "mistral"))) == pytest.approx(0.1)
+    call = "Well. " + write_calls([ULM], "mistral")
+    _, _, outcome = play(env, env.tasks("train")[0], call, "<answer>Ida</answer>")
+    assert outcome.reward_parts["format"] == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""Environments: tasks, and episodes that answer an agent's text with messages and rewards."""
+"""Environments: tasks, and episodes that reply to an agent's text with messages and rewards."""
 
 from ..tools import Tool, tool
 from ..types import Message, Task
@@ -10,20 +10,15 @@ from .base import (
     Episode,
     Outcome,
     PlayedTurn,
+    Reward,
+    RewardFunction,
     Split,
     Step,
 )
 from .load import load_env, tasks_of
 from .lookup.env import LookupEnv
 from .rewards.answers import contains_answer, exact_match, f1, normalize_answer
-from .rewards.reward import (
-    FaultKind,
-    Reward,
-    RewardFault,
-    RewardFunction,
-    check_reward,
-    with_rewards,
-)
+from .rewards.reward import FaultKind, RewardFault, Scorer, check_reward
 from .search.env import SearchEnv
 from .tool_env import ToolEnv, ToolEpisode
 
@@ -41,6 +36,7 @@ __all__ = [
     "Reward",
     "RewardFault",
     "RewardFunction",
+    "Scorer",
     "SearchEnv",
     "Split",
     "Step",
@@ -56,5 +52,4 @@ __all__ = [
     "normalize_answer",
     "tasks_of",
     "tool",
-    "with_rewards",
 ]

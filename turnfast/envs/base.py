@@ -1,12 +1,12 @@
-"""What an environment is: tasks, and episodes that take the agent's text and answer with messages.
+"""Environments: tasks, episodes that reply to the agent's text, and rewards.
 
-The rollout asks an environment for nothing else, so anything that fits these two protocols can be
-trained on; `ToolEnv` (tool_env.py) is the ready-made one for agents that call tools.
+The rollout uses nothing else of an environment, so any class that fits these protocols can be
+trained on. `ToolEnv` (tool_env.py) implements them for agents that call tools.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallResult:
-    """One call of a turn and what came of it."""
+    """One call of a turn and its result."""
 
     call: ToolCall | MalformedCall
     result: ToolResult | ToolError
@@ -26,23 +26,48 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlayedTurn:
-    """One turn as the scoring sees it: the agent's text, its calls, and the environment's reply."""
+    """A turn as reward functions see it: the agent's text, its calls, and the reply."""
 
     text: str
     calls: tuple[CallResult, ...] = ()
     messages: tuple[Message, ...] = ()
 
 
+RewardFunction = Callable[[Task, Sequence[PlayedTurn]], float | Awaitable[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """A reward function, when it is called, and its weight.
+
+    Attributes:
+        name: of the weighted value in `reward_parts`.
+        on: what it scores: "turn", every turn after its reply; "call", turns with a tool call,
+            malformed ones included; "outcome", the trajectory; "answer", the trajectory if its last
+            turn is an answer.
+        deadline_s: per call, in seconds.
+        inline: the function takes less than about a millisecond and never waits, so it is called
+            in the event loop. Otherwise a plain function is called in a thread.
+    """
+
+    name: str
+    function: RewardFunction
+    on: Literal["turn", "call", "outcome", "answer"] = "outcome"
+    weight: float = 1.0
+    deadline_s: float = 10.0
+    inline: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The environment's answer to one turn.
+    """The environment's reply to one turn.
 
     Attributes:
         messages: appended to the conversation before the next turn; empty when `done`.
         reward: weighted reward of the turn, the sum of `reward_parts`; None when it has none.
         tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt,
             and neither an error nor an empty result is a success.
-        calls: the calls themselves and their results, for reward functions.
+        calls: the calls and their results, for reward functions.
     """
 
     messages: tuple[Message, ...] = ()
@@ -56,7 +81,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The score of a whole trajectory; `metrics` are unweighted figures such as `exact_match`."""
+    """The score of a trajectory; `metrics` are unweighted values such as `exact_match`."""
 
     reward: float = 0.0
     reward_parts: Mapping[str, float] = field(default_factory=dict)
@@ -64,10 +89,11 @@ class Outcome:
 
 
 class Episode(Protocol):
-    """One run through one task. `start` once, `step` per turn, `finish` once, however it ended.
+    """One run through one task: `start` once, `step` per turn, `finish` once.
 
-    An `async` method runs in the loop of all rollouts, so it must not block: it awaits, or computes
-    for less than about a millisecond. A plain one may: it runs in a thread, not always the same.
+    `finish` is also called when a limit ended the episode. An `async` method runs in the event loop
+    of all rollouts and must not block for more than about a millisecond. A plain method may block:
+    it runs in a thread, not always the same one.
     """
 
     def start(self) -> Sequence[Message] | Awaitable[Sequence[Message]]: ...
@@ -78,14 +104,18 @@ class Episode(Protocol):
 
 
 class Env(Protocol):
-    """A task collection and its rules. Made once per run with `env.options` as arguments.
+    """Tasks and their episodes. Constructed once per run with `env.options` as arguments.
 
-    `tools` are offered through the chat template when `native_calls` is true; otherwise the
-    environment describes them in its own first message.
+    Attributes:
+        tools: offered through the chat template if `native_calls`; otherwise the environment
+            describes them in its first message.
+        rewards: added to the rewards in `Step` and `Outcome`. A class may omit it; `load_env` then
+            sets it to the functions of `[[env.rewards]]`.
     """
 
     tools: Sequence[Tool]
     native_calls: bool
+    rewards: Sequence[Reward]
 
     def tasks(self, split: Split) -> Sequence[Task]: ...
 
@@ -94,20 +124,20 @@ class Env(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A scripted conversation; the assistant's messages are the targets of supervised tuning."""
+    """A scripted conversation; supervised tuning trains on the assistant messages."""
 
     messages: tuple[Message, ...]
 
 
 @runtime_checkable
 class Demonstrator(Protocol):
-    """An environment that can also show how it is done, for the warm start."""
+    """An environment with demonstrations for the warm start."""
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]: ...
 
     def corpus(self) -> Sequence[str]:
-        """Text on which the tokenizer of the built-in model is trained.
+        """Training text for the tokenizer of the built-in model.
 
-        An attribute `token_cut`, a regular expression, names pieces that its tokens keep within.
+        An attribute `token_cut`, a regular expression, matches pieces that no token may cross.
         """
         ...

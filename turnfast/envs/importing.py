@@ -1,4 +1,4 @@
-"""From `module:attribute` in a recipe to the class or function of that name."""
+"""Import the class or function that a recipe names as `module:attribute`."""
 
 from __future__ import annotations
 
@@ -17,41 +17,38 @@ def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:
     """Import what a recipe names.
 
     Args:
-        name: `module` is a file in the current directory or anything that can be imported.
-        field: what the name is called in the recipe. form: how it should read, for the refusals.
+        name: `module` is a file in the current directory or an importable module.
+        field: the recipe field with the name. form: the expected form, for the errors.
     Raises:
-        ConfigError: no such module or attribute, or a module that cannot be imported.
+        ConfigError: there is no such module or attribute.
+        Exception: raised by the module when it is imported.
     """
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         raise ConfigError(f"{field}: {name!r} is not of the form {form}")
     module_name, _, attribute = name.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:
-        # last, so that no file in the user's folder can take the place of an installed package
+        # last, so that no file in the user's folder can replace an installed package
         sys.path.append(folder)
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{field}: {module_name} needs {error.name!r}: {error}") from error
-        raise ConfigError(
-            f"{field}: no module {module_name!r} in {folder} or among the installed packages"
-        ) from None
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
-        ) from error
+        if f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{field}: no module {module_name!r} in {folder} or among the installed packages"
+            ) from None
+        raise  # the module exists, and imports one that does not
     if getattr(module, "__file__", None) is None:  # a folder without Python code
-        raise ConfigError(f"{field}: {module_name!r} is no Python module")
+        raise ConfigError(f"{field}: {module_name!r} is not a Python module")
     found = getattr(module, attribute, None)
     if not callable(found):
-        own = [
+        candidates = [
             key
             for key, value in vars(module).items()
             if (isinstance(value, type) if form == "module:Class" else callable(value))
         ]
         raise ConfigError(
-            f"{field}: {module.__file__} has no {attribute!r}{suggest(attribute, own)}"
+            f"{field}: {module.__file__} has no {attribute!r}{suggest(attribute, candidates)}"
         )
     return found

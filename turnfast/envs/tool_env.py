@@ -1,6 +1,6 @@
-"""The ready-made tool loop: the agent calls tools until it answers, and is rewarded per turn.
+"""The tool loop: the agent calls tools until it answers, and is rewarded per turn.
 
-A user's environment is one file. Save this as `capitals.py` and train with `env.name =
+Your own environment is one file. Save this as `capitals.py` and train with `env.name =
 "capitals:Capitals"`; the constructor's arguments, if any, are `env.options`::
 
     from turnfast.envs import Task, ToolEnv, tool
@@ -22,7 +22,7 @@ A user's environment is one file. Save this as `capitals.py` and train with `env
             '''Look up the capital of a country.'''
             return CAPITALS.get(country, "")
 
-One episode of it, in the format of arXiv 2505.11821 (`call_format="xml"`)::
+One episode, in the format of arXiv 2505.11821 (`call_format="xml"`)::
 
     user       What is the capital of Peru?
     assistant  <reasoning>I look it up.</reasoning><tool>{"name": "atlas", "args": {"country":
@@ -30,26 +30,27 @@ One episode of it, in the format of arXiv 2505.11821 (`call_format="xml"`)::
     user       <result>Lima</result>
     assistant  <reasoning>So.</reasoning><answer>Lima</answer>                        outcome 1.9
 
-The rules of a turn, in this order:
+How a turn is handled, first match first:
 
-- A turn that tries to call a tool is answered with a result per call, errors included, and the
-  episode goes on. An answer in the same turn does not count: it was given before the result.
+- A turn with tool calls gets a reply with one result per call, errors included, and the episode
+  continues. An answer in the same turn does not count: it was given before the result.
 - A turn with an answer ends the episode.
-- A turn with neither ends it too, unanswered; with `missing_answer="remind"` the agent is told what
-  is expected instead.
+- A turn with neither ends it as well, without an answer; with `missing_answer="remind"` the reply
+  states the expected format instead.
 
-Turn rewards: a turn with calls gets its own, `answer_in_result` only for the first result of the
-episode that holds the answer (searching twice does not pay twice). A turn without calls gets None,
-but 0.0 if it is the episode's first: a rollout that never searched has earned 0 and belongs in the
-baseline of those that did. Outcome: 0.0 without an answer.
+Turn rewards: a turn with calls gets the rewards on "call". `answer_in_result` is paid only for the
+first result with the answer (a repeated search is not paid again). A turn without calls gets None,
+or 0.0 if it is the first: a rollout that never searches has earned 0 and must be in the baseline of
+those that did. Outcome: the rewards on "answer", 0.0 without an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from ..config.schema import PositiveInt
@@ -65,42 +66,32 @@ from ..tools import (
     run_tool,
 )
 from ..types import Message, Task
-from .base import CallResult, Outcome, PlayedTurn, Split, Step
-from .rewards.answers import (
-    DEFAULT_WEIGHTS,
-    contains_answer,
-    exact_match,
-    f1,
-    format_score,
-    mean,
-    read_answer,
-    tags_score,
-    weigh,
-)
+from .base import CallResult, Outcome, PlayedTurn, Reward, Split, Step
+from .rewards import functions
+from .rewards.answers import exact_match, f1, read_answer
 
 CallFormat = Literal["xml", "native"]
 TOO_MANY_CALLS = "too many calls in one turn"
 
 
 class ToolEnv:
-    """Base of environments whose agents call tools; subclasses give `tasks` and methods with @tool.
+    """Base class for agents that call tools; a subclass defines `tasks` and methods with @tool.
 
     Args:
         call_format: "xml", the paper's tags with results as user messages, or "native", the
-            model's own tool-call form with schemas in the chat template and results as tool
-            messages. Both forms are understood in both; this is what is offered and rewarded.
-        reasoning: ask for <reasoning> before each action ("native" leaves thinking to the model).
-        missing_answer: what a turn with neither call nor answer does, "end" or "remind".
-        weights: replaces some of `DEFAULT_WEIGHTS`.
-        max_calls: calls carried out per turn; further ones are errors.
+            model's own tool-call format with schemas in the chat template and results as tool
+            messages. Both formats are parsed; this one is offered and rewarded.
+        reasoning: ask for <reasoning> before each action ("native" leaves reasoning to the model).
+        missing_answer: "end" the episode at a turn with neither call nor answer, or "remind".
+        weights: replace the weights of some `rewards`, by name.
+        max_calls: calls executed per turn; further ones are errors.
         max_result_chars: a longer tool result is an error.
-        instructions: replaces the system message; "" leaves it out.
+        instructions: replaces the system message; "" omits it.
     Raises:
-        ConfigError: a weight that does not exist.
+        ConfigError: a weight for a reward that does not exist.
     """
 
     name: str = ""
-    weights: Mapping[str, float] = DEFAULT_WEIGHTS
     max_turns: int = 4
     tool_timeout_s: float = 10.0
 
@@ -115,11 +106,6 @@ class ToolEnv:
         max_result_chars: int = MAX_RESULT_CHARS,
         instructions: str | None = None,
     ) -> None:
-        known = type(self).weights
-        for part in weights or {}:
-            if part not in known:
-                raise ConfigError(f"env.options.weights.{part}: no such part{suggest(part, known)}")
-        self.weights = {**known, **(weights or {})}
         self.tools: Sequence[Tool] = _tools_of(self)
         self.native_calls = call_format == "native"
         self.reasoning = reasoning
@@ -127,12 +113,40 @@ class ToolEnv:
         self.max_calls = max_calls
         self.max_result_chars = max_result_chars
         self._instructions = instructions
+        self.rewards: Sequence[Reward] = _reweighted(self.default_rewards(), weights or {})
+
+    def default_rewards(self) -> tuple[Reward, ...]:
+        """The rewards of arXiv 2505.11821, at most 0.7 per turn and 1.9 for the outcome.
+
+        Override it to change or extend them::
+
+            def default_rewards(self):
+                short = Reward(name="short", function=is_short, on="answer", weight=0.1)
+                return (*super().default_rewards(), short)
+        """
+        style = {"native": self.native_calls, "reasoning": self.reasoning}
+        mean_format = partial(functions.mean_format, **style)
+        mean_tags = partial(functions.mean_tags, **style)
+        on_call = partial(Reward, on="call", inline=True)
+        on_answer = partial(Reward, on="answer", inline=True)
+        return (
+            on_call(name="tool_executed", function=functions.tool_executed, weight=0.2),
+            on_call(name="answer_in_result", function=functions.answer_in_result, weight=0.5),
+            on_answer(name="answer_contained", function=functions.answer_contained, weight=0.5),
+            on_answer(name="exact_match", function=functions.exact_match, weight=1.0),
+            on_answer(name="format", function=mean_format, weight=0.2),
+            on_answer(name="tags_once", function=mean_tags, weight=0.2),
+        )
 
     def tasks(self, split: Split) -> Sequence[Task]:
         raise NotImplementedError(f"{type(self).__name__} must define tasks(self, split)")
 
     def set_limits(self, *, max_turns: int, tool_timeout_s: float) -> None:
-        """Take over `env.max_turns` and `env.tool_timeout_s`; called once, before any episode."""
+        """Set `env.max_turns` and `env.tool_timeout_s`; called once, before the first episode.
+
+        Raises:
+            ConfigError: the environment needs other limits.
+        """
         self.max_turns = max_turns
         self.tool_timeout_s = tool_timeout_s
 
@@ -146,8 +160,8 @@ class ToolEnv:
         return [*system, {"role": "user", "content": task.question}]
 
     def describe(self) -> str:
-        """The instructions: how to call, the tools where the chat template does not list them, and
-        how to answer."""
+        """The instructions: how to call tools and how to answer, with the tools unless the chat
+        template lists them."""
         think = "<reasoning>your thoughts</reasoning>" if self.reasoning else ""
         if self.native_calls:
             return (
@@ -166,33 +180,10 @@ class ToolEnv:
             ]
         )
 
-    def score_turn(
-        self, task: Task, turn: PlayedTurn, earlier: Sequence[PlayedTurn]
-    ) -> Mapping[str, float]:
-        """The unweighted parts of the reward of one turn with calls."""
-        successes = sum(call.result.success for call in turn.calls)
-        found = _holds_answer(task, turn) and not any(_holds_answer(task, t) for t in earlier)
-        return {
-            "tool_executed": successes / len(turn.calls),
-            "answer_in_result": float(found),
-        }
-
-    def score_answer(
-        self, task: Task, answer: str, turns: Sequence[PlayedTurn]
-    ) -> Mapping[str, float]:
-        """The unweighted parts of the outcome reward of an answered episode."""
-        style = {"native": self.native_calls, "reasoning": self.reasoning}
-        return {
-            "answer_contained": contains_answer(answer, task.answers),
-            "exact_match": exact_match(answer, task.answers),
-            "format": mean([format_score(turn.text, **style) for turn in turns]),
-            "tags_once": mean([tags_score(turn.text, **style) for turn in turns]),
-        }
-
     def metrics(
         self, task: Task, answer: str | None, turns: Sequence[PlayedTurn]
     ) -> Mapping[str, float]:
-        """Unweighted figures for people, of every episode."""
+        """Unweighted values of every episode, for the metrics."""
         return {
             "exact_match": exact_match(answer, task.answers) if answer is not None else 0.0,
             "f1": f1(answer, task.answers) if answer is not None else 0.0,
@@ -201,7 +192,7 @@ class ToolEnv:
         }
 
     def reply(self, calls: Sequence[CallResult]) -> tuple[Message, ...]:
-        """The messages that tell the agent what came of its calls."""
+        """The messages with the results of the calls."""
         if self.native_calls:
             return tuple(
                 {"role": "tool", "name": _name_of(call.call), "content": call.result.shown}
@@ -237,16 +228,7 @@ class ToolEpisode:
         return Step(reward=reward, done=True)
 
     async def finish(self) -> Outcome:
-        env, turns = self._env, tuple(self._turns)
-        parts: dict[str, float] = {}
-        if self._answer is not None:
-            scored = env.score_answer(self._task, self._answer, turns)
-            parts = weigh(scored, env.weights)
-        return Outcome(
-            reward=math.fsum(parts.values()),
-            reward_parts=parts,
-            metrics=env.metrics(self._task, self._answer, turns),
-        )
+        return Outcome(metrics=self._env.metrics(self._task, self._answer, tuple(self._turns)))
 
     async def _call(self, text: str, attempts: Sequence[ToolCall | MalformedCall]) -> Step:
         env = self._env
@@ -254,41 +236,39 @@ class ToolEpisode:
             run_tool(env.tools, call, timeout_s=env.tool_timeout_s, max_chars=env.max_result_chars)
             for call in attempts[: env.max_calls]
         ]
-        # one alone needs no task of its own, and is done before the engine's next step if it can be
+        # a single call needs no asyncio task, and can finish before the engine's next step
         results = await asyncio.gather(*running) if len(running) > 1 else [await running[0]]
-        refused = MalformedCall(reason=f"{TOO_MANY_CALLS}, the limit is {env.max_calls}")
-        error = ToolError(kind="malformed", text=refused.reason)
+        excess = MalformedCall(reason=f"{TOO_MANY_CALLS}, the limit is {env.max_calls}")
+        error = ToolError(kind="malformed", text=excess.reason)
         calls = [CallResult(call=c, result=r) for c, r in zip(attempts, results, strict=False)]
-        calls += [CallResult(call=refused, result=error)] * bool(attempts[env.max_calls :])
-        replies = env.reply(calls)
-        turn = PlayedTurn(text=text, calls=tuple(calls), messages=replies)
-        parts = weigh(env.score_turn(self._task, turn, self._turns), env.weights)
+        calls += [CallResult(call=excess, result=error)] * bool(attempts[env.max_calls :])
+        turn = PlayedTurn(text=text, calls=tuple(calls), messages=env.reply(calls))
         self._turns.append(turn)
         return Step(
-            messages=replies,
-            reward=math.fsum(parts.values()),
-            reward_parts=parts,
+            messages=turn.messages,
+            reward=0.0,
             tool_calls=len(calls),
             tool_successes=sum(call.result.success for call in calls),
             calls=turn.calls,
         )
 
 
+def _reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tuple[Reward, ...]:
+    known = [reward.name for reward in rewards]
+    for name in weights:
+        if name not in known:
+            raise ConfigError(f"env.options.weights.{name}: no such reward{suggest(name, known)}")
+    return tuple(replace(r, weight=weights.get(r.name, r.weight)) for r in rewards)
+
+
 def _tools_of(env: ToolEnv) -> tuple[Tool, ...]:
-    """The tools among the attributes of a class, those of its bases first, in order of writing."""
+    """The tools among the attributes of a class: base classes first, in order of definition."""
     found: dict[str, Tool] = {}
     for cls in reversed(type(env).__mro__):
         for attribute, value in vars(cls).items():
             if isinstance(value, Tool):
                 found[attribute] = getattr(env, attribute)
     return tuple(found.values())
-
-
-def _holds_answer(task: Task, turn: PlayedTurn) -> bool:
-    return any(
-        call.result.success and contains_answer(call.result.shown, task.answers)
-        for call in turn.calls
-    )
 
 
 def _name_of(call: ToolCall | MalformedCall) -> str:

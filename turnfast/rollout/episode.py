@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..chat.base import Conversation
-from ..envs import FaultKind, Outcome, RewardFault, Step, check_reward
-from ..envs.base import Episode
-from ..envs.rewards.reward import OUTCOME, TURN_REWARD
+from ..envs import Episode, FaultKind, Outcome, RewardFault, Scorer, Step
 from ..sampler import Completion
 from ..sampler.awaited import AwaitedSampler
 from ..tools import ToolError, ask
@@ -48,8 +46,10 @@ async def play_episode(
     outcome, error, begin = Outcome(), "", time.perf_counter()
     try:
         episode = setup.env.episode(task)
-        status = await _play_turns(setup, sampler, episode, seed, turns)
-        outcome = await _score(episode)
+        scorer = Scorer(getattr(setup.env, "rewards", ()), task)
+        status = await _play_turns(setup, sampler, episode, scorer, seed, turns)
+        finished = await ask(episode.finish, label="env")
+        outcome = await scorer.score_outcome(_checked(Outcome, finished, "finish()"))
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an error of the environment ends this trajectory, not the run
         if deadline.expired:
@@ -75,7 +75,12 @@ async def play_episode(
 
 
 async def _play_turns(
-    setup: RolloutSetup, sampler: AwaitedSampler, episode: Episode, seed: int, turns: list[Turn]
+    setup: RolloutSetup,
+    sampler: AwaitedSampler,
+    episode: Episode,
+    scorer: Scorer,
+    seed: int,
+    turns: list[Turn],
 ) -> Status:
     """Append the turns to `turns` one by one, so that they are kept when an error is raised.
 
@@ -105,8 +110,7 @@ async def _play_turns(
         text = chat.text(completion.sampled_ids)
         step = _checked(Step, await ask(episode.step, text, label="env"), "step()")
         _checked_messages(step.messages, "step()")
-        if step.reward is not None:
-            check_reward(step.reward, TURN_REWARD)
+        step = await scorer.score_step(text, step)
         turns.append(_turn(conversation, completion, text, step))
         closed = completion.finish == "stop"
         if not closed and max_new_tokens < config.max_new_tokens:
@@ -115,12 +119,6 @@ async def _play_turns(
             return Status.FINISHED if closed else Status.LENGTH
         conversation = chat.extend(conversation, text, closed, step.messages)
     return Status.MAX_TURNS if turns[-1].finish == "stop" else Status.LENGTH
-
-
-async def _score(episode: Episode) -> Outcome:
-    outcome = _checked(Outcome, await ask(episode.finish, label="env"), "finish()")
-    check_reward(outcome.reward, OUTCOME)
-    return outcome
 
 
 def _checked(kind: type[Answer], value: object, method: str) -> Answer:

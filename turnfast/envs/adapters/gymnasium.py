@@ -21,7 +21,7 @@ from ...config.schema import PositiveFloat, PositiveInt
 from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
-from ..base import Outcome, Split, Step
+from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
 from ..rewards.answers import read_tag
 from .games import seeded_tasks, within
@@ -50,6 +50,7 @@ class GymnasiumEnv:
 
     tools: Sequence[Tool] = ()
     native_calls = False
+    rewards: Sequence[Reward] = ()
 
     def __init__(
         self,

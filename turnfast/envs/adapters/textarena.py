@@ -19,7 +19,7 @@ from ...config.schema import PositiveFloat, PositiveInt
 from ...errors import ConfigError
 from ...tools import Tool, without_thoughts
 from ...types import Message, Task
-from ..base import Outcome, Split, Step
+from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
 from .games import seeded_tasks, within
 
@@ -41,6 +41,7 @@ class TextArenaEnv:
 
     tools: Sequence[Tool] = ()
     native_calls = False
+    rewards: Sequence[Reward] = ()
 
     def __init__(
         self,

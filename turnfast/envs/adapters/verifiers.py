@@ -33,7 +33,7 @@ from ...config.schema import PositiveFloat, PositiveInt
 from ...errors import ConfigError
 from ...tools import BackgroundLoop, Tool
 from ...types import Message, Task
-from ..base import Outcome, Split, Step
+from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
 from ..rewards.reward import OUTCOME, check_reward
 from .games import within
@@ -54,6 +54,8 @@ class VerifiersEnv:
     Raises:
         ConfigError: the package or the environment is missing, or it cannot be trained on here.
     """
+
+    rewards: Sequence[Reward] = ()
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from ...config.schema import PositiveInt, Share
 from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
-from ..base import Demonstration, Outcome, Split, Step
+from ..base import Demonstration, Outcome, Reward, Split, Step
 from ..rewards.answers import read_tag
 
 Cell = tuple[int, int]
@@ -94,6 +94,7 @@ class FrozenLakeEnv:
 
     tools: Sequence[Tool] = ()
     native_calls = False
+    rewards: Sequence[Reward] = ()
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from ...config.schema import PositiveInt, Share
 from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
-from ..base import Outcome, Split, Step
+from ..base import Outcome, Reward, Split, Step
 from ..rewards.answers import read_tag
 from .wordle_words import WORDS
 
@@ -42,6 +42,7 @@ class WordleEnv:
 
     tools: Sequence[Tool] = ()
     native_calls = False
+    rewards: Sequence[Reward] = ()
 
     def __init__(
         self,

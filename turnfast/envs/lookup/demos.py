@@ -20,8 +20,8 @@ from ...config.schema import PositiveInt, Section, Share
 from ...errors import ConfigError
 from ...tools import ToolError, ToolResult, check_call, parse_calls
 from ...types import Message, Task
-from ..base import Demonstration
-from ..tool_env import CallResult, ToolEnv
+from ..base import CallResult, Demonstration
+from ..tool_env import ToolEnv
 from .world import Fact, NameMaker, Question, TrainingPart, made_up_facts
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -32,9 +33,10 @@ from ...config.schema import PositiveInt, Share
 from ...errors import ConfigError
 from ...tools import SearchIndex, tool
 from ...types import Message, Task
-from ..base import Demonstration, Split
+from ..base import Demonstration, PlayedTurn, Reward, Split
 from ..rewards.answers import contains_answer
-from ..tool_env import PlayedTurn, ToolEnv
+from ..rewards.functions import successful_results
+from ..tool_env import ToolEnv
 from .demos import DEFAULT_DEMOS, DemoOptions, write_demonstrations
 from .world import (
     SYLLABLE,
@@ -99,13 +101,13 @@ class LookupEnv(ToolEnv):
         reasoning: bool = False,
         **options: Any,
     ) -> None:
+        self._reward_hops = reward_hops  # `default_rewards` reads it
         super().__init__(reasoning=reasoning, **options)
         hops_choices = (hops,) if isinstance(hops, int) else tuple(hops)
         if not hops_choices:
             raise ConfigError("env.options.hops: the list is empty; give numbers from 1 to 4")
         self._seed = seed
         self._top_k = top_k
-        self._reward_hops = reward_hops
         self._prompt = prompt
         self._demos = demos
         self.token_cut = SYLLABLE if spelling == "syllables" else None
@@ -157,15 +159,16 @@ class LookupEnv(ToolEnv):
             return super().first_messages(task)
         return [{"role": "user", "content": f"{task.question}\nTool: search(query)"}]
 
-    def score_turn(
-        self, task: Task, turn: PlayedTurn, earlier: Sequence[PlayedTurn]
-    ) -> Mapping[str, float]:
-        parts = super().score_turn(task, turn, earlier)
+    def default_rewards(self) -> tuple[Reward, ...]:
+        rewards = super().default_rewards()
         if not self._reward_hops:
-            return parts
-        targets: tuple[tuple[str, ...], ...] = task.data["targets"]
-        found = _found(targets, [turn]) - _found(targets, earlier)
-        return {**parts, "answer_in_result": float(bool(found))}
+            return rewards
+        return tuple(
+            replace(reward, function=_new_hop_in_result)
+            if reward.name == "answer_in_result"
+            else reward
+            for reward in rewards
+        )
 
     def metrics(
         self, task: Task, answer: str | None, turns: Sequence[PlayedTurn]
@@ -228,9 +231,15 @@ def _task(task_id: str, question: Question, *, popular: bool) -> Task:
     return Task(id=task_id, question=question.text, answers=question.answers, data=data)
 
 
+def _new_hop_in_result(task: Task, turns: Sequence[PlayedTurn]) -> float:
+    """1.0 if a result of the last turn contains the target of a hop for the first time."""
+    targets: tuple[tuple[str, ...], ...] = task.data["targets"]
+    return float(bool(_found(targets, turns[-1:]) - _found(targets, turns[:-1])))
+
+
 def _found(targets: Sequence[tuple[str, ...]], turns: Sequence[PlayedTurn]) -> set[int]:
     """The hops whose target occurs in a result of these turns."""
-    texts = [call.result.shown for turn in turns for call in turn.calls if call.result.success]
+    texts = [text for turn in turns for text in successful_results(turn)]
     return {
         hop
         for hop, names in enumerate(targets)

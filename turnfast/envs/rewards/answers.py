@@ -19,19 +19,10 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ...tools import ToolCall, read_calls, without_thoughts
-
-DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "tool_executed": 0.2,
-    "answer_in_result": 0.5,
-    "answer_contained": 0.5,
-    "exact_match": 1.0,
-    "format": 0.2,
-    "tags_once": 0.2,
-}
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -105,11 +96,6 @@ def tags_score(text: str, *, native: bool, reasoning: bool) -> float:
     action = call if f"<{call}>" in text or f"</{call}>" in text else "answer"
     expected = [action, *(["reasoning"] if reasoning and not native else [])]
     return sum(_once(text, tag, many=native and tag == call) for tag in expected) / len(expected)
-
-
-def weigh(parts: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Parts times weights; a part without a weight counts as it is."""
-    return {name: weights.get(name, 1.0) * value for name, value in parts.items()}
 
 
 def mean(values: Sequence[float]) -> float:

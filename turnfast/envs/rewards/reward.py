@@ -1,6 +1,6 @@
-"""Reward functions beside those of the environment: weighted, under a deadline, plain or `async`.
+"""Apply reward functions to a trajectory, each weighted and under a deadline.
 
-A reward function takes the task and the turns so far and returns a number::
+A reward function takes the task and the turns so far and returns a number; it may be `async`::
 
     def brevity(task: Task, turns: Sequence[PlayedTurn]) -> float:
         return 1.0 / (1 + len(turns[-1].text.split()))
@@ -10,68 +10,47 @@ A reward function takes the task and the turns so far and returns a number::
     on = "turn"
     weight = 0.1
 
-The functions of one turn run at the same time. One that raises, misses its deadline or gives no
-finite number is a `RewardFault`: the trajectory ends as failed, with status `reward_error`, is
-counted, and never enters a baseline. (A made-up 0 would teach that the turn was bad.)
+A function that raises, misses its deadline or returns no finite number is a `RewardFault`: the
+trajectory ends as failed, is counted, and enters no baseline. (A substitute of 0 would teach the
+policy that the turn was bad.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
-from ...tools import Late, Raised, Returned, Tool, ask, call_within
-from ...types import LARGEST_REWARD, Message, Task
-from ..base import (
-    Demonstration,
-    Demonstrator,
-    Env,
-    Episode,
-    Outcome,
-    PlayedTurn,
-    Split,
-    Step,
-)
+from ...errors import ConfigError
+from ...tools import Late, Raised, Returned, call_within
+from ...tools.deadline import call_here
+from ...types import LARGEST_REWARD, Task
+from ..base import Outcome, PlayedTurn, Reward, Step
+from .functions import final_answer
 
-RewardFunction = Callable[[Task, Sequence[PlayedTurn]], float | Awaitable[float]]
 FaultKind = Literal["raised", "timeout", "missing", "not_a_number", "not_finite", "judge"]
 TURN_REWARD, OUTCOME = "the environment's turn reward", "the environment's outcome"
 
 
 class RewardFault(Exception):
-    """A reward that is none; `kind` says in one word why."""
+    """A reward that is not a finite number; `kind` says why."""
 
     def __init__(self, kind: FaultKind, text: str) -> None:
         super().__init__(text)
         self.kind: FaultKind = kind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reward:
-    """One reward function and its terms.
+def check_reward(value: Any, label: str) -> float:
+    """The value as a float.
 
-    Attributes:
-        name: under which the weighted value stands in `reward_parts`.
-        on: what it scores: "turn", every turn once it is answered; "call", those with a tool call,
-            malformed ones included; "outcome", the whole trajectory, however it ended.
-        deadline_s: per call, in seconds.
+    Raises:
+        RewardFault: None, NaN, infinite, `LARGEST_REWARD` or more in size, or not a number.
     """
-
-    name: str
-    function: RewardFunction
-    on: Literal["turn", "call", "outcome"] = "outcome"
-    weight: float = 1.0
-    deadline_s: float = 10.0
-
-
-def check_reward(value: Any, what: str) -> float:
-    """The value as a float; raises RewardFault for None, NaN, what is infinite or
-    above LARGEST_REWARD, and what is no number."""
-    if type(value) is float and abs(value) < LARGEST_REWARD:  # nearly always
+    if type(value) is float and abs(value) < LARGEST_REWARD:  # the usual case, without `Real`
         return value
     kind: FaultKind
     if value is None:
@@ -82,135 +61,88 @@ def check_reward(value: Any, what: str) -> float:
         kind = "not_finite"
     else:
         return float(value)
-    shown = repr(value)[:80]
     text = f"it must be a finite number, below {LARGEST_REWARD:g} in size"
-    raise RewardFault(kind, f"{what} is {shown}; {text}")
+    raise RewardFault(kind, f"{label} is {repr(value)[:80]}; {text}")
 
 
-async def score(
-    rewards: Sequence[Reward], task: Task, turns: Sequence[PlayedTurn]
-) -> dict[str, float]:
-    """The weighted parts, all functions at the same time.
+class Scorer:
+    """Adds an environment's `rewards` to the steps and the outcome of one trajectory.
 
-    Raises:
-        RewardFault: of the first function, in their order, that has one.
+    Functions that are not inline run at the same time. Every method raises:
+        RewardFault: the first fault, in the order of the rewards.
+        ConfigError: two reward parts have the same name.
     """
-    values = await asyncio.gather(
-        *(_call(reward, task, turns) for reward in rewards), return_exceptions=True
-    )
-    parts: dict[str, float] = {}
-    for reward, value in zip(rewards, values, strict=True):
-        if isinstance(value, BaseException):
-            raise value
-        parts[reward.name] = reward.weight * value
-    return parts
 
-
-def with_rewards(env: Env, rewards: Sequence[Reward]) -> Env:
-    """The same environment with further rewards, added to its own.
-
-    Raises:
-        ValueError: two rewards of one name.
-    """
-    names = [reward.name for reward in rewards]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two rewards are called {min(twice)!r}; give each a name of its own")
-    if isinstance(env, Demonstrator):
-        return _RewardedDemonstrator(env, rewards)
-    return _RewardedEnv(env, rewards)
-
-
-class _RewardedEnv:
-    def __init__(self, env: Env, rewards: Sequence[Reward]) -> None:
-        self._env = env
-        self._on_turn = tuple(reward for reward in rewards if reward.on != "outcome")
-        self._on_outcome = tuple(reward for reward in rewards if reward.on == "outcome")
-        self.tools: Sequence[Tool] = env.tools
-        self.native_calls = env.native_calls
-
-    def tasks(self, split: Split) -> Sequence[Task]:
-        return self._env.tasks(split)
-
-    def episode(self, task: Task) -> Episode:
-        return _RewardedEpisode(self._env.episode(task), task, self._on_turn, self._on_outcome)
-
-
-class _RewardedDemonstrator(_RewardedEnv):
-    _env: Any
-
-    def demonstrations(self, seed: int) -> Sequence[Demonstration]:
-        return self._env.demonstrations(seed)
-
-    def corpus(self) -> Sequence[str]:
-        return self._env.corpus()
-
-    @property
-    def token_cut(self) -> str | None:
-        return getattr(self._env, "token_cut", None)
-
-
-class _RewardedEpisode:
-    def __init__(
-        self,
-        episode: Episode,
-        task: Task,
-        on_turn: Sequence[Reward],
-        on_outcome: Sequence[Reward],
-    ) -> None:
-        self._episode = episode
+    def __init__(self, rewards: Sequence[Reward], task: Task) -> None:
+        self._rewards = rewards
         self._task = task
-        self._on_turn = on_turn
-        self._on_outcome = on_outcome
         self._turns: list[PlayedTurn] = []
 
-    async def start(self) -> Sequence[Message]:
-        return await ask(self._episode.start, label="env")
-
-    async def step(self, text: str) -> Step:
-        step = await ask(self._episode.step, text, label="env")
+    async def score_step(self, text: str, step: Step) -> Step:
+        """The environment's step on the agent's text, with the rewards of this turn added."""
+        own = None if step.reward is None else check_reward(step.reward, TURN_REWARD)
         self._turns.append(PlayedTurn(text=text, calls=step.calls, messages=step.messages))
-        due = [r for r in self._on_turn if r.on == "turn" or step.tool_calls]
+        scored = {"turn", "call"} if step.tool_calls else {"turn"}
+        due = [reward for reward in self._rewards if reward.on in scored]
         if not due:
             return step
-        own = 0.0 if step.reward is None else check_reward(step.reward, TURN_REWARD)
-        parts = await score(due, self._task, tuple(self._turns))
-        total = math.fsum((own, *parts.values()))
-        return replace(step, reward=total, reward_parts=_join(step.reward_parts, parts))
+        parts = await self._parts(due, step.reward_parts)
+        total = math.fsum((own or 0.0, *(parts[reward.name] for reward in due)))
+        return replace(step, reward=total, reward_parts=parts)
 
-    async def finish(self) -> Outcome:
-        outcome = await ask(self._episode.finish, label="env")
+    async def score_outcome(self, outcome: Outcome) -> Outcome:
+        """The environment's outcome, with the rewards of the whole trajectory added."""
         own = check_reward(outcome.reward, OUTCOME)
-        parts = await score(self._on_outcome, self._task, tuple(self._turns))
-        total = math.fsum((own, *parts.values()))
-        return replace(outcome, reward=total, reward_parts=_join(outcome.reward_parts, parts))
+        answered = final_answer(self._turns) is not None
+        scored = {"outcome", "answer"} if answered else {"outcome"}
+        due = [reward for reward in self._rewards if reward.on in scored]
+        parts = await self._parts(due, outcome.reward_parts)
+        total = math.fsum((own, *(parts[reward.name] for reward in due)))
+        return replace(outcome, reward=total, reward_parts=parts)
+
+    async def _parts(self, due: Sequence[Reward], own: Mapping[str, float]) -> dict[str, float]:
+        """The environment's own parts and the weighted values of `due`."""
+        turns = tuple(self._turns)
+        values = {r.name: await _call(r, self._task, turns) for r in due if r.inline}
+        others = [reward for reward in due if not reward.inline]
+        if others:
+            results = await asyncio.gather(
+                *(_call(reward, self._task, turns) for reward in others), return_exceptions=True
+            )
+            for reward, result in zip(others, results, strict=True):
+                if isinstance(result, BaseException):
+                    raise result
+                values[reward.name] = result
+        parts = dict(own) | {reward.name: reward.weight * values[reward.name] for reward in due}
+        if len(parts) < len(own) + len(due):
+            names = [*own, *(reward.name for reward in due)]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(
+                f"env.rewards: the environment already has a reward {twice!r}; give this one "
+                "another name"
+            )
+        return parts
 
 
 async def _call(reward: Reward, task: Task, turns: Sequence[PlayedTurn]) -> float:
-    ended = await call_within(
-        reward.function,
-        (task, turns),
-        timeout_s=reward.deadline_s,
-        label=f"reward-{reward.name}",
-    )
-    what = f"reward {reward.name!r}"
+    label = f"reward {reward.name!r}"
+    if reward.inline:
+        ended = call_here(partial(reward.function, task, turns), {}, timeout_s=reward.deadline_s)
+    else:
+        ended = await call_within(
+            reward.function,
+            (task, turns),
+            timeout_s=reward.deadline_s,
+            label=f"reward-{reward.name}",
+        )
     match ended:
         case Returned(value=value):
-            return check_reward(value, what)
+            return check_reward(value, label)
         case Raised(error=RewardFault() as fault):
-            raise RewardFault(fault.kind, f"{what}: {fault}")
+            raise RewardFault(fault.kind, f"{label}: {fault}")
         case Raised(error=error):
-            raise RewardFault("raised", f"{what} raised {type(error).__name__}: {error}")
+            raise RewardFault("raised", f"{label} raised {type(error).__name__}: {error}")
         case Late(hanging=0):
-            raise RewardFault("timeout", f"{what} gave nothing in {reward.deadline_s:g} s")
+            raise RewardFault("timeout", f"{label} returned nothing within {reward.deadline_s:g} s")
         case Late(hanging=hanging):
-            raise RewardFault("timeout", f"{what}: {hanging} earlier calls are still hanging")
-
-
-def _join(own: Any, added: dict[str, float]) -> dict[str, float]:
-    both = own.keys() & added.keys()
-    if both:
-        raise ValueError(
-            f"env.rewards: the environment has a reward {min(both)!r} of its own; give this one "
-            "another name"
-        )
-    return {**own, **added}
+            raise RewardFault("timeout", f"{label}: {hanging} earlier calls are still running")
