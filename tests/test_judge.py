@@ -14,11 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from turnfast.config.schema import RewardConfig
-from turnfast.envs import PlayedTurn, RewardFault, Task
+from turnfast.envs import Outcome, PlayedTurn, RewardFault, Scorer, Step, Task
 from turnfast.envs.rewards.builtin import load_rewards
 from turnfast.envs.rewards.judge import Judge
 from turnfast.envs.rewards.judge_client import Endpoint, JudgeClient, JudgeError
-from turnfast.envs.rewards.reward import score
 from turnfast.errors import ConfigError
 
 TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida", "I. Berg"))
@@ -215,10 +214,22 @@ def judge_reward(server: Server, **options):
     return load_rewards([entry])
 
 
+def score(rewards) -> dict[str, float]:
+    """The reward parts of the outcome of a trajectory with `TURNS`."""
+
+    async def run() -> dict[str, float]:
+        scorer = Scorer(rewards, TASK)
+        for turn in TURNS:
+            await scorer.score_step(turn.text, Step(messages=turn.messages))
+        return dict((await scorer.score_outcome(Outcome())).reward_parts)
+
+    return asyncio.run(run())
+
+
 def test_the_judge_as_a_reward(serve):
     text = "Right. <score>1</score> or <score> 7.5 </score>"
     server = serve(lambda number, body: completion(text))
-    parts = asyncio.run(score(judge_reward(server), TASK, TURNS))
+    parts = score(judge_reward(server))
     assert parts == {"judge": pytest.approx(2.0 * 0.75)}
     request = server.bodies[0]["messages"][0]["content"]
     assert "Who wrote Ulm?" in request and "Ida\nI. Berg" in request
@@ -231,14 +242,14 @@ def test_the_judge_as_a_reward(serve):
 def test_an_answer_without_a_score_is_a_reward_fault(serve, text):
     rewards = judge_reward(serve(lambda number, body: completion(text)), attempts=2)
     with pytest.raises(RewardFault, match="unreadable answer") as caught:
-        asyncio.run(score(rewards, TASK, TURNS))
+        score(rewards)
     assert caught.value.kind == "judge"
 
 
 def test_the_deadline_of_the_reward_bounds_all_attempts(serve):
     rewards = judge_reward(serve(lambda number, body: None), deadline_s=0.4)
     with pytest.raises(RewardFault) as caught:
-        asyncio.run(score(rewards, TASK, TURNS))
+        score(rewards)
     assert caught.value.kind == "timeout"
 
 
