@@ -121,12 +121,12 @@ class Clock(ScriptedSampler):
         draw = random.Random(request.seed)
         mean, deviation, most = THINKING
         thoughts = " ".join(["ida"] * min(most, round(math.exp(draw.gauss(mean, deviation)))))
-        text = self._chat.text(request.prompt_ids)
+        text = self._chat.decode_turn(request.prompt_ids)
         question = text.split("user\n")[1].split("?")[0]
         said = "<answer>Ida</answer>"
         if text.count("<result>") - self._told < self._hops:
             said = f'<tool>{{"name": "search", "args": {{"query": "{question}"}}}}</tool>'
-        return self._chat.encode_reply(f"<reasoning>{thoughts}</reasoning>{said}")
+        return self._chat.encode_turn(f"<reasoning>{thoughts}</reasoning>{said}")
 
 
 def main() -> None:
@@ -260,7 +260,7 @@ class Bench:
             done: dict[int, Completion] = {}
             while sampler.num_pending:
                 done |= {completion.id: completion for completion in sampler.step()}
-            texts = {i: chat.text(done[i].sampled_ids) for i in active}
+            texts = {i: chat.decode_turn(done[i].sampled_ids) for i in active}
             steps = await asyncio.gather(*(episodes[i].step(texts[i]) for i in active))
             for i, step in zip(list(active), steps, strict=True):
                 samples[i].append(done[i].sampled_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from turnfast.chat.base import Bridge
+from turnfast.chat.base import ChatInterface
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
 from turnfast.envs import Env, Outcome, Scorer, Step
@@ -19,7 +19,7 @@ from turnfast.types import Group, Message, Task
 
 def roll_out(
     env: Env,
-    chat: Bridge,
+    chat: ChatInterface,
     sampler: Sampler,
     tasks: Sequence[Task],
     *,
@@ -53,7 +53,7 @@ def roll(
 ) -> list[Group]:
     """Groups in which every turn is `say` of the whole context, finished in random order."""
     sampler = ScriptedSampler(
-        lambda ids: chat.encode_reply(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
+        lambda ids: chat.encode_turn(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
     )
     tasks = env.tasks("train")[:num_tasks]
     limits = {"group_size": group_size, "max_context": max_context, "max_error_share": 0.0}

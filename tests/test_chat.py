@@ -1,4 +1,4 @@
-"""Token identity: what is trained is what was sampled, whatever the text spells."""
+"""The chat template: prompts only grow, and the trained ids are the sampled ids."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from templates import DROPS_REASONING, EMPTY_THOUGHT, NEEDS_CALL_IDS
 from transformers import AutoTokenizer
 
-from turnfast.chat.base import ChatError
 from turnfast.chat.open import open_chat
 from turnfast.chat.template import Chat
 from turnfast.config.schema import ModelConfig
@@ -17,7 +17,7 @@ from turnfast.errors import ConfigError
 from turnfast.packing.rows import rows_of
 from turnfast.types import Turn
 
-SPELLED = [
+SPECIAL_STRINGS = [
     "<|im_end|>",
     "<|im_start|>assistant\n",
     "<|endoftext|>",
@@ -27,15 +27,15 @@ SPELLED = [
     "é𝄞\u202e",
     "\x00",
 ]
-TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(SPELLED)), max_size=4).map("".join)
+TEXT = st.lists(st.text(max_size=12) | st.sampled_from(SPECIAL_STRINGS), max_size=4).map("".join)
+QUESTION = [{"role": "user", "content": "Who?"}]
+FOLLOW_UP = [{"role": "user", "content": "Sure?"}]
 
-# keeps an assistant's reasoning only while its turn is the last one, as several models do
-FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last and '</think>' in m.content %}"
-    "{{ m.content.split('</think>')[1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+
+@pytest.fixture
+def tokenizer(tiny_folder):
+    """A tokenizer whose template a test may replace."""
+    return AutoTokenizer.from_pretrained(tiny_folder)
 
 
 @settings(max_examples=150, deadline=None)
@@ -45,186 +45,169 @@ FORGETFUL = (
     closed=st.lists(st.booleans(), min_size=4, max_size=4),
     seed=st.integers(0, 2**32),
 )
-def test_training_ids_are_the_sampled_ids(chat, question, replies, closed, seed):
+def test_trained_ids_are_the_sampled_ids(chat, question, replies, closed, seed):
     draw = random.Random(seed)
-    talk = chat.open([{"role": "user", "content": question}])
-    seen: list[int] = []
+    conversation = chat.open([{"role": "user", "content": question}])
+    context: list[int] = []
     turns = []
     for k, reply in enumerate(replies):
-        # any id but a stop id: real samples are full of ids no tokenizer would produce
+        # any id but a stop id: samples contain id sequences that no tokenizer would produce
         body = [draw.randrange(3, 300) for _ in range(draw.randrange(0, 8))]
         ids = tuple(body + [chat.end_id] * (closed[k] or not body))
         turn = Turn(
-            prompt_ids=talk.prompt_ids,
+            prompt_ids=conversation.prompt_ids,
             sampled_ids=ids,
             logprobs=(-1.0,) * len(ids),
-            text=chat.text(ids),
+            text=chat.decode_turn(ids),
             finish="stop" if ids[-1] == chat.end_id else "length",
-            restart=talk.restart,
         )
         turns.append(turn)
-        seen += [*turn.prompt_ids, *ids]
-        talk = chat.extend(
-            talk, turn.text, turn.finish == "stop", [{"role": "user", "content": reply}]
-        )
-        assert not talk.restart
-        # exactly one end of turn between the sample and the next header, whoever produced it
-        assert ([*ids, *talk.prompt_ids].count(chat.end_id)) == 2
+        context += [*turn.prompt_ids, *ids]
+        message = {"role": "user", "content": reply}
+        conversation = chat.extend(conversation, turn.text, turn.finish == "stop", [message])
+        assert not conversation.restart
+        # one end of turn after the sample and one after the reply, sampled or appended
+        assert ([*ids, *conversation.prompt_ids].count(chat.end_id)) == 2
     row = rows_of([turns], [1.0] * len(turns))
     targets = row.targets_N.tolist()
     assert len(row) == 1 and targets == [token for turn in turns for token in turn.sampled_ids]
-    assert row.tokens_T.tolist() == seen[:-1]
-    assert [seen[place + 1] for place in row.states_N] == targets
+    assert row.tokens_T.tolist() == context[:-1]
+    assert [context[place + 1] for place in row.states_N] == targets
 
 
-def test_a_prompt_equals_the_template(chat):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+def test_the_first_prompt_equals_the_template(chat):
+    messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     expected = chat.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
     assert list(chat.open(messages).prompt_ids) == expected
 
 
-def test_a_prompt_that_is_kept_is_not_a_stale_one(chat):
-    """Equal messages are rendered once; an environment may write into the ones it has."""
-    messages = [{"role": "user", "content": "Who wrote Ulm?"}]
+def test_messages_are_copied(chat):
+    messages = [dict(QUESTION[0])]
     first = chat.open(messages)
-    assert chat.open([{"role": "user", "content": "Who wrote Ulm?"}]) is first
-    messages[0]["content"] = "Who wrote Oslo?"
-    second = chat.open(messages)
-    assert second.prompt_ids != first.prompt_ids
-    assert second.messages[0]["content"] == "Who wrote Oslo?"
+    messages[0]["content"] = "changed"
+    assert first.messages[0]["content"] == "Who?"
 
 
-def test_a_content_never_becomes_a_special_token(chat):
+def test_contents_never_become_special_tokens(chat):
     ids = chat.open([{"role": "user", "content": "<|im_end|><|im_start|>"}]).prompt_ids
-    clean = chat.open([{"role": "user", "content": "hi"}]).prompt_ids
+    plain = chat.open([{"role": "user", "content": "hi"}]).prompt_ids
     for special in chat.tokenizer.all_special_ids:
-        assert ids.count(special) == clean.count(special)
-    assert chat.end_id not in chat.encode_reply("<|im_end|>")[:-1]
+        assert ids.count(special) == plain.count(special)
+    assert chat.end_id not in chat.encode_turn("<|im_end|>")[:-1]
 
 
-def test_a_template_that_forgets_splits_the_trajectory(tiny_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = FORGETFUL
+def test_stop_ids_are_no_text_wherever_they_stand(chat):
+    ids = chat.encode_turn("Ida")
+    eos = chat.tokenizer.eos_token_id
+    assert chat.decode_turn((ids[0], chat.end_id, eos, *ids[1:])) == "Ida"
+    start = chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert chat.decode_turn((start, *ids)) == "<|im_start|>Ida"  # other special tokens are
+
+
+def test_eos_and_llamas_end_of_message_stop_a_turn(tokenizer):
+    assert set(Chat(tokenizer).stop_ids) == {
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.eos_token_id,
+    }
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|eom_id|>"]})
     chat = Chat(tokenizer)
-    talk = chat.open([{"role": "user", "content": "Who?"}])
-    plain = chat.extend(talk, "Ida", True, [{"role": "user", "content": "Sure?"}])
-    assert not plain.restart
-    split = chat.extend(talk, "<think>hm</think>Ida", True, [{"role": "user", "content": "Sure?"}])
-    assert split.restart
-    assert "hm" not in tokenizer.decode(split.prompt_ids)
-    assert tokenizer.decode(split.prompt_ids).startswith("<|im_start|>user\nWho?")
+    eom = tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    assert eom in chat.stop_ids and eom != chat.end_id
+    assert chat.decode_turn((*chat.encode_turn("Ida")[:-1], eom)) == "Ida"
 
 
-def test_a_template_that_trims_stays_append_only(tiny_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+def test_a_template_that_drops_reasoning_restarts_the_conversation(tokenizer):
+    tokenizer.chat_template = DROPS_REASONING
+    chat = Chat(tokenizer)
+    first = chat.open(QUESTION)
+    assert not chat.extend(first, "Ida", True, FOLLOW_UP).restart
+    restarted = chat.extend(first, "<think>hm</think>Ida", True, FOLLOW_UP)
+    assert restarted.restart
+    text = tokenizer.decode(restarted.prompt_ids)
+    assert text.startswith("<|im_start|>user\nWho?") and "hm" not in text
+
+
+def test_a_template_that_strips_contents_only_appends(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content | trim")
     chat = Chat(tokenizer)
-    talk = chat.open([{"role": "user", "content": "Who?"}])
-    after = chat.extend(talk, " Ida \n", True, [{"role": "user", "content": "Sure?"}])
+    after = chat.extend(chat.open(QUESTION), " Ida \n", True, FOLLOW_UP)
     assert not after.restart
     assert tokenizer.decode(after.prompt_ids).startswith("\n<|im_start|>user\nSure?")
 
 
-# as Qwen3's: without thinking the next turn begins after an empty thought, which the first of these
-# keeps before what was said and the second leaves out
-ASKED_NOT_TO_THINK = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and keep %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
-)
-
-
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_template_is_told_its_options_in_every_turn(tiny_folder, kept):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = ASKED_NOT_TO_THINK
-    told, untold = Chat(tokenizer, (), {"enable_thinking": False, "keep": kept}), Chat(tokenizer)
-    asked = [{"role": "user", "content": "Who?"}]
-    talk = told.open(asked)
-    text = tokenizer.decode(talk.prompt_ids)
-    assert text == tokenizer.decode(untold.open(asked).prompt_ids) + "<think></think>"
-    after = told.extend(talk, "Ida", True, [{"role": "user", "content": "Sure?"}])
-    # what was sampled is kept as it was drawn where the template agrees, and never rewritten
+def test_template_options_apply_to_every_turn(tokenizer, kept):
+    tokenizer.chat_template = EMPTY_THOUGHT
+    chat, default = Chat(tokenizer, (), {"enable_thinking": False, "keep": kept}), Chat(tokenizer)
+    first = chat.open(QUESTION)
+    expected = tokenizer.decode(default.open(QUESTION).prompt_ids) + "<think></think>"
+    assert tokenizer.decode(first.prompt_ids) == expected
+    after = chat.extend(first, "Ida", True, FOLLOW_UP)
     assert after.restart == (not kept)
     text = tokenizer.decode(after.prompt_ids)
     assert text.endswith("Sure?<|im_end|>\n<|im_start|>assistant\n<think></think>")
     assert text.startswith("\n<|im_start|>user\nSure?" if kept else "<|im_start|>user\nWho?")
 
 
-def test_options_that_a_template_does_not_have_are_refused(policy):
-    policy.tokenizer.chat_template = ASKED_NOT_TO_THINK
+def test_unknown_template_options_are_refused(tokenizer):
+    tokenizer.chat_template = EMPTY_THOUGHT
 
-    def chat(**options):
-        config = ModelConfig(template_options=options)
-        return open_chat(config, policy.tokenizer, policy.folder, [])
+    def open_with(**options):
+        return open_chat(ModelConfig(template_options=options), tokenizer, [])
 
-    opened = chat(enable_thinking=False).open([{"role": "user", "content": "Who?"}])
-    assert policy.tokenizer.decode(opened.prompt_ids).endswith("<think></think>")
+    first = open_with(enable_thinking=False).open(QUESTION)
+    assert tokenizer.decode(first.prompt_ids).endswith("<think></think>")
     for name in ("thinking", "chat_template", "messages", "add_generation_prompt"):
-        with pytest.raises(
-            ConfigError, match=rf"^model\.template_options\.{name}: the model's chat"
-        ):
-            chat(enable_thinking=False, **{name: "x"})
-
-
-def test_no_template_is_refused(tiny_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = None
-    with pytest.raises(ChatError, match="chat template"):
-        Chat(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with pytest.raises(ChatError, match="special token"):
-        Chat(tokenizer)
-
-
-# like Mistral's: a tool's result only after a turn with calls, matched by ids of nine characters
-STRICT = (
-    "{% for m in messages if m.role != 'tool' and not m.tool_calls %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
-    "{% endif %}{% endfor %}{% for m in messages %}"
-    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}{{ c.function | tojson }}"
-    "{{ ', ' if not loop.last }}{% endfor %}]{{ eos_token }}"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    "{% else %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
-    '[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": "{{ m.tool_call_id }}"}'
-    "[/TOOL_RESULTS]{% endif %}{% endfor %}"
-)
+        text = rf"^model\.template_options\.{name}: the model's chat"
+        with pytest.raises(ConfigError, match=text):
+            open_with(enable_thinking=False, **{name: "x"})
 
 
 @pytest.mark.parametrize(
-    "said",
+    ("template", "text"),
+    [
+        (None, r"^model\.path: .* no chat template"),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+            r"^model\.path: .* special token",
+        ),
+    ],
+)
+def test_models_without_a_usable_template_are_refused(tokenizer, template, text):
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=text):
+        open_chat(ModelConfig(), tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    "turn",
     [
         '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}}]',
         '[TOOL_CALLS][{"arguments":{},"name":"search"}, {"name": "search", "arguments": {}}]',
-        "[TOOL_CALLS] rubbish",
+        "[TOOL_CALLS] not JSON",
     ],
 )
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_template_that_wants_ids_is_given_them_and_the_sample_is_kept(tiny_folder, said, closed):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.chat_template = STRICT
+def test_templates_that_need_call_ids_get_them(tokenizer, turn, closed):
+    tokenizer.chat_template = NEEDS_CALL_IDS
     chat = Chat(tokenizer, [{"type": "function", "function": {"name": "search"}}])
     results = [
         {"role": "tool", "name": "search", "content": f"<|im_end|>{i}"}
-        for i in range(said.count("search") or 1)
+        for i in range(turn.count("search") or 1)
     ]
-    talk = chat.open([{"role": "user", "content": "Who?"}])
-    after = chat.extend(talk, said, closed, results)
+    after = chat.extend(chat.open(QUESTION), turn, closed, results)
     assert not after.restart
-    appended = tokenizer.decode(after.prompt_ids)
-    assert appended == tokenizer.eos_token * (not closed) + "".join(
+    assert tokenizer.decode(after.prompt_ids) == tokenizer.eos_token * (not closed) + "".join(
         f'[TOOL_RESULTS] {{"content": {result["content"]}, "call_id": "c0001{i:04d}"}}'
         "[/TOOL_RESULTS]"
         for i, result in enumerate(results)
     )
     assert after.prompt_ids.count(chat.end_id) == int(not closed)
-    last = chat.extend(after, "Ida", True, [{"role": "user", "content": "Sure?"}])
+    last = chat.extend(after, "Ida", True, FOLLOW_UP)
     assert not last.restart
     assert tokenizer.decode(last.prompt_ids) == "[INST] Sure?[/INST]"
-    again = chat.extend(last, said, True, results)
-    number = f'"call_id": "c{len(last.messages):04d}'  # ids tell the exchanges apart
-    assert not again.restart and number in tokenizer.decode(again.prompt_ids)
+    again = chat.extend(last, turn, True, results)
+    call_id = f'"call_id": "c{len(last.messages):04d}'  # unique in the conversation
+    assert not again.restart and call_id in tokenizer.decode(again.prompt_ids)

@@ -279,7 +279,7 @@ def test_functions_of_a_turn_run_at_the_same_time():
 
 
 def roll(chat, env, *, share):
-    sampler = ScriptedSampler(lambda prompt_ids: chat.encode_reply(ANSWER))
+    sampler = ScriptedSampler(lambda prompt_ids: chat.encode_turn(ANSWER))
     limits = {"max_turns": 3, "group_size": 6, "max_error_share": share}
     return roll_out(env, chat, sampler, [TASK], **limits)
 

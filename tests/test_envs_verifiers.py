@@ -222,7 +222,7 @@ def test_faults_are_typed():
 
 def test_a_reward_that_is_no_number_ends_as_a_reward_error(chat):
     env = make("nan")
-    sampler = ScriptedSampler(lambda ids: chat.encode_reply("4"))
+    sampler = ScriptedSampler(lambda ids: chat.encode_turn("4"))
     limits = {"max_turns": 2, "group_size": 2, "max_error_share": 1.0}
     (group,) = roll_out(env, chat, sampler, env.tasks("train")[:1], **limits)
     assert {t.status for t in group.trajectories} == {"reward_not_finite"}

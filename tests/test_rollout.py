@@ -65,7 +65,7 @@ class Recorder(ScriptedSampler):
         super().submit(request)
 
     def _answer(self, prompt_ids):
-        return self._chat.encode_reply(self._say(self._chat.tokenizer.decode(prompt_ids)))
+        return self._chat.encode_turn(self._say(self._chat.tokenizer.decode(prompt_ids)))
 
 
 class Workshop(ToolEnv):
@@ -466,7 +466,7 @@ def test_a_trajectory_has_a_deadline(chat):
 
 
 def test_a_trajectory_whose_sample_does_not_come_is_aborted(chat):
-    never = lambda waiting: [r for r in waiting if "task b" not in chat.text(r.prompt_ids)]
+    never = lambda waiting: [r for r in waiting if "task b" not in chat.decode_turn(r.prompt_ids)]
     groups = play_fragile(chat, Fragile(broken, broken=()), pick=never, trajectory_timeout_s=0.1)
     assert groups[1].trajectories[0].status == "timeout"
 
@@ -550,7 +550,7 @@ def test_an_async_tool_of_many_awaits_does_not_need_an_engine_step_for_each(chat
         nonlocal num_steps
         num_steps += 1
         time.sleep(0.02)
-        late = [r for r in waiting if "task a" in chat.text(r.prompt_ids)]
+        late = [r for r in waiting if "task a" in chat.decode_turn(r.prompt_ids)]
         others = [r for r in waiting if r not in late]
         return others or (late if num_steps >= 100 else [])
 

@@ -68,11 +68,11 @@ def rows_for(chat, *demonstrations: Demonstration) -> Rows:
 
 def test_targets_are_the_assistants_words_and_ends(chat):
     row = rows_for(chat, TALK)
-    said = [chat.encode_reply("<tool>Ulm</tool>"), chat.encode_reply("Ida")]
+    said = [chat.encode_turn("<tool>Ulm</tool>"), chat.encode_turn("Ida")]
     assert len(row) == 1 and row.targets_N.tolist() == [*said[0], *said[1]]
     assert row.tokens_T[row.states_N[:-1] + 1].tolist() == row.targets_N[:-1].tolist()
     short = rows_for(chat, SHORT)
-    assert chat.text(short.targets_N.tolist()) == "é𝄞" and short.targets_N[-1] == chat.end_id
+    assert chat.decode_turn(short.targets_N.tolist()) == "é𝄞" and short.targets_N[-1] == chat.end_id
 
 
 def test_the_gradient_is_that_of_the_likelihood(policy, chat):

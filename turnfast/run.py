@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from .chat.base import Bridge
+from .chat.base import ChatInterface
 from .chat.open import open_chat
 from .config.schema import VALUE_RULES, Config, ModelConfig
 from .credit import check_rule
@@ -142,10 +142,10 @@ def open_model_folder(config: Config, env: Env, run_dir: Path) -> Path:
     return model_folder(config, run_dir, corpus, token_cut=getattr(env, "token_cut", None))
 
 
-def open_env_chat(config: ModelConfig, policy: Policy, env: Env) -> Bridge:
+def open_env_chat(config: ModelConfig, policy: Policy, env: Env) -> ChatInterface:
     """The chat interface of a policy, with the tools of its environment."""
     schemas = [tool.schema for tool in env.tools] if env.native_calls else []
-    return open_chat(config, policy.tokenizer, policy.folder, schemas)
+    return open_chat(config, policy.tokenizer, schemas)
 
 
 def open_rollouts(

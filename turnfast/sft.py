@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import TemplateError
 
-from .chat.base import Bridge, ChatError
+from .chat.base import ChatInterface
 from .config.schema import Config, LossConfig, OptimConfig, SftConfig
 from .envs import Demonstration, Env
 from .envs.demonstrations import demonstrations_of
@@ -118,7 +118,7 @@ def warm_start(
 def sft(
     policy: Policy,
     env: Env,
-    chat: Bridge,
+    chat: ChatInterface,
     config: SftConfig,
     *,
     seed: int,
@@ -141,7 +141,7 @@ def sft(
     for where, demonstration in demonstrations_of(env, config.data, seed):
         try:
             shown.append(demonstration_turns(chat, demonstration))
-        except (ConfigError, ChatError, TemplateError) as error:
+        except (ConfigError, TemplateError) as error:
             raise ConfigError(f"{where}: {error}") from None
         places.append(where)
     rows = rows_of(shown, [1.0] * sum(map(len, shown)))
@@ -172,7 +172,7 @@ def sft_optimizer(policy: Policy, config: SftConfig) -> Optimizer:
     return Optimizer(policy.model.parameters(), optim, total_steps=config.steps)
 
 
-def demonstration_turns(chat: Bridge, shown: Demonstration) -> list[Turn]:
+def demonstration_turns(chat: ChatInterface, shown: Demonstration) -> list[Turn]:
     """One demonstration as if the assistant's messages, and their ends, were sampled."""
     messages = shown.messages
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -182,7 +182,7 @@ def demonstration_turns(chat: Bridge, shown: Demonstration) -> list[Turn]:
     turns: list[Turn] = []
     for here, after in pairwise((*said, len(messages))):
         text = str(messages[here]["content"])
-        ids = chat.encode_reply(text)
+        ids = chat.encode_turn(text)
         turns.append(
             Turn(
                 prompt_ids=talk.prompt_ids,

@@ -119,7 +119,7 @@ class _Agent:
     def __call__(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
         self._asked[prompt_ids] = self._asked.get(prompt_ids, 0) + 1
         draw = random.Random(f"{self._seed}:{self._asked[prompt_ids]}:{prompt_ids}")
-        text = self._chat.text(prompt_ids)
+        text = self._chat.decode_turn(prompt_ids)
         question = text.split("user\n")[1].split("?")[0].strip()
         _, _, result = text.rpartition("<result>")
         words = (result.partition("</result>")[0] or question).split()
@@ -133,11 +133,11 @@ class _Agent:
         else:
             start = draw.randrange(len(words) - 1) if draw.random() < 0.3 else len(words) - 2
             written = f"<answer>{' '.join(words[start:]).strip('.')}</answer>"
-        return self._chat.encode_reply(self._reasoning(text.split(), draw) + written)
+        return self._chat.encode_turn(self._reasoning(text.split(), draw) + written)
 
     def _reasoning(self, known: list[str], draw: random.Random) -> str:
         """So many tokens, roughly, of words that the agent has read."""
         said: list[str] = []
-        while len(self._chat.encode_reply(" ".join(said))) < self._thoughts:
+        while len(self._chat.encode_turn(" ".join(said))) < self._thoughts:
             said += [draw.choice(known).strip("<>/") for _ in range(8)]
         return f"<reasoning>{' '.join(said)}</reasoning>" if said else ""

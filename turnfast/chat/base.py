@@ -1,10 +1,10 @@
-"""The interface between messages and token ids."""
+"""The interface between chat messages and token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from ..types import Message
 
@@ -12,38 +12,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ChatError(ValueError):
-    """A chat template that cannot be used for training; the text says why."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Messages so far and how they were rendered.
+    """The messages so far and their rendered form.
 
-    `prompt_ids` are the ids to append before the next sample; with `restart` they are the whole
-    context instead. `extended` are the conversations that went on from here, by what was said.
+    Attributes:
+        rendered: the text of the messages and of the next assistant header.
+        prompt_ids: ids to append before the next sample, or with `restart` the whole context.
+        restart: the template changed earlier turns, so the next turn starts a new row.
     """
 
     messages: tuple[Message, ...]
     rendered: str
     prompt_ids: tuple[int, ...]
     restart: bool = False
-    extended: list[tuple[Any, Conversation]] = field(default_factory=list, repr=False)
 
 
-class Bridge(Protocol):
-    """Messages to ids and back: `Chat` by the model's template, `RenderedChat` by a renderer."""
+class ChatInterface(Protocol):
+    """Encodes conversations and decodes sampled turns.
+
+    Attributes:
+        end_id: ends a turn in the rendered form.
+        stop_ids: end a turn when sampled. The sampled one belongs to the turn and is trained.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     end_id: int
     stop_ids: tuple[int, ...]
 
-    def open(self, messages: Sequence[Message]) -> Conversation: ...
+    def open(self, messages: Sequence[Message]) -> Conversation:
+        """The first prompt: the messages and the header of the assistant's turn."""
+        ...
 
     def extend(
         self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
-    ) -> Conversation: ...
+    ) -> Conversation:
+        """The prompt after one sampled turn and the environment's messages.
 
-    def text(self, ids: Sequence[int]) -> str: ...
+        Args:
+            text: the sampled turn without its stop id.
+            closed: whether a stop id was sampled. If not, `prompt_ids` begins with one, which is
+                not trained.
+        """
+        ...
 
-    def encode_reply(self, text: str) -> tuple[int, ...]: ...
+    def decode_turn(self, ids: Sequence[int]) -> str:
+        """Text of a sampled turn, without stop ids."""
+        ...
+
+    def encode_turn(self, text: str) -> tuple[int, ...]:
+        """Ids of a scripted assistant turn, with `end_id`."""
+        ...

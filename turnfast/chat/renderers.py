@@ -1,9 +1,9 @@
-"""Messages to token ids by Prime Intellect's renderers, which know model families in Python.
+"""Messages to token ids by Prime Intellect's package `renderers`, one Python renderer per family.
 
-They do on ids what `Chat` does with the template's text: a prompt only ever grows, what was sampled
-stays as it was drawn, and where the family's form rewrites earlier turns the next one begins a new
-row. They know more of each family: which thoughts outlive a turn, how one that was cut off inside
-a thought is closed.
+It does on ids what `Chat` does on the template's text: a prompt only grows, sampled ids are kept,
+and where the model's format rewrites earlier turns the next turn begins a new row. A renderer knows
+more about its family: which reasoning is kept, and how a turn that was cut inside its reasoning is
+closed.
 """
 
 from __future__ import annotations
@@ -21,36 +21,32 @@ from .template import Chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASKED: list[Message] = [
+EXAMPLE: list[Message] = [
     {"role": "system", "content": "."},
     {"role": "user", "content": "."},
     {"role": "assistant", "content": "."},
 ]
-REPLIES: dict[bool, Message] = {
-    False: {"role": "user", "content": "."},
-    True: {"role": "tool", "name": "tool", "content": "."},
-}
-"""What may follow a turn, by whether tools are offered through the renderer."""
+EXAMPLE_USER_REPLY: Message = {"role": "user", "content": "."}
+EXAMPLE_TOOL_REPLY: Message = {"role": "tool", "name": "tool", "content": "."}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedConversation(Conversation):
-    """A conversation with the whole prompt that its `prompt_ids` complete. The sampled turns in it
-    are encoded again, as only marks in them are looked at; what is trained is what was drawn."""
+    """A conversation with its whole context. `context_ids` encodes sampled turns again, as the
+    renderer only looks at their delimiters; they are never trained."""
 
     context_ids: tuple[int, ...]
 
 
 class RenderedChat:
-    """A renderer in the place of a chat template; see `Chat` for what is alike.
+    """`ChatInterface` of a renderer.
 
     Args:
-        tokenizer: has a chat template too, which says how a turn ends.
-        name: a renderer such as `qwen3`; `auto` for the one of the tokenizer's hub name.
+        tokenizer: must also have a chat template, which defines how a turn ends.
+        name: a renderer such as `qwen3`; `auto` selects it by the tokenizer's hub name.
         tools: JSON schemas offered to the model.
     Raises:
         ConfigError: no such renderer, or it does not fit the tokenizer.
-        ChatError: see `Chat`.
     """
 
     def __init__(
@@ -59,55 +55,54 @@ class RenderedChat:
         self.tokenizer = tokenizer
         self._template = Chat(tokenizer, tools)
         self._tools = list(tools) or None
-        self._renderer = _open(tokenizer, name, self._tools)
+        self._renderer = _open_renderer(tokenizer, name, self._tools)
         self.end_id = self._template.end_id
-        stops = (*self._template.stop_ids, *self._renderer.get_stop_token_ids())
-        self.stop_ids = tuple(dict.fromkeys(stops))
+        stop_ids = (*self._template.stop_ids, *self._renderer.get_stop_token_ids())
+        self.stop_ids = tuple(dict.fromkeys(stop_ids))
 
     def open(self, messages: Sequence[Message]) -> RenderedConversation:
-        return self._whole(tuple(dict(message) for message in messages))
+        return self._start(tuple(dict(message) for message in messages))
 
     def extend(
         self, before: Conversation, text: str, closed: bool, messages: Sequence[Message]
     ) -> RenderedConversation:
         assert isinstance(before, RenderedConversation)
-        said: Message = {"role": "assistant", "content": text}
-        history = (*before.messages, said, *messages)
+        turn: Message = {"role": "assistant", "content": text}
+        history = (*before.messages, turn, *messages)
         sampled = self.tokenizer.encode(text, add_special_tokens=False)
         sampled += [self.end_id] if closed else []
-        known = [*before.context_ids, *sampled]
+        head = [*before.context_ids, *sampled]
         bridged = self._renderer.bridge_to_next_turn(
             list(before.context_ids), sampled, list(messages), tools=self._tools
         )
-        # no bridge where the form may rewrite earlier turns; it need not have done so
-        ids = bridged.token_ids if bridged else _prompt(self._renderer, history, self._tools)
-        if ids[: len(known)] != known:
-            return self._whole(history, restart=True)
+        # None where the format may rewrite earlier turns; whether it did shows in the ids
+        ids = bridged.token_ids if bridged else _render_ids(self._renderer, history, self._tools)
+        if ids[: len(head)] != head:
+            return self._start(history, restart=True)
         return RenderedConversation(
             messages=history,
             rendered="",
-            prompt_ids=tuple(ids[len(known) :]),
+            prompt_ids=tuple(ids[len(head) :]),
             context_ids=tuple(ids),
         )
 
-    def text(self, ids: Sequence[int]) -> str:
-        kept = [token for token in ids if token not in self.stop_ids]
-        return self._template.text(kept)
+    def decode_turn(self, ids: Sequence[int]) -> str:
+        return self._template.decode_turn([token for token in ids if token not in self.stop_ids])
 
-    def encode_reply(self, text: str) -> tuple[int, ...]:
-        return self._template.encode_reply(text)
+    def encode_turn(self, text: str) -> tuple[int, ...]:
+        return self._template.encode_turn(text)
 
-    def _whole(
+    def _start(
         self, messages: tuple[Message, ...], *, restart: bool = False
     ) -> RenderedConversation:
-        ids = tuple(_prompt(self._renderer, messages, self._tools))
+        ids = tuple(_render_ids(self._renderer, messages, self._tools))
         return RenderedConversation(
             messages=messages, rendered="", prompt_ids=ids, context_ids=ids, restart=restart
         )
 
 
-class _Literal:
-    """The tokenizer, for which no text spells a special token: a tool's result ends no turn."""
+class _PlainTextTokenizer:
+    """A tokenizer that encodes special-token strings as plain text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -122,48 +117,49 @@ class _Literal:
         return self._tokenizer.encode(text, split_special_tokens=True, **kwargs)
 
 
-def _open(tokenizer: Any, name: str, tools: list[dict] | None) -> Any:
+def _open_renderer(tokenizer: Any, name: str, tools: list[dict] | None) -> Any:
     if importlib.util.find_spec("renderers") is None:
         raise ConfigError(
-            f"model.renderer: {name!r} is one of the package renderers; install "
-            "turnfast[renderers], or leave it at 'template'"
+            f"model.renderer: {name!r} needs the package renderers; install turnfast[renderers], "
+            "or set it to 'template'"
         )
     import renderers
     from renderers.base import MODEL_RENDERER_MAP
 
-    known = sorted(set(MODEL_RENDERER_MAP.values()))
+    names = sorted(set(MODEL_RENDERER_MAP.values()))
     if name == "auto":
-        # its own choice for a model it does not know would never bridge two turns
+        # the package's own default for an unknown model cannot bridge turns
         name = MODEL_RENDERER_MAP.get(str(tokenizer.name_or_path), "")
         if not name:
             raise ConfigError(
-                f"model.renderer: renderers has none for {tokenizer.name_or_path} by its name; "
-                f"name one of {', '.join(known)}, or leave it at 'template'"
+                f"model.renderer: 'auto' finds no renderer for {tokenizer.name_or_path}; set it to "
+                f"one of {', '.join(names)}, or to 'template'"
             )
-    if name not in known:
+    if name not in names:
         raise ConfigError(
-            f"model.renderer: no such renderer {name!r}; there are {', '.join(known)}, 'auto' "
-            "and 'template'"
+            f"model.renderer: no such renderer {name!r}; set it to one of {', '.join(names)}, "
+            "'auto' or 'template'"
         )
+    config: Any = renderers.config_from_name(name)  # declared as the base class, needs the union
     try:
-        form: Any = renderers.config_from_name(name)  # declared as the base, taken as a union
-        literal = renderers.create_renderer(_Literal(tokenizer), form)
-        plain = renderers.create_renderer(tokenizer, form)
-        talk = [*ASKED, REPLIES[tools is not None]]
-        alike = _prompt(literal, talk, tools) == _prompt(plain, talk, tools)
-    except Exception as error:  # each family has its own: asserts, lookups, a missing vocabulary
+        plain_text = renderers.create_renderer(_PlainTextTokenizer(tokenizer), config)
+        usual = renderers.create_renderer(tokenizer, config)
+        reply = EXAMPLE_USER_REPLY if tools is None else EXAMPLE_TOOL_REPLY
+        example = [*EXAMPLE, reply]
+        same = _render_ids(plain_text, example, tools) == _render_ids(usual, example, tools)
+    except Exception as error:  # each renderer checks the tokenizer in its own way
         raise ConfigError(
             f"model.renderer: {name!r} does not fit the tokenizer of {tokenizer.name_or_path}: "
             f"{error}"
         ) from None
-    if not alike:
+    if not same:
         raise ConfigError(
-            f"model.renderer: {name!r} writes special tokens as text, so a tool's result could "
-            "write them too; leave it at 'template'"
+            f"model.renderer: {name!r} writes special tokens as text, so a tool result could write "
+            "them too; set it to 'template'"
         )
-    return literal
+    return plain_text
 
 
-def _prompt(renderer: Any, messages: Sequence[Message], tools: list[dict] | None) -> list[int]:
-    asked = [dict(message) for message in messages]
-    return renderer.render_ids(asked, tools=tools, add_generation_prompt=True)
+def _render_ids(renderer: Any, messages: Sequence[Message], tools: list[dict] | None) -> list[int]:
+    messages = [dict(message) for message in messages]
+    return renderer.render_ids(messages, tools=tools, add_generation_prompt=True)

@@ -37,7 +37,7 @@ def preflight(config: Config) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {folder} has no tokenizer: {error}") from None
-    open_chat(config.model, tokenizer, folder, [])
+    open_chat(config.model, tokenizer, [])
 
 
 def refuse_uneven(config: RolloutConfig, ranks: Ranks) -> None:

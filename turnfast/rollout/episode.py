@@ -107,7 +107,7 @@ async def _play_turns(
             tuple(context), max_new_tokens, config.temperature, derive_seed(seed, k)
         )
         context += completion.sampled_ids
-        text = chat.text(completion.sampled_ids)
+        text = chat.decode_turn(completion.sampled_ids)
         step = _checked(Step, await ask(episode.step, text, label="env"), "step()")
         _checked_messages(step.messages, "step()")
         step = await scorer.score_step(text, step)

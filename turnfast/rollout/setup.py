@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..chat.base import Bridge
+from ..chat.base import ChatInterface
 from ..config.schema import RolloutConfig
 from ..envs import Env
 from ..sampler import Sampler
@@ -21,7 +21,7 @@ class RolloutSetup:
     """
 
     env: Env
-    chat: Bridge
+    chat: ChatInterface
     sampler: Sampler
     config: RolloutConfig
     max_turns: int
