@@ -1,6 +1,5 @@
-// The Python module turnfast._C: importing it registers the operators of namespace `turnfast`.
-// Every operator is reached through torch.ops.turnfast; the module only says what it was built from
-// (see kernels/extension.py).
+// The Python module turnfast._C. Importing it registers the operators of torch.ops.turnfast. Its
+// attribute `sources` is the hash of the sources it was built from (see kernels/extension.py).
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,15 +14,15 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT,
                              nullptr,
                              nullptr};
 
-#define TURNFAST_TEXT(x) #x
-#define TURNFAST_EXPANDED(x) TURNFAST_TEXT(x)
+#define TURNFAST_QUOTE(x) #x
+#define TURNFAST_QUOTE_VALUE(x) TURNFAST_QUOTE(x)
 
 PyMODINIT_FUNC PyInit__C() {
-  PyObject* made = PyModule_Create(&module);
-  if (made != nullptr &&
-      PyModule_AddStringConstant(made, "sources", TURNFAST_EXPANDED(TURNFAST_SOURCES)) < 0) {
-    Py_DECREF(made);
+  PyObject* created = PyModule_Create(&module);
+  if (created != nullptr &&
+      PyModule_AddStringConstant(created, "sources", TURNFAST_QUOTE_VALUE(TURNFAST_SOURCES)) < 0) {
+    Py_DECREF(created);
     return nullptr;
   }
-  return made;
+  return created;
 }

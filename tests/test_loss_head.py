@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
-from turnfast.kernels.loss_head import backends, driver, op, problem, reference
+from turnfast.kernels.loss_head import backends, op, problem, reference
 
 CPU = torch.device("cpu")
 
@@ -322,7 +322,7 @@ def _problem(case: Case, need_head: bool = True) -> problem.Problem:
     return problem.Problem(
         hidden_TD=case.hidden,
         head_VD=case.head,
-        vocab=driver.whole_vocab(case.head),
+        vocab=problem.Vocab.of(case.head),
         rows_N=case.rows,
         targets_N=case.targets,
         turns_N=case.turns,

@@ -132,7 +132,7 @@ def cases() -> list[Case]:
         *found,
         case_of(rows.max_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
         case_of(rows.sum_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
-        case_of(rows.settle_rows_kernel, {"BLOCK_C": 256}),
+        case_of(rows.choose_shifts_kernel, {"BLOCK_C": 256}),
         case_of(rows.finish_rows_kernel, {"BLOCK_C": 256}),
         case_of(segments.bounds_kernel, block),
         case_of(segments.segment_sum_kernel, block),

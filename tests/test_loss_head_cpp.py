@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
 from turnfast.kernels.extension import load_error
 from turnfast.kernels.loss_head import cpp, reference
-from turnfast.kernels.loss_head.problem import Problem, Vocab, compute_dtype
+from turnfast.kernels.loss_head.problem import HeadInputs, Problem, Vocab, compute_dtype
 from turnfast.kernels.loss_head.reference import ReferenceHead
 
 needs_extension = pytest.mark.skipif(load_error() is not None, reason=f"no _C: {load_error()}")
@@ -197,7 +197,15 @@ def test_every_instruction_set(kernel, dtype, C, D, V, softcap):
         vocab = Vocab.of(weight, 0, "")
         wide = compute_dtype(weight.dtype)
         d_head = torch.zeros(weight.shape, dtype=wide)
-        one = kind(weight, vocab, 0.9, softcap, True, d_head, **(options or {}))
+        inputs = HeadInputs(
+            head_VD=weight,
+            vocab=vocab,
+            temperature=0.9,
+            softcap=softcap,
+            need_hidden=True,
+            d_head_VD=d_head,
+        )
+        one = kind(inputs, **(options or {}))
         forward = one.forward(x.to(weight.dtype), targets, keep=True)
         d_x = one.backward(g.to(wide), h.to(wide))
         plain = one.backward(g.to(wide), None) if kind is cpp.CppHead else None
@@ -245,7 +253,7 @@ def test_the_whole_call_on_every_instruction_set(kernel, dtype, softcap, rule):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in case.items()}
     truth = reference.policy_loss(as_problem(wide, rule, chunk=64, softcap=softcap))
     low = reference.policy_loss(problem)
-    found = torch.ops.turnfast.policy_loss(*cpp._flat(problem), kernel)
+    found = torch.ops.turnfast.policy_loss(*cpp.flat_arguments(problem), kernel)
     for name, ours in zip(cpp.OUTCOME_FIELDS, found, strict=True):
         true, near = getattr(truth, name).double(), getattr(low, name).to(ours.dtype).double()
         budget = 2 * (near - true).norm() + 1e-5 * true.norm()
@@ -263,7 +271,7 @@ def test_a_bf16_gradient_over_many_chunks_is_rounded_once():
     once = (truth.bfloat16().float() - truth).norm() / truth.norm()
     for chunk in (600, 50, 6):
         # The portable kernel: products in float32, so that only the sum is rounded.
-        given = (*cpp._flat(as_problem(case, rule, chunk=chunk)), "portable")
+        given = (*cpp.flat_arguments(as_problem(case, rule, chunk=chunk)), "portable")
         gradient = torch.ops.turnfast.policy_loss(*given)[-1]
         assert gradient.dtype == BF16
         # 100 sums rounded to bf16 each would be off by some 7 times as much; to 20 bits, a tenth.
@@ -290,7 +298,7 @@ def test_logprobs_alone_on_every_instruction_set(kernel, softcap):
 def test_what_is_not_plainly_right_is_left_to_python():
     case = make_case(8, 16, 100, F32, T=8)
     good = as_problem(case, PolicyRule())
-    assert len(torch.ops.turnfast.policy_loss(*cpp._flat(good))) == len(cpp.OUTCOME_FIELDS)
+    assert len(torch.ops.turnfast.policy_loss(*cpp.flat_arguments(good))) == len(cpp.OUTCOME_FIELDS)
     nan = torch.full((8,), torch.nan)
     for wrong in (
         {"turns_N": good.turns_N + 5},
@@ -301,9 +309,9 @@ def test_what_is_not_plainly_right_is_left_to_python():
         {"old_N": nan},
         {"hidden_TD": good.hidden_TD * torch.inf},
     ):
-        assert torch.ops.turnfast.policy_loss(*cpp._flat(replace(good, **wrong))) == []
+        assert torch.ops.turnfast.policy_loss(*cpp.flat_arguments(replace(good, **wrong))) == []
     masked = replace(good, old_N=nan, weights_N=torch.zeros(8))
-    assert torch.ops.turnfast.policy_loss(*cpp._flat(masked))[4][1] == 8
+    assert torch.ops.turnfast.policy_loss(*cpp.flat_arguments(masked))[4][1] == 8
 
 
 @needs_extension
@@ -420,7 +428,7 @@ def test_operators_pass_opcheck():
     ops = torch.ops.turnfast
     utils = ("test_schema", "test_faketensor")
     checks = [
-        (ops.head_pick, (x, head, columns, 1.0, 0.0)),
+        (ops.head_target_logits, (x, head, columns, 1.0, 0.0)),
         (ops.head_forward, (x, head, columns, anchors, 1.0, 0.0, None)),
         (ops.exp_anchored, (anchors,)),
     ]
@@ -430,7 +438,7 @@ def test_operators_pass_opcheck():
     args = (x, head, anchors, 1.0, 0.0, exps, ones, None, None, d_head, True, True)
     torch.library.opcheck(ops.head_backward.default, args, test_utils=utils)
     args = (x, head, columns, ones, torch.zeros_like(x), d_head)
-    torch.library.opcheck(ops.head_patch.default, args, test_utils=utils)
+    torch.library.opcheck(ops.head_add_targets.default, args, test_utils=utils)
 
 
 @needs_extension
@@ -439,14 +447,14 @@ def test_operators_refuse_what_they_would_misread():
     x, head, columns = case["hidden"][:20], case["head_weight"], case["targets"].int()
     ops = torch.ops.turnfast
     with pytest.raises(ValueError, match=r"columns: .* got 90 at index 2"):
-        ops.head_pick(x, head, columns.index_fill(0, torch.tensor([2]), 90), 1.0, 0.0)
+        ops.head_target_logits(x, head, columns.index_fill(0, torch.tensor([2]), 90), 1.0, 0.0)
     with pytest.raises(ValueError, match="exps: expected at least"):
         small = torch.empty(10, dtype=torch.uint8)
         ops.head_forward(x, head, columns, torch.zeros(20), 1.0, 0.0, small)
     with pytest.raises(ValueError, match="head_weight: expected a contiguous"):
-        ops.head_pick(x, head.T, columns, 1.0, 0.0)
+        ops.head_target_logits(x, head.T, columns, 1.0, 0.0)
     with pytest.raises(ValueError, match="kernel: abacus"):
-        ops.head_pick(x, head, columns, 1.0, 0.0, "abacus")
+        ops.head_target_logits(x, head, columns, 1.0, 0.0, "abacus")
 
 
 def test_without_the_extension_a_request_is_refused_and_auto_goes_on(monkeypatch):

@@ -1,5 +1,5 @@
-// AVX-512 with matrix tiles of bf16 (AMX: Sapphire Rapids and later). float32 heads, and all that is
-// no product, are as in loss_head_avx512_bf16.cpp.
+// AVX-512 with matrix tiles of bf16 (AMX: Sapphire Rapids and later). Only products of bf16 heads
+// use tiles; everything else is as in avx512_bf16.cpp.
 
 #include "kernel.h"
 
@@ -30,7 +30,7 @@
 namespace turnfast::amx {
 namespace {
 
-// What the tile registers hold while this lives: 16 rows of 64 bytes each.
+// Configures the tile registers, 16 rows of 64 bytes each, for the lifetime of the object.
 class TileShapes {
  public:
   TileShapes() {
@@ -78,7 +78,7 @@ inline __attribute__((always_inline)) void multiply_tiles(const uint32_t* a, int
   _tile_stored(3, to + 16 * kRow + 64, kRow);
 }
 
-// Rows become columns.
+// Transposes a 16 x 16 block of words.
 inline __attribute__((always_inline)) void transpose(WordLanes (&x)[16]) {
   __m512i a[16], b[16];
 #pragma GCC unroll 16
@@ -95,7 +95,7 @@ inline __attribute__((always_inline)) void transpose(WordLanes (&x)[16]) {
     a[i + 2] = _mm512_maskz_unpacklo_epi64(0xff, b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_maskz_unpackhi_epi64(0xff, b[i + 1], b[i + 3]);
   }
-  // a[4 q + c]: columns c, c + 4, c + 8 and c + 12 of rows 4 q to 4 q + 3, a quarter each.
+  // a[4 q + c] holds columns c, c + 4, c + 8 and c + 12 of rows 4 q to 4 q + 3, one per quarter.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512i low = _mm512_maskz_shuffle_i32x4(0xffff, a[c], a[4 + c], 0x88);
@@ -119,8 +119,8 @@ inline __attribute__((always_inline)) void transpose(WordLanes (&x)[16]) {
 namespace turnfast {
 namespace {
 
-// Linux gives the tiles' registers to processes that ask for them.
-bool tiles_granted() {
+// True if the CPU has bf16 tiles and Linux grants this process their registers.
+bool request_tiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
@@ -133,7 +133,7 @@ bool tiles_granted() {
 }  // namespace
 
 extern constinit const Kernel kAmx = amx::table("amx", [] {
-  static const bool granted = kAvx512Bf16.supported() && tiles_granted();
+  static const bool granted = kAvx512Bf16.supported() && request_tiles();
   return granted;
 });
 
@@ -142,7 +142,7 @@ extern constinit const Kernel kAmx = amx::table("amx", [] {
 
 namespace turnfast {
 
-// A compiler that knows no tiles, or another system.
+// The compiler or the system does not support tiles.
 constexpr Kernel unsupported(const char* name) {
   Kernel kernel{};
   kernel.name = name;

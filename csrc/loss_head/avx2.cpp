@@ -1,4 +1,4 @@
-// AVX2 with fused multiply-add: 16 vector registers, hence 6 rows.
+// AVX2 with fused multiply-add; a tile of 6 rows fits its 16 vector registers.
 
 #include "kernel.h"
 

@@ -1,6 +1,6 @@
-// What AVX-512 has an instruction for and the compiler does not find. Included by the files of the
-// AVX-512 kernels after they set the compiler's target and TURNFAST_ISA. The masks are all ones:
-// GCC warns of its own header in the forms without one.
+// Functions for which the compiler does not find the AVX-512 instruction. The AVX-512 kernels
+// include this file after they set the compiler's target and TURNFAST_ISA. All masks are ones: GCC
+// warns about its own header in the forms without a mask.
 
 #include <immintrin.h>
 
@@ -14,7 +14,7 @@ typedef uint32_t WordLanes __attribute__((vector_size(64)));
 typedef uint16_t HalfLanes __attribute__((vector_size(32)));
 typedef int8_t ByteLanes __attribute__((vector_size(16)));
 
-// p * 2^n, 0 or infinite where that leaves the range.
+// p * 2^n; 0 or infinity outside the range.
 inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
   return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
 }
@@ -23,12 +23,12 @@ inline __attribute__((always_inline)) WordLanes from_halves(HalfLanes x) {
   return (WordLanes)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
 }
 
-// Sign extended.
+// Sign-extends each byte.
 inline __attribute__((always_inline)) WordLanes from_bytes(ByteLanes x) {
   return (WordLanes)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)x);
 }
 
-// The low bits.
+// Keeps the low bits.
 inline __attribute__((always_inline)) HalfLanes to_halves(WordLanes x) {
   return (HalfLanes)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
 }
@@ -38,7 +38,7 @@ inline __attribute__((always_inline)) ByteLanes to_bytes(WordLanes x) {
 }
 
 #if TURNFAST_PAIRS
-// To bf16, rounded to nearest even.
+// Rounds to bf16, to nearest even.
 inline __attribute__((always_inline)) HalfLanes narrow(Lanes x) {
   return (HalfLanes)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
 }

@@ -18,7 +18,7 @@
 namespace turnfast::avx512_bf16 {
 namespace {
 
-// c + a.low b.low + a.high b.high in float, lane by lane.
+// c + a.low b.low + a.high b.high in float, per lane.
 inline __attribute__((always_inline)) Lanes dot_pairs(uint32_t a, Lanes b, Lanes c) {
   return reinterpret_cast<Lanes>(_mm512_dpbf16_ps(
       reinterpret_cast<__m512>(c), (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b));

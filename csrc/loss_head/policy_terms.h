@@ -1,5 +1,5 @@
-// The policy loss of whole ratio segments and its derivatives by log-prob and entropy, in double:
-// the formulas of kernels/loss_head/policy.py, token by token.
+// The policy loss of whole ratio segments and its derivatives by log-prob and entropy, in double;
+// the formulas of kernels/loss_head/policy.py per token.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct Rule {
   double kl_coef, entropy_coef;
 };
 
-// Indexed by token, or by the token's turn; null where a call has none.
+// Indexed by token, advantages by turn; null where a call has none.
 struct PolicyInputs {
   const int64_t* turns;
   const float *advantages, *weights, *old, *ref, *sampler;
@@ -30,24 +30,36 @@ struct PolicySums {
   double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -ratio_min;
 };
 
-// One segment: tokens[0..count), their log-probs and entropies; d_logprobs is written, d_entropies
-// as well where the rule has an entropy term.
-inline void segment_terms(const Rule& rule, const PolicyInputs& in, const int64_t* tokens,
-                          int64_t count, const double* logprobs, const double* entropies,
-                          double* d_logprobs, double* d_entropies, PolicySums& sums) {
-  const auto old_of = [&](int64_t i) { return in.old ? in.old[tokens[i]] : logprobs[i]; };
+// The `count` tokens of one segment. d_logprobs is written; d_entropies too, if the rule has an
+// entropy term.
+struct Segment {
+  const int64_t* tokens;
+  int64_t count;
+  const double *logprobs, *entropies;
+  double *d_logprobs, *d_entropies;
+};
+
+inline void segment_terms(const Rule& rule, const PolicyInputs& in, const Segment& segment,
+                          PolicySums& sums) {
+  const int64_t *tokens = segment.tokens, count = segment.count;
+  const double *logprobs = segment.logprobs, *entropies = segment.entropies;
+  double *d_logprobs = segment.d_logprobs, *d_entropies = segment.d_entropies;
+  const auto log_ratio_of = [&](int64_t i) {
+    return in.old ? logprobs[i] - in.old[tokens[i]] : 0.0;
+  };
   double log_ratio = 0.0;
-  for (int64_t i = 0; i < count; ++i) log_ratio += logprobs[i] - old_of(i);
+  for (int64_t i = 0; i < count; ++i) log_ratio += log_ratio_of(i);
   const double ratio = std::exp(log_ratio / static_cast<double>(count));
   sums.ratio_min = std::min(sums.ratio_min, ratio);
   sums.ratio_max = std::max(sums.ratio_max, ratio);
-  double by_ratio = 0.0;  // the derivative that the segment's tokens share
+  double shared = 0.0;  // the derivative by the ratio, which all tokens of the segment share
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = tokens[i];
     const double A = in.advantages[in.turns[n]], weight = in.weights[n];
+    const double old = in.old ? in.old[n] : logprobs[i];
     double scale = weight;
-    if (rule.is_cap) scale *= std::min(std::exp(old_of(i) - in.sampler[n]), *rule.is_cap);
-    double own = 0.0;  // the derivative that is this token's alone
+    if (rule.is_cap) scale *= std::min(std::exp(old - in.sampler[n]), *rule.is_cap);
+    double own = 0.0;  // the derivative by this token's log-prob alone
     if (rule.cispo) {
       const double coefficient = -std::min(ratio, 1.0 + rule.clip_high) * A;
       sums.clip_high += ratio > 1.0 + rule.clip_high;
@@ -65,7 +77,7 @@ inline void segment_terms(const Rule& rule, const PolicyInputs& in, const int64_
       sums.clip_low += low;
       sums.clip_dual += dual;
       sums.loss += -bounded * A * scale;
-      if (!high && !low && !dual) by_ratio += -ratio * A * scale;
+      if (!high && !low && !dual) shared += -ratio * A * scale;
     }
     if (in.ref) {
       const double gap = in.ref[n] - logprobs[i], grown = std::expm1(gap), k3 = grown - gap;
@@ -77,13 +89,13 @@ inline void segment_terms(const Rule& rule, const PolicyInputs& in, const int64_
       sums.loss -= rule.entropy_coef * weight * entropies[i];
       d_entropies[i] = -rule.entropy_coef * weight;
     }
-    const double own_log_ratio = logprobs[i] - old_of(i);
+    const double own_log_ratio = log_ratio_of(i);
     sums.kl += own_log_ratio == 0.0 ? 0.0 : std::expm1(-own_log_ratio) + own_log_ratio;
     sums.entropy += entropies[i];
     d_logprobs[i] = own;
   }
-  by_ratio /= static_cast<double>(count);
-  for (int64_t i = 0; i < count; ++i) d_logprobs[i] += by_ratio;
+  shared /= static_cast<double>(count);
+  for (int64_t i = 0; i < count; ++i) d_logprobs[i] += shared;
 }
 
 }  // namespace turnfast

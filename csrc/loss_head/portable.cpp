@@ -1,4 +1,4 @@
-// Any machine: 128-bit vectors, which every 64-bit target has.
+// Runs on every machine: all 64-bit targets have 128-bit vectors.
 
 #include "kernel.h"
 

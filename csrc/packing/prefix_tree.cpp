@@ -1,4 +1,4 @@
-// Prefix trees: rows that begin alike share their tokens, each distinct token is laid out once.
+// Prefix trees: rows with a common prefix share its tokens, so each distinct token is stored once.
 
 #include <torch/library.h>
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// A branch: below token depth - 1 of a row's own tokens, the next token being `token`.
+// A branch of the tree: after token depth - 1 of `row`, the next token is `token`.
 struct Branch {
   int64_t row, depth, token;
   bool operator==(const Branch&) const = default;
@@ -30,8 +30,8 @@ struct BranchHash {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// tokens: int64, the rows one after the other; lengths: S row lengths, each at least 1.
-// See kernels/tree.py for the meaning of the results; the Python there is the specification.
+// tokens: int64, concatenated rows; lengths: S row lengths, each at least 1. The Python code in
+// kernels/packing/tree.py is the specification and describes the results.
 Outputs prefix_tree(const at::Tensor& tokens, at::IntArrayRef lengths) {
   const auto S = static_cast<int64_t>(lengths.size());
   const auto flat = tokens.contiguous();
@@ -39,22 +39,23 @@ Outputs prefix_tree(const at::Tensor& tokens, at::IntArrayRef lengths) {
   std::vector<int64_t> begin(S), parent(S, -1), shared(S, 0);
   for (int64_t r = 1; r < S; ++r) begin[r] = begin[r - 1] + lengths[r - 1];
 
-  // Each row keeps only the tokens that no earlier row has: those from depth shared[r] on.
+  // Each row stores only the tokens that no earlier row has: those from depth shared[r] on.
   std::unordered_map<Branch, int64_t, BranchHash> branches;
   std::vector<std::vector<int64_t>> children(S);
   std::vector<int64_t> roots;
   for (int64_t r = 0; r < S; ++r) {
-    const int64_t* mine = ids + begin[r];
-    Branch at{-1, 0, mine[0]};
+    const int64_t* row = ids + begin[r];
+    Branch at{-1, 0, row[0]};
     for (auto found = branches.find(at); found != branches.end(); found = branches.find(at)) {
       const int64_t other = found->second;
-      const int64_t* theirs = ids + begin[other];
+      const int64_t* other_row = ids + begin[other];
       const int64_t limit = std::min(lengths[r], lengths[other]);
-      const int64_t same = std::mismatch(mine + at.depth, mine + limit, theirs + at.depth).first - mine;
+      const int64_t same =
+          std::mismatch(row + at.depth, row + limit, other_row + at.depth).first - row;
       parent[r] = other;
       shared[r] = same;
       if (same == lengths[r]) break;
-      at = {other, same, mine[same]};
+      at = {other, same, row[same]};
     }
     if (shared[r] < lengths[r]) branches.emplace(at, r);
     (parent[r] < 0 ? roots : children[parent[r]]).push_back(r);
@@ -72,11 +73,11 @@ Outputs prefix_tree(const at::Tensor& tokens, at::IntArrayRef lengths) {
   int32_t* end = ends.mutable_data_ptr<int32_t>();
   int64_t* place = places.mutable_data_ptr<int64_t>();
 
-  // Depth first, on a stack of our own: a row's tokens, then what branches off it, deepest first.
+  // Depth first with an explicit stack: a row's tokens, then its branches, the deepest first.
   struct Frame {
     int64_t row;
     size_t next;
-    int64_t unended;  // tokens of the row from this depth on have their end
+    int64_t closed;  // the ends of the tokens from this depth on are set
   };
   std::vector<Frame> stack;
   std::vector<int64_t> start(S);
@@ -95,8 +96,8 @@ Outputs prefix_tree(const at::Tensor& tokens, at::IntArrayRef lengths) {
   };
   auto finish = [&](Frame& frame, int64_t depth) {
     int32_t* ends_of_row = end + start[frame.row] - shared[frame.row];
-    std::fill(ends_of_row + depth, ends_of_row + frame.unended, static_cast<int32_t>(cursor));
-    frame.unended = depth;
+    std::fill(ends_of_row + depth, ends_of_row + frame.closed, static_cast<int32_t>(cursor));
+    frame.closed = depth;
   };
   for (int64_t root : roots) {
     enter(root);
@@ -115,10 +116,10 @@ Outputs prefix_tree(const at::Tensor& tokens, at::IntArrayRef lengths) {
   }
 
   for (int64_t r = 0; r < S; ++r) {
-    int64_t* mine = place + begin[r];
-    if (parent[r] >= 0) std::copy_n(place + begin[parent[r]], shared[r], mine);
+    int64_t* place_of = place + begin[r];
+    if (parent[r] >= 0) std::copy_n(place + begin[parent[r]], shared[r], place_of);
     for (int64_t depth = shared[r]; depth < lengths[r]; ++depth) {
-      mine[depth] = start[r] + depth - shared[r];
+      place_of[depth] = start[r] + depth - shared[r];
     }
   }
   return {sources, positions, ends, places, order, overlap};

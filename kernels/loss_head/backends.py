@@ -1,4 +1,4 @@
-"""The implementations by name, and which one `auto` means on a device."""
+"""The implementations by name, and the one that "auto" selects on a device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .problem import LogprobsProblem, Outcome, Problem, Vocab
 
-# Name -> module, attribute; an empty attribute is the module itself. The Triton designs have names
-# of their own, for benchmarks and for runs that must repeat bitwise on another machine.
+# Name -> module, attribute; an empty attribute means the module itself. Benchmarks and tests use
+# the names of the two Triton designs.
 PLACES = {
     "reference": ("reference", ""),
     "cpp": ("cpp", ""),
@@ -24,34 +24,34 @@ NEEDS = {"triton.entry": "triton", "cpp": f"{__package__}.cpp"}
 
 
 class Implementation(Protocol):
-    """What stands behind a name."""
+    """The interface of an implementation."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why a device and dtype cannot be taken; empty if they can."""
+        """Return why this device and dtype are not supported, or an empty string."""
         ...
 
     def policy_loss(self, problem: Problem) -> Outcome:
-        """Loss and gradients of a checked problem."""
+        """Compute loss and gradients of a problem."""
         ...
 
     def logprobs(self, problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
-        """log-probs and entropies, [N] in the compute dtype."""
+        """Compute log-probs and entropies, [N] in the compute dtype."""
         ...
 
 
 def implementation(
     impl: str, device: torch.device, dtype: torch.dtype, vocab: Vocab | None = None
 ) -> Implementation:
-    """The implementation that a request means; ValueError naming impl where it cannot be met here.
+    """Return the implementation of a name. Raises ValueError naming impl if it is not available.
 
-    "auto" is triton on CUDA and cpp elsewhere, or the reference where that one cannot be used, by
-    this rank or by another of the vocabulary's group.
+    "auto" is triton on CUDA and cpp elsewhere. It is the reference if any rank of the vocabulary's
+    group cannot use that one.
     """
     if impl == "auto":
         first = "triton" if device.type == "cuda" else "cpp"
         usable = not _reason(first, device, dtype)
         if vocab is not None:
-            # Ranks whose implementations differ would exchange sums that do not match.
+            # Different implementations exchange different sums, so all ranks use the same one.
             usable = bool(vocab.least(int(usable), device))
         impl = first if usable else "reference"
     if impl not in PLACES:
@@ -70,7 +70,7 @@ def _reason(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _load(impl: str) -> Implementation:
-    # Imported here and nowhere else, so that importing the package needs neither triton nor C++.
+    # Imported on use only, so that the package imports without triton and without the extension.
     module_name, attribute = PLACES[impl]
     module = importlib.import_module(f".{module_name}", __package__)
     return getattr(module, attribute) if attribute else module  # type: ignore[return-value]

@@ -1,34 +1,36 @@
-"""The loss head as torch.library operators: real body, fake body, autograd.
+"""The loss head as torch.library operators: implementation, fake implementation, autograd.
 
-The operators take the arguments of the public functions flattened, so that torch.compile sees one
-opaque node whose output shapes do not depend on values; checks that need values happen inside. The
-arguments of each are said once, as a record: its schema is made from the record's annotations.
+Operators take the arguments of the public functions as a flat list. torch.compile sees one opaque
+node whose output shapes do not depend on values; checks of values run inside it. A record declares
+the arguments of each operator, and its annotations give the schema.
 
-An operator that writes to an argument can have no autograd formula. So the one that adds to a sum
-of head gradients knows nothing of autograd, and `with_hidden_gradient` tells it what it has found.
+An operator that writes to an argument cannot have an autograd formula. The operator that adds to
+head_grad therefore has none, and `with_hidden_gradient` connects its result to autograd.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .backends import implementation
-from .problem import LogprobsProblem, Outcome, Problem, Vocab, check_indices, compute_dtype
-from .records import PolicyRule
+from .problem import LogprobsProblem, Outcome, Problem, Vocab, compute_dtype
+from .records import PolicyRule, PolicyStats
+from .values import check_indices
 
-NUM_STATS = 11
-# Of a product that stays in the caches between its two passes.
-BLOCK_ELEMENTS = 1 << 20
+NUM_STATS = len(fields(PolicyStats))
 RULE_FIELDS = tuple(get_type_hints(PolicyRule))
+# A block of this size stays in the caches from its product to its conversion.
+BLOCK_ELEMENTS = 1 << 20
 
 
 class PolicyArguments(NamedTuple):
-    """The arguments of turn_policy_loss as the operator takes them: the rule as its fields."""
+    """The arguments of the policy loss operator; `flat` replaces the rule by its fields."""
 
     hidden: Tensor
     head_weight: Tensor
@@ -52,21 +54,21 @@ class PolicyArguments(NamedTuple):
     impl: str
 
     def flat(self) -> tuple[Any, ...]:
-        at = RULE_PLACE
-        return (*self[:at], *[getattr(self.rule, name) for name in RULE_FIELDS], *self[at + 1 :])
+        rule = [getattr(self.rule, name) for name in RULE_FIELDS]
+        return (*self[:RULE_INDEX], *rule, *self[RULE_INDEX + 1 :])
 
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> PolicyArguments:
-        at, stop = RULE_PLACE, RULE_PLACE + len(RULE_FIELDS)
-        rule = PolicyRule(**dict(zip(RULE_FIELDS, flat[at:stop], strict=True)))
-        return cls._make((*flat[:at], rule, *flat[stop:]))
+        stop = RULE_INDEX + len(RULE_FIELDS)
+        rule = PolicyRule(**dict(zip(RULE_FIELDS, flat[RULE_INDEX:stop], strict=True)))
+        return cls._make((*flat[:RULE_INDEX], rule, *flat[stop:]))
 
 
-RULE_PLACE = PolicyArguments._fields.index("rule")
+RULE_INDEX = PolicyArguments._fields.index("rule")
 
 
 class LogprobsArguments(NamedTuple):
-    """The arguments of linear_logprobs as the operator takes them."""
+    """The arguments of the log-prob operator."""
 
     hidden: Tensor
     head_weight: Tensor
@@ -83,12 +85,11 @@ class LogprobsArguments(NamedTuple):
 def _operator(
     name: str, body: Callable[..., Any], record: Any, returns: object, written: tuple[str, ...] = ()
 ) -> Any:
-    """The body, of positional arguments, as an operator whose schema is that of the record, after
-    which come tensors that it writes to."""
+    """Make an operator with the fields of the record as arguments, then the tensors it writes."""
     kinds = get_type_hints(record)
     if kinds.pop("rule", None):
-        # In the place of the rule, as PolicyArguments.flat does.
-        before, after = record._fields[:RULE_PLACE], record._fields[RULE_PLACE + 1 :]
+        # The rule's fields take its place, as in PolicyArguments.flat.
+        before, after = record._fields[:RULE_INDEX], record._fields[RULE_INDEX + 1 :]
         rule = get_type_hints(PolicyRule)
         kinds = {name: (kinds | rule)[name] for name in (*before, *RULE_FIELDS, *after)}
     kinds |= dict.fromkeys(written, Tensor)
@@ -107,28 +108,28 @@ def _operator(
 
 
 def _plain(kind: Any) -> Any:
-    # A choice of names is a string to an operator.
+    # An operator schema has no Literal, only its type.
     return type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
 
 
 def _policy_loss(*flat: Any) -> tuple[Tensor, ...]:
-    given = PolicyArguments.of(flat)
-    out = _outcome(given, None)
-    return *_figures(given, out), out.d_head_VD.to(given.head_weight.dtype)
+    arguments = PolicyArguments.of(flat)
+    out = _compute(arguments, None)
+    return *_outputs(arguments, out), out.d_head_VD.to(arguments.head_weight.dtype)
 
 
 def _policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
-    given, head_grad = PolicyArguments.of(flat[:-1]), flat[-1]
-    return _figures(given, _outcome(given, head_grad))
+    arguments, head_grad = PolicyArguments.of(flat[:-1]), flat[-1]
+    return _outputs(arguments, _compute(arguments, head_grad))
 
 
-def _outcome(given: PolicyArguments, head_grad: Tensor | None) -> Outcome:
-    hidden, head_weight = given.hidden, given.head_weight
-    vocab = Vocab.of(head_weight, given.vocab_start, given.group)
-    chosen = implementation(given.impl, hidden.device, hidden.dtype, vocab)
+def _compute(arguments: PolicyArguments, head_grad: Tensor | None) -> Outcome:
+    hidden, head_weight = arguments.hidden, arguments.head_weight
+    vocab = Vocab.of(head_weight, arguments.vocab_start, arguments.group)
+    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab)
     dtype = compute_dtype(hidden.dtype)
-    N = given.rows.shape[0]
-    weights = given.weights
+    N = arguments.rows.shape[0]
+    weights = arguments.weights
     if weights is None:
         weights = torch.full((N,), 1.0 / max(N, 1), dtype=dtype, device=hidden.device)
 
@@ -139,37 +140,37 @@ def _outcome(given: PolicyArguments, head_grad: Tensor | None) -> Outcome:
         hidden_TD=hidden,
         head_VD=head_weight,
         vocab=vocab,
-        rows_N=given.rows.long(),
-        targets_N=given.targets.long(),
-        turns_N=given.turns.long(),
-        sequences_K=None if given.sequences is None else given.sequences.long(),
-        advantages_K=given.advantages.to(dtype),
+        rows_N=arguments.rows.long(),
+        targets_N=arguments.targets.long(),
+        turns_N=arguments.turns.long(),
+        sequences_K=None if arguments.sequences is None else arguments.sequences.long(),
+        advantages_K=arguments.advantages.to(dtype),
         weights_N=weights.to(dtype),
-        old_N=cast(given.old_logprobs),
-        ref_N=cast(given.ref_logprobs),
-        sampler_N=cast(given.sampler_logprobs),
-        rule=given.rule,
-        temperature=given.temperature,
-        softcap=given.softcap,
-        chunk_tokens=given.chunk_tokens,
-        need_hidden=given.need_hidden,
-        need_head=given.need_head,
+        old_N=cast(arguments.old_logprobs),
+        ref_N=cast(arguments.ref_logprobs),
+        sampler_N=cast(arguments.sampler_logprobs),
+        rule=arguments.rule,
+        temperature=arguments.temperature,
+        softcap=arguments.softcap,
+        chunk_tokens=arguments.chunk_tokens,
+        need_hidden=arguments.need_hidden,
+        need_head=arguments.need_head,
         head_grad_VD=head_grad,
     )
-    # The dtypes are chosen here, float32 where it counts: a caller's autocast would undo that.
+    # The implementations choose their dtypes; the autocast of a caller would change them.
     with torch.autocast(hidden.device.type, enabled=False):
         return chosen.policy_loss(problem)
 
 
-def _figures(given: PolicyArguments, out: Outcome) -> tuple[Tensor, ...]:
-    figures = (out.loss, out.logprobs_N, out.entropies_N, out.turn_logprobs_K, out.stats)
-    # Kept from here to backward: not wider than it will be there.
-    return *figures, out.d_hidden_TD.to(given.hidden.dtype)
+def _outputs(arguments: PolicyArguments, out: Outcome) -> tuple[Tensor, ...]:
+    outputs = (out.loss, out.logprobs_N, out.entropies_N, out.turn_logprobs_K, out.stats)
+    # Saved until backward, so in the dtype that it has there.
+    return *outputs, out.d_hidden_TD.to(arguments.hidden.dtype)
 
 
 def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
-    given = PolicyArguments.of(flat)
-    hidden, num_tokens = given.hidden, given.rows.shape[0]
+    arguments = PolicyArguments.of(flat)
+    hidden, num_tokens = arguments.hidden, arguments.rows.shape[0]
     dtype = compute_dtype(hidden.dtype)
 
     def new(*shape: int | torch.SymInt, dtype: torch.dtype = dtype) -> Tensor:
@@ -179,10 +180,10 @@ def _fake_policy_loss(*flat: Any) -> tuple[Tensor, ...]:
         new(),
         new(num_tokens),
         new(num_tokens),
-        new(given.advantages.shape[0]),
+        new(arguments.advantages.shape[0]),
         hidden.new_empty(NUM_STATS, dtype=torch.float64),
-        new(*(hidden.shape if given.need_hidden else (0,)), dtype=hidden.dtype),
-        new(*(given.head_weight.shape if given.need_head else (0,)), dtype=hidden.dtype),
+        new(*(hidden.shape if arguments.need_hidden else (0,)), dtype=hidden.dtype),
+        new(*(arguments.head_weight.shape if arguments.need_head else (0,)), dtype=hidden.dtype),
     )
 
 
@@ -191,9 +192,9 @@ def _fake_policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = PolicyArguments.of(inputs)
-    ctx.dtypes = given.hidden.dtype, given.head_weight.dtype
-    ctx.needs = given.need_hidden, given.need_head
+    arguments = PolicyArguments.of(inputs)
+    ctx.dtypes = arguments.hidden.dtype, arguments.head_weight.dtype
+    ctx.needs = arguments.need_hidden, arguments.need_head
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(output[5], output[6])
     ctx.set_materialize_grads(False)
@@ -212,7 +213,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
 
 class _HiddenGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trained: Tensor, loss: Tensor, d_hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, loss: Tensor, d_hidden: Tensor) -> Tensor:
         ctx.save_for_backward(d_hidden)
         return loss.clone()
 
@@ -220,47 +221,47 @@ class _HiddenGradient(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
         (d_hidden,) = ctx.saved_tensors
         if torch.compiler.is_compiling() or d_loss.device.type != "cpu":
-            # A look at the factor would stall an accelerator; it shows in the gradient instead.
+            # A test of the factor would synchronise with the host. A wrong factor gives NaN.
             d_loss = d_loss.where(d_loss == 1, torch.nan)
         elif d_loss != 1:
             raise ValueError(
                 f"head_grad: expected loss.backward() with a factor of 1, got {float(d_loss):g}; "
-                "the head's gradient was added to it before: give the factor to weights"
+                "the forward pass added the head's gradient already: scale weights instead"
             )
-        known = d_hidden.numel() > 0
-        return _scaled(d_hidden, d_loss, d_hidden.dtype) if known else None, None, None
+        if not d_hidden.numel():
+            return None, None, None
+        return _scaled(d_hidden, d_loss, d_hidden.dtype), None, None
 
 
 def with_hidden_gradient(
     hidden: Tensor, head_weight: Tensor, loss: Tensor, d_hidden: Tensor
 ) -> Tensor:
-    """The loss, whose backward gives d_hidden to hidden and nothing to the head, whose gradient has
-    been added up elsewhere."""
-    # A loss of the head alone can be differentiated, too; it is then known by the head.
-    trained = hidden if hidden.requires_grad else head_weight
-    return _HiddenGradient.apply(trained, loss, d_hidden)
+    """Return the loss with a backward that gives d_hidden to hidden and nothing to head_weight."""
+    # If only the head requires a gradient, the loss has to be differentiable by the head.
+    leaf = hidden if hidden.requires_grad else head_weight
+    return _HiddenGradient.apply(leaf, loss, d_hidden)
 
 
 def _scaled(grad: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * d_loss in the model's dtype, without another float32 buffer of the head's size.
+    """Return grad * d_loss in the model's dtype, without a second float32 buffer of its size.
 
-    A float32 gradient that needs no factor is handed over as it is, if no later backward will ask
-    for it again.
+    A float32 gradient with factor 1 is returned itself, unless the graph is kept for another
+    backward pass.
     """
     if torch.compiler.is_compiling() or type(grad) is not Tensor:
-        return (grad * d_loss).to(dtype)  # a tracer has no values to ask, and its compiler fuses
+        return (grad * d_loss).to(dtype)  # a tracer has no values, and its compiler fuses the two
     if grad.device.type != "cpu":
-        # A GPU writes another dtype directly, and would have to wait for the comparison below.
+        # A GPU kernel writes another dtype directly; the comparison below would synchronise.
         return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
     one = bool(d_loss == 1)
     if grad.dtype == dtype:
         return grad.detach() if one and not _graph_is_kept() else grad * d_loss
     if one:
         return grad.to(dtype)
-    # On the CPU torch would make the float32 product whole, and convert it then.
+    # On the CPU torch would make the whole float32 product before its conversion.
     out = torch.empty_like(grad, dtype=dtype)
-    for to, values in zip(_blocks(out), _blocks(grad), strict=True):
-        to.copy_(values * d_loss)
+    for target, values in zip(_blocks(out), _blocks(grad), strict=True):
+        target.copy_(values * d_loss)
     return out
 
 
@@ -269,36 +270,36 @@ def _blocks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward may run again; true where torch does not say."""
+    """Return whether this backward may run again; true where torch cannot tell."""
     autograd = getattr(torch._C, "_autograd", None)
     ask = getattr(autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
 def _logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
-    given = LogprobsArguments(*flat)
-    hidden, head_weight = given.hidden, given.head_weight
-    vocab = Vocab.of(head_weight, given.vocab_start, given.group)
-    chosen = implementation(given.impl, hidden.device, hidden.dtype, vocab)
+    arguments = LogprobsArguments(*flat)
+    hidden, head_weight = arguments.hidden, arguments.head_weight
+    vocab = Vocab.of(head_weight, arguments.vocab_start, arguments.group)
+    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab)
     problem = LogprobsProblem(
         hidden_TD=hidden,
         head_VD=head_weight,
         vocab=vocab,
-        rows_N=given.rows.long(),
-        targets_N=given.targets.long(),
-        temperature=given.temperature,
-        softcap=given.softcap,
-        chunk_tokens=given.chunk_tokens,
+        rows_N=arguments.rows.long(),
+        targets_N=arguments.targets.long(),
+        temperature=arguments.temperature,
+        softcap=arguments.softcap,
+        chunk_tokens=arguments.chunk_tokens,
     )
-    check_indices(hidden, vocab, problem.rows_N, problem.targets_N)
+    check_indices(problem)
     with torch.autocast(hidden.device.type, enabled=False):
         return chosen.logprobs(problem)
 
 
 def _fake_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
-    given = LogprobsArguments(*flat)
-    dtype = compute_dtype(given.hidden.dtype)
-    out = given.hidden.new_empty(given.rows.shape[0], dtype=dtype)
+    arguments = LogprobsArguments(*flat)
+    dtype = compute_dtype(arguments.hidden.dtype)
+    out = arguments.hidden.new_empty(arguments.rows.shape[0], dtype=dtype)
     return out, torch.empty_like(out)
 
 

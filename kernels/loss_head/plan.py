@@ -1,4 +1,4 @@
-"""Which tokens enter the matrix products, in which order, and where the chunks are cut."""
+"""The tokens that enter the matrix products, their order, and the chunks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .problem import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Whole segments: tokens [start, stop) of the order, segments [first, last)."""
+    """Whole segments: tokens [start, stop) of the order, segments [first_segment, stop_segment)."""
 
     start: int
     stop: int
-    first: int
-    last: int
+    first_segment: int
+    stop_segment: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +25,10 @@ class Plan:
     """The M active tokens of a call, ordered so that each ratio segment is contiguous.
 
     order_M: indices into the N tokens.
-    segment_M, lengths_S: segment of each ordered token, counting up from 0, and tokens per segment;
-        None at token level, where every token is its own segment.
-    chunks: what is computed together; at most `chunk` tokens unless it is one longer segment.
-    masked, skipped: counts of what was left out.
+    segment_M, lengths_S: the segment of each ordered token, from 0, and tokens per segment; None at
+        token level, where every token is its own segment.
+    chunks: computed one at a time; at most `chunk` tokens, unless one segment is longer.
+    masked, skipped: numbers of the other tokens, as in PolicyStats.
     """
 
     order_M: Tensor
@@ -40,38 +40,37 @@ class Plan:
 
 
 def make_plan(problem: Problem, chunk: int) -> Plan:
-    """Leave out tokens that cannot change the loss, and cut the rest at segment boundaries.
+    """Select the tokens that can change the loss and cut them into chunks at segment boundaries.
 
-    Worked example: chunk 5, ratio "turn", turns of 3, 2 and 9 tokens, all with an advantage: tokens
-    (0, 5) and (5, 14), segments (0, 2) and (2, 3); the last one is longer than a chunk.
+    Example: chunk 5, ratio "turn", turns of 3, 2 and 9 tokens, all with an advantage. The chunks
+    are tokens [0, 5) of segments [0, 2) and tokens [5, 14) of segment 2, which exceeds a chunk.
     """
     p = problem
     weighted_N = p.weights_N != 0
-    always = p.rule.kl_coef != 0 or p.rule.entropy_coef != 0
+    all_weighted = p.rule.kl_coef != 0 or p.rule.entropy_coef != 0
     signal_N = weighted_N & (p.advantages_K != 0)[p.turns_N]
     segment_N: Tensor | None = None
     if p.rule.ratio == "turn":
         segment_N = p.turns_N
     elif p.rule.ratio == "sequence":
         assert p.sequences_K is not None
-        # Numbered anew, in their order: ids may be any, as hashes are.
+        # Number the sequences from 0: their ids may be any integers.
         ids, number_K = p.sequences_K.unique(return_inverse=True)
         by_sequence_N = segment_N = number_K[p.turns_N]
-        # A token without advantage still moves the ratio of a sequence that has some.
-        lit = torch.zeros_like(ids, dtype=torch.bool)
-        lit[by_sequence_N[signal_N]] = True
-        signal_N = weighted_N & lit[by_sequence_N]
-    active_N = weighted_N if always else signal_N
+        # A token without advantage still changes the ratio of a sequence that has one.
+        has_signal = torch.zeros_like(ids, dtype=torch.bool)
+        has_signal[by_sequence_N[signal_N]] = True
+        signal_N = weighted_N & has_signal[by_sequence_N]
+    active_N = weighted_N if all_weighted else signal_N
     order_M = active_N.nonzero().squeeze(1)
     masked = (~weighted_N).sum()
     skipped = (weighted_N & ~active_N).sum()
     if segment_N is None:
-        chunks = _even_chunks(order_M.shape[0], chunk)
         return Plan(
             order_M=order_M,
             segment_M=None,
             lengths_S=None,
-            chunks=chunks,
+            chunks=_even_chunks(order_M.shape[0], chunk),
             masked=masked,
             skipped=skipped,
         )
@@ -88,20 +87,18 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
 
 
 def _even_chunks(total: int, chunk: int) -> tuple[Chunk, ...]:
-    # Equal parts: a short last chunk would cost as much weight traffic as a full one.
+    # Equal chunks: a short last one would read as much of the head as a full one.
     size = -(-total // max(1, -(-total // chunk)))
     spans = ((start, min(start + size, total)) for start in range(0, total, max(size, 1)))
-    return tuple(Chunk(start=a, stop=b, first=a, last=b) for a, b in spans)
+    return tuple(Chunk(start=a, stop=b, first_segment=a, stop_segment=b) for a, b in spans)
 
 
 def _whole_segment_chunks(lengths: list[int], chunk: int) -> tuple[Chunk, ...]:
     chunks: list[Chunk] = []
     start = stop = first = 0
-    for number, length in enumerate(lengths):
+    for number, length in enumerate([*lengths, chunk + 1]):
         if stop > start and stop + length - start > chunk:
-            chunks.append(Chunk(start=start, stop=stop, first=first, last=number))
+            chunks.append(Chunk(start=start, stop=stop, first_segment=first, stop_segment=number))
             start, first = stop, number
         stop += length
-    if stop > start:
-        chunks.append(Chunk(start=start, stop=stop, first=first, last=len(lengths)))
     return tuple(chunks)

@@ -1,4 +1,4 @@
-"""The policy loss of a set of whole ratio segments, and its derivative by log-prob and entropy.
+"""The policy loss of whole ratio segments and its derivatives by log-prob and entropy.
 
 r_n   = logprob_n - old_n                       (0 without old log-probs: on policy)
 ratio = exp(r_n), or exp(mean of r over the segment's tokens) at turn and sequence level
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..segments.reference import segment_sum
 from .records import PolicyRule
 
-# Sums over tokens, in this order; then the extremes of the ratio.
+# Terms.sums: this many sums over tokens, then the extremes of the ratio.
 NUM_SUMS = 6
 
 
@@ -26,7 +26,8 @@ NUM_SUMS = 6
 class Tokens:
     """The per-token inputs of the policy loss for C tokens in S whole segments, in order.
 
-    segment_C counts up from 0 and lengths_S are the tokens per segment; both None at token level.
+    segment_C: segment of each token, from 0. lengths_S: tokens per segment. Both are None at token
+    level.
     """
 
     advantages_C: Tensor
@@ -40,10 +41,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """loss: 0-d. d_logprob_C, d_entropy_C: its derivatives (None where the rule has no entropy
-    term).
-    sums: clip_low, clip_high, clip_dual, kl, ref_kl, entropy, ratio_min, ratio_max of the C
-    tokens."""
+    """The loss of C tokens, 0-d, with its derivatives and statistics.
+
+    d_entropy_C: None where the rule has no entropy term.
+    sums: clip_low, clip_high, clip_dual, kl, ref_kl, entropy; then ratio_min and ratio_max.
+    """
 
     loss: Tensor
     d_logprob_C: Tensor
@@ -52,7 +54,7 @@ class Terms:
 
 
 def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: Tensor) -> Terms:
-    """Loss and derivatives in torch, without autograd, any device."""
+    """Compute loss and derivatives in torch, without autograd, on any device."""
     old_C = logprobs_C if t.old_C is None else t.old_C
     log_ratio_C = logprobs_C - old_C
     ratio_C = _segment_mean(log_ratio_C, t).exp()
@@ -105,7 +107,7 @@ def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: T
 
 
 def _segment_mean(values_C: Tensor, t: Tokens) -> Tensor:
-    """The mean over each token's segment; the values themselves at token level."""
+    """Return the mean over each token's segment; the values themselves at token level."""
     if t.segment_C is None:
         return values_C
     assert t.lengths_S is not None
@@ -114,7 +116,7 @@ def _segment_mean(values_C: Tensor, t: Tokens) -> Tensor:
 
 
 def no_sums(device: torch.device) -> Tensor:
-    """The neutral element of add_sums."""
+    """Return the neutral element of add_sums."""
     sums = torch.zeros(NUM_SUMS + 2, dtype=torch.float64, device=device)
     sums[NUM_SUMS] = torch.inf
     sums[NUM_SUMS + 1] = -torch.inf
@@ -133,8 +135,10 @@ def add_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def stats_vector(sums: Tensor, tokens: int, masked: Tensor, skipped: Tensor) -> Tensor:
-    """The vector in the order of PolicyStats; without a trained token all means are 0 and ratios
-    1."""
+    """Return the statistics in the order of PolicyStats.
+
+    Without a trained token means are 0 and ratios 1.
+    """
     head = torch.stack([torch.full_like(masked, tokens), masked, skipped]).double()
     if tokens == 0:
         ones = torch.ones(2, dtype=torch.float64, device=sums.device)

@@ -1,4 +1,4 @@
-"""The records of the loss head: what goes in as a rule, what comes out as a result."""
+"""The public records of the loss head: the rule, the statistics and the results."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ Kind = Literal["ppo", "cispo"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRule:
-    """Which policy loss is taken.
+    """The policy loss to compute. Raises ValueError naming the field.
 
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (2503.14476).
-    ratio: "token"; "turn", the geometric mean over the loss-bearing tokens of a turn; "sequence",
-        the same over all turns of a sequence in one call (GSPO, 2507.18071).
+    ratio: "token"; "turn", the geometric mean over the trained tokens of a turn; "sequence", the
+        same over all turns of a sequence in one call (GSPO, 2507.18071).
     kind: "ppo"; "cispo" (2506.13585), -sg(min(ratio, 1 + clip_high)) * A * logprob, which has no
-        lower clip and leaves clip_low unused.
-    dual_clip: bound c > 1 on -loss / |A| for negative advantages (1912.09729), PPO only.
-    kl_coef: weight of the k3 estimate of KL(policy || reference); needs ref_logprobs.
+        lower clip and ignores clip_low.
+    dual_clip: upper bound c > 1 of loss / |A| for negative advantages (1912.09729), PPO only.
+    kl_coef: weight of the k3 estimate of KL(policy || reference); requires ref_logprobs.
     entropy_coef: weight of the entropy bonus.
-    is_cap: C of the truncated importance weight min(pi_old / pi_sampler, C); needs
-        sampler_logprobs.
-    Raises ValueError naming the field.
+    is_cap: cap C of the importance weight min(pi_old / pi_sampler, C); requires sampler_logprobs.
     """
 
     clip_low: float = 0.2
@@ -62,18 +60,18 @@ class PolicyRule:
 
 @dataclass(frozen=True)
 class PolicyStats:
-    """Statistics over the trained tokens of one call: 0-d float64 tensors on the device of hidden.
+    """Statistics over the trained tokens of one call, 0-d float64 tensors on the device of hidden.
 
     tokens: trained tokens.
     masked: tokens of weight 0.
-    skipped: tokens of non-zero weight in a ratio segment without any advantage, which cannot change
-        the loss; tokens + masked + skipped = N.
+    skipped: tokens of other weights in a ratio segment whose advantages are all 0, which cannot
+        change the loss; tokens + masked + skipped = N.
     clip_low, clip_high, clip_dual: fractions of the trained tokens whose gradient a clip removed
         or, for CISPO, bounded.
     kl: mean k3 estimate of KL(policy || old). ref_kl: of KL(policy || reference), 0 without one.
     ratio_min, ratio_max: extremes of the ratio at the level of the rule.
     entropy: mean, in nats.
-    Means combine over micro-batches when weighted by `tokens`.
+    Weight means by `tokens` to combine micro-batches.
     """
 
     tokens: Tensor
@@ -91,10 +89,10 @@ class PolicyStats:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What turn_policy_loss returns; only `loss` carries a gradient.
+    """The result of turn_policy_loss; only `loss` has a gradient.
 
-    loss: 0-d. logprobs, entropies: [N], NaN for masked and skipped tokens, never computed.
-    turn_logprobs: [K], sums over the trained tokens of each turn, 0 for a turn without one.
+    loss: 0-d. logprobs, entropies: [N], NaN for masked and skipped tokens, which are not computed.
+    turn_logprobs: [K], sums over the trained tokens of each turn, 0 for a turn without any.
     All float32, or float64 for float64 input.
     """
 
@@ -107,7 +105,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class LinearLogprobs:
-    """What linear_logprobs returns: logprobs and entropies, [N] float32, without gradient."""
+    """The result of linear_logprobs: log-probs and entropies, [N] float32, without gradient."""
 
     logprobs: Tensor
     entropies: Tensor

@@ -5,10 +5,10 @@
     logprob = z_y - m - log Z = -log1p(S exp(m - z_y));   entropy = log Z - sum_j E_j (z_j - m) / Z
     dz_j = -(g + h (log p_j + entropy)) E_j / Z          g = dloss/dlogprob, h = dloss/dentropy
     dz_y = g S / Z - h (log p_y + entropy) E_y / Z
-    dx = dz @ W, dW = dz^T @ x, the terms of y added apart
+    dx = dz @ W, dW = dz^T @ x, the terms of y added separately
 
-S leaves the target out, so that 1 - p_y = S / Z keeps its digits for confident tokens.
-Memory: two [C, V] buffers in float32, C chosen so that one is about 64 MiB or 64 tokens.
+S excludes the target, so 1 - p_y = S / Z keeps its relative precision for confident tokens.
+Memory: two [C, V] buffers in float32; C is the larger of 64 tokens and 64 MiB per buffer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..segments.reference import add_rows
-from .driver import head_sum, run_logprobs, run_policy_loss
-from .problem import LogprobsProblem, Outcome, Problem, Vocab, compute_dtype
+from .driver import run_logprobs, run_policy_loss
+from .problem import HeadInputs, LogprobsProblem, Outcome, Problem, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK, MAX_CHUNK = 64, 2048
@@ -28,20 +28,12 @@ COLUMNS = 4096
 class ReferenceHead:
     """The driver's Head in plain torch."""
 
-    def __init__(
-        self,
-        head_VD: Tensor,
-        vocab: Vocab,
-        temperature: float,
-        softcap: float | None,
-        need_hidden: bool,
-        d_head_VD: Tensor | None,
-    ) -> None:
-        self.dtype = compute_dtype(head_VD.dtype)
-        self.head_VD = head_VD.to(self.dtype)
-        self.vocab = vocab
-        self.temperature, self.softcap = temperature, softcap
-        self.need_hidden, self.d_head_VD = need_hidden, d_head_VD
+    def __init__(self, inputs: HeadInputs) -> None:
+        self.dtype = compute_dtype(inputs.head_VD.dtype)
+        self.head_VD = inputs.head_VD.to(self.dtype)
+        self.vocab = inputs.vocab
+        self.temperature, self.softcap = inputs.temperature, inputs.softcap
+        self.need_hidden, self.d_head_VD = inputs.need_hidden, inputs.d_head_VD
         self.kept: tuple[Tensor, ...] = ()
 
     def chunk_tokens(self) -> int:
@@ -65,8 +57,7 @@ class ReferenceHead:
         S_C = self.vocab.sum(E_CV.sum(dim=1))
         E_y_C = u_y_C.exp()
         Z_C = S_C + E_y_C
-        # Anchored at the target where that cannot overflow; there log1p keeps tiny probabilities of
-        # error.
+        # Anchored at the target where that cannot overflow: log1p keeps the precision of 1 - p_y.
         anchored_C = -torch.log1p(S_C * (-u_y_C.clamp(min=-60)).exp())
         logprobs_C = torch.where(u_y_C > -60, anchored_C, u_y_C - Z_C.log())
         log_Z_C = u_y_C - logprobs_C
@@ -82,18 +73,18 @@ class ReferenceHead:
         scale_C = -d_logprob_C / (Z_C * self.temperature)
         y_C = -scale_C * S_C
         if d_entropy_C is not None:
-            bonus_C = entropies_C - log_Z_C
-            slope_C = -d_entropy_C / (Z_C * self.temperature)
-            y_C = y_C + slope_C * (u_y_C + bonus_C) * u_y_C.exp()
-            factor_CV = u_CV.add(bonus_C.unsqueeze(1)).mul_(slope_C.unsqueeze(1))
+            offset_C = entropies_C - log_Z_C
+            entropy_scale_C = -d_entropy_C / (Z_C * self.temperature)
+            y_C = y_C + entropy_scale_C * (u_y_C + offset_C) * u_y_C.exp()
+            factor_CV = u_CV.add(offset_C.unsqueeze(1)).mul_(entropy_scale_C.unsqueeze(1))
             E_CV.mul_(factor_CV.add_(scale_C.unsqueeze(1)))
             scale_C = torch.ones_like(scale_C)
         if self.softcap is not None:
-            # d tanh: 1 - (z / softcap)^2 with z before the temperature.
+            # The derivative of tanh: 1 - (z / softcap)^2, z before the temperature.
             by_cap = self.temperature / self.softcap
             E_CV.mul_(u_CV.add_(m_C.unsqueeze(1)).mul_(by_cap).square_().neg_().add_(1.0))
             y_C = y_C * (1.0 - ((u_y_C + m_C) * by_cap).square())
-        # The target's own term, up to V times any other, stays out of the products' long sums.
+        # The target's term, up to V times any other, is added after the long sums of the products.
         y_C1 = (y_C * owned_C).unsqueeze(1)
         if self.d_head_VD is not None:
             self.d_head_VD.addmm_(E_CV.T, x_CD * scale_C.unsqueeze(1))
@@ -105,25 +96,21 @@ class ReferenceHead:
 
 
 def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    # Block by block: no third [C, V] buffer, and torch's pairwise sums inside a block.
+    # Per block of columns: no third [C, V] buffer, and pairwise sums within a block.
     pairs = zip(a_CV.split(COLUMNS, dim=1), b_CV.split(COLUMNS, dim=1), strict=True)
     return torch.stack([(a * b).sum(dim=1) for a, b in pairs]).sum(dim=0)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Never: any device, any floating dtype."""
+    """Return an empty string: every device and floating dtype is supported."""
     return ""
 
 
 def policy_loss(problem: Problem) -> Outcome:
-    """Loss and gradients of a checked problem."""
-    p = problem
-    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, p.need_hidden, head_sum(p))
-    return run_policy_loss(p, head)
+    """Compute loss and gradients of a problem."""
+    return run_policy_loss(problem, ReferenceHead(HeadInputs.of(problem)))
 
 
 def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
-    """log-probs and entropies, [N] in the compute dtype."""
-    p = problem
-    head = ReferenceHead(p.head_VD, p.vocab, p.temperature, p.softcap, False, None)
-    return run_logprobs(p, head)
+    """Compute log-probs and entropies, [N] in the compute dtype."""
+    return run_logprobs(problem, ReferenceHead(HeadInputs.of(problem)))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...segments.triton_segments import segment_sum
-from ..driver import head_sum, run_logprobs, run_policy_loss
-from ..problem import LogprobsProblem, Outcome, Problem
+from ..driver import run_logprobs, run_policy_loss
+from ..problem import HeadInputs, LogprobsProblem, Outcome, Problem
 from .head import INTERPRETED, Design, TritonHead
 from .policy import policy_terms
 
@@ -50,23 +50,18 @@ class TritonLoss:
 
     def policy_loss(self, problem: Problem) -> Outcome:
         """Compute loss and gradients of a checked problem."""
-        p = problem
         # Triton launches on the current device, which may differ from the tensors' device.
-        with torch.cuda.device_of(p.hidden_TD):
-            head = self._head(p, p.need_hidden, head_sum(p))
-            return run_policy_loss(p, head, policy_terms, segment_sum)
+        with torch.cuda.device_of(problem.hidden_TD):
+            return run_policy_loss(problem, self._head(problem), policy_terms, segment_sum)
 
     def logprobs(self, problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
         """Compute log-probs and entropies, [N] float32."""
         with torch.cuda.device_of(problem.hidden_TD):
-            return run_logprobs(problem, self._head(problem, False, None))
+            return run_logprobs(problem, self._head(problem))
 
-    def _head(
-        self, p: Problem | LogprobsProblem, need_hidden: bool, d_head_VD: Tensor | None
-    ) -> TritonHead:
+    def _head(self, p: Problem | LogprobsProblem) -> TritonHead:
         tokens = p.chunk_tokens or p.rows_N.shape[0]
-        options = (p.temperature, p.softcap, need_hidden, d_head_VD, self._design(p), tokens)
-        return TritonHead(p.head_VD, p.vocab, *options)
+        return TritonHead(HeadInputs.of(p), self._design(p), tokens)
 
     def _design(self, p: Problem | LogprobsProblem) -> Design:
         if self.design is not None:

@@ -1,14 +1,14 @@
 """The anchored product: logits, exponentials and row sums in one persistent kernel.
 
-    z = x @ W^T, E = exp(z - shift) at once in the epilogue; 2CVD flops, reads x and W, writes 2CV
-    bytes of E (nothing when only log-probs are wanted) and 12 bytes per row and tile of sums.
+    z = x @ W^T, then E = exp(z - shift) in the epilogue; 2CVD flops. Reads x and W; writes 2CV
+    bytes of E (none when only log-probs are wanted) and 12 bytes of sums per row and tile.
 
-The shift of a row is known before the product (its target's logit, an indexed dot product), so no
-row maximum and no second pass over [C, V] is needed. The epilogue works on two halves of the
+The shift of a row, its target's logit, is known before the product from an indexed dot product. So
+no row maximum and no second pass over [C, V] is needed. The epilogue processes two halves of the
 accumulator in turn: a whole 128 x 256 tile and its exponentials do not fit the registers.
 """
 
-# Inside a kernel Triton's own rules hold, which a checker of Python does not know.
+# Type checkers do not know Triton's semantics inside a kernel.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
 
@@ -29,7 +29,7 @@ def _half_epilogue(
     j = first + tl.arange(0, HALF)
     u = scaled_logits(acc, scale, softcap, HAS_SOFTCAP) - shift[:, None]
     other = (j < V)[None, :] & (j[None, :] != target[:, None])
-    # Not -inf: 0 times it has to stay 0 in U.
+    # Not -inf, because 0 * -inf in U would be NaN.
     u = tl.where(other, u, -1e30)
     M = tl.max(u, 1)
     u = tl.minimum(u, CEILING, propagate_nan=tl.PropagateNan.ALL)
@@ -62,7 +62,7 @@ def anchored_kernel(
     tiles = tiles_c * tiles_v
     HALF: tl.constexpr = BLOCK_V // 2
     if ONLY_FLAGGED:
-        # Usually no row is flagged: then the launch is all that this pass costs.
+        # Usually no row is flagged; then this pass costs only its launch.
         tiles = tiles * tl.load(any_flag_ptr)
     if USE_TMA:
         x_desc = tl.make_tensor_descriptor(x_ptr, [C, D], [stride_xc, 1], [BLOCK_C, BLOCK_D])
@@ -71,7 +71,7 @@ def anchored_kernel(
     if USE_TMA and KEEP:
         E_desc = tl.make_tensor_descriptor(E_ptr, [C, V], [stride_ec, 1], [BLOCK_C, HALF])
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
-        # GROUP_C row tiles share a slice of the head while it is in the L2 cache.
+        # GROUP_C row tiles use a slice of the head while it is in the L2 cache.
         group = tile // (GROUP_C * tiles_v)
         rows = min(tiles_c - group * GROUP_C, GROUP_C)
         tile_c = group * GROUP_C + tile % (GROUP_C * tiles_v) % rows

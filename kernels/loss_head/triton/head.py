@@ -1,15 +1,16 @@
 """The Triton implementation of the loss head, in two designs behind one Head.
 
-    safe:      z = x @ W^T by the library in float32, in slices; one pass writes E and row sums
-    anchored:  one kernel does the product and the exponentials (triton_gemm.py), z never exists
-then for both, with 0 in the column of the target and its own term y = g S / Z apart, in float32,
+    safe:      the library computes z = x @ W^T in float32 slices; one pass writes E and row sums
+    anchored:  one kernel computes the product and the exponentials (gemm.py); z is never stored
+The backward pass is the same. Column y of E is 0, the target's term y = g S / Z is added in
+float32, and the products are library calls:
     dx_n = -(g_n / Z_n) (E @ W)_n + y_n W_y          dW = E^T @ (-(g / Z) x), row y plus y x
-as plain library products. E has the model's dtype; sums, coefficients, dx and dW are float32.
-With an entropy bonus or a soft cap a row of the gradient is no multiple of E, and one more pass
-over E turns it into dloss/dlogits first.
+E has the model's dtype; sums, coefficients, dx and dW are float32. With an entropy bonus or a soft
+cap, dz is not a multiple of E: one more pass over E replaces it by dloss/dlogits.
+Workspace: E [C, V] of at most WORKSPACE_BYTES together with the float32 slice or the sums per tile.
 """
 
-# A kernel's launch, kernel[grid](...), has no type that a checker knows.
+# Type checkers do not know the type of a launch, kernel[grid](...).
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import triton
 from torch import Tensor
 
 from ...segments.reference import add_rows
-from ..problem import Vocab
+from ..problem import HeadInputs
 from .gemm import anchored_kernel
 from .rows import (
+    choose_shifts_kernel,
     dlogits_rows_kernel,
     exp_rows_kernel,
     finish_dx_kernel,
@@ -33,24 +35,24 @@ from .rows import (
     max_rows_kernel,
     row_dots_kernel,
     scale_rows_kernel,
-    settle_rows_kernel,
     sum_rows_kernel,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WORKSPACE_BYTES = 2_300_000_000
 SAFE_SLICE = 1024
-# exp(40) * V stays far from overflow in bf16 and float32, and so does its inverse times a
-# coefficient.
+# Rows with a logit more than LIMIT above the target's are repeated with their maximum as shift.
+# exp(LIMIT) * V and its inverse times a coefficient stay far from overflow in bf16 and float32.
+# CEILING keeps the sums of a row finite until it is repeated.
 LIMIT, CEILING = 40.0, 80.0
-# float16 has no range for exp(40): every row is shifted by its maximum.
+# float16 cannot hold exp(40), so every row is shifted by its maximum.
 HALF_LIMIT = -torch.inf
 ROW_BLOCK, D_BLOCK = (64, 64) if INTERPRETED else (4096, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """A launch configuration of the anchored product."""
+    """Launch configuration of the anchored product."""
 
     block_c: int
     block_v: int
@@ -71,24 +73,15 @@ Design = Literal["safe", "anchored"]
 
 
 class TritonHead:
-    """The driver's Head in Triton; `tokens` bounds the workspace of small calls."""
+    """The driver's Head in Triton; `tokens` limits the workspace of small calls."""
 
-    def __init__(
-        self,
-        head_VD: Tensor,
-        vocab: Vocab,
-        temperature: float,
-        softcap: float | None,
-        need_hidden: bool,
-        d_head_VD: Tensor | None,
-        design: Design,
-        tokens: int,
-    ) -> None:
-        # The kernels step along rows of stride 1.
+    def __init__(self, inputs: HeadInputs, design: Design, tokens: int) -> None:
+        head_VD = inputs.head_VD
+        # The kernels require rows of stride 1.
         self.head_VD = head_VD if head_VD.stride(1) == 1 else head_VD.contiguous()
-        self.vocab = vocab
-        self.scale, self.softcap = 1.0 / temperature, softcap
-        self.need_hidden, self.d_head_VD = need_hidden, d_head_VD
+        self.vocab = inputs.vocab
+        self.scale, self.softcap = 1.0 / inputs.temperature, inputs.softcap
+        self.need_hidden, self.d_head_VD = inputs.need_hidden, inputs.d_head_VD
         self.design, self.tokens = design, max(tokens, 1)
         self.half = head_VD.dtype == torch.float16
         self.one = torch.ones((), dtype=torch.float32, device=head_VD.device)
@@ -110,7 +103,7 @@ class TritonHead:
         x_CD = x_CD.contiguous()
         C, device = x_CD.shape[0], x_CD.device
         column_C, owned_C = self.vocab.local(targets_C)
-        # -1 marks a target that another rank holds; no column of this shard is then left out.
+        # -1 marks a target of another shard; the kernels then exclude no column.
         target_C = column_C.where(owned_C, -1)
         E_CV = self._workspace(C) if keep else x_CD
         z_y_C = torch.empty(C, dtype=torch.float32, device=device)
@@ -135,7 +128,7 @@ class TritonHead:
     def backward(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor | None:
         x_CD, E_CV, z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C, column_C = self.kept
         C, D = x_CD.shape
-        unit = self._unit(d_logprob_C, d_entropy_C)
+        grad_scale = self._grad_scale(d_logprob_C, d_entropy_C)
         grid_CD = (C, triton.cdiv(D, D_BLOCK))
         if d_entropy_C is None and self.softcap is None:
             factor_C = -d_logprob_C * self.scale / Z_C
@@ -144,19 +137,20 @@ class TritonHead:
             if self.d_head_VD is not None:
                 scaled_CD = torch.empty_like(x_CD)
                 scale_rows_kernel[grid_CD](
-                    x_CD, x_CD.stride(0), factor_C, unit, scaled_CD, D, BLOCK_D=D_BLOCK
+                    x_CD, x_CD.stride(0), factor_C, grad_scale, scaled_CD, D, BLOCK_D=D_BLOCK
                 )
         else:
-            factor_C, y_C, scaled_CD = unit.expand(C).contiguous(), torch.empty_like(Z_C), x_CD
+            factor_C, scaled_CD = grad_scale.expand(C).contiguous(), x_CD
+            y_C = torch.empty_like(Z_C)
             dlogits_rows_kernel[(C,)](
                 E_CV, E_CV.stride(0), z_y_C, shift_C, target_C, S_C, Z_C, log_Z_C, entropies_C,
-                d_logprob_C, d_logprob_C if d_entropy_C is None else d_entropy_C, y_C, unit,
+                d_logprob_C, d_logprob_C if d_entropy_C is None else d_entropy_C, y_C, grad_scale,
                 E_CV.shape[1], self.scale, self.softcap or 1.0,
                 HAS_SOFTCAP=self.softcap is not None, HAS_ENTROPY=d_entropy_C is not None,
                 BLOCK_V=ROW_BLOCK,
             )  # fmt: skip
         if self.d_head_VD is not None:
-            self._add_to_head(self.d_head_VD, E_CV, scaled_CD, unit)
+            self._add_to_head(self.d_head_VD, E_CV, scaled_CD, grad_scale)
             add_rows(self.d_head_VD, column_C, x_CD * y_C.unsqueeze(1))
         if not self.need_hidden:
             return None
@@ -188,9 +182,9 @@ class TritonHead:
                     CEILING=CEILING, BLOCK_V=ROW_BLOCK, num_warps=8,
                 )  # fmt: skip
 
-            # float16 redoes every row, so its first pass only looks for the maxima.
+            # float16 repeats every row, so its first pass only finds the maxima.
             pass_over(z_y_C[rows], target_C, False, keep and not self.half)
-            shift_R, flag_R = self._settle(self.vocab.max(M_C[rows]), z_y_C[rows])
+            shift_R, flag_R = self._choose_shifts(self.vocab.max(M_C[rows]), z_y_C[rows])
             shift_C[rows] = shift_R
             pass_over(shift_R, flag_R, True, keep)
         return self.vocab.sum(S_C), self.vocab.sum(U_C), shift_C
@@ -221,24 +215,24 @@ class TritonHead:
         launch(z_y_C, target_C, target_C, False)
         M_C, S_C, U_C = (torch.empty_like(z_y_C) for _ in range(3))
         max_rows_kernel[grid](M_TC, C, M_C, C, tiles_v, BLOCK_C=block_c, BLOCK_T=block_t)
-        shift_C, flag_C = self._settle(self.vocab.max(M_C), z_y_C)
+        shift_C, flag_C = self._choose_shifts(self.vocab.max(M_C), z_y_C)
         launch(shift_C, flag_C, flag_C.amax(), True)
         sum_rows_kernel[grid](S_TC, U_TC, C, S_C, U_C, C, tiles_v, BLOCK_C=block_c, BLOCK_T=block_t)
         return self.vocab.sum(S_C), self.vocab.sum(U_C), shift_C
 
-    def _settle(self, M_C: Tensor, z_y_C: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_shifts(self, M_C: Tensor, z_y_C: Tensor) -> tuple[Tensor, Tensor]:
         C = M_C.shape[0]
         shift_C = torch.empty_like(z_y_C)
         flag_C = torch.empty(C, dtype=torch.int32, device=M_C.device)
         limit = HALF_LIMIT if self.half else LIMIT
-        settle_rows_kernel[(triton.cdiv(C, 256),)](
+        choose_shifts_kernel[(triton.cdiv(C, 256),)](
             M_C, z_y_C, shift_C, flag_C, C, limit, BLOCK_C=256
         )
         return shift_C, flag_C
 
     def _workspace(self, C: int) -> Tensor:
         V = self.head_VD.shape[0]
-        # Rows start on 128 bytes, whatever V is.
+        # Each row starts at a multiple of 128 bytes for any V.
         pitch = triton.cdiv(V, 64) * 64
         if self.E_flat.numel() < C * pitch:
             rows = max(C, min(self.tokens, self.chunk_tokens()))
@@ -246,21 +240,23 @@ class TritonHead:
             self.E_flat = self.head_VD.new_empty(rows * pitch)
         return self.E_flat[: C * pitch].view(C, pitch)[:, :V]
 
-    def _unit(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
-        """A power of two near the largest coefficient, for float16, whose range 1 / N would
-        leave."""
+    def _grad_scale(self, d_logprob_C: Tensor, d_entropy_C: Tensor | None) -> Tensor:
+        """Return a power of two near the largest coefficient; 1 except for float16.
+
+        Coefficients such as 1 / N are below the range of float16.
+        """
         if not self.half:
             return self.one
-        most = d_logprob_C.abs().max()
+        largest = d_logprob_C.abs().max()
         if d_entropy_C is not None:
-            most = torch.maximum(most, d_entropy_C.abs().max())
-        return torch.exp2(torch.log2(most.clamp(min=1e-30)).round())
+            largest = torch.maximum(largest, d_entropy_C.abs().max())
+        return torch.exp2(torch.log2(largest.clamp(min=1e-30)).round())
 
     def _add_to_head(
-        self, d_head_VD: Tensor, E_CV: Tensor, scaled_CD: Tensor, unit: Tensor
+        self, d_head_VD: Tensor, E_CV: Tensor, scaled_CD: Tensor, grad_scale: Tensor
     ) -> None:
         if self.half:
-            d_head_VD += product(E_CV.T, scaled_CD) * unit
+            d_head_VD += product(E_CV.T, scaled_CD) * grad_scale
         elif E_CV.is_cuda and E_CV.dtype != torch.float32:
             torch.addmm(d_head_VD, E_CV.T, scaled_CD, out_dtype=torch.float32, out=d_head_VD)
         else:
@@ -268,7 +264,7 @@ class TritonHead:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with float32 sums and output."""
+    """Return a @ b with float32 sums and output."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -278,7 +274,7 @@ def _tiles(head_VD: Tensor) -> Tiles:
     if INTERPRETED:
         return INTERPRETER_TILES
     hopper = torch.cuda.get_device_capability(head_VD.device)[0] == 9
-    # The copy engine wants rows on 16 bytes, those of the head and of the gathered hidden states.
+    # TMA requires rows of the head and of the gathered hidden states to start at 16 bytes.
     size = head_VD.element_size()
     aligned = all(
         n % 16 == 0 for n in (head_VD.data_ptr(), head_VD.stride(0) * size, head_VD.shape[1] * size)

@@ -1,11 +1,11 @@
-"""The policy loss of whole segments in one kernel; the mathematics is that of policy.py.
+"""The policy loss of whole segments in one kernel, with the mathematics of ../policy.py.
 
-Token level: a program per BLOCK tokens. Turn and sequence level: a program per segment, which walks
-it up to three times (mean log-ratio; losses and the sum of their slopes; coefficients).
-Reads at most 28C bytes, writes 8C and 9 numbers per program, summed afterwards in a fixed order.
+Token level: one program per BLOCK tokens. Turn and sequence level: one program per segment, which
+reads it up to three times (mean log-ratio; losses and shared derivative; coefficients).
+Reads at most 28C bytes, writes 8C bytes and 9 numbers per program, summed in a fixed order.
 """
 
-# A kernel's launch, kernel[grid](...), has no type that a checker knows.
+# Type checkers do not know the type of a launch, kernel[grid](...).
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def policy_kernel(
             total += logprob - tl.load(old_ptr + n, mask=n < stop, other=0.0)
         mean = tl.sum(total, 0) / count
     loss = tl.zeros([BLOCK], tl.float32)
-    slope = tl.zeros([BLOCK], tl.float32)
+    shared = tl.zeros([BLOCK], tl.float32)
     lows = tl.zeros([BLOCK], tl.float32)
     highs = tl.zeros([BLOCK], tl.float32)
     duals = tl.zeros([BLOCK], tl.float32)
@@ -101,7 +101,7 @@ def policy_kernel(
             policy = -bounded * A
             own = tl.where(high | low | dual, 0.0, policy) * scale
             if SEGMENTS:
-                slope += tl.where(inside, own, 0.0)
+                shared += tl.where(inside, own, 0.0)
                 own = own * 0.0
         term = policy * scale
         if HAS_REF:
@@ -123,13 +123,13 @@ def policy_kernel(
         least = tl.minimum(least, tl.where(inside, ratio, float("inf")))
         most = tl.maximum(most, tl.where(inside, ratio, float("-inf")))
     if SEGMENTS and not CISPO:
-        # The same program wrote these values; the barrier orders its threads.
+        # Other threads of this program wrote these values.
         tl.debug_barrier()
-        d_mean = tl.sum(slope, 0) / count
+        d_shared = tl.sum(shared, 0) / count
         for first in range(start, stop, BLOCK):
             n = first + tl.arange(0, BLOCK)
             own = tl.load(d_logprob_ptr + n, mask=n < stop, other=0.0)
-            tl.store(d_logprob_ptr + n, own + d_mean, mask=n < stop)
+            tl.store(d_logprob_ptr + n, own + d_shared, mask=n < stop)
     tl.store(partial_ptr + pid, tl.sum(loss, 0))
     tl.store(partial_ptr + programs + pid, tl.sum(lows, 0))
     tl.store(partial_ptr + 2 * programs + pid, tl.sum(highs, 0))
@@ -142,7 +142,7 @@ def policy_kernel(
 
 
 def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: Tensor) -> Terms:
-    """policy.policy_terms as one launch; the same result to float32 rounding."""
+    """Compute policy.policy_terms in one launch; equal up to float32 rounding."""
     C, device = logprobs_C.shape[0], logprobs_C.device
     segments = t.segment_C is not None
     offsets = logprobs_C

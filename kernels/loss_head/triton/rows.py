@@ -1,19 +1,19 @@
-"""The row-wise kernels of the loss head: everything between the matrix products.
+"""The row-wise kernels of the loss head, between the matrix products.
 
     exp_rows      z [C, V] float32 -> E [C, V], row sums           reads 4CV, writes 2CV bytes
     max_rows, sum_rows   per-tile values of the anchored product   12 bytes per row and tile
-    settle_rows   shift of the rows that would overflow
+    choose_shifts shifts, and the rows that have to be repeated
     finish_rows   sums -> log-prob, entropy
     dlogits_rows  E -> dloss/dlogits in place                      reads and writes 2CV
     row_dots      target logits from hidden and head rows          reads 4CD
-    scale_rows    the D-wide side of the head's gradient           reads and writes 2CD
-    finish_dx     the D-wide side of dx                            reads 6CD, writes 4CD
+    scale_rows    the D-wide factor of the head's gradient         reads and writes 2CD
+    finish_dx     row factors and target terms of dx               reads 6CD, writes 4CD
 
     u_j = z_j - shift, E_j = exp(u_j), S = sum E_j, U = sum E_j u_j, M = max u_j, all over j != y
 
-The shift of a row is its target's logit, so that S is the odds against the target and keeps its
-digits; where M exceeds a limit the row is redone with its maximum as shift, by the same kernel,
-without the host.
+The shift of a row is its target's logit: S is then the odds against the target and keeps its
+relative precision. Where M exceeds a limit, the same kernel repeats the row with its maximum as
+shift, without a host synchronisation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton.language as tl
 def scaled_logits(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """softcap * tanh(raw / softcap) * scale, or raw * scale; scale = 1 / temperature."""
     if HAS_SOFTCAP:
-        # tanh(t) = 2 sigmoid(2t) - 1, exact to float32 where |t| is not tiny; tiny t pass through.
+        # tanh(t) = 2 sigmoid(2t) - 1 is exact to float32 except for small |t|.
         t = raw / softcap
         tanh = 2.0 * tl.sigmoid(2.0 * t) - 1.0
         tanh = tl.where(tl.abs(t) < 0.01, t - t * t * t / 3.0, tanh)
@@ -71,11 +71,11 @@ def exp_rows_kernel(
             raw = tl.load(z_ptr + c * stride_zc + j, mask=inside, other=0.0)
             other = inside & (j != target)
             u = scaled_logits(raw, scale, softcap, HAS_SOFTCAP) - shift
-            # Not -inf: 0 times it has to stay 0 in U.
+            # Not -inf, because 0 * -inf in U would be NaN.
             u = tl.where(other, u, -1e30)
-            # NaN has to come through: a maximum that drops it would hide a broken weight.
+            # Keep NaN: a maximum that drops it would hide a broken weight.
             M = tl.maximum(M, u, propagate_nan=tl.PropagateNan.ALL)
-            # A row above the ceiling is redone; until then its sums only have to stay finite.
+            # A row above the ceiling is repeated; its sums only have to stay finite.
             u = tl.minimum(u, CEILING, propagate_nan=tl.PropagateNan.ALL)
             E = tl.exp(u)
             S += E
@@ -102,14 +102,14 @@ def max_rows_kernel(
 
 
 @triton.jit
-def settle_rows_kernel(max_ptr, z_y_ptr, shift_ptr, flag_ptr, C, LIMIT, BLOCK_C: tl.constexpr):
+def choose_shifts_kernel(max_ptr, z_y_ptr, shift_ptr, flag_ptr, C, LIMIT, BLOCK_C: tl.constexpr):
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     best = tl.load(max_ptr + c, mask=inside, other=0.0)
     z_y = tl.load(z_y_ptr + c, mask=inside, other=0.0)
-    redo = best > LIMIT
-    tl.store(shift_ptr + c, tl.where(redo, z_y + tl.maximum(best, 0.0), z_y), mask=inside)
-    tl.store(flag_ptr + c, redo.to(tl.int32), mask=inside)
+    repeat = best > LIMIT
+    tl.store(shift_ptr + c, tl.where(repeat, z_y + tl.maximum(best, 0.0), z_y), mask=inside)
+    tl.store(flag_ptr + c, repeat.to(tl.int32), mask=inside)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def sum_rows_kernel(
 def log1p(x):
     """log(1 + x) for x >= 0, without the rounding of 1 + x (Kahan)."""
     w = 1.0 + x
-    # For w == 1 the answer is x; elsewhere log(w) * x / (w - 1) cancels the rounding of w.
+    # For w == 1 the result is x; otherwise log(w) * x / (w - 1) cancels the rounding of w.
     d = w - 1.0
     return tl.where(d == 0.0, x, tl.log(w) * (x / tl.where(d == 0.0, 1.0, d)))
 
@@ -163,7 +163,7 @@ def finish_rows_kernel(
 @triton.jit
 def dlogits_rows_kernel(
     E_ptr, stride_ec, z_y_ptr, shift_ptr, target_ptr, S_ptr, Z_ptr, log_Z_ptr, entropy_ptr,
-    d_logprob_ptr, d_entropy_ptr, y_ptr, unit_ptr, V, scale, softcap,
+    d_logprob_ptr, d_entropy_ptr, y_ptr, grad_scale_ptr, V, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
@@ -173,25 +173,25 @@ def dlogits_rows_kernel(
     u_y = tl.load(z_y_ptr + c) - shift
     by_Z = scale / Z
     g = tl.load(d_logprob_ptr + c) * by_Z
-    bonus = tl.load(entropy_ptr + c) - tl.load(log_Z_ptr + c)
+    offset = tl.load(entropy_ptr + c) - tl.load(log_Z_ptr + c)
     h = 0.0
     if HAS_ENTROPY:
         h = tl.load(d_entropy_ptr + c) * by_Z
     E_y = tl.exp(u_y)
-    d_y = g * tl.load(S_ptr + c) - h * (u_y + bonus) * E_y
+    d_y = g * tl.load(S_ptr + c) - h * (u_y + offset) * E_y
     if HAS_SOFTCAP:
         t_y = (u_y + shift) / (scale * softcap)
         d_y *= 1.0 - tl.minimum(t_y * t_y, 1.0)
     tl.store(y_ptr + c, tl.where(owned, d_y, 0.0))
-    unit = tl.load(unit_ptr)
+    grad_scale = tl.load(grad_scale_ptr)
     for first in range(0, V, BLOCK_V):
         j = first + tl.arange(0, BLOCK_V)
         inside = j < V
         at = E_ptr + c * stride_ec + j
         E = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        # The target's column holds 0 and stays 0: its term is added apart, in float32.
+        # The target's column is 0 and stays 0: its term is added separately in float32.
         u = tl.log(tl.maximum(E, 1e-37))
-        d = -(g + h * (u + bonus)) * E / unit
+        d = -(g + h * (u + offset)) * E / grad_scale
         if HAS_SOFTCAP:
             t = (u + shift) / (scale * softcap)
             d *= 1.0 - tl.minimum(t * t, 1.0)
@@ -202,7 +202,7 @@ def dlogits_rows_kernel(
 def finish_dx_kernel(
     d_x_ptr, factor_ptr, y_ptr, w_ptr, stride_wv, column_ptr, D, BLOCK_D: tl.constexpr
 ):
-    """d_x = factor * d_x + y * w[column]: the row's scale and the target's own term."""
+    """d_x = factor * d_x + y * w[column]: the row's factor and the target's term."""
     c = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     v = tl.load(column_ptr + c).to(tl.int64)
@@ -226,16 +226,18 @@ def row_dots_kernel(
         w = tl.load(w_ptr + v * stride_wv + d, mask=d < D, other=0.0).to(tl.float32)
         total += x * w
     z_y = scaled_logits(tl.sum(total, 0), scale, softcap, HAS_SOFTCAP)
-    # A target that another rank owns contributes nothing to the sum over the group.
+    # A target of another shard adds nothing to the sum over the group.
     owned = tl.load(target_ptr + c) >= 0
     tl.store(z_y_ptr + c, tl.where(owned, z_y, 0.0))
 
 
 @triton.jit
-def scale_rows_kernel(x_ptr, stride_xc, factor_ptr, unit_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
-    """out = x * factor / unit, the D-wide side of the head's gradient."""
+def scale_rows_kernel(
+    x_ptr, stride_xc, factor_ptr, grad_scale_ptr, out_ptr, D, BLOCK_D: tl.constexpr
+):
+    """out = x * factor / grad_scale, the D-wide factor of the head's gradient."""
     c = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    factor = tl.load(factor_ptr + c) / tl.load(unit_ptr)
+    factor = tl.load(factor_ptr + c) / tl.load(grad_scale_ptr)
     x = tl.load(x_ptr + c * stride_xc + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(out_ptr + c * D + d, (x * factor).to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,5 +1,5 @@
-// What the operators of the CPU loss head share: the kernel of this machine, a head's description,
-// ranges of the vocabulary for threads.
+// Shared by the operators of the CPU loss head: kernel selection, the description of a head, and
+// the ranges of the vocabulary that threads work on.
 
 #pragma once
 
@@ -25,8 +25,8 @@ inline const Kernel* const kKernels[] = {
 #endif
     &kPortable};
 
-// By name, or the best one that this machine runs; narrower ones by name are for tests.
-inline const Kernel& chosen(const std::string& name) {
+// Returns the kernel of a name, or the fastest one that this machine supports.
+inline const Kernel& select_kernel(const std::string& name) {
   for (const Kernel* candidate : kKernels) {
     if ((name.empty() || name == candidate->name) && candidate->supported()) return *candidate;
   }
@@ -71,36 +71,36 @@ inline void check_floats(const char* name, const at::Tensor& tensor, at::IntArra
 }
 
 inline int64_t exps_bytes(const Kernel& k, Type type, int64_t V, int64_t C) {
-  // The d-hidden tile may read up to `rows` tokens past the last row of E.
-  const int64_t elements = round_up(V, kBlock) * round_up(C, k.lanes2) + k.rows_of(type);
+  // A tile of the d-hidden product may read up to `rows` tokens past the last row of E.
+  const int64_t elements = round_up(V, kBlock) * round_up(C, k.tile_lanes) + k.rows_of(type);
   return elements * k.bytes_per_exp[static_cast<int>(type)];
 }
 
-// Hundreds of MB that are written once per call: with 4 KB pages the faults alone cost percents.
+// For hundreds of MB that are written once per call: page faults of 4 KB pages would cost percents.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  // Advice only: where it is refused, ordinary pages do.
+  // A failure is harmless: ordinary pages work too.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-// The vocabulary range of a worker: whole register tiles, so that blocks never share a tile.
+// The vocabulary range of a worker: whole register tiles, so that workers never share a tile.
 struct Range {
   int64_t begin, end;
 };
 
-// Fewer workers for little work: waking a thread costs as much as some 100,000 products. Depends on
-// sizes and the thread count alone, as the order of sums does.
+// Fewer workers for little work: waking a thread costs as much as about 100,000 products. Depends
+// on sizes and the thread count only, so the order of sums is reproducible.
 inline int64_t count_workers(const Kernel& k, const Head& head, int64_t C) {
   const int64_t by_work = C * head.V * head.D >> 18;
   const int64_t most = std::min(head.V / k.rows_of(head.type), by_work);
   return std::clamp<int64_t>(most, 1, at::get_num_threads());
 }
 
-// Items per thread at least, for loops over items of so many elements.
+// The least number of items per thread, for loops over items of `elements` elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, (1 << 15) / elements); }
 
 inline Range range_of(const Kernel& k, const Head& head, int64_t worker, int64_t workers) {

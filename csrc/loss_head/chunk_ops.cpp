@@ -1,12 +1,10 @@
-// Operators of the CPU loss head: threads, padding and the choice of the inner loops.
-//
-// A chunk of C tokens goes through three operators, with O(C) vectors in between in Python:
-//   head_pick      the logit of each target, one dot product: the anchor of its exponentials
-//   head_forward   E = exp(z - anchor) and its sums, over the vocabulary rows of this shard
-//   head_backward  dX and dW from E and one coefficient per token, without the target's column
-//   head_patch     the target's column
-// Every worker owns a fixed range of vocabulary rows and partial sums are added in worker order, so
-// results are bitwise repeatable for a given thread count.
+// Operators of one chunk, for heads that are sharded over ranks (kernels/loss_head/cpp.py):
+//   head_target_logits  the logit of each target, one dot product: the anchor of its exponentials
+//   head_forward        E = exp(z - anchor) and its sums, over the vocabulary rows of this shard
+//   head_backward       dX and dW from E and one coefficient per token, without the target's column
+//   head_add_targets    the target's column
+// Each worker owns a fixed range of vocabulary rows and partial sums are added in worker order, so
+// results are bitwise reproducible for a given thread count.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -19,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "threads.h"
+#include "operators.h"
 
 namespace turnfast {
 
@@ -27,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-// A [C] vector of the wanted type, checked.
+// Returns the data of a [C] vector after a check of its type and shape.
 template <class T>
 const T* vector_of(const char* name, const Tensor& values, int64_t C) {
   TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) == C && values.is_contiguous() &&
@@ -44,7 +42,7 @@ std::vector<T> padded(const T* values, int64_t C, int64_t to, T fill) {
   return out;
 }
 
-// Columns as the kernels read them; a column outside the head would be a wild read.
+// Returns padded columns. A column outside the head would read outside its memory.
 std::vector<int32_t> checked_columns(const Tensor& columns, int64_t C, int64_t V, int64_t to) {
   std::vector<int32_t> out = padded<int32_t>(vector_of<int32_t>("columns", columns, C), C, to, -1);
   for (int64_t n = 0; n < C; ++n) {
@@ -64,7 +62,7 @@ void check_exps(const Kernel& k, const Head& head, const Tensor& exps, int64_t C
 Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
 
 int64_t head_exps_bytes(const Tensor& weight, int64_t C, const std::string& kernel_name) {
-  return exps_bytes(chosen(kernel_name), type_of(weight), weight.size(0), C);
+  return exps_bytes(select_kernel(kernel_name), type_of(weight), weight.size(0), C);
 }
 
 std::vector<std::string> head_kernels() {
@@ -75,15 +73,16 @@ std::vector<std::string> head_kernels() {
   return names;
 }
 
-Tensor head_pick(const Tensor& x, const Tensor& weight, const Tensor& columns,
+Tensor head_target_logits(const Tensor& x, const Tensor& weight, const Tensor& columns,
                  double inv_temperature, double softcap, const std::string& kernel_name) {
-  const Kernel& k = chosen(kernel_name);
+  const Kernel& k = select_kernel(kernel_name);
   const Head head = make_head(x, weight, inv_temperature, softcap);
   const int64_t C = x.size(0);
   const std::vector<int32_t> column = checked_columns(columns, C, head.V, C);
   Tensor z = floats(C);
   at::parallel_for(0, C, grain(head.D), [&](int64_t begin, int64_t end) {
-    k.pick(head, x.const_data_ptr(), column.data(), begin, end, z.mutable_data_ptr<float>());
+    k.target_logits(head, x.const_data_ptr(), column.data(), begin, end,
+                    z.mutable_data_ptr<float>());
   });
   return z;
 }
@@ -93,19 +92,19 @@ std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& w
                                                 double inv_temperature, double softcap,
                                                 const std::optional<Tensor>& exps,
                                                 const std::string& kernel_name) {
-  const Kernel& k = chosen(kernel_name);
+  const Kernel& k = select_kernel(kernel_name);
   const Head head = make_head(x, weight, inv_temperature, softcap);
-  const int64_t C = x.size(0), ld = round_up(C, k.lanes2), panels = ld / k.lanes2;
+  const int64_t C = x.size(0), ld = round_up(C, k.tile_lanes), panels = ld / k.tile_lanes;
   if (exps) {
     check_exps(k, head, *exps, C);
     prefer_huge_pages(exps->data_ptr(), exps->nbytes());
   }
   const std::vector<int32_t> column = checked_columns(columns, C, head.V, ld);
-  // Tokens of the padding are anchored so high that their exponentials vanish.
+  // The anchor of padding tokens makes their exponentials 0.
   const std::vector<float> anchor =
       padded<float>(vector_of<float>("anchors", anchors, C), C, ld, 1e4f);
   Tensor packed = at::empty({k.panel_bytes(head, C, false)}, at::kByte);
-  at::parallel_for(0, panels, grain(head.D * k.lanes2), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, panels, grain(head.D * k.tile_lanes), [&](int64_t begin, int64_t end) {
     k.pack_tokens(head, x.const_data_ptr(), C, begin, end, packed.data_ptr());
   });
   const ForwardChunk chunk{
@@ -140,35 +139,39 @@ std::tuple<Tensor, Tensor, Tensor> head_forward(const Tensor& x, const Tensor& w
 std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
                                          const Tensor& anchors, double inv_temperature,
                                          double softcap, const Tensor& exps, const Tensor& scales,
-                                         const std::optional<Tensor>& slopes,
-                                         const std::optional<Tensor>& bonuses,
-                                         const std::optional<Tensor>& d_head, bool first,
+                                         const std::optional<Tensor>& entropy_scales,
+                                         const std::optional<Tensor>& entropy_offsets,
+                                         const std::optional<Tensor>& d_head, bool overwrite,
                                          bool need_hidden, const std::string& kernel_name) {
-  const Kernel& k = chosen(kernel_name);
+  const Kernel& k = select_kernel(kernel_name);
   const Head head = make_head(x, weight, inv_temperature, softcap);
-  const int64_t C = x.size(0), ld = round_up(C, k.lanes2), width = round_up(head.D, k.lanes2);
+  const int64_t C = x.size(0), ld = round_up(C, k.tile_lanes);
+  const int64_t width = round_up(head.D, k.tile_lanes);
   check_exps(k, head, exps, C);
-  TORCH_CHECK_VALUE(slopes.has_value() == bonuses.has_value(),
-                    "bonuses: expected exactly when slopes are given");
+  TORCH_CHECK_VALUE(entropy_scales.has_value() == entropy_offsets.has_value(),
+                    "entropy_offsets: expected exactly when entropy_scales are given");
   if (d_head) check_floats("d_head", *d_head, weight.sizes());
-  if (d_head && first) prefer_huge_pages(d_head->data_ptr(), d_head->nbytes());
+  if (d_head && overwrite) prefer_huge_pages(d_head->data_ptr(), d_head->nbytes());
   const std::vector<float> anchor =
       padded<float>(vector_of<float>("anchors", anchors, C), C, ld, 0.0f);
   const float* scale_C = vector_of<float>("scales", scales, C);
   const std::vector<float> scale = padded<float>(scale_C, C, ld, 0.0f);
-  std::vector<float> slope, bonus;
-  if (slopes) {
-    slope = padded<float>(vector_of<float>("slopes", *slopes, C), C, ld, 0.0f);
-    bonus = padded<float>(vector_of<float>("bonuses", *bonuses, C), C, ld, 0.0f);
+  std::vector<float> entropy_scale, entropy_offset;
+  if (entropy_scales) {
+    const float* scale_of = vector_of<float>("entropy_scales", *entropy_scales, C);
+    const float* offset_of = vector_of<float>("entropy_offsets", *entropy_offsets, C);
+    entropy_scale = padded<float>(scale_of, C, ld, 0.0f);
+    entropy_offset = padded<float>(offset_of, C, ld, 0.0f);
   }
-  // Where a token's row of dz is one factor times E, the factor acts on the D-wide side.
-  const bool transform = slopes.has_value() || head.capped;
+  // Where a token's dz is one factor times E, the factor is applied to its D-wide vector.
+  const bool transform = entropy_scales.has_value() || head.capped;
   const std::vector<float> ones(C, 1.0f);
   const float* row_scales = transform ? ones.data() : scale_C;
   const void* x_data = x.const_data_ptr();
   Tensor packed = at::empty({d_head ? k.panel_bytes(head, C, true) : 0}, at::kByte);
   if (d_head) {
-    at::parallel_for(0, width / k.lanes2, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
+    const int64_t panels = width / k.tile_lanes;
+    at::parallel_for(0, panels, grain(C * k.tile_lanes), [&](int64_t begin, int64_t end) {
       k.pack_scaled(head, x_data, row_scales, C, begin, end, packed.data_ptr());
     });
   }
@@ -179,11 +182,11 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   chunk.x_panels = packed.data_ptr();
   chunk.anchors = anchor.data();
   chunk.scales = scale.data();
-  chunk.slopes = slopes ? slope.data() : nullptr;
-  chunk.bonuses = slopes ? bonus.data() : nullptr;
+  chunk.entropy_scales = entropy_scales ? entropy_scale.data() : nullptr;
+  chunk.entropy_offsets = entropy_scales ? entropy_offset.data() : nullptr;
   chunk.transform = transform;
   chunk.d_head = {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0};
-  chunk.first = first;
+  chunk.overwrite = overwrite;
   const int64_t workers = count_workers(k, head, C), scratch_floats = k.scratch_floats(head, C);
   const int64_t d_x_floats = need_hidden ? round_up(C, k.rows_of(head.type)) * width : 0;
   Tensor scratch = floats(workers * scratch_floats);
@@ -207,27 +210,29 @@ std::tuple<Tensor, Tensor> head_backward(const Tensor& x, const Tensor& weight,
   if (!need_hidden) return {floats(0), g_sums};
   Tensor out = at::empty({C, head.D}, at::kFloat);
   at::parallel_for(0, C, grain(head.D), [&](int64_t begin, int64_t end) {
-    k.finish_d_x(head, d_x.data(), workers, row_scales, begin, end, out.mutable_data_ptr<float>());
+    k.finish_d_x(head, {d_x.data(), workers, row_scales}, begin, end,
+                 out.mutable_data_ptr<float>());
   });
   return {out, g_sums};
 }
 
-void head_patch(const Tensor& x, const Tensor& weight, const Tensor& columns, const Tensor& patches,
-                const std::optional<Tensor>& d_x, const std::optional<Tensor>& d_head,
-                const std::string& kernel_name) {
-  const Kernel& k = chosen(kernel_name);
+void head_add_targets(const Tensor& x, const Tensor& weight, const Tensor& columns,
+                      const Tensor& dlogits, const std::optional<Tensor>& d_x,
+                      const std::optional<Tensor>& d_head, const std::string& kernel_name) {
+  const Kernel& k = select_kernel(kernel_name);
   const Head head = make_head(x, weight, 1.0, 0.0);
   const int64_t C = x.size(0);
   const std::vector<int32_t> column = checked_columns(columns, C, head.V, C);
-  const float* patch_C = vector_of<float>("patches", patches, C);
+  const TargetTerms targets{x.const_data_ptr(), column.data(),
+                            vector_of<float>("dlogits", dlogits, C), C};
+  const HeadGradient gradient{d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0};
   if (d_x) check_floats("d_x", *d_x, x.sizes());
   if (d_head) check_floats("d_head", *d_head, weight.sizes());
-  // Cut along D: two tokens may have the same target, so two workers could meet in one row.
-  const int64_t panels = round_up(head.D, k.lanes2) / k.lanes2;
-  at::parallel_for(0, panels, grain(C * k.lanes2), [&](int64_t begin, int64_t end) {
-    k.patch(head, x.const_data_ptr(), column.data(), patch_C, C, begin * k.lanes2,
-            std::min(end * k.lanes2, head.D), d_x ? d_x->data_ptr<float>() : nullptr,
-            {d_head ? d_head->data_ptr<float>() : nullptr, nullptr, nullptr, 0});
+  // Split along D: two tokens may have the same target.
+  const int64_t panels = round_up(head.D, k.tile_lanes) / k.tile_lanes;
+  at::parallel_for(0, panels, grain(C * k.tile_lanes), [&](int64_t begin, int64_t end) {
+    k.add_targets(head, targets, begin * k.tile_lanes, std::min(end * k.tile_lanes, head.D),
+                  d_x ? d_x->data_ptr<float>() : nullptr, gradient);
   });
 }
 
@@ -235,7 +240,8 @@ Tensor exp_anchored(const Tensor& x, const std::string& kernel_name) {
   Tensor out = at::empty_like(x);
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.is_contiguous(),
                     "x: expected contiguous float32");
-  chosen(kernel_name).exp(x.const_data_ptr<float>(), x.numel(), out.mutable_data_ptr<float>());
+  const Kernel& k = select_kernel(kernel_name);
+  k.exp(x.const_data_ptr<float>(), x.numel(), out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -243,11 +249,11 @@ Tensor exp_anchored(const Tensor& x, const std::string& kernel_name) {
 }  // namespace turnfast
 
 TORCH_LIBRARY_FRAGMENT(turnfast, m) {
-  // Kernels this machine runs, the best one first; the empty name means that one.
+  // Kernels that this machine supports, the fastest first. An empty name means the first.
   m.def("head_kernels() -> str[]", &turnfast::head_kernels);
   m.def("head_exps_bytes(Tensor head_weight, int tokens, str kernel=\"\") -> int");
   m.def(
-      "head_pick(Tensor x, Tensor head_weight, Tensor columns, float inv_temperature, "
+      "head_target_logits(Tensor x, Tensor head_weight, Tensor columns, float inv_temperature, "
       "float softcap, str kernel=\"\") -> Tensor");
   m.def(
       "head_forward(Tensor x, Tensor head_weight, Tensor columns, Tensor anchors, "
@@ -255,19 +261,19 @@ TORCH_LIBRARY_FRAGMENT(turnfast, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "head_backward(Tensor x, Tensor head_weight, Tensor anchors, float inv_temperature, "
-      "float softcap, Tensor exps, Tensor scales, Tensor? slopes, Tensor? bonuses, "
-      "Tensor(a!)? d_head, bool first, bool need_hidden, str kernel=\"\") -> (Tensor, Tensor)");
+      "float softcap, Tensor exps, Tensor scales, Tensor? entropy_scales, Tensor? entropy_offsets, "
+      "Tensor(a!)? d_head, bool overwrite, bool need_hidden, str kernel=\"\") -> (Tensor, Tensor)");
   m.def(
-      "head_patch(Tensor x, Tensor head_weight, Tensor columns, Tensor patches, Tensor(a!)? d_x, "
-      "Tensor(b!)? d_head, str kernel=\"\") -> ()");
+      "head_add_targets(Tensor x, Tensor head_weight, Tensor columns, Tensor dlogits, "
+      "Tensor(a!)? d_x, Tensor(b!)? d_head, str kernel=\"\") -> ()");
   m.def("exp_anchored(Tensor x, str kernel=\"\") -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(turnfast, CPU, m) {
   m.impl("head_exps_bytes", &turnfast::head_exps_bytes);
-  m.impl("head_pick", &turnfast::head_pick);
+  m.impl("head_target_logits", &turnfast::head_target_logits);
   m.impl("head_forward", &turnfast::head_forward);
   m.impl("head_backward", &turnfast::head_backward);
-  m.impl("head_patch", &turnfast::head_patch);
+  m.impl("head_add_targets", &turnfast::head_add_targets);
   m.impl("exp_anchored", &turnfast::exp_anchored);
 }
