@@ -1,9 +1,10 @@
-"""Checkpoints: bitwise resume, whole or not there, and nothing lost when the disk says no."""
+"""Checkpoints: bitwise resume, complete or absent, safe when the disk is full or a kill comes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -20,8 +21,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from turnfast.config.schema import OptimConfig
 from turnfast.rundir.checkpoint import (
     CheckpointError,
+    TrainingState,
     load_checkpoint,
-    newest_whole,
+    newest_complete,
     save_checkpoint,
 )
 from turnfast.update.optimizer import Optimizer as OurOptimizer
@@ -46,7 +48,7 @@ def make(dtype: torch.dtype = torch.float32, tied: bool = True, seed: int = 0, w
 
 
 def train(model, optimizer, steps: int) -> None:
-    """Steps whose data come from the global random states of all three libraries."""
+    """Train on data drawn from the random states of all three libraries."""
     for _ in range(steps):
         ids = torch.randint(0, 64, (2, 8))
         ids[0, 0] = random.randrange(64)
@@ -73,15 +75,18 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save(folder: Path, step: int, model, optimizer, keep: int = 2, **state) -> Path:
-    return save_checkpoint(
-        folder, step, model=model, optimizer=optimizer, tokenizer=None, state=state, keep=keep
-    )
+def save(folder: Path, step: int, model, optimizer, keep: int = 2, **progress) -> Path:
+    training = TrainingState(model=model, optimizer=optimizer)
+    return save_checkpoint(folder, step, training, progress=progress, keep=keep)
+
+
+def load(path: Path, model, optimizer) -> dict:
+    return load_checkpoint(path, TrainingState(model=model, optimizer=optimizer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_five_and_five_steps_equal_ten(tmp_path, dtype, tied):
+def test_resuming_after_five_of_ten_steps_is_bitwise_equal(tmp_path, dtype, tied):
     model, optimizer = make(dtype, tied)
     seed_all(3)
     train(model, optimizer, 5)
@@ -90,13 +95,13 @@ def test_five_and_five_steps_equal_ten(tmp_path, dtype, tied):
 
     again, optimizer_again = make(dtype, tied, seed=99)
     seed_all(77)
-    state = load_checkpoint(path, model=again, optimizer=optimizer_again)
+    state = load(path, again, optimizer_again)
     assert state == {"step": 5, "position": 40, "weights_version": 5}
     train(again, optimizer_again, 5)
     assert digest(again, optimizer_again) == digest(model, optimizer)
 
 
-def test_random_states_go_on_where_they_were(tmp_path):
+def test_random_states_continue(tmp_path):
     model, optimizer = make()
     seed_all(5)
     random.gauss(0, 1)
@@ -104,7 +109,7 @@ def test_random_states_go_on_where_they_were(tmp_path):
     path = save(tmp_path, 1, model, optimizer)
     drawn = (random.gauss(0, 1), random.random(), np.random.randn(), torch.randn(3).tolist())
     seed_all(6)
-    load_checkpoint(path, model=model, optimizer=optimizer)
+    load(path, model, optimizer)
     assert drawn == (
         random.gauss(0, 1),
         random.random(),
@@ -121,12 +126,12 @@ def test_float32_moments_of_bfloat16_weights_are_not_rounded(tmp_path):
     before = digest(model, optimizer)
     path = save(tmp_path, 1, model, optimizer)
     again, optimizer_again = make(torch.bfloat16, seed=1)
-    load_checkpoint(path, model=again, optimizer=optimizer_again)
+    load(path, again, optimizer_again)
     assert digest(again, optimizer_again) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_own_optimizer_with_master_weights(tmp_path, dtype):
+def test_optimizer_with_master_weights(tmp_path, dtype):
     config = OptimConfig(lr=1e-3, warmup_steps=8)
     model, _ = make(dtype)
     optimizer = OurOptimizer(model.parameters(), config)
@@ -136,23 +141,23 @@ def test_our_own_optimizer_with_master_weights(tmp_path, dtype):
     train(model, optimizer, 5)
     again, _ = make(dtype, seed=9)
     optimizer_again = OurOptimizer(again.parameters(), config)
-    load_checkpoint(path, model=again, optimizer=optimizer_again)
+    load(path, again, optimizer_again)
     train(again, optimizer_again, 5)
     assert digest(again, optimizer_again) == digest(model, optimizer)
     assert optimizer_again.num_steps == 10
 
 
-def test_optimizer_without_a_step_and_with_two_groups(tmp_path):
+def test_an_optimizer_without_steps_and_with_two_groups(tmp_path):
     model, _ = make()
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD([{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:]}])
     path = save(tmp_path, 0, model, optimizer)
     other = torch.optim.SGD([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.1)
-    load_checkpoint(path, model=model, optimizer=other)
+    load(path, model, other)
     assert other.param_groups[0]["lr"] == 0.5
 
 
-def test_the_folder_is_a_model_path_and_shows_engines_only_the_weights(tmp_path):
+def test_the_folder_is_a_model_path_with_one_weight_file(tmp_path):
     model, optimizer = make(torch.bfloat16)
     train(model, optimizer, 1)
     path = save(tmp_path, 7, model, optimizer)
@@ -176,36 +181,36 @@ FILES = ["model.safetensors", "config.json", "trainer/optimizer.safetensors", "t
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_harmed_checkpoint_is_skipped_by_name(tmp_path, caplog, name, harm):
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, name, damage):
     model, optimizer = make()
     train(model, optimizer, 1)
     old = save(tmp_path, 1, model, optimizer)
     new = save(tmp_path, 2, model, optimizer)
-    assert newest_whole(tmp_path) == new
+    assert newest_complete(tmp_path) == new
     file = new / name
     data = bytearray(file.read_bytes())
-    if harm == "flip":
+    if damage == "flip":
         data[len(data) // 2] ^= 0x80
         file.write_bytes(data)
-    elif harm == "cut":
+    elif damage == "cut":
         file.write_bytes(data[:-1])
     else:
         file.unlink()
-    assert newest_whole(tmp_path) == old
+    assert newest_complete(tmp_path) == old
     assert str(new) in caplog.text
-    if harm != "flip" or name == "manifest.json":
-        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-            load_checkpoint(new, model=model, optimizer=optimizer)
+    if damage != "flip" or name == "manifest.json":
+        with pytest.raises(CheckpointError, match="incomplete checkpoint"):
+            load(new, model, optimizer)
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_whole(tmp_path / "missing") is None
+    assert newest_complete(tmp_path / "missing") is None
     (tmp_path / "step_000003").mkdir()
-    assert newest_whole(tmp_path) is None
+    assert newest_complete(tmp_path) is None
 
 
-def test_retention_keeps_the_newest_and_latest_points_at_it(tmp_path):
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     model, optimizer = make()
     for step in (10, 20, 30):
         save(tmp_path, step, model, optimizer, keep=2)
@@ -217,7 +222,7 @@ def test_retention_keeps_the_newest_and_latest_points_at_it(tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step_000030"
 
 
-def test_a_whole_checkpoint_of_the_same_step_is_left_as_it_is(tmp_path):
+def test_a_complete_checkpoint_is_not_written_again(tmp_path):
     model, optimizer = make()
     path = save(tmp_path, 10, model, optimizer)
     before = (path / "manifest.json").stat().st_mtime_ns
@@ -225,29 +230,75 @@ def test_a_whole_checkpoint_of_the_same_step_is_left_as_it_is(tmp_path):
     assert (path / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_broken_later_checkpoints_do_not_push_good_ones_out(tmp_path):
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     model, optimizer = make()
     first = save(tmp_path, 10, model, optimizer)
     broken = save(tmp_path, 20, model, optimizer)
     (broken / "model.safetensors").unlink()
     third = save(tmp_path, 15, model, optimizer, keep=2)
     assert first.exists() and third.exists()
-    assert newest_whole(tmp_path) == third
+    assert newest_complete(tmp_path) == third
     replaced = save(tmp_path, 20, model, optimizer, keep=2)
-    assert newest_whole(tmp_path) == replaced
+    assert newest_complete(tmp_path) == replaced
     assert not first.exists()
 
 
-def test_what_an_interrupted_save_left_is_swept_away(tmp_path):
+def test_later_checkpoints_do_not_count_as_kept(tmp_path):
+    model, optimizer = make()
+    for step in (10, 30):
+        save(tmp_path, step, model, optimizer, keep=2)
+    save(tmp_path, 20, model, optimizer, keep=2)  # by a run resumed from step 10
+    assert {path.name for path in tmp_path.glob("step_*")} == {
+        "step_000010",
+        "step_000020",
+        "step_000030",
+    }
+
+
+def test_files_are_flushed_before_the_rename_and_latest_is_written_after_it(tmp_path, monkeypatch):
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record_fsync(handle):
+        events.append(("flush", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def record_move(move):
+        def record(source, target, **options):
+            events.append(("move", str(target)))
+            move(source, target, **options)
+
+        return record
+
+    model, optimizer = make()
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_move(rename))
+    monkeypatch.setattr(os, "replace", record_move(replace))
+    path = save(tmp_path, 1, model, optimizer)
+    monkeypatch.undo()
+
+    published = events.index(("move", str(path)))
+    flushed = {name for kind, name in events[:published] if kind == "flush"}
+    partial = tmp_path / ".step_000001.partial"
+    written = [partial, *(partial / file.relative_to(path) for file in path.rglob("*"))]
+    assert {str(file) for file in written} <= flushed
+    latest = events.index(("move", str(tmp_path / "latest")))
+    assert published < latest
+    assert ("flush", str(tmp_path)) in events[published:latest]
+    assert ("flush", str(tmp_path / ".latest.partial")) in events[published:latest]
+    assert ("flush", str(tmp_path)) in events[latest:]
+
+
+def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
     model, optimizer = make()
     whole = save(tmp_path, 1, model, optimizer)
     shutil.copytree(whole, tmp_path / ".step_000002.partial")
-    assert newest_whole(tmp_path) == whole
+    assert newest_complete(tmp_path) == whole
     save(tmp_path, 2, model, optimizer)
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_full_disk_is_a_clear_error_and_the_old_one_stays(tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     model, optimizer = make()
     train(model, optimizer, 1)
     whole = save(tmp_path, 1, model, optimizer)
@@ -258,34 +309,34 @@ def test_full_disk_is_a_clear_error_and_the_old_one_stays(tmp_path):
             save(tmp_path, 2, model, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert newest_whole(tmp_path) == whole
+    assert newest_complete(tmp_path) == whole
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_unwritable_folder_is_a_clear_error(tmp_path):
+def test_an_unwritable_folder_is_an_error(tmp_path):
     model, optimizer = make()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "checkpoints", 1, model, optimizer)
 
 
-def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+def test_progress_that_is_not_json_is_rejected_before_writing(tmp_path):
     model, optimizer = make()
-    with pytest.raises(CheckpointError, match="state is not JSON"):
+    with pytest.raises(CheckpointError, match="progress cannot be JSON"):
         save(tmp_path / "c", 1, model, optimizer, position={1, 2})
     assert not (tmp_path / "c").exists()
 
 
-def test_another_model_or_optimizer_is_refused(tmp_path):
+def test_another_model_or_optimizer_is_rejected(tmp_path):
     model, optimizer = make()
     train(model, optimizer, 1)
     path = save(tmp_path, 1, model, optimizer)
     wide, wide_optimizer = make(width=24)
-    with pytest.raises(CheckpointError, match="do not fit the model"):
-        load_checkpoint(path, model=wide, optimizer=wide_optimizer)
+    with pytest.raises(CheckpointError, match="do not match the model"):
+        load(path, wide, wide_optimizer)
     fewer = torch.optim.AdamW(list(model.parameters())[1:])
-    with pytest.raises(CheckpointError, match="belongs to other parameters"):
-        load_checkpoint(path, model=model, optimizer=fewer)
+    with pytest.raises(CheckpointError, match="is of other parameters"):
+        load(path, model, fewer)
 
 
 KILLED = """
@@ -302,11 +353,11 @@ save(folder, 2, model, optimizer)
 """
 
 
-def test_a_kill_just_before_the_rename_leaves_the_earlier_one(tmp_path):
+def test_a_kill_before_the_rename_leaves_the_earlier_checkpoint(tmp_path):
     script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / ".step_000002.partial" / "manifest.json").exists()
-    assert newest_whole(tmp_path) == tmp_path / "step_000001"
+    assert newest_complete(tmp_path) == tmp_path / "step_000001"
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
     assert manifest["step"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from turnfast.config.schema import CriticConfig, LossConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.model import Policy, hidden_states
 from turnfast.packing.pack import pack
-from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from turnfast.rundir.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.critic import Critic
 from turnfast.update.learner import Learner
@@ -205,14 +211,12 @@ def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
         )
 
     step(critic)
-    path = save_checkpoint(
-        tmp_path, 1, model=policy.model, optimizer=optimizer, tokenizer=None, state={}, keep=1,
-        critic=critic,
-    )  # fmt: skip
+    training = TrainingState(model=policy.model, optimizer=optimizer, critic=critic)
+    path = save_checkpoint(tmp_path, 1, training, progress={}, keep=1)
     step(critic)
     there = critic.state_dict()
     fresh = Critic(policy, CriticConfig(), OPTIM)
-    load_checkpoint(path, model=policy.model, optimizer=optimizer, critic=fresh)
+    load_checkpoint(path, replace(training, critic=fresh))
     step(fresh)
     again = fresh.state_dict()
     assert again.keys() == there.keys() and len(again) == 9
@@ -221,13 +225,7 @@ def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
 
 def test_a_checkpoint_without_a_critic_is_refused(policy, tmp_path):
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
-    path = save_checkpoint(
-        tmp_path, 1, model=policy.model, optimizer=optimizer, tokenizer=None, state={}, keep=1
-    )
-    with pytest.raises(CheckpointError, match=r"no critic that fits.*credit and model sections"):
-        load_checkpoint(
-            path,
-            model=policy.model,
-            optimizer=optimizer,
-            critic=Critic(policy, CriticConfig(), OPTIM),
-        )
+    training = TrainingState(model=policy.model, optimizer=optimizer)
+    path = save_checkpoint(tmp_path, 1, training, progress={}, keep=1)
+    with pytest.raises(CheckpointError, match=r"no matching critic.*credit and model sections"):
+        load_checkpoint(path, replace(training, critic=Critic(policy, CriticConfig(), OPTIM)))

@@ -25,7 +25,12 @@ from turnfast.errors import ConfigError, SyncError
 from turnfast.model import Policy, load_policy
 from turnfast.model.lora import adapted_layers, add_adapter, merged, merged_copy, without_adapter
 from turnfast.packing.pack import pack
-from turnfast.rundir.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from turnfast.rundir.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from turnfast.sampler import Sampler
 from turnfast.sampler.open import open_sampler
 from turnfast.sampler.sync import make_probe, sync_weights
@@ -69,10 +74,13 @@ def batches_of(budget: int = 4096):
 
 
 def saved(policy: Policy, folder: Path) -> Path:
-    return save_checkpoint(
-        folder, 1, model=policy.model, optimizer=optimizer_of(policy), tokenizer=policy.tokenizer,
-        state={}, keep=1,
-    )  # fmt: skip
+    return save_checkpoint(folder, 1, training_state(policy), progress={}, keep=1)
+
+
+def training_state(policy: Policy) -> TrainingState:
+    return TrainingState(
+        model=policy.model, optimizer=optimizer_of(policy), tokenizer=policy.tokenizer
+    )
 
 
 def plain_policy(folder: Path) -> Policy:
@@ -278,10 +286,10 @@ def test_another_adapter_is_refused(adapted, tiny_folder, tmp_path, form, messag
     other = plain_policy(tiny_folder)
     add_adapter(other.model, form, seed=0)
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(path, model=other.model, optimizer=optimizer_of(other))
-    with pytest.raises(CheckpointError, match="no adapter that fits"):
+        load_checkpoint(path, training_state(other))
+    with pytest.raises(CheckpointError, match="no matching adapter"):
         plain = saved(plain_policy(tiny_folder), tmp_path / "plain")
-        load_checkpoint(plain, model=adapted.model, optimizer=optimizer_of(adapted))
+        load_checkpoint(plain, training_state(adapted))
 
 
 def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
@@ -291,7 +299,7 @@ def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
         other.head_VD.add_(1e-3)
     add_adapter(other.model, FORM, seed=0)
     with pytest.raises(CheckpointError, match=r"another model.*model\.path"):
-        load_checkpoint(path, model=other.model, optimizer=optimizer_of(other))
+        load_checkpoint(path, training_state(other))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from turnfast.config.schema import OptimConfig
 from turnfast.errors import TornStep
-from turnfast.rundir.checkpoint import load_checkpoint, save_checkpoint
+from turnfast.rundir.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from turnfast.update.optimizer import Optimizer
 
 
@@ -243,13 +243,12 @@ def test_a_checkpoint_restores_the_state_bit_for_bit(state, dtype, tmp_path):
     straight = Model()
     optimizer = Optimizer(straight.parameters(), config)
     run(straight, optimizer, range(3))
-    save_checkpoint(
-        tmp_path, 3, model=straight, optimizer=optimizer, tokenizer=None, state={}, keep=1
-    )
+    training = TrainingState(model=straight, optimizer=optimizer)
+    save_checkpoint(tmp_path, 3, training, progress={}, keep=1)
     run(straight, optimizer, range(3, 6))
     resumed = Model()
     again = Optimizer(resumed.parameters(), config)
-    load_checkpoint(tmp_path / "step_000003", model=resumed, optimizer=again)
+    load_checkpoint(tmp_path / "step_000003", TrainingState(model=resumed, optimizer=again))
     assert again.num_steps == 3 and again.lr == pytest.approx(1e-3)
     run(resumed, again, range(3, 6))
     for mine, other in zip(resumed.parameters(), straight.parameters(), strict=True):

@@ -15,7 +15,7 @@ from turnfast.envs import Demonstration
 from turnfast.errors import ConfigError, TrainingError
 from turnfast.packing.pack import batch_of
 from turnfast.packing.rows import Rows, rows_of
-from turnfast.rundir.checkpoint import newest_whole
+from turnfast.rundir.checkpoint import newest_complete
 from turnfast.rundir.directory import read_metrics
 from turnfast.sft import demonstration_turns, sft, warm_start
 from turnfast.update.learner import Learner
@@ -198,7 +198,7 @@ def test_a_fault_leaves_the_steps_before_it(tiny_folder, tmp_path):
     with pytest.raises(TrainingError, match="gradient norm nan"):
         warm_start(recipe(tiny_folder, sft=diverging), tmp_path)
     (last, _) = losses(tmp_path)[-1]
-    assert last % 3 and newest_whole(tmp_path / "checkpoints").name == f"step_{last:06d}"
+    assert last % 3 and newest_complete(tmp_path / "checkpoints").name == f"step_{last:06d}"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from .model.lora import add_adapter
 from .parallel.ranks import ALONE, Ranks
 from .rollout.prompts import PromptQueue, open_queue
 from .rollout.setup import RolloutSetup
-from .rundir.checkpoint import load_checkpoint, newest_whole
+from .rundir.checkpoint import TrainingState, load_checkpoint, newest_complete
 from .rundir.directory import RunDir, read_metrics
 from .sampler.open import open_sampler
 from .sampler.sync import Probe, make_probe
@@ -200,11 +200,12 @@ def restore(
         ConfigError: the checkpoint is of the other kind of run.
         CheckpointError: it does not fit the model, the optimizer or the critic.
     """
-    newest = newest_whole(directory.checkpoints)
+    newest = newest_complete(directory.checkpoints)
     if newest is None:
         directory.rewind(-1)
         return 0, {}
-    state = load_checkpoint(newest, model=policy.model, optimizer=optimizer, critic=critic)
+    training = TrainingState(model=policy.model, optimizer=optimizer, critic=critic)
+    state = load_checkpoint(newest, training)
     found = state.get("kind", kind)
     if found != kind:
         raise ConfigError(

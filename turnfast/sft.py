@@ -28,7 +28,7 @@ from .packing.pack import batch_of
 from .packing.rows import rows_of
 from .report.console import Progress
 from .run import is_due, open_env_chat, open_model_folder, restore
-from .rundir.checkpoint import save_checkpoint, save_model
+from .rundir.checkpoint import TrainingState, save_checkpoint, save_model
 from .rundir.directory import RunDir
 from .types import Turn
 from .update.learner import Learner
@@ -69,10 +69,10 @@ def warm_start(
         save = partial(
             save_checkpoint,
             directory.checkpoints,
-            model=policy.model,
-            optimizer=optimizer,
-            tokenizer=policy.tokenizer,
-            state={"kind": "sft"},  # the order of the data is a function of the seed
+            training=TrainingState(
+                model=policy.model, optimizer=optimizer, tokenizer=policy.tokenizer
+            ),
+            progress={"kind": "sft"},  # the order of the data is a function of the seed
             keep=config.train.keep_checkpoints,
         )
         with Progress(run_dir, config.sft.steps, done=done, label="warm start") as progress:

@@ -21,7 +21,7 @@ from .report import write_report
 from .report.console import Progress
 from .rollout.collect import Collector
 from .run import Run, is_due, open_run
-from .rundir.checkpoint import save_checkpoint
+from .rundir.checkpoint import TrainingState, save_checkpoint
 from .sampler import choose_backend
 from .sampler.sync import check_logprob_gap, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
@@ -217,16 +217,18 @@ def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], boo
 
 
 def _save(run: Run, collector: Collector, step: int) -> None:
-    state = {"kind": "train", **collector.state(step)}
+    progress = {"kind": "train", **collector.state(step)}
     with run.ranks.together():
         if run.ranks.leads:
             save_checkpoint(
                 run.directory.checkpoints,
                 step,
-                model=run.policy.model,
-                optimizer=run.optimizer,
-                tokenizer=run.policy.tokenizer,
-                state=state,
-                critic=run.critic,
+                TrainingState(
+                    model=run.policy.model,
+                    optimizer=run.optimizer,
+                    tokenizer=run.policy.tokenizer,
+                    critic=run.critic,
+                ),
+                progress=progress,
                 keep=run.config.train.keep_checkpoints,
             )

@@ -1,19 +1,19 @@
-"""Checkpoints that are either whole or not there, in safetensors and JSON.
+"""Checkpoints in safetensors and JSON, complete or absent.
 
     checkpoints/
-      latest                      the name of the newest folder, for people and scripts
+      latest                      the name of the newest folder
       step_000050/
-        config.json model.safetensors tokenizer.json …    what `model.path` takes
-        adapter/adapter_config.json …                     with LoRA, what was trained; the model
+        config.json model.safetensors tokenizer.json …    a folder for `model.path`
+        adapter/adapter_config.json …                     with LoRA: the adapter alone; the model
                                                           above has it merged
         trainer/optimizer.safetensors  trainer/optimizer.json  trainer/state.json
         trainer/critic.safetensors                        for rules with a critic
         manifest.json             size and SHA-256 of every other file
 
-The trainer's part lies in a folder of its own because inference engines load every `*.safetensors`
-they find beside `config.json`. Everything is written to a hidden folder, flushed to the disk and
-renamed, so a kill at any moment leaves the earlier checkpoints as they were. Nothing is pickled:
-a stranger's checkpoint can be wrong, but it cannot run code.
+The trainer's files have their own folder, because inference engines load every `*.safetensors`
+beside `config.json`. All files are written to a hidden folder, flushed to disk and renamed, so that
+a kill at any time leaves the earlier checkpoints intact. Nothing is pickled: loading a checkpoint
+runs no code from it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 from transformers.utils import logging as hf_logging
 
 from ...errors import CheckpointError
-from .folder import TRAINER, fault, move_in, point_latest, retire, seal, sweep
+from .folder import (
+    TRAINER,
+    find_damage,
+    point_latest,
+    publish,
+    remove_leftovers,
+    retire_old,
+    write_manifest,
+)
 from .randomness import random_states, set_random_states
 from .state import (
-    Stateful,
-    StatefulTensors,
+    TrainingState,
     load_critic,
     load_model,
     load_optimizer,
@@ -45,109 +51,94 @@ from .state import (
     to_json,
 )
 
-__all__ = ["CheckpointError", "load_checkpoint", "newest_whole", "save_checkpoint", "save_model"]
+__all__ = [
+    "CheckpointError",
+    "TrainingState",
+    "load_checkpoint",
+    "newest_complete",
+    "save_checkpoint",
+    "save_model",
+]
 
 log = logging.getLogger("turnfast")
 
 
-class Saves(Protocol):
-    """What is asked of a tokenizer."""
-
-    def save_pretrained(self, save_directory: str, /) -> Any: ...
-
-
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    optimizer: Stateful,
-    tokenizer: Saves | None,
-    state: Mapping[str, Any],
-    keep: int,
-    critic: StatefulTensors | None = None,
+    folder: Path, step: int, training: TrainingState, *, progress: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write `folder/step_000050`, point `latest` at it and drop all but the newest `keep`.
+    """Write `folder/step_000050`, point `latest` at it and remove all but the newest `keep`.
 
-    A whole checkpoint of that step is left as it is: a step has one state, so saving it again
-    when a run ends costs nothing.
+    A complete checkpoint of the same step is not written again.
 
     Args:
-        folder: `run_dir/checkpoints`; made when missing.
-        model: a Hugging Face model (`save_pretrained`).
-        state: whatever the loop needs to go on; JSON values only, tuples come back as lists.
-        keep: number of checkpoints left afterwards, this one included.
+        folder: `run_dir/checkpoints`; created if missing.
+        progress: what the training loop needs to continue; JSON values, tuples come back as lists.
+        keep: number of checkpoints to keep, this one included.
+
     Raises:
-        CheckpointError: it could not be written; earlier checkpoints are as they were.
+        CheckpointError: it could not be written; earlier checkpoints are intact.
     """
     target = folder / f"step_{step:06d}"
-    if target.exists() and fault(target) is None:
+    if target.exists() and find_damage(target) is None:
         return target
     partial = folder / f".{target.name}.partial"
-    document = to_json({"step": step, "state": dict(state), "rng": random_states()}, "state")
+    document = to_json({"step": step, "state": dict(progress), "rng": random_states()}, "progress")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        remove_leftovers(folder)
         (partial / TRAINER).mkdir(parents=True)
         with _no_progress_bar():
-            save_model(model, partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
-        save_optimizer(optimizer, partial / TRAINER)
-        if critic is not None:
-            save_critic(critic, partial / TRAINER)
+            save_model(training.model, partial)
+        if training.tokenizer is not None:
+            training.tokenizer.save_pretrained(str(partial))
+        save_optimizer(training.optimizer, partial / TRAINER)
+        if training.critic is not None:
+            save_critic(training.critic, partial / TRAINER)
         (partial / TRAINER / "state.json").write_text(document, encoding="utf-8")
-        seal(partial, step)
-        move_in(partial, target)
+        write_manifest(partial, step)
+        publish(partial, target)
         point_latest(folder, target.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: the checkpoint of step {step} could not be written: {error}. Earlier "
-            f"checkpoints are untouched; room is needed for {keep + 1} at a time "
-            "(train.keep_checkpoints)"
+            f"{target}: the checkpoint could not be written ({error}); earlier ones are intact. "
+            f"Free disk space for {keep + 1} checkpoints or lower train.keep_checkpoints"
         ) from error
     try:
-        retire(folder, step, keep)
+        retire_old(folder, step, keep)
     except OSError as error:
         log.warning("old checkpoints in %s could not be removed: %s", folder, error)
     return target
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    model: nn.Module,
-    optimizer: Stateful,
-    critic: StatefulTensors | None = None,
-) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer state and random states in place.
+def load_checkpoint(path: Path, training: TrainingState) -> dict[str, Any]:
+    """Load weights, optimizer state and random states in place.
 
     Returns:
-        The `state` that was saved, with `step` in it.
+        The saved `progress`, with `step`.
+
     Raises:
-        CheckpointError: incomplete, or made with another model or optimizer, or without a critic.
+        CheckpointError: incomplete, or written with another model, optimizer or without a critic.
     """
-    wrong = fault(path, hashes=False)
-    if wrong:
-        raise CheckpointError(f"{path}: not a whole checkpoint: {wrong}")
-    load_model(model, path)
-    load_optimizer(optimizer, path / TRAINER)
-    if critic is not None:
-        load_critic(critic, path / TRAINER)
+    damage = find_damage(path, hashes=False)
+    if damage:
+        raise CheckpointError(f"{path}: incomplete checkpoint: {damage}")
+    load_model(training.model, path)
+    load_optimizer(training.optimizer, path / TRAINER)
+    if training.critic is not None:
+        load_critic(training.critic, path / TRAINER)
     document = json.loads((path / TRAINER / "state.json").read_text(encoding="utf-8"))
     set_random_states(document["rng"])
     return {"step": document["step"], **document["state"]}
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint of the highest step that passes every check of `fault`; those that do not
-    are skipped with a warning that names them. None when there is none."""
+def newest_complete(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step, or None; log a warning for others."""
     for path in sorted(folder.glob("step_*"), reverse=True):
-        wrong = fault(path)
-        if wrong is None:
+        damage = find_damage(path)
+        if damage is None:
             return path
-        log.warning("checkpoint %s is skipped: %s", path, wrong)
+        log.warning("checkpoint %s is skipped: %s", path, damage)
     return None
 
 

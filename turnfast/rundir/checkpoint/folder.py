@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there: sealed with a manifest, flushed, renamed."""
+"""Checkpoint folders on disk: written aside, flushed, renamed; complete or absent."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer"
 
 
-def fault(path: Path, *, hashes: bool = True) -> str | None:
-    """The first thing wrong with a checkpoint, in words, or None when it is whole.
+def find_damage(path: Path, *, hashes: bool = True) -> str | None:
+    """Return a description of the first thing wrong with a checkpoint, or None if it is complete.
 
     Args:
-        hashes: also read every byte; without it only names and sizes are compared.
+        hashes: also compare the SHA-256 of every file; otherwise only names and sizes.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -37,12 +37,14 @@ def fault(path: Path, *, hashes: bool = True) -> str | None:
             return f"{MANIFEST} does not list {TRAINER}/state.json"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
+    # a damaged manifest can be any JSON or none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error!r})"
     return None
 
 
-def seal(folder: Path, step: int) -> None:
+def write_manifest(folder: Path, step: int) -> None:
+    """Write the manifest of a folder and flush all its files to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
         str(path.relative_to(folder)): {
@@ -60,7 +62,8 @@ def seal(folder: Path, step: int) -> None:
         _flush(path)
 
 
-def move_in(partial: Path, target: Path) -> None:
+def publish(partial: Path, target: Path) -> None:
+    """Rename a flushed folder to its final name; a damaged folder of that name is retired."""
     if target.exists():
         target.rename(_retired(target))
     partial.rename(target)
@@ -68,6 +71,7 @@ def move_in(partial: Path, target: Path) -> None:
 
 
 def point_latest(folder: Path, name: str) -> None:
+    """Write the name of the newest checkpoint to the file `latest`."""
     partial = folder / ".latest.partial"
     partial.write_text(name + "\n", encoding="utf-8")
     _flush(partial)
@@ -75,24 +79,26 @@ def point_latest(folder: Path, name: str) -> None:
     _flush(folder)
 
 
-def retire(folder: Path, step: int, keep: int) -> None:
-    """Drop what is older than the newest `keep` up to this step. Folders of later steps were passed
-    over by a resume and incomplete ones hold no state: neither may push a good one out."""
+def retire_old(folder: Path, step: int, keep: int) -> None:
+    """Remove all complete checkpoints up to this step but the newest `keep`.
+
+    Incomplete checkpoints and those of later steps, which a resumed run skipped, do not count.
+    """
     steps = (path for path in folder.glob("step_*") if path.name <= f"step_{step:06d}")
-    usable = sorted((p for p in steps if fault(p, hashes=False) is None), reverse=True)
+    usable = sorted((p for p in steps if find_damage(p, hashes=False) is None), reverse=True)
     for path in usable[max(keep, 1) :]:
         path.rename(_retired(path))
-    sweep(folder)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove retired checkpoints and what an interrupted save left."""
+    for path in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.retired")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _retired(path: Path) -> Path:
     return path.with_name(f".{path.name}.retired")
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted save left behind."""
-    for path in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.retired")):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The global random states of Python, numpy and torch, as values of JSON."""
+"""The global random states of Python, numpy and torch as JSON values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def random_states() -> dict[str, Any]:
-    """All of them, torch's CUDA generator of the current device too where CUDA is in use."""
+    """Return all random states, also that of the current CUDA device if CUDA is in use."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
@@ -31,7 +31,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Go on where `random_states` was called. CUDA's is passed over on a machine without it."""
+    """Restore what `random_states` returned; CUDA's state only on a machine with CUDA."""
     python = states["python"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     legacy = states["numpy"]

@@ -1,14 +1,14 @@
-"""The state of a training run as safetensors and JSON: weights, optimizer, critic."""
+"""Weights, optimizer and critic of a training run as safetensors and JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +20,7 @@ ADAPTER = "adapter"
 
 
 class Stateful(Protocol):
-    """What is asked of an optimizer: torch's two methods, `state` and `param_groups` in them."""
+    """An optimizer whose state dict has torch's `state` and `param_groups`."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -28,11 +28,27 @@ class Stateful(Protocol):
 
 
 class StatefulTensors(Protocol):
-    """What is asked of a critic: all that it is, as named tensors."""
+    """A critic whose whole state is named tensors."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """A Hugging Face tokenizer."""
+
+    def save_pretrained(self, save_directory: str, /) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """What a checkpoint holds beside the progress of the loop; `model` is a Hugging Face model."""
+
+    model: nn.Module
+    optimizer: Stateful
+    tokenizer: Tokenizer | None = None
+    critic: StatefulTensors | None = None
 
 
 def save_optimizer(optimizer: Stateful, folder: Path) -> None:
@@ -47,18 +63,18 @@ def save_optimizer(optimizer: Stateful, folder: Path) -> None:
                 plain.setdefault(str(index), {})[name] = value
     document = {"groups": saved["param_groups"], "plain": plain}
     (folder / "optimizer.json").write_text(to_json(document, "optimizer"), encoding="utf-8")
-    save_file(_apart(tensors), _optimizer_file(folder))
+    save_file(_unshared(tensors), _optimizer_file(folder))
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Optimizers may let several entries share memory, the format does not: those are copied."""
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with an earlier one, which safetensors does not allow."""
     seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
+    unshared: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return apart
+        address = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return unshared
 
 
 def load_optimizer(optimizer: Stateful, folder: Path) -> None:
@@ -75,18 +91,17 @@ def load_optimizer(optimizer: Stateful, folder: Path) -> None:
     ]
     try:
         optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
-    except (ValueError, LookupError, RuntimeError) as error:
+    except ValueError as error:  # other parameter groups, as torch reports them
         raise CheckpointError(
-            f"{folder}: the optimizer state belongs to other parameters ({error}); resume with "
-            "the model and optim sections of the run that wrote it"
+            f"{folder}: the optimizer state is of other parameters ({error}); resume with the "
+            "model and optim sections of the run that wrote it"
         ) from error
     if isinstance(optimizer, Optimizer):
         _restore_dtypes(optimizer, state)
 
 
 def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
-    # load_state_dict casts moments to the parameter's dtype, which would round float32 moments of
-    # bfloat16 weights
+    # load_state_dict casts moments to the parameter's dtype: float32 ones would be rounded
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entries in state.items():
         loaded = optimizer.state[parameters[index]]
@@ -103,10 +118,10 @@ def save_critic(critic: StatefulTensors, folder: Path) -> None:
 def load_critic(critic: StatefulTensors, folder: Path) -> None:
     try:
         critic.load_state_dict(load_file(_critic_file(folder)))
-    except (OSError, LookupError, RuntimeError, SafetensorError) as error:
+    except (FileNotFoundError, KeyError, RuntimeError) as error:  # none, or of another width
         raise CheckpointError(
-            f"{folder}: holds no critic that fits ({error}); resume with the credit and model "
-            "sections of the run that wrote it"
+            f"{folder}: no matching critic ({error}); resume with the credit and model sections of "
+            "the run that wrote it"
         ) from error
 
 
@@ -119,7 +134,7 @@ def _optimizer_file(folder: Path) -> Path:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """A Hugging Face folder, an adapter merged; what was trained of it also in `folder/adapter`."""
+    """Write a Hugging Face folder; with LoRA the merged model, and `folder/adapter`."""
     if not adapted_layers(model):
         model.save_pretrained(folder)
         return
@@ -136,13 +151,13 @@ def load_model(model: nn.Module, path: Path) -> None:
     for file in sorted(path.glob("*.safetensors")):
         loaded |= load_file(file)
     if not _fits(wanted, loaded):
-        # files of some architectures name and cut the tensors otherwise than the module does
+        # for some architectures the files have other tensor names and shapes than the module
         fresh = type(model).from_pretrained(path, dtype="auto")  # pyright: ignore
         loaded = fresh.state_dict()
     if not _fits(wanted, loaded):
         raise CheckpointError(
-            f"{path}: its tensors do not fit the model; resume with the model section of the run "
-            "that wrote it"
+            f"{path}: the tensors do not match the model; resume with the model section of the "
+            "run that wrote it"
         )
     with torch.no_grad():
         for name, tensor in loaded.items():
@@ -150,26 +165,26 @@ def load_model(model: nn.Module, path: Path) -> None:
 
 
 def _load_adapter(model: nn.Module, path: Path) -> None:
-    """The base is not in the checkpoint, but what no adapter changes is, and must be the same."""
+    """Load the adapter, and check that the tensors without an adapter equal the base model's."""
     try:
         load_adapter(model, path / ADAPTER)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError) as error:  # none, or of another form
         raise CheckpointError(
-            f"{path}: holds no adapter that fits ({error}); resume with the model section of the "
-            "run that wrote it"
+            f"{path}: no matching adapter ({error}); resume with the model section of the run "
+            "that wrote it"
         ) from error
     own = dict(model.named_parameters())
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if name in own and not torch.equal(own[name].cpu(), tensor):
                 raise CheckpointError(
-                    f"{path}: its adapter was trained on another model, {name} differs; resume "
+                    f"{path}: the adapter was trained on another model ({name} differs); resume "
                     "with the model.path of the run that wrote it"
                 )
 
 
 def _fits(wanted: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:
-    """Every loaded tensor has its place, and what is missing shares memory with what is there."""
+    """Whether the model has every loaded tensor, and the rest share memory with loaded ones."""
     if any(name not in wanted or wanted[name].shape != t.shape for name, t in loaded.items()):
         return False
     filled = {wanted[name].data_ptr() for name in loaded}
@@ -180,4 +195,4 @@ def to_json(document: Mapping[str, Any], what: str) -> str:
     try:
         return json.dumps(document, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's {what} is not JSON: {error}") from error
+        raise CheckpointError(f"the checkpoint's {what} cannot be JSON: {error}") from error
