@@ -39,6 +39,8 @@ def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:
                 f"{field}: no module {module_name!r} in {folder} or among the installed packages"
             ) from None
         raise  # the module exists, and imports one that does not
+    except SystemExit as error:  # a script, which would end the run without a message
+        raise ConfigError(f"{field}: {module_name!r} exits when imported, with {error}") from None
     if getattr(module, "__file__", None) is None:  # a folder without Python code
         raise ConfigError(f"{field}: {module_name!r} is not a Python module")
     found = getattr(module, attribute, None)
