@@ -43,7 +43,7 @@ from harness.provenance import RESULTS, provenance, write
 import turnfast.rollout.collect
 import turnfast.rollout.episode
 import turnfast.run
-import turnfast.tools.deadline
+import turnfast.tools.run
 import turnfast.train
 from turnfast.cli import stop_on_signals
 from turnfast.config.recipe import load_config
@@ -169,9 +169,9 @@ def watch(seen: Watch) -> None:
     open_sampler, collect, ask, log, call = (
         turnfast.run.open_sampler,
         turnfast.rollout.collect.collect_groups,
-        turnfast.rollout.episode.ask,
+        turnfast.rollout.episode.await_call,
         turnfast.train._log,
-        turnfast.tools.deadline._Call.run,
+        turnfast.tools.run.call_with_timeout,
     )
 
     def open_timed(config: Any, policy: Any, *args: Any, **kwargs: Any) -> Timed:
@@ -197,17 +197,22 @@ def watch(seen: Watch) -> None:
         log(*args)
         seen.logging.append(seen.clock() - begin)
 
-    def call_timed(self: Any) -> None:
-        begin = time.thread_time()
-        call(self)
-        seen.tools += time.thread_time() - begin
+    async def call_timed(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seen.tools += time.thread_time() - begin
+
+        return await call(timed, *args, **kwargs)
 
     turnfast.run.open_sampler = open_timed  # type: ignore[assignment]
     turnfast.rollout.collect.collect_groups = collect_timed
-    turnfast.rollout.episode.ask = ask_timed
+    turnfast.rollout.episode.await_call = ask_timed
     turnfast.train._log = log_timed
     turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]
-    turnfast.tools.deadline._Call.run = call_timed  # type: ignore[method-assign]
+    turnfast.tools.run.call_with_timeout = call_timed
 
 
 def summarise(lines: list[dict[str, float]], seen: Watch, clock: str) -> dict[str, Any]:

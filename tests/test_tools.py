@@ -1,4 +1,4 @@
-"""Tools: schemas, parsing of calls, and calls that go wrong."""
+"""Tools: schemas, call parsing, deadlines and failing calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from contextvars import ContextVar
 from typing import Annotated, Literal
 
 import pytest
@@ -24,12 +24,12 @@ from turnfast.tools import (
     ToolCall,
     ToolError,
     ToolResult,
+    deadline,
     parse_call,
     parse_calls,
     run_tool,
     tool,
 )
-from turnfast.tools import deadline as deadline_room
 
 
 @tool
@@ -47,9 +47,9 @@ def add(a: int, b: int = 1) -> str:
     return str(a + b)
 
 
-def play(one: Tool, /, timeout_s: float = 5.0, **arguments: object) -> ToolResult | ToolError:
-    call = ToolCall(name=one.name, arguments=arguments)
-    return asyncio.run(run_tool([one], call, timeout_s=timeout_s))
+def run(called: Tool, /, timeout_s: float = 5.0, **arguments: object) -> ToolResult | ToolError:
+    call = ToolCall(name=called.name, arguments=arguments)
+    return asyncio.run(run_tool([called], call, timeout_s=timeout_s))
 
 
 # --- schema and arguments
@@ -89,12 +89,12 @@ def test_schema_of_a_function():
         ({"a": {1, 2}}, "not JSON"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, reason):
+def test_invalid_arguments_are_errors(arguments, reason):
     with pytest.raises(BadArguments, match=reason):
         add.bind(arguments)
 
 
-def test_types_beyond_the_basic_ones():
+def test_argument_types():
     @tool(name="plan.trip", description="Plan.")
     def plan(
         day: datetime.date,
@@ -115,8 +115,8 @@ def test_types_beyond_the_basic_ones():
             plan.bind({"day": "2026-01-02", "kind": "air", **bad})
 
 
-def test_functions_without_a_schema_are_refused():
-    with pytest.raises(TypeError, match="needs a name"):
+def test_functions_without_a_schema_are_errors():
+    with pytest.raises(TypeError, match="the name may contain only"):
         tool(lambda: "")
 
     def untyped(x) -> str:
@@ -139,20 +139,17 @@ def test_functions_without_a_schema_are_refused():
 
 
 def test_a_method_is_bound_to_its_instance():
-    class Shelf:
-        def __init__(self, book: str) -> None:
-            self.book = book
+    class Book:
+        def __init__(self, title: str) -> None:
+            self.title = title
 
         @tool
         def read(self, page: int) -> str:
-            return f"{self.book} {page}"
+            return f"{self.title} {page}"
 
-    ulm, rom = Shelf("Ulm"), Shelf("Rom")
-    assert (play(ulm.read, page=1), play(rom.read, page=2)) == (
-        ToolResult(text="Ulm 1"),
-        ToolResult(text="Rom 2"),
-    )
-    assert "self" not in Shelf.read.parameters["properties"]
+    assert run(Book("Ulm").read, page=1) == ToolResult(text="Ulm 1")
+    assert run(Book("Rom").read, page=2) == ToolResult(text="Rom 2")
+    assert "self" not in Book.read.parameters["properties"]
 
 
 # --- parsing
@@ -173,7 +170,7 @@ TAGS = st.sampled_from(
 
 @given(st.text(min_size=1), st.dictionaries(st.text(), JSON, max_size=4), st.booleans(), st.text())
 @settings(deadline=None)
-def test_both_forms_are_read_back_exactly(name, arguments, native, around):
+def test_both_tag_formats_are_parsed(name, arguments, native, around):
     key, tag = ("arguments", "tool_call") if native else ("args", "tool")
     around = around.replace("<", "")
     for ascii_only in (True, False):
@@ -184,7 +181,7 @@ def test_both_forms_are_read_back_exactly(name, arguments, native, around):
 
 @given(st.lists(TAGS | st.text(max_size=5) | JSON.map(json.dumps), max_size=12).map("".join))
 @settings(max_examples=200, deadline=None)
-def test_no_text_raises_and_every_opening_tag_is_an_attempt(text):
+def test_any_text_is_parsed_and_every_opening_tag_is_an_attempt(text):
     calls = parse_calls(text)
     assert all(isinstance(call, ToolCall | MalformedCall) for call in calls)
     if "<tool>" in text and "<reasoning>" not in text:
@@ -213,11 +210,11 @@ def test_no_text_raises_and_every_opening_tag_is_an_attempt(text):
         ("<tool>" + "1" * 10_000 + "</tool>", "not valid JSON"),
     ],
 )
-def test_malformed_calls_say_why(text, reason):
+def test_malformed_calls_give_the_reason(text, reason):
     assert parse_call(text) == MalformedCall(reason=reason)
 
 
-def test_several_calls_keep_their_order_and_thoughts_are_no_calls():
+def test_calls_keep_their_order_and_reasoning_is_ignored():
     text = (
         '<reasoning>perhaps <tool>{"name": "no"}</tool></reasoning>'
         '<tool>{"name": "one"}</tool> and <tool>{"nam</tool>'
@@ -235,30 +232,29 @@ def test_several_calls_keep_their_order_and_thoughts_are_no_calls():
 # --- running
 
 
-def test_a_result_an_empty_result_and_the_errors_before_the_call():
-    assert play(add, a=1) == ToolResult(text="2")
+def test_results():
+    assert run(add, a=1) == ToolResult(text="2")
     empty = ToolResult(text=" \n")
     assert not empty.success and empty.shown == "No result."
 
-    def kind(text: str) -> tuple[str, str]:
-        call = parse_call(text)
-        assert call is not None
-        error = asyncio.run(run_tool([add], call, timeout_s=1))
-        assert isinstance(error, ToolError) and not error.success
-        return error.kind, error.shown
 
-    assert kind("<tool>{</tool>") == ("malformed", "Error: not valid JSON")
-    assert kind('<tool>{"name": "sub"}</tool>') == (
-        "unknown_tool",
-        "Error: no such tool; known: add",
-    )
-    assert kind('<tool>{"name": "add", "args": {}}</tool>') == (
-        "bad_arguments",
-        "Error: a: missing",
-    )
+@pytest.mark.parametrize(
+    ("text", "kind", "shown"),
+    [
+        ("<tool>{</tool>", "malformed", "Error: not valid JSON"),
+        ('<tool>{"name": "sub"}</tool>', "unknown_tool", "Error: no such tool; known: add"),
+        ('<tool>{"name": "add", "args": {}}</tool>', "bad_arguments", "Error: a: missing"),
+    ],
+)
+def test_errors_before_the_call(text, kind, shown):
+    call = parse_call(text)
+    assert call is not None
+    error = asyncio.run(run_tool([add], call, timeout_s=1))
+    assert isinstance(error, ToolError) and not error.success
+    assert (error.kind, error.shown) == (kind, shown)
 
 
-class Rude(Exception):
+class NoText(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
@@ -271,7 +267,7 @@ def raises(error: BaseException):
     ("act", "kind", "text"),
     [
         (lambda: raises(ValueError("no such page")), "raised", "ValueError: no such page"),
-        (lambda: raises(Rude()), "raised", "Rude"),
+        (lambda: raises(NoText()), "raised", "NoText"),
         (lambda: raises(StopIteration()), "raised", "StopIteration"),
         (lambda: raises(SystemExit(3)), "raised", "SystemExit: 3"),
         (lambda: raises(KeyboardInterrupt()), "raised", "KeyboardInterrupt"),
@@ -283,10 +279,10 @@ def raises(error: BaseException):
         (lambda: b"\xff".decode("utf-8", "surrogateescape"), "bad_output", "invalid UTF-8"),
     ],
 )
-@pytest.mark.parametrize("in_coroutine", [False, True])
-def test_a_faulty_tool_ends_only_its_own_call(act, kind, text, in_coroutine):
-    if in_coroutine and "KeyboardInterrupt" in text:
-        pytest.skip("an interrupt in the event loop is the user's, and stops the run")
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_failing_tool_ends_only_its_own_call(act, kind, text, is_async):
+    if is_async and "KeyboardInterrupt" in text:
+        pytest.skip("a KeyboardInterrupt in the event loop comes from the user and ends the run")
 
     def plain() -> str:
         return act()
@@ -295,7 +291,7 @@ def test_a_faulty_tool_ends_only_its_own_call(act, kind, text, in_coroutine):
         await asyncio.sleep(0)
         return act()
 
-    error = play(tool(name="act")(coroutine if in_coroutine else plain))
+    error = run(tool(name="act")(coroutine if is_async else plain))
     assert isinstance(error, ToolError)
     assert error.kind == kind
     assert text in error.text
@@ -303,7 +299,7 @@ def test_a_faulty_tool_ends_only_its_own_call(act, kind, text, in_coroutine):
     error.shown.encode("utf-8")
 
 
-def test_a_hanging_tool_is_cut_at_its_deadline_and_others_are_not_delayed():
+def test_hanging_tools_time_out_and_do_not_delay_others():
     release = threading.Event()
 
     @tool
@@ -316,14 +312,14 @@ def test_a_hanging_tool_is_cut_at_its_deadline_and_others_are_not_delayed():
         await asyncio.sleep(30)
         return "late"
 
-    async def run() -> list[ToolResult | ToolError]:
+    async def run_all() -> list[ToolResult | ToolError]:
         calls = [ToolCall(name=name, arguments={}) for name in ["hang", "hang_async"] * 20]
         calls.append(ToolCall(name="add", arguments={"a": 1}))
         tools = [hang, hang_async, add]
         return await asyncio.gather(*(run_tool(tools, call, timeout_s=0.3) for call in calls))
 
     begin = time.perf_counter()
-    *errors, result = asyncio.run(run())
+    *errors, result = asyncio.run(run_all())
     elapsed_s = time.perf_counter() - begin
     release.set()
     assert all(isinstance(error, ToolError) and error.kind == "timeout" for error in errors)
@@ -331,19 +327,19 @@ def test_a_hanging_tool_is_cut_at_its_deadline_and_others_are_not_delayed():
     assert 0.3 <= elapsed_s < 20.0
 
 
-def test_a_result_in_time_counts_although_the_loop_was_busy():
-    async def run() -> ToolResult | ToolError:
+def test_a_result_in_time_counts_even_if_the_event_loop_was_busy():
+    async def run_busy() -> ToolResult | ToolError:
         call = asyncio.ensure_future(
             run_tool([add], ToolCall(name="add", arguments={"a": 1}), timeout_s=0.1)
         )
         await asyncio.sleep(0)
-        time.sleep(0.6)  # as sampling on the CPU does
+        time.sleep(0.6)  # blocks the loop past the deadline, as an engine step does
         return await call
 
-    assert asyncio.run(run()) == ToolResult(text="2")
+    assert asyncio.run(run_busy()) == ToolResult(text="2")
 
 
-def test_cancelling_the_caller_reaches_an_async_tool():
+def test_cancelling_the_caller_cancels_an_async_tool():
     seen: list[str] = []
 
     @tool
@@ -354,18 +350,40 @@ def test_cancelling_the_caller_reaches_an_async_tool():
             seen.append("cancelled")
         return ""
 
-    async def run() -> None:
+    async def run_cancelled() -> None:
         async with asyncio.timeout(0.1):
             await run_tool([wait], ToolCall(name="wait", arguments={}), timeout_s=20)
 
     with pytest.raises(TimeoutError):
-        asyncio.run(run())
+        asyncio.run(run_cancelled())
     assert seen == ["cancelled"]
 
 
-def test_hanging_threads_are_limited(monkeypatch):
-    monkeypatch.setattr(deadline_room, "MAX_ABANDONED_THREADS", 3)
-    monkeypatch.setattr(deadline_room, "_ABANDONED", [])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tool_sees_the_context_variables_of_its_caller(is_async):
+    rollout: ContextVar[str] = ContextVar("rollout", default="none")
+
+    def plain() -> str:
+        return f"{rollout.get()} {threading.current_thread() is threading.main_thread()}"
+
+    async def coroutine() -> str:
+        return plain()
+
+    called = tool(name="called")(coroutine if is_async else plain)
+
+    async def run_in_context(value: str) -> ToolResult | ToolError:
+        rollout.set(value)
+        return await run_tool([called], ToolCall(name="called", arguments={}), timeout_s=5.0)
+
+    async def run_both() -> list[ToolResult | ToolError]:
+        return await asyncio.gather(run_in_context("one"), run_in_context("two"))
+
+    results = asyncio.run(run_both())
+    assert [result.shown for result in results] == [f"one {is_async}", f"two {is_async}"]
+
+
+def test_the_number_of_hanging_threads_is_limited(monkeypatch):
+    monkeypatch.setattr(deadline, "MAX_HANGING_THREADS", 3)
     release = threading.Event()
 
     @tool
@@ -373,93 +391,19 @@ def test_hanging_threads_are_limited(monkeypatch):
         release.wait(30)
         return ""
 
-    errors = [play(hang, timeout_s=0.02) for _ in range(4)]
-    assert [error.text for error in errors] == ["hang gave no result in 0.02 s"] * 3 + [
-        "3 earlier calls are still hanging"
+    errors = [run(hang, timeout_s=0.02) for _ in range(4)]
+    assert [error.shown for error in errors] == [
+        *["Error: hang gave no result in 0.02 s"] * 3,
+        "Error: 3 earlier calls still hang",
     ]
     release.set()
-    for call in deadline_room._ABANDONED:
-        assert call.ended.wait(10)
-    assert play(add, a=1) == ToolResult(text="2")
+    for thread in threading.enumerate():
+        if thread.name == "tool-hang":
+            thread.join(10)
+    assert run(add, a=1) == ToolResult(text="2")
 
 
-def test_a_thread_takes_the_next_call_unless_it_hangs(monkeypatch):
-    monkeypatch.setattr(deadline_room, "_IDLE", [])
-    release, threads = threading.Event(), []
-
-    @tool
-    def note(hangs: bool) -> str:
-        threads.append(threading.get_ident())
-        return "late" if hangs and release.wait(30) else "done"
-
-    def settled() -> None:
-        # a call's result is there a moment before its thread is free again
-        while not deadline_room._IDLE:
-            time.sleep(0.001)
-
-    async def run() -> list[ToolResult | ToolError]:
-        call = partial(ToolCall, name="note")
-        results = []
-        for hangs in (False, False, True, False, False):
-            results.append(await run_tool([note], call(arguments={"hangs": hangs}), timeout_s=0.2))
-            if not hangs:
-                settled()
-        return results
-
-    results = asyncio.run(run())
-    assert [result.success for result in results] == [True, True, False, True, True]
-    assert threads[0] == threads[1] == threads[2] != threads[3] == threads[4]
-    release.set()
-    while len(deadline_room._IDLE) < 2:  # the one that hung is of use again
-        time.sleep(0.001)
-
-
-def test_an_inline_tool_runs_in_the_thread_that_asks():
-    seen: list[int] = []
-
-    @tool(inline=True)
-    def note(slow: bool = False, fails: bool = False) -> str:
-        seen.append(threading.get_ident())
-        if fails:
-            raise ValueError("no")
-        time.sleep(0.05 * slow)
-        return "noted"
-
-    assert play(note) == ToolResult(text="noted") and seen == [threading.get_ident()]
-    assert play(note, fails=True).kind == "raised"
-    late = play(note, timeout_s=0.02, slow=True)
-    assert (late.kind, late.text) == ("timeout", "note gave no result in 0.02 s")
-
-    async def wait() -> str:
-        return "waited"
-
-    with pytest.raises(TypeError, match="'wait': an async function may wait"):
-        tool(inline=True)(wait)
-
-
-def test_idle_threads_are_limited(monkeypatch):
-    monkeypatch.setattr(deadline_room, "_IDLE", [])
-    monkeypatch.setattr(deadline_room, "MAX_IDLE_THREADS", 2)
-    together = threading.Barrier(6)
-
-    @tool
-    def meet() -> str:
-        together.wait(10)
-        return "met"
-
-    async def run() -> list[ToolResult | ToolError]:
-        call = ToolCall(name="meet", arguments={})
-        return await asyncio.gather(*(run_tool([meet], call, timeout_s=10) for _ in range(6)))
-
-    before = threading.active_count()
-    assert all(result.success for result in asyncio.run(run()))
-    end = time.monotonic() + 10
-    while threading.active_count() > before + 2 and time.monotonic() < end:
-        time.sleep(0.001)
-    assert len(deadline_room._IDLE) == 2 and threading.active_count() <= before + 2
-
-
-def test_a_hanging_tool_does_not_hold_up_the_end_of_the_program():
+def test_a_hanging_tool_does_not_delay_the_exit_of_the_interpreter():
     program = """
 import asyncio, time
 from turnfast.tools import ToolCall, run_tool, tool

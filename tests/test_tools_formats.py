@@ -1,4 +1,4 @@
-"""Calls as Llama 3, Mistral and Hermes write them: there and back, and anything in between."""
+"""Tool calls in the formats of Llama 3, Mistral and Hermes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.envs import Task, ToolEnv, tool
-from turnfast.tools import MalformedCall, ToolCall, parse_calls, read_calls, write_calls
+from turnfast.tools import MalformedCall, ToolCall, parse_calls, read_calls
 
-FORMS = ("hermes", "llama3", "mistral")
+FORMATS = ("hermes", "llama3", "mistral")
 NAMES = st.from_regex(r"[a-zA-Z_][\w-]{0,20}", fullmatch=True).filter(str.isascii)
 VALUES = st.recursive(
     st.none()
@@ -32,31 +32,40 @@ CALLS = st.builds(
 )
 
 
-def holds_a_marker(calls) -> bool:
-    """A marker of one format in the text of another is an attempt in that one; and thoughts are
-    taken out first."""
+def write_calls(calls, call_format) -> str:
+    """Write calls as the chat templates of the model families do."""
+    key = "parameters" if call_format == "llama3" else "arguments"
+    objects = [{"name": call.name, key: dict(call.arguments)} for call in calls]
+    if call_format == "mistral":
+        return f"[TOOL_CALLS] {json.dumps([{**o, 'id': 'a1b2c3d4e'} for o in objects])}"
+    if call_format == "llama3":
+        return "; ".join(json.dumps(o, ensure_ascii=False) for o in objects)
+    return "\n".join(f"<tool_call>\n{json.dumps(o)}\n</tool_call>" for o in objects)
+
+
+def contains_marker(calls) -> bool:
+    """Whether a call contains text that another format, or the removal of reasoning, reacts to."""
     text = json.dumps([[c.name, dict(c.arguments)] for c in calls])
-    marks = ("<tool", "</tool", "[TOOL_CALLS]", "<|python_tag|>", "<think>", "<reasoning>")
-    return any(mark in text for mark in marks)
+    markers = ("<tool", "</tool", "[TOOL_CALLS]", "<|python_tag|>", "<think>", "<reasoning>")
+    return any(marker in text for marker in markers)
 
 
-@given(st.lists(CALLS, min_size=1, max_size=3), st.sampled_from(FORMS))
+@given(st.lists(CALLS, min_size=1, max_size=3), st.sampled_from(FORMATS))
 @settings(max_examples=200, deadline=None)
-def test_what_is_written_is_read_back(calls, form):
-    if holds_a_marker(calls):
-        assert parse_calls(write_calls(calls, form))  # an attempt, whatever it is read as
-        return
-    read, rest = read_calls(write_calls(calls, form))
-    assert read == tuple(calls) and not rest.strip()
+def test_written_calls_are_parsed(calls, call_format):
+    read, rest = read_calls(write_calls(calls, call_format))
+    assert read
+    if not contains_marker(calls):
+        assert read == tuple(calls) and not rest.strip()
 
 
-@given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(FORMS), st.data())
+@given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(FORMATS), st.data())
 @settings(max_examples=200, deadline=None)
-def test_no_damage_raises_or_invents_a_call(calls, form, data):
-    text = write_calls(calls, form)
+def test_damaged_calls_do_not_raise(calls, call_format, data):
+    text = write_calls(calls, call_format)
     cut = data.draw(st.integers(0, len(text)))
-    junk = data.draw(st.text(max_size=5) | st.sampled_from(["}", "]", ";", '"', "[TOOL_CALLS]"]))
-    for attempt in parse_calls(text[:cut] + junk + text[cut:]) + parse_calls(text[:cut]):
+    inserted = data.draw(st.text(max_size=5) | st.sampled_from([*'}];"', "[TOOL_CALLS]"]))
+    for attempt in parse_calls(text[:cut] + inserted + text[cut:]) + parse_calls(text[:cut]):
         assert isinstance(attempt, ToolCall | MalformedCall)
         if isinstance(attempt, MalformedCall):
             assert 0 < len(attempt.reason) < 100
@@ -69,7 +78,7 @@ ROM = ToolCall(name="search", arguments={"query": "Rom"})
 @pytest.mark.parametrize(
     ("text", "calls"),
     [
-        # Llama 3: alone, marked, typed, with spaces, several, as a list, after thoughts
+        # Llama 3: plain, with the tag, with a type, with spaces, several, after reasoning
         ('{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
         ('<|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
         ('{"type": "function", "name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
@@ -84,7 +93,7 @@ ROM = ToolCall(name="search", arguments={"query": "Rom"})
             [ROM],
         ),
         ('I search. <|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
-        # Mistral: both spellings, with and without id and space, several
+        # Mistral: both variants, with and without id and space, several
         (
             '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}, "id": "a1b2c3d4e"}]',
             [ULM],
@@ -102,14 +111,14 @@ ROM = ToolCall(name="search", arguments={"query": "Rom"})
             [ULM, ROM],
         ),
         ('Let me see.[TOOL_CALLS]search[ARGS]{"query": "Ulm"}', [ULM]),
-        # neither: an answer in JSON, prose, code
+        # no call: an answer in JSON, prose, fragments
         ('{"answer": "Ulm"}', []),
         ('The call {"name": "search", "parameters": {}} would do.', []),
         ("{", []),
         ("[]", []),
     ],
 )
-def test_spellings(text, calls):
+def test_variants(text, calls):
     assert list(parse_calls(text)) == calls
 
 
@@ -136,32 +145,66 @@ def test_spellings(text, calls):
         ("[TOOL_CALLS]" + "[" * 100_000, "no valid JSON after [TOOL_CALLS]"),
     ],
 )
-def test_malformed_attempts_are_named(text, reason):
+def test_malformed_calls_give_the_reason(text, reason):
     assert parse_calls(text) == (MalformedCall(reason=reason),)
 
 
-def test_mistrals_own_tokenizer_writes_what_is_read():
+@pytest.mark.parametrize(
+    ("text", "calls", "rest"),
+    [
+        ('{"name": "search", "parameters": {"query": "Ulm"}} It was Ida.', [ULM], "It was Ida."),
+        (
+            'Hm. <|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}} Ida.',
+            [ULM],
+            "Hm. Ida.",
+        ),
+        (
+            '{"name": "search", "parameters": {"query": "Ulm"}}; '
+            '{"name": "search", "parameters": {"query": "Rom"}} Ida.',
+            [ULM, ROM],
+            "Ida.",
+        ),
+        ('[TOOL_CALLS]search[ARGS]{"query": "Ulm"} It was Ida.', [ULM], "It was Ida."),
+        (
+            'Hm. [TOOL_CALLS][{"name": "search", "arguments": {"query": "Ulm"}}] Ida.',
+            [ULM],
+            "Hm.  Ida.",
+        ),
+        (
+            '[TOOL_CALLS]search[ARGS]{"query": "Ulm"} and [TOOL_CALLS]search[ARGS]{"query": "Rom"}',
+            [ULM, ROM],
+            "and",
+        ),
+    ],
+)
+def test_prose_around_calls_is_returned(text, calls, rest):
+    read, found_rest = read_calls(text)
+    assert (list(read), found_rest.strip()) == (calls, rest)
+
+
+def test_calls_written_by_the_tokenizer_of_mistral_are_parsed():
     pytest.importorskip("mistral_common")
     from mistral_common.protocol.instruct.messages import AssistantMessage, ToolMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import FunctionCall
-    from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
+    from mistral_common.protocol.instruct.tool_calls import ToolCall as MistralCall
     from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    called = [
-        TheirCall(id=f"{i}1b2c3d4e", function=FunctionCall(name="search", arguments=arguments))
+    calls = [
+        MistralCall(id=f"{i}1b2c3d4e", function=FunctionCall(name="search", arguments=arguments))
         for i, arguments in enumerate(['{"query": "Ulm"}', '{"query": "Rom"}'])
     ]
     for tokenizer in (MistralTokenizer.v3(), MistralTokenizer.v3(is_tekken=True)):
-        talk = [UserMessage(content="?"), AssistantMessage(content=None, tool_calls=called)]
-        talk += [ToolMessage(content="Ida", tool_call_id=call.id, name="search") for call in called]
-        request = ChatCompletionRequest(messages=talk)
+        messages = [UserMessage(content="?"), AssistantMessage(content=None, tool_calls=calls)]
+        for call in calls:
+            messages.append(ToolMessage(content="Ida", tool_call_id=call.id, name="search"))
+        request = ChatCompletionRequest(messages=messages)
         ids = tokenizer.encode_chat_completion(request).tokens
         written = tokenizer.instruct_tokenizer.tokenizer.decode(
             ids, special_token_policy=SpecialTokenPolicy.KEEP
         )
-        # pieces of the sentencepiece tokenizer spell a space as U+2581
+        # The sentencepiece tokenizer writes a space as U+2581.
         turn = written.replace("\u2581", " ").split("[/INST]")[1].split("</s>")[0]
         assert turn.startswith("[TOOL_CALLS]")
         assert parse_calls(turn) == (ULM, ROM)
@@ -177,18 +220,18 @@ class Books(ToolEnv):
         return f"{query}: by Ida."
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_environment_takes_and_rewards_every_family_in_its_own_form(form):
+@pytest.mark.parametrize("call_format", FORMATS)
+def test_an_environment_runs_and_rewards_calls_in_every_format(call_format):
     env = Books(call_format="native")
 
-    call = f"<think>hm</think>{write_calls([ULM], form)}"
+    call = f"<think>hm</think>{write_calls([ULM], call_format)}"
     _, (first, _), outcome = play(env, env.tasks("train")[0], call, "<answer>Ida</answer>")
     assert first.messages == ({"role": "tool", "name": "search", "content": "Ulm: by Ida."},)
     assert first.reward == pytest.approx(0.7)
     assert outcome.reward == pytest.approx(1.9)
 
 
-def test_prose_around_a_call_is_not_the_form():
+def test_prose_around_a_call_costs_the_format_reward():
     env = Books(call_format="native")
 
     call = "Well. " + write_calls([ULM], "mistral")

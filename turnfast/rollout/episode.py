@@ -15,7 +15,7 @@ from ..chat.base import Conversation
 from ..envs import Episode, FaultKind, Outcome, RewardFault, Scorer, Step
 from ..sampler import Completion
 from ..sampler.awaited import AwaitedSampler
-from ..tools import ToolError, ask
+from ..tools import ToolError, await_call
 from ..types import Message, Status, Trajectory, Turn
 from .schedule import Deadline, Prompt
 from .setup import RolloutSetup
@@ -48,7 +48,7 @@ async def play_episode(
         episode = setup.env.episode(task)
         scorer = Scorer(getattr(setup.env, "rewards", ()), task)
         status = await _play_turns(setup, sampler, episode, scorer, seed, turns)
-        finished = await ask(episode.finish, label="env")
+        finished = await await_call(episode.finish, label="env")
         outcome = await scorer.score_outcome(_checked(Outcome, finished, "finish()"))
     except (Exception, SystemExit, asyncio.CancelledError) as fault:
         # an error of the environment ends this trajectory, not the run
@@ -88,7 +88,7 @@ async def _play_turns(
     draws 5 without an end of turn. The turn is kept, and the trajectory ends after it.
     """
     config, chat = setup.config, setup.chat
-    first = await ask(episode.start, label="env")
+    first = await await_call(episode.start, label="env")
     conversation = chat.open(_checked_messages(first, "start()"))
     context: list[int] = []
     for k in range(setup.max_turns):
@@ -108,7 +108,7 @@ async def _play_turns(
         )
         context += completion.sampled_ids
         text = chat.decode_turn(completion.sampled_ids)
-        step = _checked(Step, await ask(episode.step, text, label="env"), "step()")
+        step = _checked(Step, await await_call(episode.step, text, label="env"), "step()")
         _checked_messages(step.messages, "step()")
         step = await scorer.score_step(text, step)
         turns.append(_turn(conversation, completion, text, step))

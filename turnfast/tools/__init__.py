@@ -1,10 +1,10 @@
 """Tools: typed Python functions that an agent may call."""
 
-from .arithmetic import calculate, show_number
+from .arithmetic import calculate, format_number
 from .background import BackgroundLoop
-from .deadline import Late, Raised, Returned, ask, call_within
-from .formats import Attempt, CallFormat, MalformedCall, ToolCall, write_calls
-from .parse import parse_call, parse_calls, read_calls, without_thoughts
+from .deadline import Raised, Returned, TimedOut, await_call, call_with_timeout
+from .formats import Attempt, MalformedCall, ToolCall
+from .parse import parse_call, parse_calls, read_calls, strip_reasoning
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
 from .search_index import STOP_WORDS, Hit, Passage, SearchIndex
 from .tool import BadArguments, Tool, tool
@@ -15,28 +15,26 @@ __all__ = [
     "Attempt",
     "BackgroundLoop",
     "BadArguments",
-    "CallFormat",
     "Hit",
-    "Late",
     "MalformedCall",
     "Passage",
     "Raised",
     "Returned",
     "SearchIndex",
+    "TimedOut",
     "Tool",
     "ToolCall",
     "ToolError",
     "ToolResult",
-    "ask",
+    "await_call",
     "calculate",
-    "call_within",
+    "call_with_timeout",
     "check_call",
+    "format_number",
     "parse_call",
     "parse_calls",
     "read_calls",
     "run_tool",
-    "show_number",
+    "strip_reasoning",
     "tool",
-    "without_thoughts",
-    "write_calls",
 ]

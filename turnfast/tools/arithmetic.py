@@ -1,4 +1,4 @@
-"""Arithmetic from text, by walking its syntax tree: no names, no calls, no eval."""
+"""Evaluate arithmetic expressions by walking their syntax tree, without `eval`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def calculate(expression: str) -> Fraction:
-    """The exact value of an expression of numbers, + - * / // % **, and brackets.
+    """Return the exact value of an expression of numbers, + - * / // % ** and parentheses.
 
     Raises:
-        ValueError: anything else, division by zero, or numbers of more than 4096 bits; the text is
-            short and meant for the agent.
+        ValueError: the expression contains anything else, divides by zero, or a number exceeds
+            4096 bits; the message is short and written for the agent.
 
     Example:
         >>> calculate("2 * (3 + 4) ** 2 / 5")
@@ -45,8 +45,8 @@ def calculate(expression: str) -> Fraction:
         raise ValueError("the expression is nested too deeply") from None
 
 
-def show_number(value: Fraction) -> str:
-    """As people write it: whole, or to 12 significant digits."""
+def format_number(value: Fraction) -> str:
+    """Format a number as an integer if it is one, else with 12 significant digits."""
     if value.denominator == 1:
         return str(value.numerator)
     try:
@@ -62,7 +62,7 @@ def _value(node: ast.expr) -> Fraction:
         case ast.Constant(value=int() | float() as number):
             if not math.isfinite(number):
                 raise ValueError("the number is too large")
-            # through its decimal form, so that 0.1 is a tenth
+            # Parsed as decimal, so that 0.1 is exactly one tenth.
             return _bounded(Fraction(number if isinstance(number, int) else repr(number)))
         case ast.UnaryOp(op=ast.UAdd(), operand=inner):
             return _value(inner)
@@ -73,12 +73,12 @@ def _value(node: ast.expr) -> Fraction:
         case ast.BinOp(op=op, left=left, right=right) if type(op) in _BINARY:
             return _bounded(_BINARY[type(op)](_value(left), _value(right)))
         case _:
-            raise ValueError("only numbers, + - * / // % ** and brackets are understood")
+            raise ValueError("only numbers, + - * / // % ** and parentheses are supported")
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
-        raise ValueError("only whole exponents are understood")
+        raise ValueError("only integer exponents are supported")
     if abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()) > MAX_BITS:
         raise ValueError("the result is too large")
     return _bounded(base**exponent.numerator)

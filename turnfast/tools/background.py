@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own, for clients that live longer than one rollout.
+"""An event loop in a thread of its own, for clients that live longer than one event loop.
 
-Every rollout runs in a fresh event loop, and that loop stands still while the engine computes. A
-connection to a judge or to a tool server belongs to one loop and should go on meanwhile.
+Every rollout step runs in a new event loop, which stands still while the engine computes. The
+connection to a judge or a tool server is bound to one loop and must continue meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Starts with the first call; a daemon thread, so it never holds up the interpreter's exit."""
+    """An event loop that starts with the first call, in a daemon thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -23,20 +23,24 @@ class BackgroundLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there and wait here; cancelling the wait cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        """Run a coroutine in the background loop; cancelling this call cancels the coroutine."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._start())
         return await asyncio.wrap_future(future)
 
     def run_blocking(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float) -> T:
-        """The same from plain code; raises TimeoutError, and cancels it, after `timeout_s`."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        """Run a coroutine from synchronous code.
+
+        Raises:
+            TimeoutError: no result within `timeout_s` seconds; the coroutine is cancelled.
+        """
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._start())
         try:
             return future.result(timeout_s)
         except TimeoutError:
             future.cancel()
             raise
 
-    def _started(self) -> asyncio.AbstractEventLoop:
+    def _start(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()

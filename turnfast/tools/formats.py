@@ -1,29 +1,26 @@
-"""How the families of models write their calls; each as its own chat template writes them.
+"""Tool-call formats of the model families, as their chat templates write them.
 
     hermes   <tool_call>⏎{"name": "search", "arguments": {"query": "Ulm"}}⏎</tool_call>
     llama3   {"name": "search", "parameters": {"query": "Ulm"}}
     mistral  [TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}, "id": "a1b2c3d4e"}]
     mistral  [TOOL_CALLS]search[ARGS]{"query": "Ulm"}                          (since 2025)
 
-Hermes's is also Qwen's. Llama's is a whole turn, or what follows <|python_tag|>; several calls are
-separated by ";". `read_calls` (in parse.py) tells the forms apart: no model has to be named.
+Qwen uses the Hermes format. In the Llama 3 format, the calls are the whole turn or follow
+<|python_tag|>, and several calls are separated by ";". `read_calls` in parse.py detects the format.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
-
-CallFormat = Literal["hermes", "llama3", "mistral"]
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A well-formed call; whether the tool exists and takes these arguments is not yet known."""
+    """A well-formed call; its tool and arguments are not checked yet."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -31,7 +28,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MalformedCall:
-    """An attempt that cannot be read; `reason` is short and meant for the agent."""
+    """An attempted call that cannot be parsed; `reason` is short and written for the agent."""
 
     reason: str
 
@@ -43,13 +40,8 @@ PYTHON_TAG = "<|python_tag|>"
 TOOL_CALLS = "[TOOL_CALLS]"
 
 
-def write_calls(calls: Sequence[ToolCall], form: CallFormat) -> str:
-    """A turn that makes these calls, as a model of that family is taught to write it."""
-    return _WRITERS[form](calls)
-
-
 def read_llama3(text: str) -> tuple[list[Attempt], str]:
-    """Calls of a turn that is JSON from its beginning, or from <|python_tag|> on; and the rest."""
+    """Return the calls in the Llama 3 format, and the text outside of them."""
     before, tag, marked = text.partition(PYTHON_TAG)
     body = marked if tag else text
     if not tag and not _LLAMA.match(text.lstrip()):
@@ -65,7 +57,6 @@ def read_llama3(text: str) -> tuple[list[Attempt], str]:
         attempts += [check_shape(item, "parameters", {"type": "function"}) for item in values]
         body = body[end:].lstrip().removeprefix(";")
         if body.strip() and not body.lstrip().startswith(("{", "[")):
-            # whatever follows was written before any result was there
             return attempts, (before if tag else "") + body
     if tag and not attempts:
         attempts.append(MalformedCall(reason=f"nothing follows {PYTHON_TAG}"))
@@ -73,7 +64,7 @@ def read_llama3(text: str) -> tuple[list[Attempt], str]:
 
 
 def read_mistral(text: str) -> tuple[list[Attempt], str]:
-    """Calls behind [TOOL_CALLS], as a list or one by one; and the rest."""
+    """Return the calls in both Mistral formats, and the text outside of them."""
     rest, *pieces = text.split(TOOL_CALLS)
     attempts: list[Attempt] = []
     for piece in pieces:
@@ -96,7 +87,7 @@ def read_mistral(text: str) -> tuple[list[Attempt], str]:
 
 
 def decode(text: str, start: int = 0) -> tuple[Any, int]:
-    """The JSON value at the start and where it ends; raises ValueError, also for NaN."""
+    """Return the JSON value at `start` and its end; raise ValueError without one, also for NaN."""
     start += len(text[start:]) - len(text[start:].lstrip())
     try:
         return _DECODER.raw_decode(text, start)
@@ -104,9 +95,12 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         raise ValueError("nested too deeply") from None
 
 
-def check_shape(value: Any, key: str, also: Mapping[str, Any] | None = None) -> Attempt:
-    """One call as a JSON object of `name` and arguments under `key`; `also` are keys that may be
-    there, with the value or type that they must have."""
+def check_shape(value: Any, key: str, optional: Mapping[str, Any] | None = None) -> Attempt:
+    """Check that a JSON value is a call: an object with `name` and with arguments under `key`.
+
+    Args:
+        optional: other keys that are allowed, each with the value or the type that it must have.
+    """
     if not isinstance(value, dict):
         return MalformedCall(reason="not a JSON object")
     rest = dict(value)
@@ -116,57 +110,19 @@ def check_shape(value: Any, key: str, also: Mapping[str, Any] | None = None) -> 
     arguments = rest.pop(key, {})
     if not isinstance(arguments, dict):
         return MalformedCall(reason=f'"{key}" is not an object')
-    for extra, wanted in (also or {}).items():
-        found = rest.get(extra)
-        if found == wanted or (isinstance(wanted, type) and isinstance(found, wanted)):
-            del rest[extra]
+    for other, expected in (optional or {}).items():
+        found = rest.get(other)
+        if found == expected or (isinstance(expected, type) and isinstance(found, expected)):
+            del rest[other]
     if rest:
-        return MalformedCall(reason=f"unknown key {_shorten(next(iter(rest)))!r}")
+        unknown = next(iter(rest))
+        shown = unknown if len(unknown) <= 40 else unknown[:40] + "…"
+        return MalformedCall(reason=f"unknown key {shown!r}")
     return ToolCall(name=name, arguments=arguments)
 
 
-def _shorten(word: str) -> str:
-    return word if len(word) <= 40 else word[:40] + "…"
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _hermes(calls: Sequence[ToolCall]) -> str:
-    return "\n".join(
-        f"<tool_call>\n{_json({'name': c.name, 'arguments': dict(c.arguments)})}\n</tool_call>"
-        for c in calls
-    )
-
-
-def _llama3(calls: Sequence[ToolCall]) -> str:
-    return "; ".join(_json({"name": c.name, "parameters": dict(c.arguments)}) for c in calls)
-
-
-def _mistral(calls: Sequence[ToolCall]) -> str:
-    written = [
-        {"name": c.name, "arguments": dict(c.arguments), "id": _call_id(i, c)}
-        for i, c in enumerate(calls)
-    ]
-    return f"{TOOL_CALLS} {_json(written)}"
-
-
-def _call_id(place: int, call: ToolCall) -> str:
-    """Nine letters and digits, which is what Mistral's templates insist on."""
-    text = f"{place} {call.name} {_json(dict(call.arguments))}"
-    return hashlib.blake2b(text.encode("utf-8", errors="replace")).hexdigest()[:9]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-_WRITERS: Mapping[CallFormat, Callable[[Sequence[ToolCall]], str]] = {
-    "hermes": _hermes,
-    "llama3": _llama3,
-    "mistral": _mistral,
-}

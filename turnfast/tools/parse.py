@@ -1,19 +1,17 @@
-"""From an agent's text to its tool calls. Anything can stand in the text; nothing raises.
+"""Parse tool calls in the text of a turn. No text raises an error.
 
-Two forms are read, alone or mixed, that are JSON between tags::
+Two formats put JSON between tags; both are recognised anywhere in a turn, also mixed::
 
     <tool>{"name": "search", "args": {"query": "Ulm"}}</tool>                  arXiv 2505.11821
     <tool_call>{"name": "search", "arguments": {"query": "Ulm"}}</tool_call>   Qwen, Hermes
 
-and, in a turn without such tags, those of Llama 3 and Mistral (formats.py).
-
-What stands inside <reasoning> or <think> is thought, not action, and is passed over.
+A turn without such tags is parsed in the formats of Llama 3 and Mistral (formats.py). Text inside
+closed <reasoning> or <think> blocks is ignored.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from .formats import (
     TOOL_CALLS,
@@ -25,19 +23,19 @@ from .formats import (
     read_mistral,
 )
 
-_THOUGHT = re.compile(r"<(reasoning|think)>.*?</\1>", flags=re.DOTALL)
+_REASONING = re.compile(r"<(reasoning|think)>.*?</\1>", flags=re.DOTALL)
 _OPEN = re.compile(r"<(tool_call|tool)>\s*")
 _CLOSE = {tag: re.compile(rf"\s*</{tag}>") for tag in ("tool_call", "tool")}
-_TRACE = re.compile(r"</?\s*(?:tool_call|tool)\b", flags=re.IGNORECASE)
+_PARTIAL_TAG = re.compile(r"</?\s*(?:tool_call|tool)\b", flags=re.IGNORECASE)
 
 
 def parse_calls(text: str) -> tuple[Attempt, ...]:
-    """Every attempted call of one turn, in order; empty when the agent did not try.
+    """Return every attempted call of a turn, in order.
 
     Example:
         >>> parse_calls('<tool>{"name": "search", "args": {"query": "Ulm"}}</tool>')
         (ToolCall(name='search', arguments={'query': 'Ulm'}),)
-        >>> parse_calls('<tool>{"name": "search"</tool> and no more')
+        >>> parse_calls('<tool>{"name": "search"</tool>')
         (MalformedCall(reason='not valid JSON'),)
         >>> parse_calls("Ulm was written by Ida.")
         ()
@@ -46,8 +44,8 @@ def parse_calls(text: str) -> tuple[Attempt, ...]:
 
 
 def read_calls(text: str) -> tuple[tuple[Attempt, ...], str]:
-    """Every attempted call of one turn, and what else the turn says outside of its thoughts."""
-    text = without_thoughts(text)
+    """Return every attempted call of a turn, and the text outside of calls and reasoning."""
+    text = strip_reasoning(text)
     calls: list[Attempt] = []
     rest, position = "", 0
     while opening := _OPEN.search(text, position):
@@ -57,8 +55,8 @@ def read_calls(text: str) -> tuple[tuple[Attempt, ...], str]:
     rest += text[position:]
     if calls:
         return tuple(calls), rest
-    if _TRACE.search(text):
-        # '<tool {"name": …' or a lone '</tool>': the agent tried, and should hear what is wrong
+    if _PARTIAL_TAG.search(text):
+        # For example '<tool {"name": …' or a lone '</tool>': report it to the agent.
         return (MalformedCall(reason="no <tool> or <tool_call> tag is well formed"),), text
     read = read_mistral if TOOL_CALLS in text else read_llama3
     calls, rest = read(text)
@@ -66,37 +64,32 @@ def read_calls(text: str) -> tuple[tuple[Attempt, ...], str]:
 
 
 def parse_call(text: str) -> Attempt | None:
-    """The first attempted call of one turn, or None."""
+    """Return the first attempted call of a turn, or None."""
     calls = parse_calls(text)
     return calls[0] if calls else None
 
 
-def without_thoughts(text: str) -> str:
-    """The text with closed <reasoning> and <think> blocks taken out."""
-    return _THOUGHT.sub("", text)
+def strip_reasoning(text: str) -> str:
+    """Remove closed <reasoning> and <think> blocks."""
+    return _REASONING.sub("", text)
 
 
 def _read_call(text: str, opening: re.Match[str]) -> tuple[Attempt, int]:
-    """The call behind an opening tag, and where to look on."""
+    """Return the call after an opening tag, and the position where parsing continues."""
     closing = f"</{opening[1]}>"
     try:
-        # decoding first: a JSON string may itself hold the closing tag
+        # Decode before searching for the closing tag, because a JSON string may contain the tag.
         value, end = decode(text, opening.end())
     except ValueError:
         end = text.find(closing, opening.end())
         if end < 0:
             return MalformedCall(reason=f"no closing {closing}"), opening.end()
         return MalformedCall(reason="not valid JSON"), end + len(closing)
-    rest = _CLOSE[opening[1]].match(text, end)
-    if rest:
-        return _check_shape(value), rest.end()
+    close = _CLOSE[opening[1]].match(text, end)
+    if close:
+        key = "args" if isinstance(value, dict) and "args" in value else "arguments"
+        return check_shape(value, key), close.end()
     later = text.find(closing, end)
     if later < 0:
         return MalformedCall(reason=f"no closing {closing}"), end
     return MalformedCall(reason="more than one JSON object"), later + len(closing)
-
-
-def _check_shape(value: Any) -> Attempt:
-    return check_shape(
-        value, "args" if isinstance(value, dict) and "args" in value else "arguments"
-    )

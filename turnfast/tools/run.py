@@ -1,7 +1,4 @@
-"""Run one tool call under a deadline; whatever goes wrong ends this call and nothing else.
-
-How a deadline is kept, for plain and for `async` functions, is in deadline.py.
-"""
+"""Run one tool call under a deadline; every failure ends only this call."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .deadline import Late, Raised, Returned, call_here, call_within
+from .deadline import Raised, Returned, TimedOut, call_with_timeout
 from .formats import MalformedCall, ToolCall
 from .tool import BadArguments, Tool
 
@@ -22,7 +19,7 @@ Fault = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What a tool returned. An empty result is no success: the call ran, but found nothing."""
+    """The text that a tool returned. An empty text is not a success: nothing was found."""
 
     text: str
 
@@ -32,13 +29,13 @@ class ToolResult:
 
     @property
     def shown(self) -> str:
-        """What the agent reads."""
+        """The text shown to the agent."""
         return self.text if self.success else "No result."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolError:
-    """A call that failed; `text` says why, in words meant for the agent."""
+    """A failed call; `text` gives the reason and is written for the agent."""
 
     kind: Fault
     text: str
@@ -49,14 +46,14 @@ class ToolError:
 
     @property
     def shown(self) -> str:
-        """What the agent reads."""
+        """The text shown to the agent."""
         return f"Error: {self.text}"
 
 
 def check_call(
     tools: Sequence[Tool], call: ToolCall | MalformedCall
 ) -> tuple[Tool, dict[str, Any]] | ToolError:
-    """The tool and its checked arguments, or the error that the call would end with."""
+    """Return the tool and its checked arguments, or the error that the call ends with."""
     if isinstance(call, MalformedCall):
         return ToolError(kind="malformed", text=call.reason)
     for tool in tools:
@@ -64,7 +61,7 @@ def check_call(
             try:
                 return tool, tool.bind(call.arguments)
             except BadArguments as error:
-                return ToolError(kind="bad_arguments", text=_readable(str(error)))
+                return ToolError(kind="bad_arguments", text=_one_line(str(error)))
     known = ", ".join(tool.name for tool in tools) or "none"
     return ToolError(kind="unknown_tool", text=f"no such tool; known: {known}")
 
@@ -79,11 +76,11 @@ async def run_tool(
     """Check and run one call.
 
     Args:
-        timeout_s: wall-clock deadline of the call, in seconds.
-        max_chars: a longer result is refused as a flood, in characters.
+        timeout_s: deadline of the call, in seconds.
+        max_chars: longer results are an error of kind "flood".
     Returns:
-        The result, or a `ToolError` for a malformed call, an unknown tool, bad arguments, a tool
-        that raised, missed the deadline, flooded, or returned something other than valid text.
+        The result, or a `ToolError` if the call is malformed, names an unknown tool or has invalid
+        arguments, or if the tool raises, exceeds the deadline or returns anything but valid text.
 
     Example:
         >>> call = parse_call('<tool>{"name": "search", "args": {"query": "Ulm"}}</tool>')
@@ -94,21 +91,17 @@ async def run_tool(
     if isinstance(checked, ToolError):
         return checked
     tool, arguments = checked
-    if tool.inline:
-        ended = call_here(tool.function, arguments, timeout_s=timeout_s)
-    else:
-        ended = await call_within(
-            tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
-        )
-    match ended:
+    match await call_with_timeout(
+        tool.function, (), arguments, timeout_s=timeout_s, label=f"tool-{tool.name}"
+    ):
         case Returned(value=value):
             return _check_output(tool, value, max_chars)
         case Raised(error=error):
             return _raised(error)
-        case Late(hanging=0):
+        case TimedOut(num_hanging=0):
             return ToolError(kind="timeout", text=f"{tool.name} gave no result in {timeout_s:g} s")
-        case Late(hanging=hanging):
-            return ToolError(kind="timeout", text=f"{hanging} earlier calls are still hanging")
+        case TimedOut(num_hanging=num_hanging):
+            return ToolError(kind="timeout", text=f"{num_hanging} earlier calls still hang")
 
 
 def _check_output(tool: Tool, value: Any, max_chars: int) -> ToolResult | ToolError:
@@ -132,13 +125,13 @@ def _check_output(tool: Tool, value: Any, max_chars: int) -> ToolResult | ToolEr
 def _raised(error: BaseException) -> ToolError:
     try:
         text = str(error)
-    except Exception:  # an exception whose __str__ raises is still only an error of this call
+    except Exception:  # the exception's own __str__ raises
         text = ""
     name = type(error).__name__
-    return ToolError(kind="raised", text=_readable(f"{name}: {text}" if text else name))
+    return ToolError(kind="raised", text=_one_line(f"{name}: {text}" if text else name))
 
 
-def _readable(text: str, limit: int = 300) -> str:
-    """One line of valid text, short enough for a prompt."""
+def _one_line(text: str, limit: int = 300) -> str:
+    """Return a text as one line of valid UTF-8, truncated to `limit` characters."""
     line = " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())
     return line if len(line) <= limit else line[:limit] + "…"

@@ -1,4 +1,4 @@
-"""A tool: a typed Python function, with the name, the description and the schema derived from it.
+"""A tool: a typed Python function whose name, description and schema are derived from it.
 
 @tool
 def add(a: int, b: int = 1) -> str:
@@ -13,7 +13,7 @@ add.name              'add'
 add.parameters        {'type': 'object', 'properties': {'a': {'type': 'integer', …}, …}, …}
 add.bind({"a": 2})    {'a': 2, 'b': 1}
 add.bind({"a": "2"})  raises BadArguments('a: Input should be a valid integer')
-add(2, 3)             '5', the function itself
+add(2, 3)             '5', as the function
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from ..config.signature import arguments_model, parameters_of
-from .deadline import is_async
 
 
 class BadArguments(ValueError):
-    """Arguments that do not fit the tool's signature; the text is meant for the agent."""
+    """Arguments that do not match the tool's signature; the message is written for the agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +41,10 @@ class Tool:
     """A function that an agent may call, made by the decorator `tool`.
 
     Attributes:
-        parameters: JSON schema of the arguments, as chat templates and other programs take it.
-        function: what is called, with keyword arguments; plain or `async`.
+        parameters: JSON schema of the arguments.
+        function: the plain or `async` function, called with keyword arguments.
         arguments: the pydantic model that checks a call: strict types, no unknown names.
-        is_method: True in a class body; read from an instance, the tool has `self` bound.
-        inline: a call runs between two steps of the sampler, not in a thread beside them.
+        is_method: True in a class body; accessed on an instance, the tool has `self` bound.
     """
 
     name: str
@@ -55,11 +53,10 @@ class Tool:
     function: Callable[..., Any]
     arguments: type[BaseModel]
     is_method: bool = False
-    inline: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The form that Hugging Face chat templates take in `tools=[…]`."""
+        """The schema that Hugging Face chat templates accept in `tools=[…]`."""
         inner = {
             "name": self.name,
             "description": self.description,
@@ -71,11 +68,11 @@ class Tool:
         """Check the arguments of a call and fill in the defaults.
 
         Raises:
-            BadArguments: a missing, unknown or ill-typed argument.
+            BadArguments: an argument is missing, unknown or of the wrong type.
         """
         try:
-            # through JSON, because that is where the arguments come from: strict mode then takes
-            # a list for a tuple and a string for a date, but never "2" for 2
+            # Validated as JSON: strict mode then accepts a list for a tuple and a string for a
+            # date, but not "2" for 2.
             checked = self.arguments.model_validate_json(json.dumps(arguments))
         except ValidationError as error:
             raise BadArguments("; ".join(_explain(item) for item in error.errors()[:3])) from None
@@ -100,7 +97,7 @@ def tool(function: Callable[..., Any], /) -> Tool: ...
 
 @overload
 def tool(
-    *, name: str | None = None, description: str | None = None, inline: bool = False
+    *, name: str | None = None, description: str | None = None
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
 
@@ -110,19 +107,14 @@ def tool(
     *,
     name: str | None = None,
     description: str | None = None,
-    inline: bool = False,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """Make a `Tool` of a typed function; with or without arguments, on functions and methods.
+    """Decorate a typed function or method to make it a `Tool`.
 
-    The name is the function's, the description the first paragraph of its docstring, and the lines
-    under `Args:` describe the parameters.
+    By default, the name is the function's name and the description is the first paragraph of its
+    docstring. The lines under `Args:` describe the parameters.
 
-    Args:
-        inline: the function computes for less than about a millisecond and never waits, so a thread
-            would cost more than it does. Its deadline cannot interrupt it.
     Raises:
-        TypeError: a parameter without a type, or `*args`/`**kwargs`, which have no schema; an
-            `async` function that is to be inline.
+        TypeError: a parameter has no type, is positional-only, or is `*args` or `**kwargs`.
 
     Example:
         >>> @tool
@@ -134,15 +126,15 @@ def tool(
 'additionalProperties': False}
     """
     if function is None:
-        return lambda inner: _make_tool(inner, name, description, inline)
-    return _make_tool(function, name, description, inline)
+        return lambda inner: _make_tool(inner, name, description)
+    return _make_tool(function, name, description)
 
 
 def _tool_parameters(function: Callable[..., Any], label: str) -> tuple[list[Parameter], bool]:
-    """The parameters of a tool without `self`, and whether there was one.
+    """Return the parameters of a tool without `self`, and whether it has `self`.
 
     Raises:
-        TypeError: a parameter without a type, or one that a call by name cannot give.
+        TypeError: a parameter has no type or cannot be passed by name.
     """
     parameters = parameters_of(function)
     is_method = bool(parameters) and parameters[0].name == "self"
@@ -150,20 +142,20 @@ def _tool_parameters(function: Callable[..., Any], label: str) -> tuple[list[Par
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{label}: *{parameter.name} has no schema; name each parameter")
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise TypeError(f"{label}: {parameter.name!r} is positional-only, calls are by name")
+            raise TypeError(
+                f"{label}: {parameter.name!r} is positional-only; tools are called by keyword"
+            )
         if parameter.annotation is parameter.empty:
             raise TypeError(f"{label}: parameter {parameter.name!r} has no type")
     return parameters[is_method:], is_method
 
 
-def _make_tool(
-    function: Callable[..., Any], name: str | None, description: str | None, inline: bool
-) -> Tool:
+def _make_tool(function: Callable[..., Any], name: str | None, description: str | None) -> Tool:
     label = name or getattr(function, "__name__", "")
-    if inline and is_async(function):
-        raise TypeError(f"tool {label!r}: an async function may wait, so it cannot be inline")
     if not re.fullmatch(r"\w[\w.-]{0,63}", label):
-        raise TypeError(f"tool {label!r}: needs a name of letters, digits, '_', '.' or '-'")
+        raise TypeError(
+            f"tool {label!r}: the name may contain only letters, digits, '_', '.' and '-'"
+        )
     summary, described = _read_docstring(inspect.getdoc(function) or "")
     parameters, is_method = _tool_parameters(function, label)
     model = arguments_model(label, parameters, descriptions=described, arbitrary_types=False)
@@ -177,19 +169,18 @@ def _make_tool(
         function=function,
         arguments=model,
         is_method=is_method,
-        inline=inline,
     )
 
 
 class _PlainSchema(GenerateJsonSchema):
-    """Without the titles that pydantic derives from names: they cost prompt tokens, say nothing."""
+    """Omits the titles that pydantic derives from names, to save prompt tokens."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """First paragraph, and the descriptions under `Args:`."""
+    """Return the first paragraph and the descriptions of the parameters under `Args:`."""
     summary = " ".join(text.split("\n\n", 1)[0].split())
     described: dict[str, str] = {}
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", text, flags=re.MULTILINE)

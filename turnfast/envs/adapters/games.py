@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...tools import Late, Raised, Returned, call_within
+from ...tools import Raised, Returned, TimedOut, call_with_timeout
 from ...types import Task
 from ..base import Split
 
@@ -32,10 +32,10 @@ async def within(
     Raises:
         TimeoutError: no result within `timeout_s` seconds.
     """
-    match await call_within(function, args, timeout_s=timeout_s, label=label):
+    match await call_with_timeout(function, args, timeout_s=timeout_s, label=label):
         case Returned(value=value):
             return value
         case Raised(error=error):
             raise error
-        case Late():
+        case TimedOut():
             raise TimeoutError(f"{label}, {task.id}: no step within {timeout_s:g} s")

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...config.schema import PositiveFloat, PositiveInt
 from ...errors import ConfigError
-from ...tools import Tool, without_thoughts
+from ...tools import Tool, strip_reasoning
 from ...types import Message, Task
 from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
@@ -91,7 +91,7 @@ class TextArenaEpisode:
         return [{"role": "user", "content": await self._within(self._reset)}]
 
     async def step(self, text: str) -> Step:
-        news = await self._within(self._move, without_thoughts(text).strip())
+        news = await self._within(self._move, strip_reasoning(text).strip())
         self._num_moves += 1
         return Step(
             messages=() if self._done else ({"role": "user", "content": news},),

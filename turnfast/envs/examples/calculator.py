@@ -22,7 +22,7 @@ from pydantic import Field
 
 from ...config.schema import PositiveInt
 from ...errors import ConfigError
-from ...tools import calculate, show_number, tool
+from ...tools import calculate, format_number, tool
 from ...types import Task
 from ..base import Split
 from ..tool_env import ToolEnv
@@ -81,7 +81,7 @@ class CalculatorEnv(ToolEnv):
             Task(
                 id=f"{split}-{i}",
                 question=f"What is {text}?",
-                answers=(show_number(calculate(text)),),
+                answers=(format_number(calculate(text)),),
                 data={"expression": text},
             )
             for i, text in enumerate(self._sums[split])
@@ -107,7 +107,7 @@ class CalculatorEnv(ToolEnv):
         count = sum(isinstance(node, ast.BinOp) for node in ast.walk(ast.parse(expression.strip())))
         if count > self._max_operations:
             raise ValueError(f"{count} operations; one call takes {self._max_operations}")
-        return show_number(value)
+        return format_number(value)
 
 
 def _draw(rng: random.Random, operations: int, largest: int) -> str:

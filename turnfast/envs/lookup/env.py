@@ -136,7 +136,7 @@ class LookupEnv(ToolEnv):
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._tasks[split]
 
-    @tool(inline=True)
+    @tool
     def search(self, query: str) -> str:
         """Find the passage that matches a query best.
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from ...tools import ToolCall, read_calls, without_thoughts
+from ...tools import ToolCall, read_calls, strip_reasoning
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -72,7 +72,7 @@ def read_answer(text: str) -> str | None:
 
 def read_tag(text: str, tag: str) -> str | None:
     """The same for any tag; `<move>up</move>` holds "up"."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", without_thoughts(text), flags=re.DOTALL)
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", strip_reasoning(text), flags=re.DOTALL)
     return found[-1].strip() if found else None
 
 
@@ -119,7 +119,7 @@ def _is_untagged_call(text: str) -> bool:
     """Whether a turn is well-formed calls of Llama 3 or Mistral, and nothing else but thoughts."""
     calls, rest = read_calls(text)
     whole = all(isinstance(call, ToolCall) for call in calls)
-    return bool(calls) and whole and not rest.strip() and "<tool" not in without_thoughts(text)
+    return bool(calls) and whole and not rest.strip() and "<tool" not in strip_reasoning(text)
 
 
 @lru_cache

@@ -21,13 +21,11 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from ...tools import Late, Raised, Returned, call_within
-from ...tools.deadline import call_here
+from ...tools import Raised, Returned, TimedOut, call_with_timeout
 from ...types import LARGEST_REWARD, Task
 from ..base import Outcome, PlayedTurn, Reward, Step
 from .functions import final_answer
@@ -127,9 +125,12 @@ class Scorer:
 async def _call(reward: Reward, task: Task, turns: Sequence[PlayedTurn]) -> float:
     label = f"reward {reward.name!r}"
     if reward.inline:
-        ended = call_here(partial(reward.function, task, turns), {}, timeout_s=reward.deadline_s)
+        try:
+            ended = Returned(value=reward.function(task, turns))
+        except Exception as error:
+            ended = Raised(error=error)
     else:
-        ended = await call_within(
+        ended = await call_with_timeout(
             reward.function,
             (task, turns),
             timeout_s=reward.deadline_s,
@@ -142,7 +143,7 @@ async def _call(reward: Reward, task: Task, turns: Sequence[PlayedTurn]) -> floa
             raise RewardFault(fault.kind, f"{label}: {fault}")
         case Raised(error=error):
             raise RewardFault("raised", f"{label} raised {type(error).__name__}: {error}")
-        case Late(hanging=0):
+        case TimedOut(num_hanging=0):
             raise RewardFault("timeout", f"{label} returned nothing within {reward.deadline_s:g} s")
-        case Late(hanging=hanging):
-            raise RewardFault("timeout", f"{label}: {hanging} earlier calls are still running")
+        case TimedOut(num_hanging=num_hanging):
+            raise RewardFault("timeout", f"{label}: {num_hanging} earlier calls still hang")
