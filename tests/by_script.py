@@ -13,7 +13,7 @@ from turnfast.rollout.groups import rollout_tasks
 from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler import Sampler
 from turnfast.sampler.scripted import ScriptedSampler, shuffled
-from turnfast.tools import ask
+from turnfast.tools import await_call
 from turnfast.types import Group, Message, Task
 
 
@@ -65,12 +65,12 @@ def play(env: Env, task: Task, *texts: str) -> tuple[Sequence[Message], list[Ste
 
     async def run() -> tuple[Sequence[Message], list[Step], Outcome]:
         episode, scorer = env.episode(task), Scorer(env.rewards, task)
-        first = await ask(episode.start, label="env")
+        first = await await_call(episode.start, label="env")
         steps = [
-            await scorer.score_step(text, await ask(episode.step, text, label="env"))
+            await scorer.score_step(text, await await_call(episode.step, text, label="env"))
             for text in texts
         ]
-        outcome = await scorer.score_outcome(await ask(episode.finish, label="env"))
+        outcome = await scorer.score_outcome(await await_call(episode.finish, label="env"))
         return first, steps, outcome
 
     return asyncio.run(run())
