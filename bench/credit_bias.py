@@ -1,20 +1,18 @@
-"""What a credit rule makes of an agent that decides for itself how many turns it takes.
+"""Bias of the credit rules for an agent that decides how many turns it takes.
 
     python bench/credit_bias.py [--seeds 8] [--steps 300]
 
-The agent is a table: one logit per turn, for stopping after it. It is trained with the project's
-own `assign_credits` and a plain policy gradient. Three worlds, which differ in
-what a turn is paid:
+The policy is a table with one logit per turn: the probability of stopping after it. It is trained
+with `assign_credits` and a plain policy gradient. Three worlds differ in the rewards of a turn:
 
-    nothing to gain    1 for having stopped, whenever that is: every length earns the same
-    every turn costs   -0.1 for each turn: the best agent stops after the first
-    a late reward      1 for the second turn, -0.1 for each after it: the best agent stops there
+    nothing to gain    1 for the last turn: every length has the same return
+    every turn costs   -0.1 per turn: the optimum stops after the first turn
+    a late reward      1 for the second turn, -0.1 for each later one: the optimum stops there
 
-A rule without bias leaves the first agent where it was but for chance, and brings the others to one
-and two turns. `tests/test_credit_bias.py` shows the same by enumeration, without sampling.
+A rule without bias leaves the first policy unchanged except for noise, and moves the others to one
+and two turns. `tests/test_credit_bias.py` shows the same by exact enumeration.
 
-Writes bench/results/credit_bias.json and credit_bias.svg; `bench/readme.py` makes the README's
-table from the former.
+Writes bench/results/credit_bias.json and credit_bias.svg.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-from harness.plots import LOOKS, SETTINGS
+from harness.plots import SETTINGS, STYLES
 from harness.provenance import RESULTS, provenance, write
 from matplotlib.figure import Figure
 
@@ -39,7 +37,7 @@ from turnfast.credit import assign_credits
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 
 LONGEST = 6
-START = 0.3  # the chance of stopping after each turn, before training
+START = 0.3  # initial probability of stopping after each turn
 GROUPS, SIZE, RATE = 4, 8, 0.3
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "mt_grpo": ("mt_grpo", {}),
@@ -67,7 +65,7 @@ WORLDS: dict[str, tuple[Callable[[int], list[float]], float | None]] = {
     "every turn costs": (costly, 1.0),
     "a late reward": (late, 2.0),
 }
-"""What the turns of a rollout of a length are paid, and the best length."""
+"""The turn rewards of a rollout by its length, and the optimal length."""
 
 
 @cache
@@ -87,7 +85,7 @@ def rollout(world: str, index: int, length: int) -> Trajectory:
 
 
 def stops(logits: list[float]) -> list[float]:
-    """The chance of stopping after each turn; the last one always ends it."""
+    """The probability of stopping after each turn; 1 after the last."""
     return [1 / (1 + math.exp(-x)) for x in logits] + [1.0]
 
 
@@ -96,7 +94,7 @@ def draw_length(chances: list[float], draw: random.Random) -> int:
 
 
 def expected_length(chances: list[float]) -> float:
-    """sum_k P(turn k is reached)."""
+    """Expected number of turns: sum_k P(turn k is reached)."""
     total, reach = 0.0, 1.0
     for p in chances:
         total += reach
@@ -136,7 +134,7 @@ def train(world: str, rule: str, seed: int, steps: int) -> list[float]:
 
 
 def plot(curves: dict[str, dict[str, list[list[float]]]], out: Path) -> None:
-    """The mean over seeds, and a band from the least to the most."""
+    """Plot the mean over seeds and the range from minimum to maximum."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         axes = figure.subplots(1, len(curves), sharey=True)
@@ -144,7 +142,7 @@ def plot(curves: dict[str, dict[str, list[list[float]]]], out: Path) -> None:
             best = WORLDS[world][1]
             start = next(iter(by_rule.values()))[0][0]
             axis.axhline(best or start, color="#7c858f", linewidth=0.8, linestyle="--")
-            for (rule, runs), (colour, _) in zip(by_rule.items(), LOOKS, strict=False):
+            for (rule, runs), (colour, _) in zip(by_rule.items(), STYLES, strict=False):
                 columns = list(zip(*runs, strict=True))[::5]
                 steps = range(0, 5 * len(columns), 5)
                 axis.plot(steps, [fmean(c) for c in columns], color=colour, label=rule)

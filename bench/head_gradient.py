@@ -1,13 +1,13 @@
-"""The head's gradient over several micro-batches: one buffer, or one each, added up by autograd.
+"""The gradient of the output projection over micro-batches: in one buffer, or summed by autograd.
 
     python bench/head_gradient.py [--device cuda|cpu] [--shapes 512x896x151936,...]
                                   [--dtypes fp32,bf16] [--microbatches 2] [--rounds 5]
                                   [--threads 1] [--clock cpu] [--table FILE]
 
-A shape is N x D x V, its N tokens cut into micro-batches. A row is forward and backward of all
-of them, as in one optimizer step: from no gradient of the head to that of all N tokens, in float32
-with head_grad and in the head's dtype without; "its size" is what that gradient takes by itself.
-Errors are of a few tokens of the same shape against float64, relative in norm.
+A shape is N x D x V; the N tokens are split into micro-batches. A row is forward and backward of
+all of them, as in one optimizer step. The gradient of the head is float32 with head_grad, and otherwise
+has the dtype of the head; "its size" is the size of that gradient. Errors are relative in norm,
+for a few tokens of the same shape, against float64.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def bench_shape(
     data = make_data(N, D, V, DTYPES[dtype], device)
     calls = {name: partial(way, data, count) for name, way in WAYS.items()}
     for call in calls.values():
-        call()  # workspaces that stay
+        call()  # allocate persistent workspaces
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     times = medians_s(calls, rounds, device, clock)
     size = DTYPES[dtype].itemsize
@@ -101,7 +101,7 @@ WAYS = {"added up by autograd": by_autograd, ONTO: onto_one_buffer}
 
 
 def loss_of(data: Data, part: int, count: int, head_VD: Tensor, **options: Any) -> Tensor:
-    """The loss of one micro-batch, every token with the weight that it has in the whole."""
+    """The loss of one micro-batch, with the token weights of the whole batch."""
     N = len(data.targets_N)
     here = slice(N * part // count, N * (part + 1) // count)
     hidden = data.hidden_ND[here].to(head_VD.dtype).detach().requires_grad_()

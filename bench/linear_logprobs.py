@@ -1,11 +1,11 @@
-"""Forward-only log-probs against their floor: one product of 2 N V D flops, no [N, V] anywhere.
+"""Forward-only log-probs compared with one matrix product of 2 N V D flops.
 
     python bench/linear_logprobs.py [--device cuda|cpu] [--shapes 2048x896x151936,...]
                                     [--dtypes fp32,bf16] [--rounds 5] [--threads 1] [--clock cpu]
                                     [--table FILE]
 
-Shapes, gate and result files are those of bench/loss_head.py; "of the floor" is the product alone
-in the same run over the time of the row.
+Shapes, correctness check and result files as in bench/loss_head.py; "of the floor" is the time of
+the product in the same run divided by the time of the row.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bench_shape(
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """The rows of one shape."""
-    # Else the compiled peer runs into the compiler's limit of shapes, and runs eagerly from there.
+    # otherwise the compiled peer exceeds the recompilation limit and runs eagerly
     torch.compiler.reset()
     gate = make_data(min(GATE_TOKENS, N), D, V, DTYPES[dtype], device)
     true_N = picked(gate.hidden_ND.double(), gate.head_VD.double(), gate.targets_N).double()
@@ -102,7 +102,7 @@ def product(data: Data) -> None:
 
 
 def candidates(device: torch.device) -> dict[str, Call]:
-    """PyTorch and every implementation; one that is missing here refuses in the gate."""
+    """PyTorch and all implementations; unavailable ones fail in the correctness check."""
 
     def turnfast(impl: str) -> Call:
         def call(data: Data) -> Tensor:

@@ -1,11 +1,11 @@
-"""Rollouts to packed micro-batches on the host, against reading their numbers once.
+"""Packing of rollouts into micro-batches on the host, compared with reading their data once.
 
     python bench/packing.py [--sizes 1000x1000,...] [--budget 16384] [--rounds 9]
                             [--threads 1] [--clock cpu] [--table FILE]
 
-A size is trajectories x tokens; trajectories are in groups of 8 that share a third of it, of which
-half is a system prompt. Correctness first: the tokens of one micro-batch are counted as a trie. The
-floor is the ids and log-probs of all turns as two arrays, each read from its tuples once.
+A size is trajectories x tokens. Groups of 8 trajectories share a third of their tokens, half of
+which is a system prompt. First the number of tokens in one micro-batch is checked against a trie.
+The floor is one conversion of the ids and log-probs of all turns to two arrays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch")
     options, device, clock = begin(parser)
     if device.type != "cpu":
-        raise SystemExit("rows are packed on the host: --device cpu")
+        raise SystemExit("packing runs on the host; use --device cpu")
     rows: list[dict[str, Any]] = []
     for number, length in sizes(options.sizes):
         rows += bench_size(number, length, options.budget, options.rounds, clock)
@@ -54,13 +54,13 @@ def bench_size(
     whole = packed(budget=number * length)
     distinct = trie_size(groups)
     if not whole.num_tokens == whole.num_distinct == distinct:
-        raise SystemExit(f"{whole.num_tokens} tokens laid out, of which {distinct} are distinct")
+        raise SystemExit(f"{whole.num_tokens} tokens packed, but {distinct} are distinct")
     plain = packed(budget=number * length, share_prefixes=False).batches[0]
     lengths = plain.cu_seqlens.diff().tolist()
     calls: dict[str, Callable[[], object]] = {
         "one micro-batch": partial(packed, budget=number * length),
         f"micro-batches of {budget:,}": partial(packed, budget=budget),
-        "the same, nothing shared": partial(packed, budget=budget, share_prefixes=False),
+        "the same without sharing": partial(packed, budget=budget, share_prefixes=False),
         "prefix tree alone": lambda: prefix_tree(plain.tokens_T, lengths),
         FLOOR: lambda: (
             np.fromiter(
@@ -85,7 +85,7 @@ def bench_size(
 
 
 def made_step(number: int, length: int) -> tuple[list[Group], list[Credit]]:
-    """Groups of random ids and their credit; about half of what is not shared is sampled."""
+    """Groups of random ids and their credit; about half of the unshared tokens are sampled."""
     draw = random.Random(0)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -117,12 +117,12 @@ def made_step(number: int, length: int) -> tuple[list[Group], list[Credit]]:
 
 
 def trie_size(groups: Sequence[Group]) -> int:
-    """Tokens of all contexts, each of those that begin alike counted once."""
+    """Number of distinct tokens of all contexts, counted with a trie."""
     children: dict[tuple[int, int], int] = {}
     for trajectory in (t for group in groups for t in group.trajectories):
         context = [i for turn in trajectory.turns for i in (*turn.prompt_ids, *turn.sampled_ids)]
         node = 0
-        for token in context[:-1]:  # the last one predicts nothing
+        for token in context[:-1]:  # the last token predicts nothing
             node = children.setdefault((node, token), len(children) + 1)
     return len(children)
 

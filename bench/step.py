@@ -6,29 +6,30 @@
                          [--share 0.6] [--checkpointing] [--compile] [--optim-state bfloat16]
 
 Rollouts of the built-in search world (groups of 8, system prompt with the tool description) are
-recorded once, with a scripted agent that searches, rephrases, answers at once, or answers wrongly:
+recorded once with a scripted agent (see harness/recorded.py):
 
     one-search     3 groups, one micro-batch
-    two-searches   questions of two hops; in one group nobody answers, so last turns earn nothing
-    many-groups    12 groups, in micro-batches of 6,144 tokens: a cut repeats what it parts
-    long-replies   an agent that reasons for 300 tokens in every turn, which nobody else does alike
-    synthetic      no recording: packs of --pack-tokens distinct tokens, of which rollouts share
-                   --share of what they have together; what a --shape but tiny is timed with
+    two-searches   questions of two hops; in one group no rollout answers, so its last turns have no
+                   advantage
+    many-groups    12 groups in micro-batches of 6,144 tokens: a cut repeats shared prefixes
+    long-replies   the agent reasons for 300 tokens in every turn, different in every rollout
+    synthetic      packs of --pack-tokens distinct tokens with a share --share of shared tokens;
+                   used for every --shape except tiny
 
-The same step is packed and trained in several ways, interleaved, and timed:
+The same step is packed in several ways, and the timings are interleaved:
 
-    rows     packed rows without padding, every row computed whole
-    trees    prefix trees: what rows begin with is computed once
-    lean     prefix trees, without the ends of rows that have no advantage, where there are any
+    rows     packed rows without padding
+    trees    prefix trees: shared prefixes are computed once
+    lean     prefix trees without idle tokens (ends of rows that have no advantage)
 
-First of all the gradients of every way must be right: within 1e-5 of the largest entry of float64,
-one trajectory after the other, for the tiny model in float32; a public shape in bf16 is held
-against its own `rows`. Tokens computed must stay within 1.05 x the distinct ones. Else the script
-fails, with the numbers. `model` is forward and backward up to the hidden states; `step` is packing,
-model, loss head and optimizer. Utilisation is of the peak of matrix products measured in the same
-run, and counts distinct tokens only, see flops.py. Memory is the most that is held in a step, above
-what is held before it; on a CPU that of a process of its own. Results go to
-bench/results/step.json, those of a public shape or a GPU to step_<shape>_<device>.json.
+First the gradients are checked. The tiny model in float32 must be within 1e-5 of float64 (relative
+to the largest entry); a public shape in bf16 is compared with its own `rows`. At most 1.05 x the
+distinct tokens may be computed. Otherwise the script fails with the numbers. `model` is forward and
+backward up to the hidden states; `step` is packing, model, loss head and optimizer. Utilisation is
+relative to the peak of matrix products in the same run and counts distinct tokens, see
+harness/flops.py. Memory is the peak of a step above the usage before it, on a CPU in a separate
+process. Results go to bench/results/step.json, those of a public shape or a GPU to
+step_<shape>_<device>.json.
 """
 
 from __future__ import annotations
@@ -57,22 +58,22 @@ from turnfast.packing.pack import Packed
 from turnfast.update.optimizer import Optimizer
 
 BUDGETS = (2048, 4096, 8192, 16_384)
-TOKENS = 1.05  # computed over distinct, at most
-SPEED = 0.85  # model speed-up over all tokens / distinct tokens, at least
-UTILISATION = 0.45  # of the peak, for a public shape on a GPU
+TOKENS = 1.05  # most computed tokens per distinct token
+SPEED = 0.85  # least model speed-up relative to all tokens / distinct tokens
+UTILISATION = 0.45  # least share of the peak, for a public shape on a GPU
 GRADIENTS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def parser() -> argparse.ArgumentParser:
     made = arguments(__doc__, "step.json", repeats=5)
     made.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
-    made.add_argument("--rollouts", help=f"of {', '.join(CASES)}; comma separated")
-    made.add_argument("--budget", type=int, help="tokens of a micro-batch, not the case's")
-    made.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct ones")
-    made.add_argument("--share", type=float, default=0.6, help="synthetic: of all tokens")
+    made.add_argument("--rollouts", help=f"comma-separated: {', '.join(CASES)}")
+    made.add_argument("--budget", type=int, help="tokens of a micro-batch; default: the case's")
+    made.add_argument("--pack-tokens", type=int, default=32_768, help="synthetic: distinct tokens")
+    made.add_argument("--share", type=float, default=0.6, help="synthetic: share of shared tokens")
     made.add_argument("--groups", type=int, default=4, help="synthetic: groups in a pack")
     made.add_argument("--checkpointing", action="store_true")
-    made.add_argument("--compile", action="store_true", help="the model's body")
+    made.add_argument("--compile", action="store_true", help="use torch.compile")
     made.add_argument("--optim-state", choices=("float32", "bfloat16"), default="float32")
     made.add_argument("--memory-of", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
     return made
@@ -91,7 +92,7 @@ def main() -> None:
     wanted = options.rollouts or ("synthetic" if not tiny else ",".join(list(CASES)[:-1]))
     names = wanted.split(",")
     if unknown := [name for name in names if name not in CASES]:
-        asked.error(f"--rollouts: {unknown[0]!r} is none of {', '.join(CASES)}")
+        asked.error(f"--rollouts: {unknown[0]!r} is not one of {', '.join(CASES)}")
     device = device_of(options.device)
     elsewhere = not tiny or device.type == "cuda"
     if elsewhere and options.out == asked.get_default("out"):
@@ -112,7 +113,7 @@ def main() -> None:
             "attention": {"rows": policy.attention, "trees": policy.tree_attention},
             "cases": cases,
         }
-        write(result, options.out)  # what is done is kept, should a later case fail
+        write(result, options.out)  # keep finished cases if a later one fails
         del bench, policy
     if missed := [f"{name}: {gate}" for name in cases for gate in cases[name]["missed"]]:
         raise SystemExit("\n".join(missed))
@@ -128,7 +129,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     errors = gradient_errors(bench, packs)
     most = GRADIENTS[policy.model.dtype]
     if wrong := {way: error for way, error in errors.items() if not error < most}:
-        raise SystemExit(f"{bench.name}: gradients are off by more than {most}: {wrong}")
+        raise SystemExit(f"{bench.name}: gradient errors above {most}: {wrong}")
     peak = gemm_peak(device, policy.model.dtype, bench.clock)
     optimizer = bench.optimizer()
     times = timed(bench, packs, optimizer)
@@ -167,7 +168,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "tokens_of_rows": packs["rows"].num_tokens,
         "tokens_distinct": distinct["trees"].num_tokens,
         "ratio": ratio,
-        "padding": 0.0,  # the layout has none
+        "padding": 0.0,  # packed rows have none
         "padding_of_a_rectangle": rectangle_padding(packs["rows"]),
         "computed_over_distinct_by_budget": {
             budget: bench.pack("trees", budget=budget).num_tokens / distinct["trees"].num_tokens
@@ -188,7 +189,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 def timed(
     bench: Bench, packs: dict[str, Packed], optimizer: Optimizer
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of model, packing and whole step of every way, interleaved."""
+    """Seconds of model, packing and whole step for every way, interleaved."""
     times: dict[str, dict[str, list[float]]] = {
         way: {"model": [], "pack": [], "step": []} for way in packs
     }
@@ -201,13 +202,13 @@ def timed(
             }
             for name, call in calls.items():
                 seconds = bench.seconds(call)
-                if repeat:  # the first round is for caches
+                if repeat:  # the first round warms the caches
                     times[way][name].append(seconds)
     return times
 
 
 def gradient_errors(bench: Bench, packs: dict[str, Packed]) -> dict[str, float]:
-    """Of every way, as a share of the largest entry of the gradient that is held to be true."""
+    """Gradient error of every way, relative to the largest entry of the reference."""
     true: list[Tensor] | None = truth_of(bench.policy, bench.recording)[0] if bench.tiny else None
     errors = {}
     for way, packed in packs.items():
@@ -220,7 +221,7 @@ def gradient_errors(bench: Bench, packs: dict[str, Packed]) -> dict[str, float]:
 
 
 def targets(bench: Bench, trees: dict[str, Any], ratio: float) -> dict[str, dict[str, Any]]:
-    """What the project asks of sharing, and whether it is met here."""
+    """The targets and whether they are met."""
     found = {f"model speed-up of trees over {ratio:.2f}": (trees["model_speedup"] / ratio, SPEED)}
     if bench.device.type == "cuda" and not bench.tiny:
         name = "model flop utilisation of trees, on distinct tokens"
@@ -232,23 +233,23 @@ def targets(bench: Bench, trees: dict[str, Any], ratio: float) -> dict[str, dict
 
 
 def rectangle_padding(packed: Packed) -> float:
-    """The share of padding, had the rows been padded to the longest of the step."""
+    """The share of padding if all rows were padded to the longest of the step."""
     lengths = torch.cat([batch.cu_seqlens.diff() for batch in packed.batches]).float()
     return float(1 - lengths.mean() / lengths.max())
 
 
 def memory_of(bench: Bench, way: str, optimizer: Optimizer) -> float:
-    """MiB of a step; a process that has stepped before holds on to freed memory, a GPU does not."""
+    """Peak MiB of a step. On a CPU in a new process, since freed memory stays in the process."""
     if bench.device.type == "cuda":
         return peak_memory(bench, way, optimizer)
     command = [sys.executable, *sys.argv, "--memory-of", bench.name, way]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(told.splitlines()[-1])
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.splitlines()[-1])
 
 
 def peak_memory(bench: Bench, way: str, optimizer: Optimizer | None = None) -> float:
     optimizer = optimizer or bench.optimizer()
-    bench.step(way, optimizer)  # the optimizer's own state is made
+    bench.step(way, optimizer)  # creates the optimizer state
     peak = watch_memory(bench.device)
     bench.step(way, optimizer)
     return peak() / 2**20
@@ -258,7 +259,7 @@ def show(name: str, case: dict[str, Any]) -> None:
     print(
         f"{name}: {case['rollouts']} rollouts, {case['tokens_of_rows']:,} tokens, "
         f"{case['tokens_distinct']:,} distinct (ratio {case['ratio']:.2f}); "
-        f"a rectangle would have {case['padding_of_a_rectangle']:.0%} padding; "
+        f"padded rows would have {case['padding_of_a_rectangle']:.0%} padding; "
         f"gradients against {case['gradient_against']}"
     )
     for way, row in case["ways"].items():
@@ -272,7 +273,7 @@ def show(name: str, case: dict[str, Any]) -> None:
         )
     for target, row in case["targets"].items():
         met = "met" if row["met"] else "not met"
-        print(f"  {target}: {row['found']:.2f}, wanted {row['wanted']}: {met}", flush=True)
+        print(f"  {target}: {row['found']:.2f}, target {row['wanted']}: {met}", flush=True)
 
 
 if __name__ == "__main__":

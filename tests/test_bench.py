@@ -1,4 +1,4 @@
-"""What the benchmarks count, and what they refuse to report."""
+"""The benchmarks' counts, checks and plots."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def git(folder, *words):
     subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
 
 
-def test_a_commit_is_marked_where_anything_but_results_differs(tmp_path):
+def test_commit_is_marked_if_files_outside_results_differ(tmp_path):
     from harness.provenance import commit
 
     assert commit(tmp_path) == "unknown"
@@ -49,7 +49,7 @@ def test_a_commit_is_marked_where_anything_but_results_differs(tmp_path):
     assert commit(tmp_path / "bench") == clean + "+"
 
 
-def test_the_readme_is_what_the_results_say():
+def test_readmes_match_the_result_files():
     import readme
 
     for path in readme.READMES:
@@ -57,7 +57,7 @@ def test_the_readme_is_what_the_results_say():
         assert readme.filled(text, readme.RESULTS, readme.EXCEPTIONS) == text
 
 
-def test_a_result_of_no_commit_is_refused(tmp_path):
+def test_results_with_uncommitted_changes_are_rejected(tmp_path):
     import readme
 
     record = json.loads((readme.RESULTS / "linear_logprobs_cpu.json").read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def test_a_result_of_no_commit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("pack_tokens", "share", "groups"), [(32_768, 0.6, 4), (4096, 0.3, 1), (5001, 0.8, 3)]
 )
-def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, groups):
+def test_synthetic_rollouts_have_the_requested_share(pack_tokens, share, groups):
     from harness.synthetic import rows_of, synthesize
 
     made = synthesize(pack_tokens=pack_tokens, share=share, groups=groups)
@@ -88,17 +88,17 @@ def test_synthetic_rollouts_share_what_they_are_told_to(pack_tokens, share, grou
     assert max(map(len, rows)) > min(map(len, rows))
 
 
-def test_more_than_a_group_can_share_is_refused():
+def test_impossible_share_is_rejected():
     from harness.synthetic import synthesize
 
-    with pytest.raises(SystemExit, match=r"8 rollouts of a group share less than 0\.875"):
+    with pytest.raises(SystemExit, match=r"--share 0\.875: must be above 0 and below 0\.875"):
         synthesize(pack_tokens=4096, share=0.875, groups=1)
 
 
 @pytest.mark.parametrize(
     ("shape", "parameters"), [("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512)]
 )
-def test_the_public_shapes_have_the_published_sizes(shape, parameters):
+def test_public_shapes_have_the_published_sizes(shape, parameters):
     from harness.shapes import architecture
 
     with torch.device("meta"):
@@ -106,7 +106,7 @@ def test_the_public_shapes_have_the_published_sizes(shape, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_operations_are_those_of_the_products(tmp_path):
+def test_body_flops_match_the_flop_counter(tmp_path):
     from harness.flops import body_flops
     from harness.synthetic import synthesize
 
@@ -119,29 +119,31 @@ def test_operations_are_those_of_the_products(tmp_path):
         hidden_states(policy, batch).sum().backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counted.items() if "mm" in str(op))
-    # layers, heads and width of the tiny model; two products of 2 operations, thrice
+    # 2 layers, 4 heads, width 8; two products of 2 operations; forward once, backward twice
     pairs = sum(depth + 1 for depth in batch.positions_T.tolist())
     attention = 2 * 4 * 8 * pairs * 2 * 2 * 3
     assert body_flops(policy, packed) == products + attention
 
 
-def test_pairs_are_those_that_see_each_other():
+def test_pairs_counts_visible_query_key_pairs():
     from attention import _pairs
 
-    depths = torch.tensor([0, 1, 2, 3, 2, 3])  # a path of four, and a branch behind its second
+    depths = torch.tensor(
+        [0, 1, 2, 3, 2, 3]
+    )  # a path of four tokens, and a branch after the second
     for window in (0, 2):
         seen = sum(min(d + 1, window or 9) for d in depths.tolist())
         assert _pairs(depths, window) == seen
 
 
-def test_the_processors_time_is_no_clock_for_a_gpu():
+def test_cpu_clock_is_rejected_for_a_gpu():
     from harness.clocks import clock_of
 
     with pytest.raises(SystemExit, match="--clock cpu"):
         clock_of("cpu", torch.device("cuda"))
 
 
-def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
+def test_step_fails_if_too_many_tokens_are_recomputed(tmp_path):
     words = "--rollouts one-search --budget 2048 --width 32 --layers 1 --repeats 1 --threads 1"
     command = [sys.executable, BENCH / "step.py", *words.split(), "--device", "cpu"]
     done = subprocess.run(
@@ -155,7 +157,7 @@ def test_a_step_that_computes_too_much_twice_fails_with_the_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_public_shape_takes_a_step_without_a_file_of_weights(tmp_path, monkeypatch, dtype):
+def test_public_shape_trains_with_random_weights(tmp_path, monkeypatch, dtype):
     import step
     from harness import cases, shapes
 
@@ -186,7 +188,7 @@ def write_evals(path: Path, values: dict[int, float]) -> Path:
     return path / "metrics.jsonl"
 
 
-def test_the_spread_is_over_the_steps_that_every_seed_has(tmp_path):
+def test_spread_uses_the_steps_that_all_seeds_have(tmp_path):
     from harness.plots import spread_over_seeds
 
     paths = [
@@ -199,20 +201,20 @@ def test_the_spread_is_over_the_steps_that_every_seed_has(tmp_path):
     assert (spread.low, spread.high) == ((0.0, 0.1), (0.2, 0.5))
 
 
-def test_runs_that_cannot_be_compared_are_named(tmp_path):
+def test_runs_that_cannot_be_compared_are_rejected(tmp_path):
     from harness.plots import learning_plot
 
     whole = write_evals(tmp_path / "0", {0: 0.0})
     other = write_evals(tmp_path / "1", {5: 0.0})
     empty = write_evals(tmp_path / "2", {})
-    with pytest.raises(ConfigError, match="mt_grpo: its runs share no step"):
+    with pytest.raises(ConfigError, match="mt_grpo: its runs have no common step"):
         learning_plot({"mt_grpo": [whole, other]}, tmp_path / "x.svg")
     with pytest.raises(ConfigError, match=r"2.metrics\.jsonl: has no eval/exact_match"):
         learning_plot({"mt_grpo": [whole, empty]}, tmp_path / "x.svg")
     assert not (tmp_path / "x.svg").exists()
 
 
-def test_the_plot_is_the_same_bytes_for_the_same_runs(tmp_path):
+def test_plot_is_reproducible(tmp_path):
     from harness.plots import learning_plot
 
     runs = {

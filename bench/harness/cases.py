@@ -1,4 +1,4 @@
-"""The training steps that are timed: which rollouts, which model, and how they are packed."""
+"""The training steps that are timed: rollouts, model and packing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is recorded, and the tokens of a micro-batch; `groups` 0 is made up instead."""
+    """What to record and the tokens of a micro-batch; `groups` 0 means synthetic rollouts."""
 
     groups: int
     hops: int = 1
@@ -46,7 +46,7 @@ CASES = {
 
 
 class Bench:
-    """One case: its rollouts, a model, and what times them."""
+    """One case: rollouts, model and clock."""
 
     def __init__(self, name: str, options: argparse.Namespace, folder: Path) -> None:
         self.name, self.options, self.case = name, options, CASES[name]
@@ -65,7 +65,7 @@ class Bench:
 
     def _rollouts(self, folder: Path) -> Recording:
         case, options = self.case, self.options
-        # a made-up case has the tokenizer of a recording, which no step looks at
+        # a synthetic case takes only the tokenizer from the recording
         recording = record(
             options, folder, groups=case.groups or 1, hops=case.hops, thoughts=case.thoughts
         )

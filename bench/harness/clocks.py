@@ -1,4 +1,4 @@
-"""The clocks that results are measured by."""
+"""Clocks for measurements."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "thread": time.thread_time}
-"""Seconds of the world, of all threads of this process, and of the thread that asks. What other
-programs take on a shared machine is in the first only."""
+"""Wall time, processor time of all threads of this process, and processor time of the calling
+thread. Only wall time includes the load of other programs on a shared machine."""
 
 
 def clock_of(name: str, device: torch.device) -> Callable[[], float]:
-    """A clock that, on a GPU, is read when all queued work is done."""
+    """Return a clock; on a GPU it synchronises the device before each reading."""
     if device.type != "cuda":
         return CLOCKS[name]
     if name != "wall":
-        raise SystemExit(f"--clock {name}: the processor's time says nothing of a GPU; take wall")
+        raise SystemExit(f"--clock {name}: processor time does not measure a GPU; use --clock wall")
 
     def read() -> float:
         torch.cuda.synchronize(device)

@@ -1,16 +1,15 @@
-"""Floating-point operations of a training step, and the peak they are a share of.
+"""Floating-point operations of a training step, and the peak throughput of the device.
 
-Forward and backward of a decoder's body on T tokens take
+Forward and backward of a decoder without its head on T tokens take
 
     6 · P · T  +  12 · L · H · d · Σ_t (position_t + 1)
 
-P being the entries of the matrices of all layers, two operations each in the forward pass and four
-in the backward pass. Attention is counted on the pairs of a query and a key that see each other,
-4 · d per pair and head forward and 8 · d backward. The embedding is a look-up, and the head is not
-part of the body: on N targets it takes 6 · N · V · D more. What checkpointing or a kernel computes
-again is not counted, nor are norms, activations and rotary embeddings.
+operations, where P is the number of matrix entries of all layers (two operations each in the
+forward pass, four in the backward pass). Attention counts the visible query-key pairs: 4 · d per
+pair and head in the forward pass, 8 · d in the backward pass. The head takes another 6 · N · V · D
+for N targets. Recomputation, norms, activations and rotary embeddings are not counted.
 
-A step's useful operations are those of its distinct tokens, however often they are computed.
+The useful operations of a step are those of its distinct tokens, however often they are computed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from turnfast.packing.pack import Packed
 
 
 def body_flops(policy: Policy, packed: Packed) -> float:
-    """Forward and backward up to the hidden states."""
+    """Operations of forward and backward up to the hidden states."""
     body = policy.model.base_model
     entries = sum(m.weight.numel() for m in body.modules() if isinstance(m, nn.Linear))
     config = policy.model.config
@@ -38,17 +37,17 @@ def body_flops(policy: Policy, packed: Packed) -> float:
 
 
 def head_flops(policy: Policy, packed: Packed) -> float:
-    """From hidden states to log-probs of the targets, and back."""
+    """Operations from hidden states to log-probs of the targets, forward and backward."""
     return 6.0 * packed.num_targets * policy.head_VD.numel()
 
 
 def gemm_peak(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float], *, size: int | None = None
 ) -> float:
-    """Operations per second of square matrix products, the median of several timings.
+    """Measure operations per second of square matrix products (median of several timings).
 
-    On a GPU a timing, by the device's own clock, is of twenty products of 8,192 x 8,192: neither
-    their launch nor the wait for them shows.
+    On a GPU one timing covers twenty products of 8,192 x 8,192, so that launch and synchronisation
+    times are negligible.
     """
     cuda = device.type == "cuda"
     side, count = size or (8192 if cuda else 2048), 20 if cuda else 1

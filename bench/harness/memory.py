@@ -1,4 +1,4 @@
-"""The most memory that something holds, of a GPU or of this process."""
+"""Peak memory of a GPU or of this process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 
 def watch_memory(device: torch.device) -> Callable[[], float]:
-    """A function that says how many bytes were held at most since, above what is held now; NaN
-    where the system cannot tell."""
+    """Start a measurement; the returned function gives the peak in bytes above the current usage.
+
+    NaN where the system does not report it.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -22,10 +24,10 @@ def watch_memory(device: torch.device) -> Callable[[], float]:
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: float(torch.cuda.max_memory_allocated(device) - held)
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier work freed is not held
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     before = _bytes("VmRSS")
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     return lambda: max(0.0, _bytes("VmHWM") - before)
 
 

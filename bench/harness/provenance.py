@@ -1,4 +1,4 @@
-"""Where a result comes from, and the file it goes to: the same for every script here."""
+"""The origin of a result (command, commit, device, versions) and its file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PACKAGES = (
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """`command` and `environment`, with which every record begins.
+    """Return `command` and `environment`, the first fields of every record.
 
-    The commit ends in + where files besides results differ from it. `threads` are torch's at the
-    time of the call.
+    The commit ends in + if files outside bench/results differ from it. `threads` is torch's number
+    of threads at the time of the call.
     """
     device = torch.device(device)
     return {
@@ -52,7 +52,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def commit(folder: Path = RESULTS.parent) -> str:
-    """The commit that a folder is at, "unknown" outside a repository."""
+    """The current commit of a folder, "unknown" outside a repository."""
     name = _git(folder, "rev-parse", "--short", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
     return (name or "unknown") + ("+" if changed else "")

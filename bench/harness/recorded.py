@@ -1,7 +1,8 @@
 """Recorded rollouts of one training step in the built-in search world.
 
-Groups of 8, system prompt with the tool description, played once through the real rollout by a
-scripted agent that searches, rephrases, answers at once, or answers wrongly.
+A scripted agent plays groups of 8 through the real rollout code, with a system prompt that
+describes the tool. It searches, rephrases its query, answers without a search, or gives a wrong
+answer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from turnfast.types import Credit, Group
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """The rollouts of one step with their credit."""
+    """The rollouts of one step and their credit."""
 
     groups: list[Group]
     credits: list[Credit]
@@ -53,8 +54,7 @@ class Recording:
 
 
 def arguments(text: str, name: str, *, repeats: int) -> argparse.ArgumentParser:
-    """Which model a step is timed with, where, how often and by which clock; results go to
-    `name`."""
+    """Options of the step benchmarks: model, device, repeats, clock and result file `name`."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=128, help="of the tiny model")
@@ -73,19 +73,19 @@ def arguments(text: str, name: str, *, repeats: int) -> argparse.ArgumentParser:
 def device_of(wanted: str) -> torch.device:
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise SystemExit("--device cuda: torch sees no CUDA device; take --device cpu")
+        raise SystemExit("--device cuda: torch finds no CUDA device; use --device cpu")
     return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 def record(
     options: argparse.Namespace, folder: Path, *, groups: int, hops: int = 1, thoughts: int = 0
 ) -> Recording:
-    """Play the groups of one step in the real environment, through the real rollout.
+    """Play the groups of one step in the real environment, through the real rollout code.
 
     Args:
-        folder: the tiny model of `options` is written there; its tokenizer is the recording's.
+        folder: where the tiny model of `options` is written; its tokenizer encodes the recording.
         hops: searches that a question needs.
-        thoughts: tokens that the agent reasons for in every turn, before its call or answer.
+        thoughts: tokens of reasoning in every turn, before the call or answer.
     """
     env = load_env("lookup", {"hops": hops, "prompt": "full"}, max_turns=hops + 2)
     write_tiny_model(
@@ -110,7 +110,7 @@ def record(
 
 
 class _Agent:
-    """Ids of a reply for ids of a context; the same context gets another reply each time."""
+    """Maps context ids to reply ids; the same context gets a different reply each time."""
 
     def __init__(self, chat: Chat, seed: int, thoughts: int) -> None:
         self._chat, self._seed, self._thoughts = chat, seed, thoughts
@@ -136,7 +136,7 @@ class _Agent:
         return self._chat.encode_turn(self._reasoning(text.split(), draw) + written)
 
     def _reasoning(self, known: list[str], draw: random.Random) -> str:
-        """So many tokens, roughly, of words that the agent has read."""
+        """About `thoughts` tokens of words from the context."""
         said: list[str] = []
         while len(self._chat.encode_turn(" ".join(said))) < self._thoughts:
             said += [draw.choice(known).strip("<>/") for _ in range(8)]

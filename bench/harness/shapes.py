@@ -1,4 +1,4 @@
-"""The models that a step is timed with: the built-in one, and public shapes with random weights."""
+"""Models for step timings: the tiny model, and public shapes with random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turnfast.model import ATTENTION, Policy, attention_backends, dtype_of, load
 from turnfast.model.liger import apply_liger
 
 SHAPES: dict[str, dict[str, Any]] = {
-    # of the config.json of Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-7B
+    # from the config.json of Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-7B
     "qwen2.5-1.5b": {
         "vocab_size": 151_936,
         "hidden_size": 1536,
@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def architecture(shape: str, layers: int | None = None) -> Qwen2Config:
-    """The public architecture; `layers` for a model that is as wide and less deep."""
+    """The public architecture, with `layers` layers if given."""
     sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     return Qwen2Config(
         **sizes,
@@ -51,11 +51,11 @@ def architecture(shape: str, layers: int | None = None) -> Qwen2Config:
 def load(
     shape: str, config: ModelConfig, folder: Path, device: torch.device, layers: int | None = None
 ) -> Policy:
-    """A policy of that shape, made on the device as `load_policy` makes one from a folder.
+    """Create a policy of a shape on the device.
 
     Args:
-        shape: "tiny", which is read from `folder`, or one of SHAPES, with random weights; only the
-            tokenizer comes from `folder` then.
+        shape: "tiny" loads the model in `folder`. A name in SHAPES gets random weights and only the
+            tokenizer of `folder`.
     """
     if shape == "tiny":
         return load_policy(config, folder, device)

@@ -1,5 +1,4 @@
-"""Made-up rollouts of several turns, with a given share of shared tokens: for models whose shape,
-not whose words, is timed."""
+"""Synthetic rollouts of several turns with a given share of shared tokens, for timings."""
 
 from __future__ import annotations
 
@@ -20,32 +19,32 @@ def synthesize(
     vocab_size: int = 1 << 15,
     seed: int = 0,
 ) -> Recording:
-    """Groups that have exactly `pack_tokens` distinct tokens together.
+    """Create groups with exactly `pack_tokens` distinct tokens in total.
 
-    The rollouts of a group share their prompt P and nothing else, as those of a sampler at
-    temperature 1 do. With D distinct tokens in a group of G, the share s of all its tokens that
-    need not be computed is (G - 1)·P / (D + (G - 1)·P), hence P = D·s / ((1 - s)·(G - 1)). What
-    follows the prompt has two to four turns, half of it sampled, half results of tools; the
-    longest rollouts have about four times as many tokens of their own as the shortest.
+    The rollouts of a group share only their prompt of P tokens. With D distinct tokens in a group
+    of G rollouts, the share s of tokens that need not be computed is (G - 1)·P / (D + (G - 1)·P),
+    hence P = D·s / ((1 - s)·(G - 1)). Two to four turns follow the prompt; half of their tokens are
+    sampled, half are tool results. The longest rollouts have about four times as many tokens of
+    their own as the shortest.
 
     Raises:
-        SystemExit: the share cannot be had with so few rollouts in a group.
+        SystemExit: the share is not possible with this group size.
     """
     most = (group_size - 1) / group_size
     draw = random.Random(seed)
     made, credits = [], []
     for number, distinct in enumerate(_cut(pack_tokens, [1.0] * groups)):
         prompt = round(distinct * share / ((1 - share) * (group_size - 1))) if share < most else 0
-        # every rollout has four turns at most, of a token sampled and one given at least
+        # a rollout has at most four turns, each with at least one sampled and one given token
         if not 0 < prompt <= distinct - 8 * group_size:
             raise SystemExit(
-                f"--share {share}: {group_size} rollouts of a group share less than {most:.3f} of "
-                f"their tokens, and more than 0; {distinct} distinct tokens are in a group"
+                f"--share {share}: must be above 0 and below {most:.3f} for {group_size} rollouts "
+                f"with {distinct} distinct tokens per group"
             )
         sizes = [draw.uniform(0.4, 1.6) for _ in range(group_size)]
         own = _cut(distinct - prompt - 8 * group_size, sizes)
         question = _ids(prompt, vocab_size, draw)
-        # no token of its own begins like another rollout's: the prompt is all they share
+        # different first tokens, so that the rollouts share nothing but the prompt
         firsts = draw.sample(range(3, vocab_size), group_size)
         rollouts, advantages = [], []
         for index, (size, first) in enumerate(zip(own, firsts, strict=True)):
@@ -61,7 +60,7 @@ def synthesize(
 
 
 def rows_of(recording: Recording) -> list[list[int]]:
-    """All tokens of each rollout that a model computes: the last sampled one predicts nothing."""
+    """The computed tokens of each rollout: all but the last, which predicts nothing."""
     return [
         [token for turn in rollout.turns for token in (*turn.prompt_ids, *turn.sampled_ids)][:-1]
         for group in recording.groups
@@ -72,7 +71,7 @@ def rows_of(recording: Recording) -> list[list[int]]:
 def _turns(
     prompt: tuple[int, ...], size: int, first: int, vocab_size: int, draw: random.Random
 ) -> tuple[Turn, ...]:
-    """Turns with `size` tokens behind the prompt, and one that predicts nothing."""
+    """Turns with `size` computed tokens after the prompt, plus the last token."""
     count = draw.randint(2, 4)
     sizes = [1 + n for n in _cut(size - 2 * count + 1, [draw.uniform(0.5, 1.5)] * (2 * count - 1))]
     sampled, given = sizes[::2], [0, *sizes[1::2]]
@@ -93,7 +92,7 @@ def _turns(
 
 
 def _cut(total: int, shares: list[float]) -> list[int]:
-    """Whole numbers in the proportions of `shares` that add up to `total`."""
+    """Integers in the proportions of `shares` that add up to `total`."""
     edges = [0.0]
     for share in shares:
         edges.append(edges[-1] + share)

@@ -1,7 +1,7 @@
-"""What the kernel benchmarks share: arguments, interleaved medians, peak memory, the table.
+"""Shared by the kernel benchmarks: arguments, interleaved medians, peak memory, tables.
 
-Figures go to bench/results/ as JSON with device, versions and commit; a README's table is made from
-that file (`--table FILE`), never by hand.
+Results are written to bench/results/ as JSON with device, versions and commit; `--table FILE`
+prints a result file as a table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.clocks import CLOCKS
 from harness.memory import watch_memory
 from harness.provenance import RESULTS, provenance, write
 
-# Several times the L2 cache of any GPU of today.
+# larger than the L2 cache of any GPU
 FLUSH_BYTES = 256 << 20
 
 
@@ -29,17 +29,17 @@ def medians_s(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each call, rounds interleaved so that drift hits every contender alike.
+    """Median seconds of each call. Rounds are interleaved, so drift affects all calls equally.
 
-    On CUDA the L2 cache is overwritten before each call and the clock is the device's. On the CPU
-    each timed call follows an untimed one of its own: a virtual machine may give freed pages back
-    to its host within seconds, and getting them again would be charged to whoever allocates.
+    On CUDA the L2 cache is overwritten before each call and CUDA events measure the time. On the
+    CPU an untimed call precedes each timed one: a virtual machine may return freed pages to its
+    host within seconds, and allocating them again would be timed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, device=device).byte()
     for call in calls.values():
         call()
-        _settle(device)
+        _synchronize(device)
     for _ in range(rounds):
         for name, call in calls.items():
             if device.type == "cuda":
@@ -59,15 +59,15 @@ def medians_s(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory that the call held above what was there before."""
+    """Peak memory of the call above the usage before it."""
     peak = watch_memory(device)
     call()
-    _settle(device)
+    _synchronize(device)
     return int(peak())
 
 
 def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
-    """What every kernel benchmark is asked: where, how often, by which clock."""
+    """Options of every kernel benchmark: device, rounds, threads, clock."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
@@ -83,7 +83,7 @@ def arguments(text: str, rounds: int) -> argparse.ArgumentParser:
 def begin(
     parser: argparse.ArgumentParser,
 ) -> tuple[argparse.Namespace, torch.device, Callable[[], float]]:
-    """The options, the device and the clock; --table prints its file, and that is all."""
+    """Parse the options, device and clock; with --table print the file and exit."""
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
@@ -93,19 +93,19 @@ def begin(
 
 
 def sizes(text: str) -> list[tuple[int, ...]]:
-    """Numbers with an x between them, from a list with commas."""
+    """Parse a comma-separated list of sizes such as 512x896."""
     return [tuple(int(n) for n in one.split("x")) for one in text.split(",")]
 
 
 def finish(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Print the rows as a table and save them under the name and the device."""
+    """Print the rows as a table and write them to the result file."""
     record = {**provenance(options.device), "clock": options.clock, "rows": rows}
     print(table(record))
     print(write(record, RESULTS / f"{name}_{options.device}.json"))
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows of a record as a Markdown table, with its environment above."""
+    """Format the rows of a record as a Markdown table with its environment above."""
     lines = [", ".join(f"{k} {v}" for k, v in record["environment"].items() if k != "packages")]
     rows = record["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -123,6 +123,6 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _settle(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Gradient and log-probs of a step by definition: float64, one trajectory after the other."""
+"""Reference gradient and log-probs of a step: float64, one trajectory at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turnfast.types import Batch, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A trajectory as one row: prompt, and all that follows; `sampled` marks the agent's ids."""
+    """A trajectory as one row: prompt and completion; `sampled` marks the sampled ids."""
 
     prompt: list[int]
     completion: list[int]
@@ -28,7 +28,7 @@ class Sample:
 
 
 def samples_of(recording: Recording) -> list[list[Sample]]:
-    """The trajectories that are trained on, by group."""
+    """The trained trajectories, by group."""
     return [
         [
             _sample(*pair)
@@ -47,7 +47,7 @@ def _sample(trajectory: Trajectory, advantages: tuple[float, ...]) -> Sample:
     each: list[float] = []
     for k, turn in enumerate(trajectory.turns):
         if turn.restart:
-            raise SystemExit("a rewritten history is two rows in turnfast and none in TRL")
+            raise SystemExit("a trajectory with a rewritten history cannot be represented in TRL")
         given = turn.prompt_ids if k else ()
         completion += [*given, *turn.sampled_ids]
         sampled += [0] * len(given) + [1] * len(turn.sampled_ids)
@@ -63,7 +63,7 @@ def _sample(trajectory: Trajectory, advantages: tuple[float, ...]) -> Sample:
 
 
 def truth_of(policy: Policy, recording: Recording) -> tuple[list[Tensor], Tensor]:
-    """The gradients of all parameters, and the log-probs of all sampled tokens in order."""
+    """Float64 gradients of all parameters, and log-probs of all sampled tokens in order."""
     config = deepcopy(policy.model.config)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).to(policy.device)
@@ -76,7 +76,7 @@ def truth_of(policy: Policy, recording: Recording) -> tuple[list[Tensor], Tensor
         logits = model(ids, use_cache=False).logits[0, len(sample.prompt) - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, ids[0, len(sample.prompt) :, None]).squeeze(1)
         live = torch.tensor(sample.sampled, dtype=torch.bool, device=policy.device)
-        # on policy the ratio is 1 and its gradient that of the log-prob
+        # on policy the ratio is 1, and its gradient is that of the log-prob
         advantages = torch.tensor(sample.advantages, dtype=torch.float64, device=policy.device)
         (-(logprobs * advantages)[live].sum() / count).backward()
         found.append(logprobs.detach()[live])
@@ -84,7 +84,7 @@ def truth_of(policy: Policy, recording: Recording) -> tuple[list[Tensor], Tensor
 
 
 def step_of(policy: Policy, batches: Sequence[Batch]) -> Tensor:
-    """Gradients of turnfast's step, left in the model; log-probs of the sampled tokens in order."""
+    """Run turnfast's step; leaves gradients in the model, returns log-probs in order."""
     policy.model.zero_grad()
     found = []
     for batch in batches:
@@ -100,26 +100,26 @@ def step_of(policy: Policy, batches: Sequence[Batch]) -> Tensor:
         out.loss.backward()
         trajectories = batch.sequences_K[batch.turns_N.long()].tolist()
         found += list(zip(trajectories, out.logprobs.detach().tolist(), strict=True))
-    # micro-batches may part the trajectories in any order, but never the turns of one
+    # micro-batches hold whole trajectories in any order
     found.sort(key=lambda pair: pair[0])
     return torch.tensor([logprob for _, logprob in found])
 
 
 def gradient_of(model: PreTrainedModel) -> list[Tensor]:
-    """Copies on the host, in their own dtype."""
+    """Copies of all gradients on the host."""
     return [p.grad.to("cpu", copy=True) for p in model.parameters() if p.grad is not None]
 
 
 def gradient_error(gradient: Sequence[Tensor], true: Sequence[Tensor]) -> float:
-    """The largest difference of all parameters, as a share of the largest entry of all."""
+    """Largest absolute difference over all parameters, relative to the largest entry."""
     largest = difference = 0.0
-    for found, expected in zip(gradient, true, strict=True):  # one after the other: 7e9 are many
+    for found, expected in zip(gradient, true, strict=True):  # one by one to save memory
         largest = max(largest, float(expected.abs().max()))
         difference = max(difference, float((found.double() - expected.double()).abs().max()))
     return difference / largest
 
 
 def logprob_error(logprobs: Tensor, true: Tensor) -> float:
-    """The largest difference; a token without advantage may have no log-prob."""
+    """Largest difference; tokens without advantage may be NaN."""
     error = (logprobs.double() - true).abs()
     return float(error[~error.isnan()].max())
