@@ -1,27 +1,24 @@
-"""Attention over a prefix tree against attention over the same rows unshared, forward and backward.
+"""Attention over a prefix tree and over the same rows without sharing, forward and backward.
 
     python bench/attention.py [--pack-tokens 4096] [--share 0.6] [--groups 2] [--group-size 8]
                               [--heads 4] [--kv-heads 2] [--width 32] [--threads 1] [--clock cpu]
                               [--table FILE]
 
-The tree has --pack-tokens distinct tokens: groups of rollouts that share a prompt, so that the
-given share of all their tokens need not be computed (synthetic.py). On CUDA the defaults are the
-heads of a 7B model (28, 4 of them keys', width 128) and 32,768 tokens in bf16. First the outputs
-and gradients of both must agree.
+The tree has --pack-tokens distinct tokens: groups of rollouts that share a prompt, with the given
+share of shared tokens (harness/synthetic.py). On CUDA the defaults are the heads of a 7B model (28
+query heads, 4 key heads, width 128) and 32,768 tokens in bf16. First the outputs and gradients of
+both are compared.
 
-Work is counted on the pairs of a query and a key that see each other, forward 4·d and backward
-10·d per pair and head. "pairs saved" is how many more of them the rows have: what a kernel that
-does a pair as fast as the rows' own would gain. "speed-up" is what it gains, and "per pair" the
-quotient of both, the kernel's own merit.
+Work is counted in visible query-key pairs: 4·d operations per pair and head in the forward pass,
+10·d in the backward pass. "pairs saved" is the ratio of pairs, rows to tree; "speed-up" is the
+ratio of times, and "per pair" is speed-up divided by pairs saved.
 
-How many pairs are saved depends on where the shared tokens are. Of G rows of equal length L that
-share a prefix x·L, a share s = x·(G - 1) / G is saved in tokens, and in pairs a factor
+The number of saved pairs depends on the position of the shared tokens. G rows of equal length L
+that share a prefix of x·L tokens save a share s = x·(G - 1) / G of the tokens, and a factor of
 
     1 / (1 - x² · (G - 1) / G)      for s = 0.6:  G = 3: 2.2   G = 4: 1.9   G = 8: 1.7   G = 16: 1.6
 
-since the tokens at the end of a row, which see most, are its own. So with a prompt that 8 share
-twice the speed takes a kernel that is 1.2 times as fast per pair; what an unshared kernel spends
-besides pairs, such as repeating the keys' heads, counts in favour of the tree.
+in pairs, because the tokens at the end of a row, which attend to the most keys, are not shared.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ SIZES = {
     "cpu": {"pack_tokens": 4096, "groups": 2, "heads": 4, "kv_heads": 2, "width": 32},
 }
 GATE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-SPEED = 2.0  # of a tree over unshared rows on a GPU, at least
+SPEED = 2.0  # least speed-up of a tree over rows on a GPU
 
 
 def main() -> None:
@@ -70,7 +67,7 @@ def main() -> None:
 
 
 def measure(options: Any, device: torch.device, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """A row of the unshared computation, and one of the tree's."""
+    """Measure rows and tree; returns one table row each."""
     recording = synthesize(
         pack_tokens=options.pack_tokens,
         share=options.share,
@@ -143,12 +140,12 @@ def measure(options: Any, device: torch.device, clock: Callable[[], float]) -> l
 
 
 def _pairs(positions: Tensor, window: int) -> int:
-    """Keys that queries at these depths see."""
+    """Number of keys that queries at these depths attend to."""
     return int((positions + 1).clamp(max=window or 1 << 40).sum())
 
 
 def _difference(plain: list[Tensor], tree: list[Tensor], places: Tensor) -> float:
-    """Largest difference of outputs and gradients, as a share of the largest value of each."""
+    """Largest difference of outputs and gradients, relative to the largest value of each."""
     expected = [plain[0], *plain[1:]]
     found = [tree[0][places], *tree[1:]]
     for i in (1, 2, 3):  # gradients of a shared token are the sum over its rows

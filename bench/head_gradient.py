@@ -5,9 +5,9 @@
                                   [--threads 1] [--clock cpu] [--table FILE]
 
 A shape is N x D x V; the N tokens are split into micro-batches. A row is forward and backward of
-all of them, as in one optimizer step. The gradient of the head is float32 with head_grad, and otherwise
-has the dtype of the head; "its size" is the size of that gradient. Errors are relative in norm,
-for a few tokens of the same shape, against float64.
+all of them, as in one optimizer step. The gradient of the head is float32 with head_grad and has
+the dtype of the head otherwise; "its size" is the size of that gradient. Errors are relative in
+norm, for a few tokens of the same shape, against float64.
 """
 
 from __future__ import annotations

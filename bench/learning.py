@@ -1,11 +1,10 @@
-"""What each credit rule makes of one warm start, in worlds whose turn counts differ.
+"""Train every credit rule from one warm start, on questions with different numbers of turns.
 
     python bench/learning.py [--rules grpo_or,mt_grpo] [--seeds 0,1,2] [--recipe bench/hops.toml]
 
-Every run is `turnfast train` in a process of its own, with the same start, the same budget and the
-same environment; only `credit.rule` and `train.seed` differ. Reward parts, λ and everything else
-are the recipe's. Writes bench/results/hops.json and hops.svg; `bench/readme.py` makes the README's
-table from the former. With --jobs 2 two runs share the cores, one thread each.
+Every run is a `turnfast train` process with the same start, budget and environment; only
+`credit.rule` and `train.seed` differ, everything else comes from the recipe. Writes
+bench/results/hops.json and hops.svg. With --jobs 2 two runs share the cores, one thread each.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from turnfast.credit import RULES
 from turnfast.rundir.directory import read_metrics
 
 HELD_OUT = 512
-"""Questions that a trained model is asked at the end; an evaluation on the way asks 128."""
+"""Questions of the final evaluation; the evaluations during training use 128."""
 FIGURES = ("eval/tool_success", "eval/exact_match", "eval/turns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Runs of several rules and seeds from one start: a recipe, flags beside it, and a folder."""
+    """Runs of several rules and seeds from one start."""
 
     recipe: str
     flags: tuple[str, ...]
     runs: Path
-    threads: int | None  # of each process; None leaves it to torch
+    threads: int | None  # per process; None: torch decides
     model: Path  # the start
 
     def folder(self, rule: str, seed: int) -> Path:
@@ -60,7 +59,7 @@ def main() -> None:
         seeds=(0, 1, 2),
         name="hops",
     )
-    parser.add_argument("--warm-start", type=Path, help="a model folder; made when missing")
+    parser.add_argument("--warm-start", type=Path, help="model folder; created if missing")
     options, flags = parser.parse_known_args()
     rules, seeds = options.rules.split(","), [int(seed) for seed in options.seeds.split(",")]
 
@@ -76,12 +75,13 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         cells = [(rule, seed) for seed in seeds for rule in rules]
         list(pool.map(lambda cell: train(study, *cell), cells))
-        right = dict(zip(cells, pool.map(lambda cell: examine(study, *cell), cells), strict=True))
+        scores = pool.map(lambda cell: evaluate_run(study, *cell), cells)
+        held_out = dict(zip(cells, scores, strict=True))
 
     table = {
         rule: {
             **row([study.metrics(rule, seed) for seed in seeds]),
-            "held_out/exact_match": _over_seeds([right[rule, seed] for seed in seeds]),
+            "held_out/exact_match": _over_seeds([held_out[rule, seed] for seed in seeds]),
         }
         for rule in rules
     }
@@ -91,7 +91,7 @@ def main() -> None:
         "recipe": options.recipe,
         "seeds": seeds,
         "held_out_questions": HELD_OUT,
-        "start": portrait(study, first),
+        "start": describe_start(study, first),
         "rules": table,
     }
     write(record, options.out)
@@ -110,14 +110,12 @@ def arguments(
     parser.add_argument("--seeds", default=",".join(map(str, seeds)))
     parser.add_argument("--runs", type=Path, default=Path("runs") / name)
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, one thread each if > 1"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one thread each if > 1")
     return parser
 
 
 def warm_start(study: Study, *, seed: int = 0, threads: int | None = None) -> None:
-    """Make the start where it is missing."""
+    """Train the start if it does not exist."""
     if not (study.model / "config.json").exists():
         study.runs.mkdir(parents=True, exist_ok=True)
         _turnfast(
@@ -129,7 +127,7 @@ def warm_start(study: Study, *, seed: int = 0, threads: int | None = None) -> No
 
 
 def train(study: Study, rule: str, seed: int) -> None:
-    """One run, unless it is there already; one that was stopped goes on."""
+    """Run one training, or continue it; does nothing if it is finished."""
     folder = study.folder(rule, seed)
     if _finished(folder):
         return
@@ -147,26 +145,26 @@ def train(study: Study, rule: str, seed: int) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    if not (folder / "report.html").exists():  # which a run that is stopped writes, too
+    if not (folder / "report.html").exists():  # also written by a stopped run
         return False
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     return read_metrics(folder)[-1]["step"] == config["train"]["steps"]
 
 
-def examine(study: Study, rule: str, seed: int) -> float:
-    """Exact match of a trained model on more held-out questions than its evaluations had."""
+def evaluate_run(study: Study, rule: str, seed: int) -> float:
+    """Exact match of a trained model on `HELD_OUT` questions."""
     folder = study.folder(rule, seed)
-    told = folder / "held_out.jsonl"
-    if not told.exists():
+    out = folder / "held_out.jsonl"
+    if not out.exists():
         last = max((folder / "checkpoints").glob("step_*"))
         _turnfast(
-            *("eval", study.recipe, "--model.path", str(last), "--out", str(told), *study.flags),
+            *("eval", study.recipe, "--model.path", str(last), "--out", str(out), *study.flags),
             *("--train.eval-tasks", str(HELD_OUT), "--env.options.eval-tasks", str(HELD_OUT)),
             log=folder / "held_out.log",
             threads=study.threads,
         )
-    right = _right(_rollouts(told))
-    assert right is not None  # every rollout has the figure
+    right = _mean_of(_rollouts(out))
+    assert right is not None  # every rollout has this metric
     return right
 
 
@@ -186,11 +184,11 @@ def show(name: str, figures: dict) -> None:
 
 
 def row(runs: list[list[dict]]) -> dict:
-    """Last evaluation of every seed, the mean of all of them, and the steps to 80 % exact match."""
+    """Last evaluation of every seed, mean over the run, and steps to 80 % exact match."""
     figures: dict = {}
     for name in FIGURES:
         figures[name] = _over_seeds([_evaluations(lines)[-1][name] for lines in runs])
-    # of every evaluation but the start's: how early a rule is right counts as much as how often
+    # without the evaluation of the start
     figures["exact_match_over_run"] = _over_seeds(
         [fmean(e["eval/exact_match"] for e in _evaluations(lines)[1:]) for lines in runs]
     )
@@ -215,7 +213,7 @@ def _over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def _sampled_tool(lines: list[dict], window: int = 5) -> dict[int, float]:
-    """Tool success of the training rollouts by step, each the mean of the last `window` steps."""
+    """Tool success of the training rollouts, averaged over the last `window` steps."""
     sampled = [(line["step"], line["tool_success"]) for line in lines if "tool_success" in line]
     return {
         sampled[end - 1][0]: fmean(value for _, value in sampled[end - window : end])
@@ -235,9 +233,9 @@ def _at(lines: list[dict], step: int) -> list[dict]:
     return [line for line in _evaluations(lines) if line["step"] == step]
 
 
-def portrait(study: Study, run: list[dict]) -> dict:
-    """What a start does before any rule has touched it: greedily on held-out tasks, by the first
-    evaluation of a run from it, and in 1,024 rollouts drawn as in training, on training tasks."""
+def describe_start(study: Study, run: list[dict]) -> dict:
+    """Describe a start: its greedy evaluation on held-out tasks, and 1,024 sampled rollouts on
+    training tasks."""
     drawn = study.runs / "start.jsonl"
     _turnfast(
         *("eval", study.recipe, "--model.path", str(study.model), "--split", "train", "--sampled"),
@@ -250,12 +248,12 @@ def portrait(study: Study, run: list[dict]) -> dict:
     return {
         **{name: _evaluations(run)[0][name] for name in FIGURES},
         "sampled/calls": len(called) / len(rollouts),
-        "sampled/calls_that_fail": 1 - (_right(called, "tool_success") or 0.0),
-        "sampled/exact_match": _right(rollouts),
-        "sampled/exact_match_after_a_call": _right(called),
-        "sampled/exact_match_without_a_call": _right(silent),
-        "sampled/exact_match_without_a_call_popular": _right(silent, "exact_match_popular"),
-        "sampled/exact_match_after_success": _right([r for r in called if r["tool_success"]]),
+        "sampled/calls_that_fail": 1 - (_mean_of(called, "tool_success") or 0.0),
+        "sampled/exact_match": _mean_of(rollouts),
+        "sampled/exact_match_after_a_call": _mean_of(called),
+        "sampled/exact_match_without_a_call": _mean_of(silent),
+        "sampled/exact_match_without_a_call_popular": _mean_of(silent, "exact_match_popular"),
+        "sampled/exact_match_after_success": _mean_of([r for r in called if r["tool_success"]]),
     }
 
 
@@ -264,8 +262,8 @@ def _rollouts(path: Path) -> list[dict]:
     return [rollout for line in lines for rollout in json.loads(line)["rollouts"]]
 
 
-def _right(rollouts: list[dict], name: str = "exact_match") -> float | None:
-    """Mean of a figure over the rollouts that have it; None where none has."""
+def _mean_of(rollouts: list[dict], name: str = "exact_match") -> float | None:
+    """Mean of a metric over the rollouts that have it; None if none has."""
     values = [float({**r["metrics"], **r}[name]) for r in rollouts if name in {**r["metrics"], **r}]
     return fmean(values) if values else None
 

@@ -1,14 +1,14 @@
-"""The loss head against its floor and its peers: forward and both gradients.
+"""The loss head compared with its three matrix products and other implementations.
 
     python bench/loss_head.py [--device cuda|cpu] [--shapes 2048x896x151936,...]
                               [--dtypes fp32,bf16] [--peers torch-eager,trl,cpp,...]
                               [--rounds 5] [--threads 1] [--clock cpu] [--table FILE]
 
-A shape is N x D x V: tokens, hidden width, vocabulary. First the correctness gate: log-probs and
-gradients of a few tokens of the same shape against float64; a turnfast implementation that fails
-ends the run, a peer is timed with its error beside it. The floor is the three products alone in
-this very run, 6 N V D flops, cut in the faster of two ways. Results go to bench/results/; two
-numbers of threads, as in --threads 1,2, give rows of each.
+A shape is N x D x V: tokens, hidden width, vocabulary. First log-probs and gradients of a few
+tokens of the same shape are compared with float64. A turnfast implementation that fails ends the
+run; a peer is timed and its error is shown. The floor is the three matrix products alone in the
+same run, 6 N V D flops, split in the faster of two ways. --threads 1,2 measures both numbers of
+threads. Results go to bench/results/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHAPES = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GATE_TOKENS = 64
 FLOOR = "floor: three products"
-# Against float64: log-prob absolute, gradients relative in norm.
+# error bounds against float64: log-prob absolute, gradients relative in norm
 GATE = {"bf16": (1e-4, 3e-3), "fp16": (1e-4, 3e-3), "fp32": (1e-4, 1e-4)}
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--device", default=here, choices=("cuda", "cpu"))
     parser.add_argument("--shapes", help="NxDxV, comma separated")
     parser.add_argument("--dtypes", help="of bf16, fp16, fp32, comma separated; CPU: fp32,bf16")
-    parser.add_argument("--peers", help="comma separated; all that can be imported by default")
+    parser.add_argument("--peers", help="comma-separated; default: all that are installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default=str(torch.get_num_threads()), help="comma separated")
     parser.add_argument(
@@ -84,7 +84,7 @@ def bench_shape(
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """The rows of one shape."""
-    # Else the compiled peers run into the compiler's limit of shapes, and run eagerly from there.
+    # otherwise the compiled peers exceed the recompilation limit and run eagerly
     torch.compiler.reset()
     found, missing = contenders(device, wanted)
     print("\n".join(missing))
@@ -94,7 +94,7 @@ def bench_shape(
         try:
             errors[one.name] = gate_errors(one, gate)
         except Exception as error:
-            # Whatever a peer or a missing extension throws: named, left out, never silent.
+            # a peer may raise anything; it is reported and skipped
             print(f"{one.name}: not timed, {type(error).__name__}: {str(error)[:200]}")
             found.remove(one)
             continue
@@ -138,7 +138,7 @@ def bench_shape(
 
 
 def make_data(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Data:
-    """Logits of standard deviation about 2, targets drawn from a few likely tokens, turns of 64."""
+    """Random data: logits of standard deviation 2, random targets, turns of 64 tokens."""
     g = torch.Generator(device=device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -207,9 +207,9 @@ def step(one: Contender, leaves: tuple[torch.Tensor, torch.Tensor], data: Data) 
 
 
 def products_by_tokens(data: Data) -> Callable[[], None]:
-    """x @ W^T, E @ W and E^T @ x in the model's dtype: what no implementation avoids.
+    """x @ W^T, E @ W and E^T @ x in the model's dtype, split by tokens.
 
-    Buffers from outside and written before: the floor is arithmetic, neither allocator nor pages.
+    Buffers are allocated and written beforehand, so that only arithmetic is timed.
     """
     x_ND, w_VD = data.hidden_ND.detach(), data.head_VD.detach()
     chunk = min(len(x_ND), 4096 if x_ND.is_cuda else 512)
@@ -228,7 +228,7 @@ def products_by_tokens(data: Data) -> Callable[[], None]:
 
 
 def products_by_vocabulary(data: Data) -> Callable[[], None]:
-    """The same products, all tokens times a block of the vocabulary: E stays in a shared cache."""
+    """The same products, split by the vocabulary: E stays in cache."""
     x_ND, w_VD = data.hidden_ND.detach(), data.head_VD.detach()
     block = min(len(w_VD), 1 << 15 if x_ND.is_cuda else 2048)
     e_NB = x_ND.new_zeros(len(x_ND), block)

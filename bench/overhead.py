@@ -1,26 +1,23 @@
-"""What a training step spends outside model, loss and generation.
+"""The share of a training step that is neither model, loss nor generation.
 
     python bench/overhead.py --model runs/demo/warm-start/model [--backends local,vllm]
                              [--recipe demo] [--steps 12]
     python bench/overhead.py --random 6x384 --warm-start 120 --steps 5
     python bench/overhead.py --random 24x896 --steps 4 --rollout.prompts-per-step 2
 
-A recipe is trained for some steps by the real loop, on one thread; further words are its fields.
-Its metrics.jsonl splits every step into phases that add up to it; of `time/rollout` this script
-also measures what the sampler's own calls take, to hand it a request and to step it. Generation is
-those calls, `time/train` is model, loss and optimizer. The rest is overhead: environment, chat and
-bookkeeping inside the rollout, credit, packing, weight sync, and logging. The environment's part,
-its tools and rewards, is what passes until its methods answer; one that waits for something else
-has that counted too. Tools may run in threads of their own, beside the generation where there are
-two cores.
+The script runs the training loop of a recipe for some steps on one thread; other arguments are
+recipe fields. metrics.jsonl splits every step into phases. Within `time/rollout` the script also
+measures the sampler's calls, which are the generation; `time/train` is model, loss and optimizer.
+The rest is overhead: environment, chat and scheduling of the rollouts, credit, packing, weight sync
+and logging. The time of the environment lasts until its methods return. Tools may run in threads,
+in parallel with the generation.
 
-`--random` is a model of so many layers and such a width that has learned nothing: it calls no tool
-and earns nothing, so its steps are generation alone. With `--warm-start` it is first tuned for some
-steps on the environment's demonstrations, which is enough to call tools.
+`--random` creates a model with random weights and the given layers and width. It calls no tool, so
+its rollouts are generation only; `--warm-start` first tunes it on the environment's demonstrations.
 
-With `--clock thread` seconds are those of the processor, of the loop's thread and of the tools,
-each counted in full: a busy machine does not change them. With `--clock wall` tools that run beside
-the generation cost nothing. Medians over the steps, the first one left out. Writes
+With `--clock thread` the times are processor times of the loop's thread and of the tools, which do
+not depend on the load of the machine. With `--clock wall` tools that run in parallel with the
+generation cost nothing. Medians over the steps without the first one. Writes
 bench/results/overhead.json.
 """
 
@@ -57,7 +54,7 @@ BACKENDS = ("auto", "local", "vllm")
 
 
 class Watch:
-    """Seconds in sampler, environment, tools and logging, of each step as it is done."""
+    """Accumulates seconds in sampler, environment, tools and logging for each step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -73,7 +70,7 @@ class Watch:
 
 
 class Timed:
-    """A sampler whose work is timed; everything else is the engine's own."""
+    """A sampler whose `submit` and `step` are timed."""
 
     def __init__(self, engine: Any, watch: Watch) -> None:
         self._engine = engine
@@ -98,22 +95,22 @@ class Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--model", default="tiny", help="folder; 'tiny' has learned nothing")
-    parser.add_argument("--random", metavar="LAYERSxWIDTH", help="in the place of --model")
-    parser.add_argument("--warm-start", type=int, default=0, help="steps of it, after --random")
-    parser.add_argument("--backends", default="auto", help=f"of {', '.join(BACKENDS)}, in turn")
+    parser.add_argument("--model", default="tiny", help="model folder, or 'tiny'")
+    parser.add_argument("--random", metavar="LAYERSxWIDTH", help="random model instead of --model")
+    parser.add_argument("--warm-start", type=int, default=0, help="steps, for --random")
+    parser.add_argument("--backends", default="auto", help=f"of {', '.join(BACKENDS)}")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
     parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json")
     options, fields = parser.parse_known_args()
     backends = options.backends.split(",")
     if unknown := [name for name in backends if name not in BACKENDS]:
-        parser.error(f"--backends: {unknown[0]!r} is none of {', '.join(BACKENDS)}")
+        parser.error(f"--backends: {unknown[0]!r} is not one of {', '.join(BACKENDS)}")
     torch.set_num_threads(1)
     seen = Watch(CLOCKS[options.clock])
     watch(seen)
     if options.warm_start and not options.random:
-        parser.error("--warm-start: what --random made is tuned; a --model comes as it is")
+        parser.error("--warm-start requires --random")
     result: dict[str, Any] = {
         **provenance(),
         "clock": options.clock,
@@ -130,7 +127,7 @@ def main() -> None:
 
 
 def made(options: argparse.Namespace, fields: Sequence[str], folder: Path) -> Path:
-    """A model of the size that was asked for, after its warm start if there is one."""
+    """Create the random model, and warm-start it if requested."""
     layers, width = map(int, options.random.split("x"))
     corpus = turnfast.run.open_env(load_config(options.recipe, fields)).corpus()  # type: ignore[attr-defined]
     model = write_tiny_model(folder / "random", corpus, seed=0, layers=layers, width=width)
@@ -147,7 +144,7 @@ def trained(
     fields: Sequence[str],
     stop: Callable[[], bool],
 ) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl of a run's steps."""
+    """Train and return the lines of metrics.jsonl."""
     flags = {
         "model.path": str(model),
         "sampler.backend": backend,
@@ -165,7 +162,7 @@ def trained(
 
 
 def watch(seen: Watch) -> None:
-    """Have the loop tell what the seconds of its phases are spent on."""
+    """Instrument the training loop."""
     open_sampler, collect, ask, log, call = (
         turnfast.run.open_sampler,
         turnfast.rollout.collect.collect_groups,

@@ -1,19 +1,18 @@
-"""What stalled tools cost a rollout: trajectories on their own against lock step.
+"""The cost of stalled tools: independent trajectories and lock step.
 
     python bench/rollout_stalls.py [--prompts 16] [--hops 3] [--share 0.05] [--stall 0.25]
 
-Rollouts of the built-in search world (groups of 8) by a scripted agent that thinks for a while,
-searches once per hop and answers; how long it thinks is drawn from a long-tailed distribution. The
-engine is a clock: every step takes the same time and gives each request in flight one token, as a
-decoding step of a GPU does; only what happens between the steps is this machine's. A share of the
-tool calls takes longer by a share of the time that the same rollouts take without stalls.
-Interleaved:
+A scripted agent plays rollouts of the built-in search world (groups of 8). It reasons, searches
+once per hop and answers; the length of its reasoning has a long-tailed distribution. The engine is
+simulated: every step takes the same time and gives each running request one token, like a decoding
+step of a GPU. A share of the tool calls takes longer, by a share of the time that the same rollouts
+take without stalls. Interleaved:
 
-    independent   turnfast's rollout: while a trajectory waits for its tool, the others go on
-    cut           the same with a quarter more prompts than needed; those still running are dropped
-    lock step     all trajectories take a turn together, and all wait for the slowest tool of it
+    independent   turnfast's rollout: while one trajectory waits for its tool, the others continue
+    cut           the same with 25 % more prompts than needed; those still running are dropped
+    lock step     all trajectories take a turn together and wait for the slowest tool
 
-First of all, both drivers must give the same samples. Writes bench/results/rollout_stalls.json.
+First the samples of both drivers are compared. Writes bench/results/rollout_stalls.json.
 """
 
 from __future__ import annotations
@@ -49,19 +48,18 @@ from turnfast.tools import tool
 GROUP_SIZE = 8
 EXTRA = 0.25
 THINKING = (2.5, 0.8, 80)
-"""Words before a call or an answer: mean and deviation of their logarithm, and the most."""
+"""Words of reasoning: mean and standard deviation of their logarithm, and maximum."""
 
 
 class StallingWorld(LookupEnv):
-    """The built-in world, some of whose searches take `stall_s` longer."""
+    """The built-in world; some searches take `stall_s` longer."""
 
     share = 0.0
     stall_s = 0.0
     round = 0
 
     def start_round(self, number: int, share: float) -> None:
-        """Which calls stall is a function of the round and the queries, whoever asks in which
-        order."""
+        """Choose the stalling calls by round and query, independent of the order of calls."""
         self.round, self.share = number, share
         self.asked: Counter[str] = Counter()
         self.num_stalls = 0
@@ -83,7 +81,7 @@ class StallingWorld(LookupEnv):
 
 
 class Clock(ScriptedSampler):
-    """An engine whose steps take `step_s` and give each of the requests that run one token."""
+    """A simulated engine: a step takes `step_s` and gives each running request one token."""
 
     def __init__(self, chat: Chat, env: StallingWorld, *, step_s: float, capacity: int) -> None:
         super().__init__(lambda prompt_ids: (), capacity=capacity)
@@ -210,7 +208,7 @@ class Bench:
         }
 
     def independent(self, extra: int = 0) -> tuple[CollectedGroups, float]:
-        """Samples and seconds of turnfast's rollout."""
+        """Run turnfast's rollout; returns groups and seconds."""
         options = self._options
         prompts = [
             Prompt(place=i, task=task)
@@ -230,7 +228,7 @@ class Bench:
         return gathered, time.perf_counter() - begin
 
     def lock_step(self) -> tuple[list, float]:
-        """The same, a turn at a time: all generate, then all wait for all tools."""
+        """Run the same rollouts in lock step; returns samples and seconds."""
         begin = time.perf_counter()
         samples = asyncio.run(self._turns_together())
         return samples, time.perf_counter() - begin
@@ -241,13 +239,13 @@ class Bench:
         rollouts = [(place, task, i) for place, task in enumerate(tasks) for i in range(GROUP_SIZE)]
         seeds = [derive_seed(0, place, task.id, i) for place, task, i in rollouts]
         episodes = [self._env.episode(task) for _, task, _ in rollouts]
-        talks = [chat.open(messages) for messages in [await e.start() for e in episodes]]
+        conversations = [chat.open(messages) for messages in [await e.start() for e in episodes]]
         contexts: list[tuple[int, ...]] = [()] * len(rollouts)
         samples: list[list[tuple[int, ...]]] = [[] for _ in rollouts]
         active = list(range(len(rollouts)))
         for k in range(options.hops + 1):
             for i in active:
-                contexts[i] += talks[i].prompt_ids
+                contexts[i] += conversations[i].prompt_ids
                 sampler.submit(
                     Request(
                         id=i,
@@ -268,7 +266,7 @@ class Bench:
                 if step.done:
                     active.remove(i)
                 else:
-                    talks[i] = chat.extend(talks[i], texts[i], True, step.messages)
+                    conversations[i] = chat.extend(conversations[i], texts[i], True, step.messages)
         await asyncio.gather(*(episode.finish() for episode in episodes))
         return samples
 

@@ -1,14 +1,12 @@
-"""Does what the rules do from one start hold from others? Every start named here, none left out.
+"""Compare rules from five starts; all starts are listed here and none is left out.
 
     python bench/starts.py [--rules mt_grpo,grpo_mr,grpo_or] [--seeds 0] [--jobs 2]
 
-A start has its own seed: of the world, of the demonstrations and of the small model's weights and
-vocabulary; the runs from it are those of bench/learning.py. STARTS was written before any of them
-was trained, and none is left out: a start that fails, or a rule that fails on it, stays in the
-table. (1 to 5 were used up by a vocabulary of 600, whose whole-name tokens the small model could
-not copy: exact match 0.80 to 0.88 under mt_grpo and grpo_mr, 0.00 under grpo_or.) Writes
-bench/results/starts.json and starts.svg; `bench/readme.py` makes the README's table from the
-former.
+Each start has a seed for its world, its demonstrations, and the weights and vocabulary of its small
+model. The runs are those of bench/learning.py. STARTS was fixed before any of them was trained. A
+start that fails, or a rule that fails on it, stays in the table. (Starts 1 to 5 had a vocabulary of
+600 with tokens of whole names, which the small model could not copy: exact match 0.80 to 0.88 with
+mt_grpo and grpo_mr, 0.00 with grpo_or.) Writes bench/results/starts.json and starts.svg.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from harness.plots import learning_plot
 from harness.provenance import provenance, write
-from learning import Study, arguments, portrait, row, show, train, warm_start
+from learning import Study, arguments, describe_start, row, show, train, warm_start
 
 STARTS = (6, 7, 8, 9, 10)
 RULES = ("mt_grpo", "grpo_mr", "grpo_or")
@@ -41,7 +39,7 @@ def main() -> None:
     for start, study in studies.items():
         table = {rule: row([study.metrics(rule, seed) for seed in seeds]) for rule in rules}
         starts[start] = {
-            "start": portrait(study, study.metrics(rules[0], seeds[0])),
+            "start": describe_start(study, study.metrics(rules[0], seeds[0])),
             "rules": table,
         }
         for rule, figures in table.items():

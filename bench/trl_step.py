@@ -1,36 +1,34 @@
-"""One optimizer step on the same recorded rollouts through TRL's GRPOTrainer and through turnfast.
+"""One optimizer step on the same recorded rollouts in TRL's GRPOTrainer and in turnfast.
 
     pip install "turnfast[bench]"
     python bench/trl_step.py [--device cpu|cuda] [--dtype float32|bfloat16] [--groups 3]
                              [--width 128] [--layers 4] [--trl-batches 1,2,4,8,24]
 
 The rollouts are those of bench/step.py: groups of 8 in the built-in search world, system prompt
-with the tool description, several turns. Both sides have the same model (two copies of one start),
-the same advantage for every token, the same loss (token-level PPO clip, on policy, mean over the
-sampled tokens of the step, no KL), AdamW with the same settings, on one CPU or one GPU. In bfloat16
-either side keeps float32 weights: TRL's model has them, and its Trainer casts what it multiplies;
-turnfast's optimizer has them, and the model their rounding.
+with the tool description, several turns. Both sides use copies of the same model, the same
+advantage for every token, the same loss (token-level PPO clip, on policy, mean over the sampled
+tokens of the step, no KL) and AdamW with the same settings, on one CPU or one GPU. In bfloat16 both
+keep float32 weights: TRL in the model, with casts by its Trainer, and turnfast in the optimizer.
 
-TRL's trainer does everything from `train()` down: rollouts enter through its `rollout_func`, tool
-results are masked through its `env_mask`, and padding, batching, chunked log-probs, loss,
-accumulation, clipping and optimizer are its own. Its settings are those that suit it here: no
-gradient checkpointing, nothing logged, old log-probs not recomputed, and of the micro-batch sizes
-of --trl-batches the fastest. One method is overridden, to put turn-level advantages, a tensor with
-one per token that its loss accepts, in the place of those it computes.
+TRL's trainer runs unchanged from `train()` down: rollouts enter through its `rollout_func`, tool
+results are masked by its `env_mask`, and padding, batching, chunked log-probs, loss, accumulation,
+clipping and optimizer are its own. Its settings are the fastest for this case: no gradient
+checkpointing, no logging, no recomputation of old log-probs, and the fastest micro-batch size of
+--trl-batches. One method is overridden to replace its advantages by turn-level ones (a tensor with
+one advantage per token, which its loss accepts).
 
-What is timed, interleaved step by step in one process:
+The timings are interleaved step by step in one process:
 
     trl       from `on_step_begin` to `on_step_end`. `prepare` is `_prepare_inputs`: recorded
-              rollouts to padded tensors; the recorded "generation" is a look-up, and decoding and
-              rewards are in it. `train` is the rest: forward, backward, clip, AdamW.
-    turnfast  `prepare` is `pack`, `train` is `update`: the same work.
+              rollouts to padded tensors, with decoding and rewards; the "generation" is a look-up.
+              `train` is the rest: forward, backward, clip, AdamW.
+    turnfast  `prepare` is `pack`, `train` is `update`.
 
-Neither the data loader of TRL nor the rollout of either is in it. On a GPU every reading of the
-clock waits for it. Gradients and log-probs of both are compared with a float64 model run on one
-trajectory at a time; no figure is written if they differ. Tokens computed must stay within 1.05 x
-the distinct ones. Memory is what a process of its own has at most, on a GPU what torch has given it
-there, above what it holds before its third step (the optimizer's state is made by then). Results go
-to bench/results/trl_step.json, those of a GPU to trl_step_cuda.json.
+TRL's data loader and the rollouts are not timed. On a GPU every clock reading synchronises. The
+gradients and log-probs of both are compared with a float64 model on one trajectory at a time; no
+result is written if they differ. At most 1.05 x the distinct tokens may be computed. Memory is the
+peak of the third step above the usage before it, in a separate process. Results go to
+bench/results/trl_step.json, those of a GPU to trl_step_cuda.json.
 """
 
 from __future__ import annotations
@@ -72,16 +70,15 @@ from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
-# Against float64: log-probs of a few nats, gradients as a share of the largest entry. In bfloat16
-# a gradient's entries have three digits, and a log-prob is the difference of two rounded numbers.
+# error bounds against float64: log-probs in nats, gradients relative to the largest entry
 BUDGETS = {"float32": (1e-4, 1e-4), "bfloat16": (5e-2, 5e-2)}
-TOKENS = 1.05  # computed over distinct, at most
-SPEED = 3.0  # TRL's step over turnfast's, at least
+TOKENS = 1.05  # most computed tokens per distinct token
+SPEED = 3.0  # least ratio of TRL's step to turnfast's
 OPTIM = OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=1e9)
 
 
 class Recorded(GRPOTrainer):
-    """TRL's trainer with turn-level advantages; `samples[prompt]` are the rollouts of a prompt."""
+    """TRL's trainer with turn-level advantages; `samples` holds the rollouts of each prompt."""
 
     samples: dict[str, list[Sample]]
     prepare_s = 0.0
@@ -102,7 +99,7 @@ class Recorded(GRPOTrainer):
         return inputs
 
     def choose(self, prompts: list[str]) -> list[Sample]:
-        """The next rollout of each prompt, from the first one on in every batch."""
+        """The next rollout of each prompt; every batch starts with the first."""
         used: Counter[str] = Counter()
         chosen = []
         for prompt in prompts:
@@ -122,7 +119,7 @@ def recorded_rollouts(prompts: list[str], trainer: Recorded) -> dict[str, list]:
 
 
 class Rounds(TrainerCallback):
-    """Times TRL's step from inside, and takes ours after each of its own."""
+    """Times each step of TRL, and runs a turnfast step after it."""
 
     def __init__(self, trainer: Recorded, ours: Ours) -> None:
         self._trainer, self._ours = trainer, ours
@@ -155,7 +152,7 @@ def main() -> None:
     options.dtype = options.dtype or "float32"
     device = device_of(options.device)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise SystemExit("TRL would split its batches over all GPUs: set CUDA_VISIBLE_DEVICES=0")
+        raise SystemExit("TRL would use all GPUs; set CUDA_VISIBLE_DEVICES=0")
     if device.type == "cuda" and options.out == parser.get_default("out"):
         options.out = RESULTS / "trl_step_cuda.json"
     torch.set_num_threads(options.threads)
@@ -175,7 +172,7 @@ def main() -> None:
 
 
 def with_signal(recording: Recording) -> Recording:
-    """Only groups that are trained on: TRL counts the others in its mean, turnfast does not."""
+    """Keep groups with advantages: TRL counts the others in its mean, turnfast does not."""
     kept = [
         (group, credit)
         for group, credit in zip(recording.groups, recording.credits, strict=True)
@@ -186,7 +183,7 @@ def with_signal(recording: Recording) -> Recording:
 
 
 class Sides:
-    """The same rollouts and two copies of one model, for TRL's step and for turnfast's."""
+    """The rollouts and the model, for TRL's step and for turnfast's."""
 
     def __init__(self, recording: Recording, policy: Policy, options: argparse.Namespace) -> None:
         self.recording, self.policy, self.options = recording, policy, options
@@ -201,7 +198,7 @@ class Sides:
         return Ours(self, Optimizer(self.policy.model.parameters(), OPTIM))
 
     def trainer(self, batch: int, steps: int) -> Recorded:
-        """TRL's trainer with micro-batches of so many rows."""
+        """TRL's trainer with micro-batches of `batch` rows."""
         options, prompts = self.options, [f"prompt {n}" for n in range(len(self.samples))]
         rows = sum(len(group) for group in self.samples)
         if rows % batch:
@@ -251,7 +248,7 @@ class Sides:
         return float(found.stdout.splitlines()[-1])
 
     def peak_memory(self, side: str) -> float:
-        """MiB of a step above what is held before it; by its third all lasting state is made."""
+        """Peak MiB of the third step above the usage before it."""
         if side == "turnfast":
             ours = self.ours()
             for _ in range(2):
@@ -267,7 +264,7 @@ class Sides:
 
 
 class Watch(TrainerCallback):
-    """The memory of TRL's third step."""
+    """Measures the memory of TRL's third step."""
 
     bytes = float("nan")
 
@@ -284,13 +281,13 @@ class Watch(TrainerCallback):
 
 
 class Ours:
-    """turnfast's step, as its trainer takes it."""
+    """turnfast's step, as in its training loop."""
 
     def __init__(self, sides: Sides, optimizer: Optimizer) -> None:
         self._sides, self._optimizer = sides, optimizer
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds of packing, and of the rest."""
+        """Run one step; returns the seconds of packing and of the update."""
         clock = self._sides.clock
         begin = clock()
         packed = self._sides.pack(drop_idle=True)
@@ -316,7 +313,7 @@ def measure(sides: Sides) -> dict[str, Any]:
 
     step_of(policy, sides.pack(drop_idle=True).batches)
     own_gradient = gradient_of(policy.model)
-    # idle ends of rows have no log-prob where they are left out
+    # idle tokens have no log-prob if they are skipped
     own_logprobs = step_of(policy, sides.pack().batches)
     policy.model.zero_grad()
     errors = {"turnfast": errors_of(own_gradient, own_logprobs)}
@@ -334,13 +331,13 @@ def measure(sides: Sides) -> dict[str, Any]:
             **errors_of(rounds.gradient, logprobs),
             "gradient_against_turnfast": gradient_error(rounds.gradient, own_gradient),
         }
-        # the first round is for caches
+        # the first round warms the caches
         seconds[f"trl {batch}"] = seconds_of(rounds.trl[1:])
         seconds[f"turnfast beside trl {batch}"] = seconds_of(rounds.turnfast[1:])
     most_logprob, most_gradient = BUDGETS[options.dtype]
     for name, found in errors.items():
         if not (found["logprob"] < most_logprob and found["gradient"] < most_gradient):
-            raise SystemExit(f"{name}: not the same step, {found}")
+            raise SystemExit(f"{name}: errors against float64 are too large: {found}")
     best = min((f"trl {batch}" for batch in batches), key=lambda name: seconds[name]["step_s"])
     ours = seconds[f"turnfast beside {best}"]
     packed, whole = sides.pack(drop_idle=True), sides.pack(budget=1 << 40)
@@ -406,7 +403,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{side:<24} " + "  ".join(f"{n} {error:.1e}" for n, error in errors.items()))
     for target, row in result["targets"].items():
         met = "met" if row["met"] else "not met"
-        print(f"{target}: {row['found']:.2f}, wanted {row['wanted']}: {met}")
+        print(f"{target}: {row['found']:.2f}, target {row['wanted']}: {met}")
 
 
 if __name__ == "__main__":

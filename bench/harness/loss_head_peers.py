@@ -1,7 +1,7 @@
-"""Contenders of the loss-head benchmark: turnfast, PyTorch, and every peer that is installed.
+"""Implementations for the loss-head benchmark: turnfast, PyTorch, and every installed peer.
 
-Every contender maps (hidden, head) leaves to a loss of the same problem: token-level PPO clip, turn
-advantages, token mean. What a peer cannot express is said in its note, and it is timed as it is.
+Every implementation maps (hidden, head) to the same loss: token-level PPO clip, turn advantages,
+token mean. A peer that cannot express it is timed with what it offers; its note says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """K turns of L tokens, N = K L; the tokens of all turns follow each other."""
+    """K turns of L tokens each, N = K L, concatenated."""
 
     hidden_ND: Tensor
     head_VD: Tensor
@@ -40,7 +40,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """loss(hidden, head, data) -> (loss, log-probs or None); policy: is it the same loss."""
+    """loss(hidden, head, data) -> (loss, log-probs or None); `policy`: computes the policy loss."""
 
     name: str
     loss: Callable[[Tensor, Tensor, Data], tuple[Tensor, Tensor | None]]
@@ -143,7 +143,7 @@ def liger_triton() -> Contender:
     def loss(hidden: Tensor, head: Tensor, data: Data) -> tuple[Tensor, None]:
         tokens_KL = _per_sequence(data, data.targets_N)
         logits = _per_sequence(data, hidden @ head.T)
-        # Its layout has one position more than tokens.
+        # its layout has one more position than tokens
         logits = torch.nn.functional.pad(logits, (0, 0, 0, 1))
         each, *_ = module.triton_grpo_loss(
             logits,
@@ -162,10 +162,10 @@ def liger_triton() -> Contender:
 
 
 def arranger(function: Any, names: set[str]) -> Callable[[dict[str, Any]], list[Any]]:
-    """Values by name -> the arguments of an autograd function as the installed version orders them.
+    """Return a function that orders named values as an autograd function's arguments.
 
-    The peers have moved their arguments between versions. ImportError names a required one that is
-    not among the names.
+    The order of the arguments differs between versions of the peers. Raises ImportError if a
+    required argument is not in `names`.
     """
     parameters = list(inspect.signature(function.forward).parameters.values())[1:]
     for parameter in parameters:
@@ -239,7 +239,7 @@ def quack() -> Contender:
 
 
 def contenders(device: torch.device, wanted: set[str] | None) -> tuple[list[Contender], list[str]]:
-    """All contenders that can be imported here, and a line about each that cannot."""
+    """All implementations that can be imported, and a line about each that cannot."""
     cuda = device.type == "cuda"
     makers: dict[str, Callable[[], Contender]] = {
         "torch-eager": lambda: Contender(name="torch eager", loss=eager),
