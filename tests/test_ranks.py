@@ -30,10 +30,10 @@ from training_runs import recipe, training_lines
 from turnfast.config.recipe import to_toml
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
-from turnfast.errors import ConfigError, RankError, TrainingError
+from turnfast.errors import ConfigError, RankError, SyncError, TrainingError
 from turnfast.model import Policy, load_policy
 from turnfast.packing.pack import Packed, pack
-from turnfast.parallel.ranks import ALONE, Ranks, fingerprint, open_ranks
+from turnfast.parallel.ranks import ALONE, Ranks, checksum, open_ranks
 from turnfast.rollout.prompts import open_queue
 from turnfast.run import open_run
 from turnfast.rundir.directory import read_metrics
@@ -47,16 +47,16 @@ TESTS = Path(__file__).parent
 LOADING = threading.Lock()
 
 
-def on_ranks(size: int, work: Callable[[Ranks], Any], **options: Any) -> list[Any]:
-    """What `work` gives, or raises, on every one of so many ranks."""
+def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """The return value or exception of `work` on each rank; ranks are threads."""
     store = dist.HashStore()
     start = threading.Barrier(size)
 
     def one(rank: int) -> Any:
         start.wait(30)
         try:
-            return work(Ranks(rank, size, store=store, timeout_s=30.0, **options))
-        except Exception as error:  # what is raised is looked at
+            return work(Ranks(rank, size, store=store, timeout_s=30.0))
+        except Exception as error:  # returned to the test
             return error
 
     with ThreadPoolExecutor(size) as pool:
@@ -88,7 +88,7 @@ def two_steps(
     optimizer = RecordingOptimizer(policy.model.parameters(), config, ranks=ranks)
     updates = []
     for seed in (7, 8):
-        groups = ranks.share([*make_groups(seed), *make_groups(seed + 10)])
+        groups = ranks.shard([*make_groups(seed), *make_groups(seed + 10)])
         if rewritten:
             groups = [rewritten_late(group) for group in groups]
         credits = assign_credits(groups, "mt_grpo")
@@ -222,7 +222,7 @@ def test_the_log_prob_gap_is_a_mean_over_the_tokens_of_all_ranks(tiny_folder, on
 def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
     def tokens(ranks: Ranks) -> tuple[int, int]:
         # all that there is comes from one rank
-        groups = [*make_groups(1), *make_groups(2)] if ranks.leads else []
+        groups = [*make_groups(1), *make_groups(2)] if ranks.is_leader else []
         packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=1024, ranks=ranks)
         return packed.num_tokens, packed.num_targets
 
@@ -246,7 +246,7 @@ def test_rows_that_share_nothing_are_balanced_by_what_they_cost_alone():
                     for i in range(8)
                 )
             )
-            for g, length in enumerate((600, 60, 60, 60) if ranks.leads else ())
+            for g, length in enumerate((600, 60, 60, 60) if ranks.is_leader else ())
         ]
         credits = assign_credits(groups, "mt_grpo")
         return pack(groups, credits, budget=6000, share_prefixes=False, ranks=ranks).num_tokens
@@ -279,50 +279,49 @@ def test_a_rank_without_batches_takes_the_step_with_the_others(tiny_folder, one_
     assert all(map(torch.equal, idle_weights, busy_weights))
 
 
-def test_what_ranks_tell_each_other():
+def test_collectives():
     assert (
-        on_ranks(3, lambda r: r.gather({"é": [r.rank, None, 0.1]}))
+        on_ranks(3, lambda ranks: ranks.all_gather({"é": [ranks.rank, None, 0.1]}))
         == [[{"é": [rank, None, 0.1]} for rank in range(3)]] * 3
     )
-    assert on_ranks(3, lambda r: r.sum([r.rank, 0.5])) == [[3, 1.5]] * 3
-    vectors = [np.arange(2.0), np.array([], np.int32), np.array([1 << 40])]
-    for everyone in on_ranks(3, lambda r: r.gather_arrays([x[r.rank % 2 :] for x in vectors])):
-        assert [[x.tolist() for x in each] for each in everyone] == [
+    assert on_ranks(3, lambda ranks: ranks.sum([ranks.rank, 0.5])) == [[3, 1.5]] * 3
+    arrays = [np.arange(2.0), np.array([], np.int32), np.array([1 << 40])]
+    for found in on_ranks(3, lambda r: r.all_gather_arrays([x[r.rank % 2 :] for x in arrays])):
+        assert [[x.tolist() for x in each] for each in found] == [
             [[0.0, 1.0], [], [1 << 40]], [[1.0], [], []], [[0.0, 1.0], [], [1 << 40]],
         ]  # fmt: skip
-        assert [x.dtype for x in everyone[1]] == [x.dtype for x in vectors]
-    assert on_ranks(3, lambda r: r.any(r.rank == 2)) == [True] * 3
-    assert on_ranks(3, lambda r: list(r.share("abcd"))) == [["a", "d"], ["b"], ["c"]]
-    assert (ALONE.gather(1), ALONE.sum([2.0]), ALONE.any(False)) == ([1], [2.0], False)
-    assert ALONE.leads and ALONE.share("ab") == "ab"
-
-
-class Told(RuntimeError):
-    pass
+        assert [x.dtype for x in found[1]] == [x.dtype for x in arrays]
+    assert on_ranks(3, lambda ranks: ranks.any(ranks.rank == 2)) == [True] * 3
+    assert on_ranks(3, lambda ranks: list(ranks.shard("abcd"))) == [["a", "d"], ["b"], ["c"]]
+    assert (ALONE.all_gather(1), ALONE.sum([2.0]), ALONE.any(False)) == ([1], [2.0], False)
+    assert ALONE.is_leader and ALONE.shard("ab") == "ab"
 
 
 @pytest.mark.parametrize(
-    ("faults", "raised"),
+    ("errors", "raised"),
     [
         ({}, ["done"] * 3),
-        ({1: Told("late")}, ["Told rank 1: late", "Told late", "Told rank 1: late"]),
-        ({2: KeyError("x")}, ["RankError rank 2: 'x'"] * 2 + ["KeyError 'x'"]),
-        # all go by the one that only its own rank can raise
         (
-            {0: Told("late"), 1: ValueError("bad")},
+            {1: SyncError("late"), 2: TrainingError("nan")},
+            ["SyncError rank 1: late", "SyncError late", "SyncError rank 1: late"],
+        ),
+        ({2: KeyError("x")}, ["RankError rank 2: 'x'"] * 2 + ["KeyError 'x'"]),
+        # an exception that only its own rank can raise comes first
+        (
+            {0: SyncError("late"), 1: ValueError("bad")},
             ["RankError rank 1: bad", "ValueError bad", "RankError rank 1: bad"],
         ),
     ],
 )
-def test_what_fails_on_one_rank_fails_on_all(faults, raised):
+def test_an_error_on_one_rank_is_raised_on_all(errors, raised):
     def work(ranks: Ranks) -> str:
-        with ranks.together():
-            if ranks.rank in faults:
-                raise faults[ranks.rank]
+        with ranks.share_errors():
+            if ranks.rank in errors:
+                raise errors[ranks.rank]
         return "done"
 
-    ends = on_ranks(3, work, told=(Told,))
-    shown = [f"{type(e).__name__} {e}" if isinstance(e, Exception) else e for e in ends]
+    found = on_ranks(3, work)
+    shown = [f"{type(e).__name__} {e}" if isinstance(e, Exception) else e for e in found]
     assert shown == raised
 
 
@@ -330,25 +329,25 @@ def test_other_weights_are_refused():
     def check(ranks: Ranks) -> None:
         torch.manual_seed(0)
         layer = torch.nn.Linear(5, 3).to(torch.bfloat16)
-        ranks.refuse_difference(layer.parameters())
+        ranks.check_equal_weights(layer.parameters())
         if ranks.rank == 1:
             layer.weight.data[2, 4] = torch.nextafter(
                 layer.weight.data[2, 4], torch.tensor(1.0, dtype=torch.bfloat16)
             )
-        ranks.refuse_difference(layer.parameters())
+        ranks.check_equal_weights(layer.parameters())
 
     for error in on_ranks(2, check):
-        assert isinstance(error, RankError) and "no longer hold the same weights" in str(error)
+        assert isinstance(error, RankError) and "hold different weights" in str(error)
     a, b = torch.arange(6.0), torch.ones(3, dtype=torch.bfloat16)
-    assert fingerprint([a, b]) != fingerprint([a.flip(0) + 1, b]) != fingerprint([b, a])
+    assert checksum([a, b]) != checksum([a.flip(0) + 1, b]) != checksum([b, a])
 
 
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no number"),
-        ({"WORLD_SIZE": "2"}, "RANK: '' is no number"),
-        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: not set beside WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a number"),
+        ({"WORLD_SIZE": "2"}, "RANK: '' is not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: not set, but WORLD_SIZE = 2"),
     ],
 )
 def test_a_torn_environment_is_refused(variables, text):
@@ -370,7 +369,7 @@ def test_places_are_dealt_and_go_on_where_they_were(size):
     def places(ranks: Ranks) -> tuple[list[int], list[int]]:
         queue = open_queue(tasks, 3, {}, done=12, ranks=ranks)
         first = [prompt.place for prompt, _ in zip(queue.take(), range(4), strict=False)]
-        everyone = ranks.gather(queue.state())
+        everyone = ranks.all_gather(queue.state())
         again = open_queue(tasks, 3, {"data": everyone}, done=0, ranks=ranks)
         return first, [prompt.place for prompt, _ in zip(again.take(), range(2), strict=False)]
 
@@ -384,7 +383,7 @@ def test_places_are_dealt_and_go_on_where_they_were(size):
 
 def test_another_number_of_ranks_is_refused():
     state = {"data": [{"position": 4, "returned": []}, {"position": 5, "returned": []}]}
-    with pytest.raises(ConfigError, match="of 2 ranks, here are 1"):
+    with pytest.raises(ConfigError, match="written by 2 ranks and this run has 1"):
         open_queue([], 0, state, done=0)
 
 
@@ -528,7 +527,7 @@ def test_a_rank_that_is_gone_stops_the_others(letters_model, tmp_path):
     _, processes = started(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
     processes[1].kill()
     (code, _, err), _ = ends_of(processes)
-    assert code == 1 and "rank 0 of 2 waits in vain for another one" in err
+    assert code == 1 and "rank 0 of 2 lost another rank" in err
     assert "Traceback" not in err
 
 

@@ -43,7 +43,7 @@ def evaluate(
         {"group_size": 1} if sampled else {"group_size": 1, "temperature": 0.0}
     )
     setup = replace(setup, config=setup.config.model_copy(update=changes))
-    tasks = ranks.share(setup.env.tasks(split)[:num_tasks])
+    tasks = ranks.shard(setup.env.tasks(split)[:num_tasks])
     groups = rollout_tasks(setup, tasks, should_stop=should_stop)
     return summarise(groups, prefix="eval/"), groups
 

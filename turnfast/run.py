@@ -82,18 +82,18 @@ def open_run(
     device = pick_device(config.train.device)
     refuse_rounded_adapter(config, device)
     with ExitStack() as opened:
-        with ranks.together():
-            directory = RunDir(path=run_dir, writes=ranks.leads)
-            if ranks.leads:
+        with ranks.share_errors():
+            directory = RunDir(path=run_dir, writes=ranks.is_leader)
+            if ranks.is_leader:
                 directory = opened.enter_context(RunDir.create(run_dir, config, resume=resume))
                 open_model_folder(config, env, run_dir)
-        with ranks.together():
+        with ranks.share_errors():
             policy = load_policy(config.model, open_model_folder(config, env, run_dir), device)
             add_adapter(policy.model, config.model.lora, seed=config.train.seed)
             check_impl(config.loss, device, policy.model.dtype)
         # the first word between GPUs, before the engine says which network they have
-        ranks.add_up([torch.zeros(1, device=device)])
-        with ranks.together():
+        ranks.all_reduce([torch.zeros(1, device=device)])
+        with ranks.share_errors():
             optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
             critic = None
             if config.credit.rule in VALUE_RULES:
@@ -111,7 +111,7 @@ def open_run(
             )
             setup = open_rollouts(config, policy, env, overlap=config.train.overlap)
             opened.callback(setup.sampler.close)
-        ranks.refuse_difference(policy.model.parameters())
+        ranks.check_equal_weights(policy.model.parameters())
         # what is there now stays: to walk all of torch for garbage takes a quarter of a second
         gc.freeze()
         opened.callback(gc.unfreeze)
@@ -131,7 +131,7 @@ def open_run(
             or default_tolerance(policy.model.dtype, policy.device.type),
             prompts=prompts,
             first_step=done + 1,
-            evaluated=ranks.gather(_is_evaluated(directory, done, config))[0],
+            evaluated=ranks.all_gather(_is_evaluated(directory, done, config))[0],
             ranks=ranks,
         )
 

@@ -31,9 +31,7 @@ from .update.reference import with_reference
 from .update.update import Gap, TrainingError, Update, needs_every_token, update
 
 FAULTS = (RolloutError, OutOfMemory, TrainingError, SyncError)
-"""What can fail in a step and leaves the weights whole."""
-SHARED_ENDS = (Interrupted, *FAULTS)
-"""What ends the run of all ranks alike, with a checkpoint, wherever it happened."""
+"""Errors that end a step and leave the weights consistent."""
 
 
 def train(
@@ -51,7 +49,7 @@ def train(
         ConfigError, TornStep, RankError, CheckpointError: see their rooms; without one.
     """
     with (
-        open_ranks(timeout_s=2 * config.rollout.step_timeout_s, told=SHARED_ENDS) as ranks,
+        open_ranks(timeout_s=2 * config.rollout.step_timeout_s) as ranks,
         open_run(config, run_dir, resume=resume, ranks=ranks) as run,
         _progress(run) as show,
         Collector(
@@ -68,18 +66,18 @@ def train(
         clock = Stopwatch(synchronize=run.policy.synchronize)
         done = run.first_step - 1
         try:
-            with ranks.together():
+            with ranks.share_errors():
                 sync_weights(*synced_by)
             if not run.evaluated:
                 _evaluate(run, done, show, should_stop)
             for step in range(run.first_step, config.train.steps + 1):
                 clock.lap()
-                with clock.phase("rollout"), ranks.together():
+                with clock.phase("rollout"), ranks.share_errors():
                     if should_stop():
                         raise Interrupted
                     gathered = collector.collect(step)
                     groups = gathered.groups
-                with clock.phase("score"), ranks.together():
+                with clock.phase("score"), ranks.share_errors():
                     credits = _credit(run, groups)
                 with clock.phase("pack"):
                     packed = _pack(run, groups, credits)
@@ -89,10 +87,10 @@ def train(
                 done = step
                 with clock.phase("rollout"):
                     collector.wait()
-                with clock.phase("sync"), ranks.together():
+                with clock.phase("sync"), ranks.share_errors():
                     evaluated = is_due(step, config.train.eval_every, config.train.steps)
                     synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
-                ranks.refuse_difference(run.policy.model.parameters())
+                ranks.check_equal_weights(run.policy.model.parameters())
                 times = clock.lap()
                 metrics = {
                     **summarise(groups, credits),
@@ -117,13 +115,13 @@ def train(
             if done >= run.first_step:
                 _save(run, collector, done)
             raise
-        if ranks.leads and run.directory.metrics.exists():
+        if ranks.is_leader and run.directory.metrics.exists():
             write_report(run_dir)
 
 
 def _progress(run: Run) -> Progress:
     # what the other ranks would say is the same
-    stream = None if run.ranks.leads else io.StringIO()
+    stream = None if run.ranks.is_leader else io.StringIO()
     steps = run.config.train.steps
     show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
     show.note(
@@ -169,7 +167,7 @@ def _update(run: Run, packed: Packed) -> Update:
     advice = _memory_advice(run.config)
     batches: Sequence[Batch] = packed.batches
     if run.reference is not None:
-        with run.ranks.together(), explain_out_of_memory(OutOfMemory, advice):
+        with run.ranks.share_errors(), explain_out_of_memory(OutOfMemory, advice):
             batches = with_reference(batches, run.reference, loss, temperature=temperature)
     return update(
         Learner(policy=run.policy, optimizer=run.optimizer, critic=run.critic),
@@ -201,7 +199,7 @@ def _proof(run: Run) -> Callable[[Gap], None]:
 
 
 def _log(run: Run, step: int, metrics: Metrics, show: Progress) -> None:
-    values = reduce_metrics(run.ranks.gather(to_plain(metrics)))
+    values = reduce_metrics(run.ranks.all_gather(to_plain(metrics)))
     run.directory.log(step, values)
     show.step(step, values)
 
@@ -210,7 +208,7 @@ def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], boo
     if not run.setup.env.tasks("eval"):
         return
     num_tasks = run.config.train.eval_tasks
-    with run.ranks.together():
+    with run.ranks.share_errors():
         metrics, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
     _log(run, step, metrics, show)
     run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")
@@ -218,8 +216,8 @@ def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], boo
 
 def _save(run: Run, collector: Collector, step: int) -> None:
     progress = {"kind": "train", **collector.state(step)}
-    with run.ranks.together():
-        if run.ranks.leads:
+    with run.ranks.share_errors():
+        if run.ranks.is_leader:
             save_checkpoint(
                 run.directory.checkpoints,
                 step,

@@ -112,7 +112,7 @@ def pack(
         OutOfMemory: a row, or a trajectory that stays together, does not fit the budget.
         ValueError: the normaliser is unknown.
     """
-    with ranks.together():
+    with ranks.share_errors():
         rows, silent = _rows_of_all(groups, credits)
     if ranks.size > 1:
         rows = _put_together(rows, ranks)
@@ -130,7 +130,7 @@ def pack(
     dealer.refuse_long(rows, budget)
     if ranks.size > 1:
         rows = dealer.share_of_rank(rows, ranks)
-    with ranks.together():
+    with ranks.share_errors():
         tree = tree_of(rows)
         batches = tuple(
             batch_of(
@@ -176,7 +176,7 @@ def _rows_of_all(groups: Sequence[Group], credits: Sequence[Credit]) -> tuple[Ro
 def _put_together(rows: Rows, ranks: Ranks) -> Rows:
     """The rows of all ranks."""
     names = [f.name for f in fields(Rows)]
-    everyone = ranks.gather_arrays([getattr(rows, name) for name in names])
+    everyone = ranks.all_gather_arrays([getattr(rows, name) for name in names])
     return join([Rows(**dict(zip(names, arrays, strict=True))) for arrays in everyone])
 
 

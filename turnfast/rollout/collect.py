@@ -95,7 +95,7 @@ class Collector:
     def state(self, step: int) -> Mapping[str, Any]:
         """The data position of all ranks after `step`, which must be the last step collected or
         the one before. A collective call."""
-        states = self._ranks.gather(self._states[step])
+        states = self._ranks.all_gather(self._states[step])
         return {"data": states if len(states) > 1 else states[0]}
 
     def _collect(self) -> CollectedGroups:

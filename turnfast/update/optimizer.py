@@ -89,15 +89,15 @@ class Optimizer:
             OutOfMemory: nothing changed.
             TornStep: memory ran out during the update itself.
         """
-        with self.ranks.together(), explain_out_of_memory(OutOfMemory, NOTHING_CHANGED):
+        with self.ranks.share_errors(), explain_out_of_memory(OutOfMemory, NOTHING_CHANGED):
             self._prepare()
         if self.ranks.size > 1:
-            self.ranks.add_up(m.grad for m in self._masters if m.grad is not None)
+            self.ranks.all_reduce(m.grad for m in self._masters if m.grad is not None)
         norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip))
         if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = self.lr
-            with self.ranks.together(), explain_out_of_memory(TornStep, TORN):
+            with self.ranks.share_errors(), explain_out_of_memory(TornStep, TORN):
                 self._adamw.step()
                 self._write_back()
             self.num_steps += 1

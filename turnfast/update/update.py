@@ -150,7 +150,7 @@ def update(
         batches = [replace(batch, old_logprobs_N=batch.sampler_logprobs_N) for batch in batches]
 
     def gradient_of(batches: Sequence[Batch]) -> Gradient:
-        with ranks.together(), explain_out_of_memory(OutOfMemory, memory_advice):
+        with ranks.share_errors(), explain_out_of_memory(OutOfMemory, memory_advice):
             return compute_gradient(learner, batches, config, temperature=temperature)
 
     try:
@@ -221,7 +221,7 @@ def _logprob_gap(gradient: Gradient, ranks: Ranks) -> Gap:
     ]
     known = torch.cat(gaps) if gaps else torch.zeros(0)
     largest = float(known.max()) if len(known) else 0.0
-    found = ranks.gather([float(known.double().sum()), len(known), largest])
+    found = ranks.all_gather([float(known.double().sum()), len(known), largest])
     totals, counts, extremes = zip(*found, strict=True)
     return Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
 
