@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import by_hand
 import pytest
@@ -30,28 +31,28 @@ def group(*trajectories) -> Group:
     return Group(task=Task(id="q", question="Who?", answers=("Ida",)), trajectories=trajectories)
 
 
-def test_the_recipe_is_written_whole(tmp_path):
+def test_config_toml_holds_the_whole_recipe(tmp_path):
     config = build_config({"credit": {"rule": "grpo_mr"}, "train": {"seed": 4}})
     run = RunDir.create(tmp_path / "runs" / "a", config)
     tree = tomllib.loads((run.path / "config.toml").read_text())
     assert build_config(tree) == config
 
 
-def test_a_used_run_directory_is_refused_and_the_way_out_named(tmp_path):
+def test_a_used_run_directory_is_rejected(tmp_path):
     RunDir.create(tmp_path / "a", Config())
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--run-dir"):
         RunDir.create(tmp_path / "a", Config())
     RunDir.create(tmp_path / "a", Config(), resume=True)
 
 
-@pytest.mark.parametrize("trace", ["metrics.jsonl", "rollouts.jsonl", "checkpoints"])
-def test_any_trace_of_a_run_counts(tmp_path, trace):
-    (tmp_path / trace).mkdir()
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "checkpoints"])
+def test_any_file_of_a_run_counts_as_used(tmp_path, name):
+    (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match="already holds a run"):
         RunDir.create(tmp_path, Config())
 
 
-def test_a_run_that_failed_before_its_first_line_does_not_block_the_next(tmp_path):
+def test_a_run_that_failed_before_its_first_line_leaves_the_directory_usable(tmp_path):
     with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()):
         raise KeyError("no such model")
     with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()) as run:
@@ -61,7 +62,7 @@ def test_a_run_that_failed_before_its_first_line_does_not_block_the_next(tmp_pat
         RunDir.create(tmp_path / "a", Config())
 
 
-def test_resume_with_another_recipe_keeps_both(tmp_path):
+def test_resuming_with_another_recipe_keeps_both(tmp_path):
     RunDir.create(tmp_path, build_config({"train": {"steps": 5}}))
     RunDir.create(tmp_path, build_config({"train": {"steps": 9}}), resume=True)
     RunDir.create(tmp_path, build_config({"train": {"steps": 9}}), resume=True)
@@ -72,7 +73,7 @@ def test_resume_with_another_recipe_keeps_both(tmp_path):
     assert steps == {"config.toml": 9, "config.1.toml": 5}
 
 
-def test_a_file_in_the_way_and_a_folder_that_cannot_be_made(tmp_path):
+def test_a_path_that_cannot_be_a_run_directory(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(ConfigError, match=r"is a file.*--run-dir"):
         RunDir.create(tmp_path / "a", Config())
@@ -80,7 +81,7 @@ def test_a_file_in_the_way_and_a_folder_that_cannot_be_made(tmp_path):
         RunDir.create(tmp_path / "a" / "b", Config())
 
 
-def test_numbers_that_are_not_finite_become_null_and_are_counted(tmp_path):
+def test_nan_and_infinity_become_null_and_are_counted(tmp_path):
     run = RunDir.create(tmp_path, Config())
     run.log(1, {"loss": math.nan, "ratio/max": math.inf, "n": 3, "note": "x", "none": None})
     text = run.metrics.read_text()
@@ -91,7 +92,7 @@ def test_numbers_that_are_not_finite_become_null_and_are_counted(tmp_path):
     }  # fmt: skip
 
 
-def test_scalars_of_other_libraries_are_numbers(tmp_path):
+def test_numpy_scalars_are_numbers(tmp_path):
     numpy = pytest.importorskip("numpy")
     run = RunDir.create(tmp_path, Config())
     run.log(1, {"a": numpy.float32(0.5), "b": numpy.int64(2)})
@@ -103,18 +104,18 @@ records = st.dictionaries(st.text(max_size=8), numbers | st.text(max_size=8) | s
 
 
 @given(record=records)
-def test_what_is_written_is_strict_json_and_reads_back(tmp_path_factory, record):
+def test_lines_are_strict_json_and_read_back(tmp_path_factory, record):
     record = {key: value for key, value in record.items() if key != "step"}
     path = tmp_path_factory.mktemp("j") / "x.jsonl"
-    strict, lost = to_strict({"step": 0, **record})
+    strict, num_nonfinite = to_strict({"step": 0, **record})
     append_lines(path, [strict])
     (line,) = read_lines(path)
     not_finite = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-    assert lost == len(not_finite)
+    assert num_nonfinite == len(not_finite)
     assert line == {"step": 0, **record, **dict.fromkeys(not_finite)}
 
 
-def test_lone_surrogates_and_null_bytes_survive(tmp_path):
+def test_texts_survive_unchanged(tmp_path):
     run = RunDir.create(tmp_path, Config())
     text = "a\ud800b\x00c\u202ed</script>\n"
     run.log_rollouts(3, [group(rollout(turns=[turn(text)]))])
@@ -123,26 +124,26 @@ def test_lone_surrogates_and_null_bytes_survive(tmp_path):
     assert run.rollouts.read_bytes().isascii()
 
 
-@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "ü'])
-def test_a_torn_last_line_is_left_out_and_then_mended(tmp_path, torn):
+@pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "ü'])
+def test_an_incomplete_last_line_is_skipped_and_then_removed(tmp_path, rest):
     run = RunDir.create(tmp_path, Config())
     run.log(1, {"loss": 0.1})
     run.log(2, {"loss": 0.2})
     with run.metrics.open("a", encoding="utf-8") as file:
-        file.write(torn)
+        file.write(rest)
     assert [line["step"] for line in read_metrics(run.path)] == [1, 2]
     run.log(3, {"loss": 0.3})
     assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
 
 
-def test_a_file_that_is_one_torn_line(tmp_path):
+def test_a_file_of_one_incomplete_line(tmp_path):
     run = RunDir.create(tmp_path, Config())
     run.metrics.write_text('{"st')
     run.log(1, {})
     assert read_metrics(run.metrics) == [{"step": 1}]
 
 
-def test_rewind_leaves_every_step_once(tmp_path):
+def test_rewinding_leaves_every_step_once(tmp_path):
     run = RunDir.create(tmp_path, Config())
     for step in range(8):
         run.log(step, {"loss": step / 3})
@@ -159,38 +160,38 @@ def test_rewind_leaves_every_step_once(tmp_path):
     assert run.rewind(-1) == 8 and read_metrics(run.path) == []
 
 
-def test_a_kill_in_the_middle_of_a_step_costs_its_lines_and_no_others(tmp_path):
+def test_a_kill_loses_only_lines_of_its_step(tmp_path):
     run = RunDir.create(tmp_path, Config())
     for step in (1, 2):
         run.log_rollouts(step, [group(rollout(turns=[turn("x")]))] * 3)
     whole = run.rollouts.read_bytes()
     ends = [i for i, byte in enumerate(whole, 1) if byte == ord("\n")]
     assert len(ends) == 6
-    for stop in (ends[2], ends[2] + 9, ends[4], ends[4] + 9):
-        run.rollouts.write_bytes(whole[:stop])
+    for size in (ends[2], ends[2] + 9, ends[4], ends[4] + 9):
+        run.rollouts.write_bytes(whole[:size])
         run.rewind(1)
         assert run.rollouts.read_bytes() == whole[: ends[2]]
         run.log_rollouts(2, [group(rollout(turns=[turn("x")]))] * 3)
         assert run.rollouts.read_bytes() == whole
 
 
-def test_rewind_of_an_empty_run_is_nothing(tmp_path):
+def test_rewinding_an_empty_run(tmp_path):
     assert RunDir.create(tmp_path, Config()).rewind(4) == 0
 
 
 @pytest.mark.parametrize("bad", ["not json\n", "[1]\n", '{"loss": 1}\n', "\n", "\xff\n"])
-def test_a_damaged_line_is_named(tmp_path, bad):
+def test_a_damaged_line_is_an_error_with_its_number(tmp_path, bad):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bad.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: "):
         read_metrics(tmp_path)
 
 
-def test_missing_metrics_are_a_clear_error(tmp_path):
+def test_missing_metrics_are_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be read"):
         read_metrics(tmp_path)
 
 
-def test_rollouts_carry_all_that_a_reader_needs(tmp_path):
+def test_a_line_of_rollouts_by_hand(tmp_path):
     run = RunDir.create(tmp_path, Config())
     searched = turn(
         "<tool>…", 0.7, reply="<result>…", reward_parts={"tool": 0.2, "hit": 0.5}, tool_calls=1,
@@ -215,7 +216,7 @@ def test_rollouts_carry_all_that_a_reader_needs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_sink_whose_package_is_missing_is_a_clear_error(tmp_path, name, monkeypatch):
+def test_a_sink_without_its_package_is_an_error(tmp_path, name, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None
     )
@@ -223,7 +224,7 @@ def test_a_sink_whose_package_is_missing_is_a_clear_error(tmp_path, name, monkey
         RunDir.create(tmp_path, build_config({"train": {"sinks": [name]}}))
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_tensorboard_receives_the_metrics(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -233,3 +234,19 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_sink_that_fails_is_dropped_and_the_run_continues(tmp_path, monkeypatch, caplog):
+    calls = []
+
+    def log(metrics, step):
+        calls.append(step)
+        raise OSError("no network")
+
+    tracker = SimpleNamespace(init=lambda **options: None, log=log, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    with RunDir.create(tmp_path, build_config({"train": {"sinks": ["trackio"]}})) as run:
+        run.log(1, {"loss": 0.5})
+        run.log(2, {"loss": 0.25})
+    assert calls == [1] and "no network" in caplog.text
+    assert [line["step"] for line in read_metrics(run.path)] == [1, 2]

@@ -1,16 +1,14 @@
-"""The run directory: what a training run leaves behind, and the figures in it.
+"""The run directory and its logs.
 
     runs/search/
-      config.toml      the whole recipe the run was started with
-      metrics.jsonl    a line per training step and one per evaluation, told apart by the eval/
-                       in its names; the truth, every other sink is a copy
-      rollouts.jsonl   one group per line: every turn's text, reply, reward and advantage
-      checkpoints/     turnfast.checkpoint
-      report.html      turnfast.report
+      config.toml      the whole recipe of the run
+      metrics.jsonl    one line per training step and one per evaluation (names under eval/);
+                       other sinks are copies of it
+      rollouts.jsonl   one group per line: text, reply, reward and advantage of every turn
+      checkpoints/     see `rundir.checkpoint`
+      report.html      see `report`
 
-Both logs are strict JSON in ASCII. What a step has to say is appended to each at once and the file
-closed: a kill loses at most the lines of one step, and the next append or read passes over a torn
-one.
+All lines of a step are appended at once: a kill loses at most the lines of one step.
 """
 
 from __future__ import annotations
@@ -27,15 +25,14 @@ from ..types import Credit, Group, Trajectory
 from .jsonl import append_lines, keep_until, read_lines, to_strict
 from .sinks import Sink, open_sinks
 
-Metrics = Mapping[str, Any]
+RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDir:
-    """One run's folder. Make it with `create`; use it as a context manager or `close` it.
+    """The folder of one run. Open it with `create`; it is a context manager.
 
-    A rank that leaves writing to the first one holds one that is made without `create` and does not
-    write: its logs go nowhere.
+    With `writes=False` (ranks other than the first) nothing is written.
 
     >>> with RunDir.create(Path("runs/search"), config) as run:         # doctest: +SKIP
     ...     run.log(0, {"eval/exact_match": 0.04})
@@ -47,11 +44,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config: Config, *, resume: bool = False) -> RunDir:
-        """Make the folder and write config.toml.
+        """Create the folder and write config.toml.
 
-        With `resume` an earlier run in it is gone on with (call `rewind` with the step of the
-        checkpoint it continues from), and a recipe that has changed since is kept beside the new
-        one as config.1.toml, config.2.toml, …
+        With `resume` the folder may hold a run. If its recipe differs, it is kept as config.1.toml,
+        config.2.toml, … Call `rewind` with the step of the checkpoint that the run continues from.
 
         Raises:
             ConfigError: the folder holds a run and `resume` is off, or it cannot be written.
@@ -60,33 +56,31 @@ class RunDir:
         text = to_toml(config) + "\n"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not resume and (recipe.exists() or _traces(path)):
+            if not resume and (recipe.exists() or _holds_run(path)):
                 raise FileExistsError
             if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
                 recipe.rename(_free_name(path))
-            # "x": of two runs started at the same moment only one gets the folder
+            # "x": of two runs started at the same time only one gets the folder
             if not recipe.exists():
                 with recipe.open("x", encoding="utf-8") as file:
                     file.write(text)
         except FileExistsError:
             if path.is_dir():
                 raise ConfigError(
-                    f"{path}: this run directory already holds a run; continue it with --resume, "
-                    "or give a new one with --run-dir"
+                    f"{path}: the run directory already holds a run; continue it with --resume or "
+                    "choose another one with --run-dir"
                 ) from None
-            raise ConfigError(
-                f"{path}: is a file; give a folder for the run with --run-dir"
-            ) from None
+            raise ConfigError(f"{path}: is a file; choose a folder with --run-dir") from None
         except OSError as error:
             raise ConfigError(
                 f"{path}: the run directory cannot be written ({error.strerror}); "
-                "give another one with --run-dir"
+                "choose another one with --run-dir"
             ) from error
         try:
             plain = config.model_dump(mode="json")
             return cls(path=path, sinks=open_sinks(config.train.sinks, path, plain, resume=resume))
-        except ConfigError:
-            _forget_empty(path)
+        except Exception:
+            _remove_unused_recipe(path)
             raise
 
     @property
@@ -101,9 +95,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line. A figure that is not finite is written as null and counted in
-        `nonfinite`, so that every reader of JSON can read the file."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl and pass it to the sinks.
+
+        NaN and infinity are written as null and counted in `nonfinite`.
+        """
         if not self.writes:
             return
         line, nonfinite = to_strict({"step": step, **metrics})
@@ -121,7 +117,7 @@ class RunDir:
         *,
         split: Literal["train", "eval"] = "train",
     ) -> None:
-        """Append one line per group; without credits the advantages are null."""
+        """Append one line per group to rollouts.jsonl; without credits advantages are null."""
         if not self.writes or not groups:
             return
         lines = (
@@ -136,12 +132,13 @@ class RunDir:
         append_lines(self.rollouts, lines)
 
     def rewind(self, step: int) -> int:
-        """Drop the lines of later steps, which a resumed run is about to write again.
+        """Remove the lines of later steps, which a resumed run writes again.
 
         Args:
-            step: the last step that counts; -1 when the run starts over.
+            step: the last step to keep; -1 removes all lines.
+
         Returns:
-            The number of lines dropped from metrics.jsonl.
+            The number of lines removed from metrics.jsonl.
         """
         if not self.writes:
             return 0
@@ -157,13 +154,13 @@ class RunDir:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close()
-        # a run that failed before its first line (no such model, …) must not block the next try
+        # a run that failed before its first line must not block the next one
         if kind is not None:
-            _forget_empty(self.path)
+            _remove_unused_recipe(self.path)
 
 
 def plain_group(group: Group, credit: Credit | None = None) -> dict[str, Any]:
-    """One line of rollouts.jsonl; advantages are null without a credit."""
+    """Return one line of rollouts.jsonl; without a credit advantages are null."""
     return {
         "task_id": group.task.id,
         "question": group.task.question,
@@ -177,9 +174,7 @@ def plain_group(group: Group, credit: Credit | None = None) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl (or the one of a run directory), null for what was not finite.
-
-    A last line without its newline is one that a kill cut off; it is left out.
+    """Return all lines of a metrics.jsonl, given by its path or its run directory.
 
     Raises:
         ConfigError: no such file, or a line that is not a JSON object with a `step`.
@@ -187,14 +182,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path / "metrics.jsonl" if path.is_dir() else path))
 
 
-def _traces(folder: Path) -> bool:
-    return any(
-        (folder / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl", "checkpoints")
-    )
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES)
 
 
-def _forget_empty(folder: Path) -> None:
-    if not _traces(folder):
+def _remove_unused_recipe(folder: Path) -> None:
+    if not _holds_run(folder):
         (folder / "config.toml").unlink(missing_ok=True)
 
 
@@ -223,7 +216,7 @@ def _plain_rollout(trajectory: Trajectory, advantages: Sequence[float] | None) -
                 "reply": turn.reply,
                 "reward": turn.reward,
                 "reward_parts": turn.reward_parts,
-                # a failed rollout may have turns that no rule gave credit
+                # a failed rollout may have turns without credit
                 "advantage": advantages[k] if advantages and k < len(advantages) else None,
                 "finish": turn.finish,
                 "tokens": len(turn.sampled_ids),

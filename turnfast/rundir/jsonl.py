@@ -1,8 +1,8 @@
-"""Strict JSON, one object per line, appended so that a kill costs at most the lines being written.
+"""Strict JSON, one object per line.
 
-A line is whole when it ends in a newline. Readers pass over a last line that does not, and the next
-append cuts it off. Files are ASCII whatever the text in them, so lone surrogates and control
-characters survive unchanged.
+A line is complete if it ends with a newline. Readers skip an incomplete last line, and the next
+append removes it, so a kill loses at most the lines being written. Files are ASCII, so that lone
+surrogates and control characters in texts survive.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from ..errors import ConfigError
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write objects, as `to_strict` makes them, and close the file."""
-    lines = b"".join(_line(record) for record in records)
+    """Append objects to a file; NaN and infinity are written as null."""
+    lines = b"".join(_encode(to_strict(record)[0]) for record in records)
     with path.open("ab+") as file:
-        _cut_torn_line(file)
+        _remove_incomplete_line(file)
         file.write(lines)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file of a run directory, one at a time."""
+    """Yield the objects of a .jsonl file of a run directory.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not an object with a `step`.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -36,57 +40,50 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> int:
-    """Drop the lines of later steps; the number of them. A missing file has none."""
+    """Remove the lines of later steps from a file, if it exists, and return their number."""
     if not path.exists():
         return 0
-    dropped = 0
+    removed = 0
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         for line in read_lines(path):
             if line["step"] <= step:
                 file.write(_encode(line))
             else:
-                dropped += 1
+                removed += 1
     partial.replace(path)
-    return dropped
+    return removed
 
 
-def to_strict(node: Any) -> tuple[Any, int]:
-    """The value as strict JSON takes it, and how many numbers in it were not finite."""
-    if node is None or isinstance(node, bool | int | str):
-        return node, 0
-    if isinstance(node, Mapping):
-        pairs = {str(key): to_strict(value) for key, value in node.items()}
+def to_strict(value: Any) -> tuple[Any, int]:
+    """Return the value as strict JSON, and how many NaN or infinite numbers became null."""
+    if value is None or isinstance(value, bool | int | str):
+        return value, 0
+    if isinstance(value, Mapping):
+        pairs = {str(key): to_strict(item) for key, item in value.items()}
         return {key: v for key, (v, _) in pairs.items()}, sum(n for _, n in pairs.values())
-    if isinstance(node, list | tuple):
-        items = [to_strict(value) for value in node]
-        return [value for value, _ in items], sum(count for _, count in items)
-    number = float(node)
+    if isinstance(value, list | tuple):
+        items = [to_strict(item) for item in value]
+        return [v for v, _ in items], sum(n for _, n in items)
+    number = float(value)
     return (number, 0) if math.isfinite(number) else (None, 1)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line, parse_constant=lambda _: None)
+        record = json.loads(line, parse_constant=lambda _: None)
     except ValueError as error:
         raise ConfigError(f"{path}:{number}: not valid JSON: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-        raise ConfigError(f"{path}:{number}: expected an object with a whole number as 'step'")
-    return found
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    try:
-        return _encode(record)
-    except (TypeError, ValueError):  # what JSON does not take as it is, or has no word for
-        return _encode(to_strict(record)[0])
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ConfigError(f"{path}:{number}: expected an object with an integer 'step'")
+    return record
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
+def _remove_incomplete_line(file: BinaryIO) -> None:
     if file.tell() == 0:
         return
     file.seek(-1, 2)

@@ -1,7 +1,7 @@
 """Optional copies of metrics.jsonl: TensorBoard, Weights & Biases, trackio.
 
-Each package is imported at one place, here, and only when the recipe names it. A sink that fails
-while the run is under way is dropped with a warning: metrics.jsonl has everything anyway.
+A package is imported only if the recipe names it. A sink that fails during the run is closed with a
+warning, because metrics.jsonl has everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger("turnfast")
 
 
 class Sink(Protocol):
-    """Takes what metrics.jsonl takes."""
+    """A receiver of the lines of metrics.jsonl."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
 
@@ -29,39 +29,33 @@ class Sink(Protocol):
 
 
 def open_sinks(
-    names: Sequence[str], run: Path, recipe: Mapping[str, Any], *, resume: bool = False
+    names: Sequence[str], run_dir: Path, recipe: Mapping[str, Any], *, resume: bool = False
 ) -> tuple[Sink, ...]:
-    """One sink per name of `train.sinks`; with `resume` trackers go on with the run they know.
+    """Open the sinks of `train.sinks`; with `resume` trackers continue the run of that name.
 
     Raises:
-        ConfigError: the package is not installed or refuses to start.
+        ConfigError: a package is not installed.
     """
-    return tuple(_Guarded(name, _open(name, run, recipe, resume)) for name in names)
-
-
-def _open(name: str, run: Path, recipe: Mapping[str, Any], resume: bool) -> Sink:
-    module = _import(name)
-    try:
-        if name == "tensorboard":
-            return _TensorBoard(module.SummaryWriter(str(run / "tensorboard")))
-        options: dict[str, Any] = {"project": PROJECT, "name": run.name, "config": dict(recipe)}
-        if name == "wandb":
-            options |= {"dir": str(run), "resume": "auto" if resume else "never"}
-        else:
-            options |= {"resume": "allow" if resume else "never"}
-        module.init(**options)
-        return _Tracker(module)
-    except Exception as error:  # a tracker may raise anything: no account, no network, no disk
-        raise ConfigError(
-            f"train.sinks: {name} could not be started ({error}); leave it out of train.sinks, "
-            "metrics.jsonl is always written"
-        ) from error
+    return tuple(_SafeSink(name, _open(name, run_dir, recipe, resume)) for name in names)
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Raises ConfigError if one of them is not installed."""
+    """Raise ConfigError if the package of a sink is not installed."""
     for name in names:
         _import(name)
+
+
+def _open(name: str, run_dir: Path, recipe: Mapping[str, Any], resume: bool) -> Sink:
+    module = _import(name)
+    if name == "tensorboard":
+        return _TensorBoard(module.SummaryWriter(str(run_dir / "tensorboard")))
+    options: dict[str, Any] = {"project": PROJECT, "name": run_dir.name, "config": dict(recipe)}
+    if name == "wandb":
+        options |= {"dir": str(run_dir), "resume": "auto" if resume else "never"}
+    else:
+        options |= {"resume": "allow" if resume else "never"}
+    module.init(**options)
+    return _Tracker(module)
 
 
 def _import(name: str) -> ModuleType:
@@ -70,7 +64,7 @@ def _import(name: str) -> ModuleType:
     except ImportError as error:
         raise ConfigError(
             f"train.sinks: {name} is not installed ({error}); install it with "
-            "pip install 'turnfast[tracking]', or leave it out"
+            "pip install 'turnfast[tracking]' or remove it from train.sinks"
         ) from None
 
 
@@ -88,7 +82,7 @@ class _TensorBoard:
 
 
 class _Tracker:
-    """wandb and trackio share one interface."""
+    """wandb or trackio, which have the same functions."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -100,8 +94,8 @@ class _Tracker:
         self._module.finish()
 
 
-class _Guarded:
-    """Passes numbers on until the first failure."""
+class _SafeSink:
+    """Forwards numbers to a sink until its first exception."""
 
     def __init__(self, name: str, sink: Sink) -> None:
         self._name = name
@@ -113,8 +107,8 @@ class _Guarded:
             return
         try:
             self._sink.log(step, numbers)
-        except Exception as error:  # losing a copy must not lose the run
-            log.warning("%s is dropped for the rest of the run: %s", self._name, error)
+        except Exception as error:  # a tracker may raise anything; the run must continue
+            log.warning("train.sinks: %s failed and is closed: %s", self._name, error)
             self._sink = None
 
     def close(self) -> None:
@@ -123,5 +117,5 @@ class _Guarded:
         try:
             self._sink.close()
         except Exception as error:  # as above
-            log.warning("%s did not close: %s", self._name, error)
+            log.warning("train.sinks: %s could not be closed: %s", self._name, error)
         self._sink = None
