@@ -1,4 +1,4 @@
-"""Questions that a few lines of Python answer, and an interpreter in a sandbox to run them.
+"""Questions that a few lines of Python answer, with a sandboxed interpreter as the tool.
 
     user       What is the sum of the decimal digits of 3 ** 187?
     assistant  <reasoning>…</reasoning><tool>{"name": "python", "args": {"code":
@@ -6,7 +6,8 @@
     user       <result>423</result>
     assistant  <reasoning>…</reasoning><answer>423</answer>
 
-What may run, and how far, is in sandbox.py. Where there is no sandbox, the environment refuses.
+The sandbox and its limits are described in tools/sandbox.py. Without a sandbox the environment is
+not created.
 """
 
 from __future__ import annotations
@@ -29,19 +30,21 @@ from .tool_env import ToolEnv
 
 
 class PythonEnv(ToolEnv):
-    """Your own questions, or drawn ones on numbers and words, with Python's standard library.
+    """Questions from a file or generated ones on numbers, and a tool that runs Python code.
 
     Args:
-        questions: JSONL file of questions as for env "search"; "" draws `train_tasks` and
-            `eval_tasks` of five kinds.
-        eval_share: share of the file's questions that is set aside.
-        seed: draws or splits the questions.
-        wall_s: one run, less than `env.tool_timeout_s`. memory_mib: address space of a process.
-        unsafe_without_sandbox: runs the code without a sandbox where none can be had, if it says so
-            in the words of the refusal. The limits hold, but it can read files and use the network.
-        options: those of `ToolEnv`.
+        questions: JSONL file of questions as for env "search"; "" generates `train_tasks` and
+            `eval_tasks` questions of five kinds.
+        eval_share: share of the file's questions that is held out for evaluation.
+        seed: seed of the generation or the split.
+        wall_s: wall time of one run; must be less than `env.tool_timeout_s`.
+        memory_mib: address space of one process.
+        unsafe_without_sandbox: the sentence in the error message, to run code without a sandbox
+            where none is available. The limits still hold, but the code can read files and use
+            the network.
+        options: options of `ToolEnv`.
     Raises:
-        ConfigError: no sandbox, or a file that is missing or malformed.
+        ConfigError: no sandbox is available, or the file is missing or malformed.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class PythonEnv(ToolEnv):
                 for split, chosen in records.items()
             }
         else:
-            drawn = _draw(seed, train_tasks + eval_tasks)
+            generated = _generate(seed, train_tasks + eval_tasks)
             self._tasks = {
-                "train": _number("train", drawn[:train_tasks]),
-                "eval": _number("eval", drawn[train_tasks:]),
+                "train": _number("train", generated[:train_tasks]),
+                "eval": _number("eval", generated[train_tasks:]),
             }
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -94,17 +97,18 @@ class PythonEnv(ToolEnv):
         """Run a Python program and get what it prints.
 
         Args:
-            code: the program; the standard library can be imported.
+            code: the program; it can import the standard library.
         """
         ended = run_python(code, limits=self._limits, sandboxed=self._sandboxed)
         if ended.timed_out:
-            return ToolError(kind="timeout", text=f"no end after {self._limits.wall_s:g} s")
-        if ended.too_many:
+            text = f"the program did not end within {self._limits.wall_s:g} s"
+            return ToolError(kind="timeout", text=text)
+        if ended.too_many_processes:
             text = f"more than {self._limits.processes} processes and threads"
             return ToolError(kind="raised", text=text)
         if ended.code:
-            # the end of a traceback says most
-            text = ended.output.strip()[-500:] or f"ended with code {ended.code}"
+            # The last lines of a traceback are the most useful.
+            text = ended.output.strip()[-500:] or f"the program ended with code {ended.code}"
             return ToolError(kind="raised", text=text)
         return ended.output.strip()
 
@@ -144,16 +148,16 @@ def _median(rng: random.Random) -> tuple[str, str]:
 _KINDS: tuple[Kind, ...] = (_digits, _divisors, _remainder, _multiples, _median)
 
 
-def _draw(seed: int, count: int) -> list[tuple[str, str]]:
+def _generate(seed: int, count: int) -> list[tuple[str, str]]:
     rng = random.Random(f"turnfast python {seed}")
-    drawn: dict[str, str] = {}
-    while len(drawn) < count:  # the kinds have far more questions than anybody asks for
-        drawn.update([rng.choice(_KINDS)(rng)])
-    return list(drawn.items())
+    generated: dict[str, str] = {}
+    while len(generated) < count:
+        generated.update([rng.choice(_KINDS)(rng)])
+    return list(generated.items())
 
 
-def _number(split: str, drawn: Sequence[tuple[str, str]]) -> tuple[Task, ...]:
+def _number(split: str, generated: Sequence[tuple[str, str]]) -> tuple[Task, ...]:
     return tuple(
         Task(id=f"{split}-{i}", question=question, answers=(answer,))
-        for i, (question, answer) in enumerate(drawn)
+        for i, (question, answer) in enumerate(generated)
     )

@@ -1,9 +1,9 @@
-"""Run Python that nobody has read, in a sandbox: bubblewrap, or not at all.
+"""Run untrusted Python code in a bubblewrap sandbox.
 
-The process sees a read-only system, an empty home in memory, no network, no other process and no
-environment variable of ours; memory, processor time, wall time, file size, output and the number
-of processes are limited. What it started dies with it. Bubblewrap (`bwrap`) needs Linux with user
-namespaces, or root.
+The program sees a read-only system and an empty home directory in memory. It has no network, sees
+no other process and none of the parent's environment variables. Memory, CPU time, wall time, file
+size, output and the number of processes are limited. Its child processes are killed when it ends.
+Bubblewrap (`bwrap`) needs Linux with user namespaces, or root.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sandbox_init import TOO_MANY
+from .sandbox_init import TOO_MANY_PROCESSES
 
 MAX_CODE_BYTES = 100_000
 MAX_HOME_BYTES = 64 << 20
 UNSAFE = "I understand that this runs code from a model without a sandbox"
 
-_FIRST_USER = 1 << 30  # from here on no system gives out users
-# no namespace of users: its root would be the machine's, whose processes nothing limits
-_ROOTS_NAMESPACES = (
+_FIRST_USER_ID = 1 << 30  # systems do not assign user ids from here on
+# Without a user namespace: its root would be the machine's root, which RLIMIT_NPROC does not limit.
+_ROOT_OPTIONS = (
     *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
     *("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"),
 )
 
 
-class SandboxError(RuntimeError):
-    """There is no sandbox; the text says why and what to do."""
+class SandboxError(Exception):
+    """No sandbox is available; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of one run.
+    """Limits of one run.
 
     Attributes:
-        wall_s: time on the clock. cpu_s: processor time of each process, in whole seconds.
-        memory_bytes: address space of each process. disk_bytes: each file.
-        output_chars: what is kept of stdout and stderr together.
-        processes: processes and threads at a time, looked at every 20 ms; in a sandbox only.
+        wall_s: wall time of the run. cpu_s: CPU time of each process, in whole seconds.
+        memory_bytes: address space of each process. disk_bytes: size of each file.
+        output_chars: stdout and stderr together are truncated to this number of characters.
+        processes: concurrent processes and threads, checked every 20 ms; only in a sandbox.
     """
 
     wall_s: float = 5.0
@@ -60,30 +60,37 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """How a program ended: its exit code (negative, or above 128 in a sandbox: the signal), its
-    output, and whether time was up or it had more processes than allowed."""
+    """The result of a run.
+
+    Attributes:
+        code: exit code; negative, or above 128 in a sandbox, if a signal ended the program.
+        timed_out: it exceeded `Limits.wall_s`.
+        too_many_processes: it exceeded `Limits.processes`.
+    """
 
     code: int
     output: str
     timed_out: bool = False
-    too_many: bool = False
+    too_many_processes: bool = False
 
 
 @functools.cache
 def sandbox_fault() -> str:
-    """ "" where programs can be run in a sandbox, else why they cannot."""
+    """Return why no sandbox can be used, or "" if one can."""
     if not sys.platform.startswith("linux"):
-        return f"bubblewrap needs Linux, this is {sys.platform}"
+        return f"bubblewrap needs Linux, but the platform is {sys.platform}"
     if shutil.which("bwrap") is None:
-        return "bwrap is not installed (the package is called bubblewrap)"
-    return "" if _as_root() else _try(by_root=False)
+        return "bwrap is not installed (package bubblewrap)"
+    return "" if _runs_as_root() else _try_sandbox(as_root=False)
 
 
 def require_sandbox(unsafe_without_sandbox: str = "") -> bool:
-    """Whether to use a sandbox; False only where there is none and the words say so.
+    """Return True if a sandbox can be used, and False if the user accepts to run without one.
 
+    Args:
+        unsafe_without_sandbox: `UNSAFE` to accept it.
     Raises:
-        SandboxError: there is none, and the words do not say so.
+        SandboxError: no sandbox can be used, and the user does not accept to run without one.
     """
     fault = sandbox_fault()
     if not fault:
@@ -91,25 +98,29 @@ def require_sandbox(unsafe_without_sandbox: str = "") -> bool:
     if unsafe_without_sandbox == UNSAFE:
         return False
     raise SandboxError(
-        f"no sandbox for the code that a model writes: {fault}. Install bubblewrap, or, on a "
-        f'machine that may be lost, set unsafe_without_sandbox = "{UNSAFE}"'
+        f"no sandbox for the code of the model: {fault}; install bubblewrap, or, on a "
+        f'disposable machine, set unsafe_without_sandbox = "{UNSAFE}"'
     )
 
 
 def run_python(code: str, *, limits: Limits, sandboxed: bool = True) -> Finished:
-    """Run a program in a process of its own and collect what it prints.
+    """Run a program in a new process and return its output.
 
     Args:
-        sandboxed: False runs it with the limits alone, in a folder of its own.
+        sandboxed: False applies the limits only, in a temporary directory.
+    Raises:
+        ValueError: the program has more than `MAX_CODE_BYTES` bytes.
     """
     if len(code.encode()) > MAX_CODE_BYTES:
         raise ValueError(f"the program has more than {MAX_CODE_BYTES} bytes")
-    # without site-packages: what a model may import is the standard library
+    # Isolated and without site-packages: only the standard library can be imported.
     python = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
-    sandbox = _sandboxed(python, limits.processes, by_root=_as_root()) if sandboxed else ()
+    sandbox = (
+        _sandbox_command(python, limits.processes, as_root=_runs_as_root()) if sandboxed else ()
+    )
     with tempfile.TemporaryDirectory(prefix="turnfast-") as folder, tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
-            [*_limited(limits), *sandbox, *python, code],
+            [*_limit_command(limits), *sandbox, *python, code],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -129,67 +140,74 @@ def run_python(code: str, *, limits: Limits, sandboxed: bool = True) -> Finished
         text = out.read(4 * limits.output_chars).decode("utf-8", errors="replace")
     if len(text) > limits.output_chars or size_bytes > 4 * limits.output_chars:
         text = text[: limits.output_chars] + "\n[output cut]"
-    many = sandboxed and process.returncode == TOO_MANY
-    return Finished(code=process.returncode, output=text, timed_out=timed_out, too_many=many)
+    return Finished(
+        code=process.returncode,
+        output=text,
+        timed_out=timed_out,
+        too_many_processes=sandboxed and process.returncode == TOO_MANY_PROCESSES,
+    )
 
 
 @functools.cache
-def _as_root() -> bool:
-    """Whether root's own rights will do; else, as for any user, namespaces of users."""
-    return os.geteuid() == 0 and not _try(by_root=True)
+def _runs_as_root() -> bool:
+    """Return whether bwrap can use root's rights; otherwise it needs user namespaces."""
+    return os.geteuid() == 0 and not _try_sandbox(as_root=True)
 
 
-def _try(*, by_root: bool) -> str:
+def _try_sandbox(*, as_root: bool) -> str:
+    """Run a small program in a sandbox; return what went wrong, or ""."""
     python = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
     try:
-        tried = subprocess.run(
-            [*_sandboxed(python, 8, by_root=by_root), *python, "print(7)"],
+        ended = subprocess.run(
+            [*_sandbox_command(python, 8, as_root=as_root), *python, "print(7)"],
             capture_output=True,
             text=True,
             timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"bwrap cannot be run: {error}"
-    if tried.returncode or tried.stdout != "7\n":
-        return f"bwrap does not work here: {tried.stderr.strip()[:200] or tried.returncode}"
+    if ended.returncode or ended.stdout != "7\n":
+        return f"bwrap does not work here: {ended.stderr.strip()[:200] or ended.returncode}"
     return ""
 
 
-def _sandboxed(python: Sequence[str], processes: int, *, by_root: bool) -> Sequence[str]:
-    """A command line up to the program, which process 1 of the sandbox starts."""
+def _sandbox_command(python: Sequence[str], processes: int, *, as_root: bool) -> Sequence[str]:
+    """Return the command line before the program: bwrap, and process 1 that starts the program."""
     init = Path(__file__).with_name("sandbox_init.py").read_text(encoding="utf-8")
-    user = _FIRST_USER + secrets.randbelow(_FIRST_USER) if by_root else -1
-    return [*_wrapped(by_root), *python, init, str(processes), str(user)]
+    user_id = _FIRST_USER_ID + secrets.randbelow(_FIRST_USER_ID) if as_root else -1
+    return [*_bwrap_command(as_root), *python, init, str(processes), str(user_id)]
 
 
-def _wrapped(by_root: bool) -> Sequence[str]:
-    """bwrap's command line up to process 1."""
+def _bwrap_command(as_root: bool) -> Sequence[str]:
+    """Return the command line of bwrap before process 1."""
     system = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
-    shown = dict.fromkeys([*(path for path in system if os.path.exists(path)), sys.base_prefix])
-    # bubblewrap makes the folders above a bound one for its own user alone
-    above = dict.fromkeys(str(p) for path in shown for p in reversed(Path(path).parents[:-1]))
+    bound = dict.fromkeys([*(path for path in system if os.path.exists(path)), sys.base_prefix])
+    # Made with mode 0755, because bwrap creates missing parents for its own user only.
+    parents = dict.fromkeys(str(p) for path in bound for p in reversed(Path(path).parents[:-1]))
     return [
         "bwrap",
-        *(word for path in above for word in ("--perms", "0755", "--dir", path)),
-        *(word for path in shown for word in ("--ro-bind", path, path)),
+        *(option for path in parents for option in ("--perms", "0755", "--dir", path)),
+        *(option for path in bound for option in ("--ro-bind", path, path)),
         *("--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp"),
         *("--perms", "1777", "--size", str(MAX_HOME_BYTES), "--tmpfs", "/tmp"),
         *("--remount-ro", "/", "--die-with-parent", "--new-session", "--as-pid-1"),
-        *(_ROOTS_NAMESPACES if by_root else ("--unshare-all", "--cap-drop", "ALL")),
+        *(_ROOT_OPTIONS if as_root else ("--unshare-all", "--cap-drop", "ALL")),
         *("--hostname", "sandbox", "--"),
     ]
 
 
-def _limited(limits: Limits) -> Sequence[str]:
-    """A command line that sets limits and then becomes the program; ulimit counts memory in KiB
-    and files in blocks of 512 bytes."""
+def _limit_command(limits: Limits) -> Sequence[str]:
+    """Return a command line that sets the limits and then executes the program.
+
+    `ulimit` counts memory in KiB and file sizes in blocks of 512 bytes.
+    """
     script = 'ulimit -t "$1" && ulimit -v "$2" && ulimit -f "$3" && shift 3 && exec "$@"'
     numbers = (limits.cpu_s, limits.memory_bytes >> 10, limits.disk_bytes >> 9)
     return ["/bin/sh", "-c", script, "limited", *map(str, numbers)]
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The whole group; in a sandbox everything inside dies with the first process."""
+    """Kill the process group; in a sandbox, all processes inside end with the first one."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,11 +1,11 @@
-"""The first process inside the sandbox: starts the program, and ends them all if they get many.
+"""Process 1 of the sandbox: starts the program, counts its processes and reaps them.
 
-Nothing imports its functions: sandbox.py passes its text to an interpreter, as process 1 of a
-namespace of its own. The program can neither end nor outlive process 1.
+sandbox.py passes the source of this file to an interpreter inside the sandbox. The program can
+neither kill nor outlive process 1.
 
-The kernel's limit on processes, RLIMIT_NPROC, is what holds up a fork bomb: process 1 alone would
-hardly get a turn among them. It counts per user, within a user namespace since Linux 5.14, and it
-does not bind root. So root's program runs as a user that nothing else on the machine runs as.
+Against a fork bomb, counting is too slow, so RLIMIT_NPROC holds the number of processes down. The
+kernel counts it per user, per user namespace since Linux 5.14, and does not apply it to root.
+Therefore root's program runs with a user id that no other process on the machine has.
 """
 
 import os
@@ -13,59 +13,60 @@ import resource
 import signal
 import sys
 
-TOO_MANY = 254
-"""Exit code for more processes and threads than allowed; a program's own 254 becomes 1."""
-LOOK_EVERY_S = 0.02
+TOO_MANY_PROCESSES = 254
+"""Exit code if there are more processes and threads than allowed; a program's own 254 becomes 1."""
+POLL_INTERVAL_S = 0.02
 
 
-def main(limit: int, user: int, program: list[str]) -> None:
-    """Run a program with at most `limit` processes and threads; `user` < 0 keeps the user."""
+def main(limit: int, user_id: int, program: list[str]) -> None:
+    """Run a program with at most `limit` processes and threads, as user `user_id` if it is >= 0."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        if user >= 0:
+        if user_id >= 0:
             os.setgroups([])
-            os.setresgid(user, user, user)
-            os.setresuid(user, user, user)
-        if user >= 0 or counted_here():
-            # one more than is allowed, so that it can be seen; process 1 counts for its own user
-            most = limit + (1 if user >= 0 else 2)
+            os.setresgid(user_id, user_id, user_id)
+            os.setresuid(user_id, user_id, user_id)
+        if user_id >= 0 or limit_is_per_namespace():
+            # One more than allowed, so that exceeding the limit is seen. If process 1 has the same
+            # user, it counts too.
+            most = limit + (1 if user_id >= 0 else 2)
             resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
         os.execv(program[0], program)
-    while count() <= limit:
-        signal.sigtimedwait({signal.SIGCHLD}, LOOK_EVERY_S)
+    while count_processes() <= limit:
+        signal.sigtimedwait({signal.SIGCHLD}, POLL_INTERVAL_S)
         reap(child)
-    os._exit(TOO_MANY)
+    os._exit(TOO_MANY_PROCESSES)
 
 
-def counted_here() -> bool:
-    """Whether the kernel counts a user's processes within the namespace alone."""
+def limit_is_per_namespace() -> bool:
+    """Return whether the kernel counts RLIMIT_NPROC per user namespace."""
     major, minor = os.uname().release.split(".")[:2]
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= (5, 14)
 
 
 def reap(child: int) -> None:
-    """Collect what has ended; when the program has, everything ends with its code."""
+    """Reap ended processes; if the program has ended, exit with its exit code."""
     while True:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == child:
             code = os.waitstatus_to_exitcode(status)
-            os._exit(128 - code if code < 0 else 1 if code == TOO_MANY else code)
+            os._exit(128 - code if code < 0 else 1 if code == TOO_MANY_PROCESSES else code)
         if ended == 0:
             return
 
 
-def count() -> int:
-    """Processes and threads of the namespace, without this one."""
-    number = -1
+def count_processes() -> int:
+    """Return the number of processes and threads in the namespace, without process 1."""
+    count = -1
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                number += len(os.listdir(f"/proc/{name}/task"))
-            except OSError:  # it has ended meanwhile
+                count += len(os.listdir(f"/proc/{name}/task"))
+            except OSError:  # the process has ended meanwhile
                 continue
-    return number
+    return count
 
 
 if __name__ == "__main__":
