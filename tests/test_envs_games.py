@@ -1,9 +1,11 @@
-"""The games and the calculator: rules, rewards, and whole rollouts with a scripted agent."""
+"""Frozen lake, Wordle and the calculator: rules, rewards, and rollouts of a scripted agent."""
 
 from __future__ import annotations
 
 import json
 import math
+import operator
+import random
 import re
 from fractions import Fraction
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from turnfast.credit import assign_credit
 from turnfast.envs import Demonstrator, Task, load_env
-from turnfast.envs.examples.frozen_lake import MOVES, Lake, draw_lake, read_move
+from turnfast.envs.examples.frozen_lake import MOVES, draw_lake, make_lake, read_move
 from turnfast.envs.examples.wordle import mark
 from turnfast.envs.examples.wordle_words import WORDS
 from turnfast.errors import ConfigError
@@ -24,9 +26,7 @@ from turnfast.tools import calculate, format_number
 
 
 def lake_task(holes, size=3) -> Task:
-    from turnfast.envs.examples.frozen_lake import _distances
-
-    lake = Lake(size=size, holes=frozenset(holes), steps=_distances(size, frozenset(holes)))
+    lake = make_lake(size, frozenset(holes))
     return Task(id="t", question="q", data={"lake": lake, "seed": "0"})
 
 
@@ -38,7 +38,7 @@ def move(name: str) -> str:
     return f"<move>{name}</move>"
 
 
-def test_a_crossing_pays_for_every_step_nearer_and_for_the_goal():
+def test_steps_toward_the_goal_and_the_goal_are_rewarded():
     env = lakes(progress=0.25)
     _, steps, outcome = play(
         env, lake_task({(1, 1)}), *map(move, ("right", "left", "up", "right", "right", "down"))
@@ -53,7 +53,7 @@ def test_a_crossing_pays_for_every_step_nearer_and_for_the_goal():
     assert outcome.metrics == {"exact_match": 1.0, "fallen": 0.0, "moves": 4.0}
 
 
-def test_falling_ends_it_and_a_turn_without_a_move_moves_nothing():
+def test_a_hole_ends_the_episode_and_a_turn_without_a_move_moves_nothing():
     env = lakes()
     _, steps, outcome = play(
         env, lake_task({(1, 1)}), "I go right.", move("north"), move("right"), move("down")
@@ -64,13 +64,13 @@ def test_falling_ends_it_and_a_turn_without_a_move_moves_nothing():
     assert (outcome.reward, outcome.metrics["fallen"]) == (0.0, 1.0)
 
 
-def test_moves_are_read_outside_of_thoughts():
+def test_moves_inside_reasoning_are_ignored():
     assert read_move("<reasoning><move>up</move></reasoning><move>Down</move>") == "down"
     assert read_move("<move>up</move> no, <move>left</move>") == "left"
     assert read_move("<move>jump</move>") is None and read_move("up") is None
 
 
-def test_slips_are_to_the_sides_and_alike_for_every_rollout_of_a_task():
+def test_slips_go_sideways_and_are_equal_for_all_rollouts_of_a_task():
     env, task = lakes(slip=1.0), lake_task((), size=5)
     plays = [play(env, task, *[move("right")] * 6) for _ in range(2)]
     assert plays[0] == plays[1]
@@ -79,7 +79,7 @@ def test_slips_are_to_the_sides_and_alike_for_every_rollout_of_a_task():
         assert "@" in {row[0] for row in rows}  # never to the right
 
 
-def test_every_lake_can_be_crossed_and_no_eval_lake_is_trained_on():
+def test_every_lake_has_a_safe_path_and_no_eval_lake_occurs_in_train():
     env = lakes(size=4, holes=0.4)
     train = {task.data["lake"].holes for task in env.tasks("train")}
     assert not train & {task.data["lake"].holes for task in env.tasks("eval")}
@@ -89,14 +89,12 @@ def test_every_lake_can_be_crossed_and_no_eval_lake_is_trained_on():
             cell = min((lake.moved(cell, m) for m in MOVES), key=lambda c: lake.steps.get(c, 99))
             assert lake.steps[cell] == left - 1
         assert cell == lake.goal
-    with pytest.raises(ConfigError, match=r"env.options.size: lakes of 2 x 2 are too few"):
+    with pytest.raises(ConfigError, match=r"env.options.size: 2 x 2 cells allow fewer"):
         lakes(size=2)
 
 
-def test_lakes_are_those_of_gymnasium():
+def test_moves_agree_with_gymnasium():
     gymnasium = pytest.importorskip("gymnasium")
-    import random
-
     rng = random.Random(0)
     for _ in range(20):
         lake = draw_lake(rng, 4, 0.25)
@@ -117,30 +115,28 @@ def test_lakes_are_those_of_gymnasium():
 def test_demonstrations_end_at_the_goal_or_on_a_move():
     env = lakes()
     assert isinstance(env, Demonstrator) and env.corpus()
-    shown = env.demonstrations(1)
-    assert len(shown) == 20 and shown == env.demonstrations(1) != env.demonstrations(2)
-    for demonstration in shown:
+    demonstrations = env.demonstrations(1)
+    assert len(demonstrations) == 20 and demonstrations == env.demonstrations(1)
+    assert demonstrations != env.demonstrations(2)
+    for demonstration in demonstrations:
         roles = [message["role"] for message in demonstration.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(read_move(m["content"]) for m in demonstration.messages[1::2])
 
 
-def pilot(seen: str) -> str:
-    """Reads the last lake and takes a shortest way."""
+def shortest_path(seen: str) -> str:
+    """A move along a shortest safe path on the last lake."""
     board = re.findall(r"(?:^|\n)((?:[.@OG] ?)+)(?=\n|<|$|Move)", seen)
     rows = [line.split() for line in board][-4:]
     cells = {(r, c): sign for r, row in enumerate(rows) for c, sign in enumerate(row)}
-    from turnfast.envs.examples.frozen_lake import _distances
-
-    steps = _distances(4, frozenset(cell for cell, sign in cells.items() if sign == "O"))
-    lake = Lake(size=4, holes=frozenset(), steps=steps)
+    lake = make_lake(4, frozenset(cell for cell, sign in cells.items() if sign == "O"))
     agent = next(cell for cell, sign in cells.items() if sign == "@")
-    return move(min(MOVES, key=lambda m: steps.get(lake.moved(agent, m), 99)))
+    return move(min(MOVES, key=lambda m: lake.steps.get(lake.moved(agent, m), 99)))
 
 
-def test_rollouts_of_a_pilot_all_arrive_in_as_many_turns_as_the_way_is_long(chat):
+def test_rollouts_along_the_shortest_path_take_one_turn_per_step(chat):
     env = lakes(holes=0.3)
-    groups = roll(chat, env, pilot, max_turns=20)
+    groups = roll(chat, env, shortest_path, max_turns=20)
     for group in groups:
         length = group.task.data["lake"].steps[0, 0]
         for trajectory in group.trajectories:
@@ -164,13 +160,13 @@ def test_rollouts_of_a_pilot_all_arrive_in_as_many_turns_as_the_way_is_long(chat
         ("speed", "crepe", ".+#+."),
     ],
 )
-def test_marks_are_those_of_the_game(guess, hidden, marks):
+def test_marks_follow_the_rules(guess, hidden, marks):
     assert mark(guess, hidden) == marks
 
 
 @given(st.sampled_from(WORDS), st.sampled_from(WORDS))
 @settings(max_examples=200, deadline=None)
-def test_marks_never_count_a_letter_more_often_than_it_is_there(guess, hidden):
+def test_a_letter_is_marked_at_most_as_often_as_it_occurs(guess, hidden):
     marks = mark(guess, hidden)
     for letter in set(guess):
         marked = sum(m != "." for g, m in zip(guess, marks, strict=True) if g == letter)
@@ -178,7 +174,7 @@ def test_marks_never_count_a_letter_more_often_than_it_is_there(guess, hidden):
     assert all((m == "#") == (g == h) for g, h, m in zip(guess, hidden, marks, strict=True))
 
 
-def test_the_list_of_words_and_its_split():
+def test_the_splits_of_the_word_list_are_disjoint():
     assert len(set(WORDS)) == len(WORDS) > 500 and all(re.fullmatch("[a-z]{5}", w) for w in WORDS)
     env = load_env("wordle", {"seed": 3})
     hidden = {split: {t.answers[0] for t in env.tasks(split)} for split in ("train", "eval")}
@@ -190,7 +186,7 @@ def guess(word: str) -> str:
     return f"<guess>{word}</guess>"
 
 
-def test_turns_earn_what_they_find_out():
+def test_turns_are_rewarded_by_information_gain():
     env = load_env("wordle", {"knowledge": 1.0})
     task = Task(id="t", question="q", answers=("label",))
     _, steps, outcome = play(env, task, guess("crane"), guess("Crane"), guess("label"))
@@ -203,7 +199,7 @@ def test_turns_earn_what_they_find_out():
     assert outcome.metrics == {"exact_match": 1.0, "guesses": 3.0}
 
 
-def test_six_guesses_and_it_is_lost():
+def test_the_game_is_lost_after_six_guesses():
     env = load_env("wordle", {})
     task = Task(id="t", question="q", answers=("label",))
     _, steps, outcome = play(env, task, "crane", guess("zzzzz"), *[guess("crane")] * 4)
@@ -215,9 +211,12 @@ def test_six_guesses_and_it_is_lost():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("crane", "needs two words"), ("crane\nslate\nhi", "'hi' is not a word of 5 letters")],
+    [
+        ("crane", "at least two words"),
+        ("crane\nslate\nhi", "'hi' is not a word of 5 letters"),
+    ],
 )
-def test_a_bad_list_of_words_is_refused(tmp_path, text, message):
+def test_an_invalid_word_list_is_an_error(tmp_path, text, message):
     (tmp_path / "w.txt").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_env("wordle", {"words": str(tmp_path / "w.txt")})
@@ -225,18 +224,20 @@ def test_a_bad_list_of_words_is_refused(tmp_path, text, message):
         load_env("wordle", {"words": str(tmp_path / "none.txt")})
 
 
-def reasoner(seen: str) -> str:
-    """Guesses the first word that fits all marks so far."""
+def first_fitting_word(seen: str) -> str:
+    """A guess of the first word that fits all marks so far."""
     marks = re.findall(r"([a-z]{5}): ((?:[#+.] ?){5})", seen)
-    for word in WORDS:
-        if all(mark(said, word) == signs.replace(" ", "") for said, signs in marks):
-            return guess(word)
-    raise AssertionError("no word fits")
+    fits = (
+        word
+        for word in WORDS
+        if all(mark(guessed, word) == signs.replace(" ", "") for guessed, signs in marks)
+    )
+    return guess(next(fits))
 
 
-def test_rollouts_of_a_reasoner_vary_in_length_and_pay_up_to_knowledge(chat):
+def test_turn_rewards_of_solved_games_of_any_length_sum_to_knowledge(chat):
     env = load_env("wordle", {"guesses": 12})
-    groups = roll(chat, env, reasoner, max_turns=12, group_size=2, num_tasks=6)
+    groups = roll(chat, env, first_fitting_word, max_turns=12, group_size=2, num_tasks=6)
     played = [trajectory for group in groups for trajectory in group.trajectories]
     assert {t.outcome for t in played} == {1.0} and len({len(t.turns) for t in played}) > 1
     for t in played:
@@ -245,18 +246,19 @@ def test_rollouts_of_a_reasoner_vary_in_length_and_pay_up_to_knowledge(chat):
 
 # arithmetic and the calculator
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LEAVES = st.integers(0, 999).map(str)
-SUMS = st.recursive(
+EXPRESSIONS = st.recursive(
     LEAVES,
     lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from("+-*/"), inner),
     max_leaves=12,
 )
 
 
-@given(SUMS)
+@given(EXPRESSIONS)
 @settings(deadline=None)
-def test_sums_are_exact(text):
-    # an independent way: postfix with a stack, on the text without brackets
+def test_arithmetic_is_exact(text):
+    # independent implementation: postfix notation and a stack
     stack: list[Fraction] = []
     try:
         for token in _postfix(text):
@@ -264,11 +266,7 @@ def test_sums_are_exact(text):
                 stack.append(Fraction(token))
                 continue
             right, left = stack.pop(), stack.pop()
-            stack.append(
-                {"+": left + right, "-": left - right, "*": left * right}.get(token)
-                if token != "/"
-                else left / right
-            )
+            stack.append(OPERATIONS[token](left, right))
     except ZeroDivisionError:
         with pytest.raises(ValueError, match="division by zero"):
             calculate(text)
@@ -299,7 +297,7 @@ def _postfix(text: str) -> list[str]:
         ("+3", Fraction(3)),
     ],
 )
-def test_single_sums(text, value):
+def test_operators(text, value):
     assert calculate(text) == value
 
 
@@ -329,7 +327,7 @@ def test_single_sums(text, value):
         ("1 + " * 200 + "1", "more than 500 characters"),
     ],
 )
-def test_everything_else_is_refused_in_words(text, reason):
+def test_invalid_expressions_are_errors(text, reason):
     if text.startswith("-" * 499):  # deep, but within bounds on most interpreters
         assert calculate(text) == -1
         return
@@ -339,7 +337,7 @@ def test_everything_else_is_refused_in_words(text, reason):
 
 @given(st.text(max_size=60))
 @settings(deadline=None)
-def test_no_text_does_anything_but_compute_or_refuse(text):
+def test_any_text_is_computed_or_a_value_error(text):
     try:
         value = calculate(text)
     except ValueError:
@@ -347,31 +345,32 @@ def test_no_text_does_anything_but_compute_or_refuse(text):
     assert isinstance(value, Fraction) and format_number(value)
 
 
-def sums(**options):
+def calculator(**options):
     given = {"train_tasks": 20, "eval_tasks": 5, "reasoning": False, **options}
     return load_env("calculator", given, max_turns=9)
 
 
-def test_sums_differ_between_the_splits_and_have_whole_answers():
-    env = sums(operations=[1, 3])
+def test_expressions_differ_between_the_splits_and_have_integer_answers():
+    env = calculator(operations=[1, 3])
     texts = [[t.question for t in env.tasks(split)] for split in ("train", "eval")]
     assert len(set(texts[0] + texts[1])) == 25
     for task in env.tasks("train"):
         assert re.fullmatch(r"-?\d+", task.answers[0])
         assert task.data["expression"].count(" ") in (2, 6)
-    with pytest.raises(ConfigError, match=r"env.options.largest: 10 leaves too few"):
-        sums(largest=10, operations=1, train_tasks=10_000)
+    with pytest.raises(ConfigError, match=r"env.options.largest: 10 allows fewer than"):
+        calculator(largest=10, operations=1, train_tasks=10_000)
     with pytest.raises(ConfigError, match=r"env.max_turns: 3 leaves no turn .* after 3 calls"):
         load_env("calculator", {"operations": 3, "max_operations": 1}, max_turns=3)
 
 
-def clerk(seen: str) -> str:
-    """Works out one innermost operation after the other, then answers."""
+def one_operation(seen: str) -> str:
+    """A call with one innermost operation, or the answer."""
     text = re.findall(r"What is ([-\d+* ()]+)\?", seen)[-1]
     asked = re.findall(r'"expression": "([^"]+)"', seen.split("What is")[-1])
     results = re.findall(r"<result>(-?\d+)</result>", seen)
-    for said, result in zip(asked, results, strict=True):
-        text = text.replace(f"({said})", result, 1) if f"({said})" in text else result
+    for expression, result in zip(asked, results, strict=True):
+        inner = f"({expression})"
+        text = text.replace(inner, result, 1) if inner in text else result
     if re.fullmatch(r"-?\d+", text):
         return f"<answer>{text}</answer>"
     inner = re.search(r"\((-?\d+ [-+*] -?\d+)\)", text)
@@ -379,9 +378,9 @@ def clerk(seen: str) -> str:
     return f"<tool>{json.dumps(call)}</tool>"
 
 
-def test_rollouts_of_a_clerk_take_a_turn_per_operation_and_one_to_answer(chat):
-    env = sums(operations=[1, 2, 4], max_operations=1, largest=99)
-    groups = roll(chat, env, clerk, max_turns=9, group_size=2, num_tasks=8)
+def test_rollouts_take_one_turn_per_operation_and_one_for_the_answer(chat):
+    env = calculator(operations=[1, 2, 4], max_operations=1, largest=99)
+    groups = roll(chat, env, one_operation, max_turns=9, group_size=2, num_tasks=8)
     lengths = set()
     for group in groups:
         count = group.task.data["expression"].replace("(", "").replace(")", "").count(" ") // 2
@@ -393,29 +392,29 @@ def test_rollouts_of_a_clerk_take_a_turn_per_operation_and_one_to_answer(chat):
 
 
 def test_a_call_with_too_many_operations_is_an_error():
-    env = sums(operations=2, max_operations=1)
+    env = calculator(operations=2, max_operations=1)
     call = '<tool>{"name": "calculate", "args": {"expression": "1 + 2 + 3"}}</tool>'
     _, (step,), _ = play(env, env.tasks("train")[0], call)
     assert "2 operations; one call takes 1" in step.messages[0]["content"]
     assert step.reward == 0.0
 
 
-# the lookup world with a variable number of turns
+# the lookup world
 
 
-def test_hops_vary_the_number_of_turns(chat):
+def test_rollouts_take_one_turn_per_hop_and_one_for_the_answer(chat):
     options = {"hops": [1, 3], "people": 60, "held_out_people": 60, "popular_questions": 8}
     env = load_env("lookup", {**options, "train_tasks": 12, "eval_tasks": 8}, max_turns=5)
     names = {task.question: task.data["targets"] for task in env.tasks("train")}
 
-    def seeker(seen: str) -> str:
+    def search_then_answer(seen: str) -> str:
         question = next(q for q in names if q in seen)
         asked = seen.count("<tool>")
         if asked < len(names[question]):
             return '<tool>{"name": "search", "args": {"query": "who"}}</tool>'
         return f"<answer>{names[question][-1][0]}</answer>"
 
-    groups = roll(chat, env, seeker, max_turns=5, group_size=2, num_tasks=12)
+    groups = roll(chat, env, search_then_answer, max_turns=5, group_size=2, num_tasks=12)
     lengths = {len(t.turns) for group in groups for t in group.trajectories}
     assert lengths == {2, 4}
     assert all(t.metrics["exact_match"] == 1.0 for g in groups for t in g.trajectories)

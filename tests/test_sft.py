@@ -204,7 +204,7 @@ def test_a_fault_leaves_the_steps_before_it(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("env", "text"),
     [
-        (object(), "object has no demonstrations"),
+        (object(), "object has no method demonstrations"),
         (Shown(), r"Shown.demonstrations\(0\) is empty"),
         (Shown(Demonstration(messages=())), "needs a prompt"),
         (
@@ -252,12 +252,12 @@ USER = {"role": "user", "content": "Who?"}
     [
         ("{", "not JSON"),
         ({"conversation": []}, "expected a list of messages as 'messages'"),
-        ({"messages": [USER, "Ida"]}, r"messages\[1\] has no 'role' out of system, user"),
-        ({"messages": [{"role": "human", "content": "?"}]}, r"messages\[0\] has no 'role'"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\] needs its"),
+        ({"messages": [USER, "Ida"]}, r"the 'role' of messages\[1\] must be one of system, user"),
+        ({"messages": [{"role": "human", "content": "?"}]}, r"the 'role' of messages\[0\] must be"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\] needs a"),
         (
             {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            r"messages\[1\] needs its text .* 'tool_calls' are not",
+            r"messages\[1\] needs a text .* instead of 'tool_calls'",
         ),
         ({"messages": [USER]}, "a demonstration needs a prompt"),
     ],

@@ -1,12 +1,12 @@
-"""The conversations of supervised tuning, each with the place that an error names.
+"""The conversations of supervised tuning, each with its source for error messages.
 
-They are the environment's own, or those of a JSONL file (`sft.data`), one conversation per line:
+They come from the environment, or from a JSONL file (`sft.data`) with one conversation per line:
 
     {"messages": [{"role": "user", "content": "Who wrote Ulm?"},
                   {"role": "assistant", "content": "<answer>Ida</answer>"}]}
 
-Every assistant message is a target, text and end of turn. A tool call is text of such a message, in
-the form that the environment reads.
+Every assistant message is a target, text and end of turn. A tool call is part of the text of such a
+message, in the format that the environment parses.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def demonstrations_of(env: Env, data: str, seed: int) -> list[tuple[str, Demonstration]]:
-    """Where each demonstration comes from, and the demonstration.
+    """Source and content of each demonstration.
 
     Args:
-        data: path of a JSONL file; empty for those of the environment.
-        seed: draws those of the environment.
+        data: path of a JSONL file; "" takes the environment's demonstrations.
+        seed: seed of the environment's demonstrations.
     Raises:
-        ConfigError: there are none, or a line of the file is no conversation.
+        ConfigError: there are none, or a line of the file is not a conversation.
     """
     if data:
         return _read(Path(data))
     if not isinstance(env, Demonstrator):
         raise ConfigError(
-            f"env.name: {type(env).__name__} has no demonstrations(seed) to tune on; add one, name "
-            "a file of conversations with sft.data, or start from a model that already follows "
-            "instructions"
+            f"env.name: {type(env).__name__} has no method demonstrations(seed); add one, set "
+            "sft.data to a file of conversations, or start from an instruction-tuned model"
         )
     name = f"{type(env).__name__}.demonstrations({seed})"
-    shown = env.demonstrations(seed)
-    if not shown:
+    demonstrations = env.demonstrations(seed)
+    if not demonstrations:
         raise ConfigError(f"env.name: {name} is empty")
-    return [(f"{name}[{i}]", each) for i, each in enumerate(shown)]
+    return [(f"{name}[{i}]", each) for i, each in enumerate(demonstrations)]
 
 
 def _read(path: Path) -> list[tuple[str, Demonstration]]:
@@ -61,10 +60,12 @@ def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         raise ConfigError(f"{where}: expected a list of messages as 'messages'")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ConfigError(f"{where}: messages[{i}] has no 'role' out of {', '.join(ROLES)}")
+            raise ConfigError(
+                f"{where}: the 'role' of messages[{i}] must be one of {', '.join(ROLES)}"
+            )
         if not isinstance(message.get("content"), str) or message.get("tool_calls"):
             raise ConfigError(
-                f"{where}: messages[{i}] needs its text as 'content', with a tool call as the text "
-                "that the environment reads; 'tool_calls' are not"
+                f"{where}: messages[{i}] needs a text 'content'; write a tool call into it instead "
+                "of 'tool_calls'"
             )
     return tuple(messages)

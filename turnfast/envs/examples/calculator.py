@@ -1,4 +1,4 @@
-"""Sums that are too long for the head, and a calculator.
+"""Arithmetic questions and a calculator tool.
 
     user       What is (317 - 48) * 26?
     assistant  <tool>{"name": "calculate", "args": {"expression": "317 - 48"}}</tool>
@@ -7,8 +7,8 @@
     user       <result>6994</result>
     assistant  <answer>6994</answer>
 
-With `max_operations = 1` the calculator takes one operation per call, so that a sum of n operations
-needs n calls: a world with a variable number of turns.
+With `max_operations = 1` the calculator accepts one operation per call, so a question with n
+operations needs n calls: rollouts have different numbers of turns.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Operations = Annotated[int, Field(ge=1, le=8)]
 
 
 class CalculatorEnv(ToolEnv):
-    """Sums with whole results.
+    """Arithmetic expressions of integers with + - *.
 
     Args:
-        seed: draws the sums; none of the split eval occurs in train.
-        operations: operations of a sum, one number or several to draw from.
-        largest: of the numbers in it.
-        max_operations: what one call may hold; more is an error.
-        train_tasks, eval_tasks: sums per split.
-        options: those of `ToolEnv`.
+        seed: seed of the expressions; those of eval do not occur in train.
+        operations: operations per expression, one number or several to draw from.
+        largest: largest number in an expression.
+        max_operations: operations that one call may contain; more is an error.
+        train_tasks, eval_tasks: expressions per split.
+        options: as in `ToolEnv`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CalculatorEnv(ToolEnv):
         super().__init__(**options)
         self.operations = (operations,) if isinstance(operations, int) else tuple(operations)
         if not self.operations:
-            raise ConfigError("env.options.operations: an empty list; give 1 to 8, or some of them")
+            raise ConfigError("env.options.operations: the list is empty; give numbers from 1 to 8")
         self._largest = largest
         self._max_operations = max_operations
         rng = random.Random(f"turnfast calculator {seed}")
@@ -67,13 +67,13 @@ class CalculatorEnv(ToolEnv):
                 break
         else:
             raise ConfigError(
-                f"env.options.largest: {largest} leaves too few sums for "
-                f"{train_tasks + eval_tasks} different ones; raise it, or ask for fewer tasks"
+                f"env.options.largest: {largest} allows fewer than {train_tasks + eval_tasks} "
+                "different expressions; raise it, or lower train_tasks or eval_tasks"
             )
-        sums = list(drawn)
-        self._sums: dict[Split, list[str]] = {
-            "train": sums[:train_tasks],
-            "eval": sums[train_tasks:],
+        expressions = list(drawn)
+        self._expressions: dict[Split, list[str]] = {
+            "train": expressions[:train_tasks],
+            "eval": expressions[train_tasks:],
         }
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -84,7 +84,7 @@ class CalculatorEnv(ToolEnv):
                 answers=(format_number(calculate(text)),),
                 data={"expression": text},
             )
-            for i, text in enumerate(self._sums[split])
+            for i, text in enumerate(self._expressions[split])
         ]
 
     def set_limits(self, *, max_turns: int, tool_timeout_s: float) -> None:
@@ -111,10 +111,10 @@ class CalculatorEnv(ToolEnv):
 
 
 def _draw(rng: random.Random, operations: int, largest: int) -> str:
-    """A random tree of so many operations, as text."""
+    """A random expression tree with `operations` operations, as text."""
     if operations == 0:
         return str(rng.randint(2, largest))
     left = rng.randrange(operations)
-    parts = [_draw(rng, left, largest), _draw(rng, operations - 1 - left, largest)]
-    bracketed = [f"({part})" if " " in part else part for part in parts]
+    operands = [_draw(rng, left, largest), _draw(rng, operations - 1 - left, largest)]
+    bracketed = [f"({operand})" if " " in operand else operand for operand in operands]
     return f" {rng.choice('+-*')} ".join(bracketed)

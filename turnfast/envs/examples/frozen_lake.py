@@ -1,4 +1,4 @@
-"""FrozenLake as text: cross the ice without falling in, one move per turn.
+"""FrozenLake as text: cross the ice without falling into a hole, one move per turn.
 
     user       Cross the ice from @ to G. . is ice, O is a hole.
                @ . . O
@@ -7,9 +7,9 @@
     assistant  <move>right</move>
     user       . @ . O …
 
-The rules are those of Gymnasium's FrozenLake; each map is drawn from the task's seed and has a way
-to the goal. A turn is rewarded by the steps that it brings the agent nearer to the goal on the
-shortest safe way (or takes it away), so the turns of a crossing sum to what it has covered.
+The rules are those of Gymnasium's FrozenLake; each map is random and has a safe path to the goal.
+A turn is rewarded by the steps that it removes from the shortest safe path to the goal (negative if
+it adds some), so the turn rewards of a trajectory sum to the distance covered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Lake:
     """A square map with the start top left and the goal bottom right.
 
     Attributes:
-        steps: of each cell with a safe way to the goal, the length of the shortest.
+        steps: length of the shortest safe path to the goal, for each cell that has one.
     """
 
     size: int
@@ -52,7 +52,7 @@ class Lake:
         return (self.size - 1, self.size - 1)
 
     def moved(self, cell: Cell, move: str) -> Cell:
-        """The cell after a move; the rim stops it."""
+        """The cell after a move; a move over the edge has no effect."""
         row, column = cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
         return (min(max(row, 0), self.size - 1), min(max(column, 0), self.size - 1))
 
@@ -69,27 +69,42 @@ class Lake:
 
 
 def draw_lake(rng: random.Random, size: int, holes: float) -> Lake:
-    """Draw maps until one has a way to the goal."""
+    """Draw maps until one has a safe path to the goal."""
     cells = [(row, column) for row in range(size) for column in range(size)]
     while True:
         drawn = frozenset(cell for cell in cells[1:-1] if rng.random() < holes)
-        steps = _distances(size, drawn)
-        if (0, 0) in steps:
-            return Lake(size=size, holes=drawn, steps=steps)
+        lake = make_lake(size, drawn)
+        if (0, 0) in lake.steps:
+            return lake
+
+
+def make_lake(size: int, holes: frozenset[Cell]) -> Lake:
+    """The lake with these holes; it need not have a safe path from the start."""
+    goal = (size - 1, size - 1)
+    steps, queue = {goal: 0}, deque([goal])
+    while queue:
+        row, column = queue.popleft()
+        for down, right in MOVES.values():
+            cell = (row + down, column + right)
+            inside = 0 <= cell[0] < size and 0 <= cell[1] < size
+            if inside and cell not in holes and cell not in steps:
+                steps[cell] = steps[row, column] + 1
+                queue.append(cell)
+    return Lake(size=size, holes=holes, steps=steps)
 
 
 class FrozenLakeEnv:
-    """Crossings of random lakes.
+    """Random lakes to cross.
 
     Args:
-        seed: draws the maps and the slips; no map of the split eval occurs in train.
-        size: cells along a side.
+        seed: seed of the maps and the slips; no map of eval occurs in train.
+        size: cells per side.
         holes: share of the cells that are holes.
-        slip: chance that the agent slips to the side of where it wanted to go, to either equally.
-        progress: turn reward for a step nearer to the goal, and its negative for one away.
-        malformed: turn reward of a turn without a move; it moves nothing.
+        slip: probability that the agent moves to one of the two sides instead, each equally likely.
+        progress: turn reward for one step closer to the goal; its negative for one step away.
+        malformed: turn reward of a turn without a move; the agent does not move.
         train_tasks, eval_tasks: maps per split.
-        demos: number of demonstrated crossings; half of their moves are random safe ones.
+        demos: number of demonstrations; half of their moves are random safe moves.
     """
 
     tools: Sequence[Tool] = ()
@@ -126,7 +141,7 @@ class FrozenLakeEnv:
         return FrozenLakeEpisode(self, task)
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
-        """Crossings on lakes of their own, which show the form of a move and little skill."""
+        """Crossings of other lakes, which teach the format of a move and little skill."""
         rng = random.Random(f"turnfast frozen lake demonstrations {seed}")
         return [
             _demonstrate(draw_lake(rng, self.size, self.holes), rng) for _ in range(self._demos)
@@ -151,13 +166,13 @@ class FrozenLakeEnv:
             if len(tasks) == count:
                 return tuple(tasks)
         raise ConfigError(
-            f"env.options.size: lakes of {self.size} x {self.size} are too few for {count} in "
-            f"{split!r} that occur in no other split; enlarge it, or ask for fewer tasks"
+            f"env.options.size: {self.size} x {self.size} cells allow fewer than {count} lakes in "
+            f"{split!r} that occur in no other split; raise it, or lower {split}_tasks"
         )
 
 
 class FrozenLakeEpisode:
-    """One crossing; slips are drawn from the task's seed, alike for every rollout of a group."""
+    """One crossing; slips depend on the task's seed and are equal for all rollouts of a group."""
 
     def __init__(self, env: FrozenLakeEnv, task: Task) -> None:
         self._env = env
@@ -183,34 +198,34 @@ class FrozenLakeEpisode:
         lake, before = self._lake, self._agent
         self._agent = lake.moved(before, self._slipped(move))
         self._num_moves += 1
-        fallen, there = self._agent in lake.holes, self._agent == lake.goal
+        fallen, at_goal = self._agent in lake.holes, self._agent == lake.goal
         covered = 0 if fallen else lake.steps[before] - lake.steps.get(self._agent, 0)
         parts = {"progress": self._env.progress * covered}
         return Step(
             messages=()
-            if fallen or there
+            if fallen or at_goal
             else ({"role": "user", "content": lake.show(self._agent)},),
             reward=parts["progress"],
             reward_parts=parts,
             tool_calls=1,
             tool_successes=1,
-            done=fallen or there,
+            done=fallen or at_goal,
         )
 
     async def finish(self) -> Outcome:
-        there = float(self._agent == self._lake.goal)
+        at_goal = float(self._agent == self._lake.goal)
         return Outcome(
-            reward=there,
-            reward_parts={"goal": there},
+            reward=at_goal,
+            reward_parts={"goal": at_goal},
             metrics={
-                "exact_match": there,
+                "exact_match": at_goal,
                 "fallen": float(self._agent in self._lake.holes),
                 "moves": float(self._num_moves),
             },
         )
 
     def _slipped(self, move: str) -> str:
-        # drawn at every move, so that a move's luck does not depend on the ones before
+        # drawn at every move, so that a slip does not depend on earlier moves
         chance, side = self._rng.random(), self._rng.random() < 0.5
         if chance >= self._env.slip:
             return move
@@ -222,23 +237,9 @@ def first_text(lake: Lake) -> str:
 
 
 def read_move(text: str) -> str | None:
-    """The last move of a turn outside of its reasoning; None without one that exists."""
+    """The last move of a turn outside of its reasoning; None without a valid one."""
     move = (read_tag(text, "move") or "").lower()
     return move if move in MOVES else None
-
-
-def _distances(size: int, holes: frozenset[Cell]) -> dict[Cell, int]:
-    goal = (size - 1, size - 1)
-    steps, queue = {goal: 0}, deque([goal])
-    while queue:
-        row, column = queue.popleft()
-        for down, right in MOVES.values():
-            cell = (row + down, column + right)
-            inside = 0 <= cell[0] < size and 0 <= cell[1] < size
-            if inside and cell not in holes and cell not in steps:
-                steps[cell] = steps[row, column] + 1
-                queue.append(cell)
-    return steps
 
 
 def _demonstrate(lake: Lake, rng: random.Random) -> Demonstration:

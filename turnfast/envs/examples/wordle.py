@@ -1,12 +1,13 @@
-"""Wordle: guess a hidden word of five letters from how earlier guesses fit.
+"""Wordle: guess a hidden word of five letters from the marks of earlier guesses.
 
     user       Guess the hidden word of 5 letters. …
     assistant  <guess>crane</guess>
     user       crane: . + . . #
-    assistant  <guess>rouge</guess>                                           and so on, 6 times
+    assistant  <guess>rouge</guess>                                          at most 6 guesses
 
-A turn is rewarded by what it has found out: the bits by which it cut down the words that fit all
-answers so far, as a share of the bits of the whole list. Those of a solved game sum to `knowledge`.
+A turn is rewarded by its information gain: log2 of the factor by which it reduces the words that
+fit all marks so far, divided by log2 of the size of the list. The turn rewards of a solved game sum
+to `knowledge`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ RIGHT, ELSEWHERE, ABSENT = "#", "+", "."
 
 
 class WordleEnv:
-    """Hidden words from a list; those of the split eval are never hidden in train.
+    """Hidden words from a list; those of eval are never hidden in train.
 
     Args:
-        seed: splits the list and orders the tasks.
-        words: file with one word per line, all of one length; "" takes the built-in list.
-        guesses: turns until the game is lost; `env.max_turns` should be as large.
-        eval_share: share of the words set aside for the split eval.
+        seed: seed of the split and of the order of the tasks.
+        words: file with one word per line, all of the same length; "" takes the built-in list.
+        guesses: number of guesses; `env.max_turns` should not be smaller.
+        eval_share: share of the words in the split eval.
         knowledge: sum of the turn rewards of a solved game.
         malformed: turn reward of a turn without a guess from the list; it counts as a guess.
     """
@@ -60,8 +61,8 @@ class WordleEnv:
         self.malformed = malformed
         order = list(self.words)
         random.Random(f"turnfast wordle {seed}").shuffle(order)
-        held = min(max(1, round(eval_share * len(order))), len(order) - 1)
-        self._hidden: dict[Split, list[str]] = {"eval": order[:held], "train": order[held:]}
+        num_eval = min(max(1, round(eval_share * len(order))), len(order) - 1)
+        self._hidden: dict[Split, list[str]] = {"eval": order[:num_eval], "train": order[num_eval:]}
 
     def tasks(self, split: Split) -> Sequence[Task]:
         length = len(self.words[0])
@@ -131,10 +132,10 @@ class WordleEpisode:
 
 
 def mark(guess: str, hidden: str) -> str:
-    """One sign per letter; a letter is found at most as often as the hidden word has it.
+    """One mark per letter; a letter is marked at most as often as the hidden word contains it.
 
-    Example: "level" for the hidden "label" is "#..##": one of the two e is in its place, and no
-    other is left to be found elsewhere.
+    Example: "level" for the hidden "label" is "#..##": the second e is in its place, so the first
+    one is not marked.
     """
     left = Counter(h for g, h in zip(guess, hidden, strict=True) if g != h)
     marks: list[str] = []
@@ -155,11 +156,11 @@ def _read_words(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"env.options.words: {path} cannot be read: {error}") from None
     if len(words) < 2:
-        raise ConfigError(f"env.options.words: {path} needs two words or more")
-    odd = next((word for word in words if len(word) != len(words[0]) or not word.isalpha()), None)
-    if odd is not None:
+        raise ConfigError(f"env.options.words: {path} needs at least two words")
+    wrong = next((word for word in words if len(word) != len(words[0]) or not word.isalpha()), None)
+    if wrong is not None:
         raise ConfigError(
-            f"env.options.words: {path}: {odd[:40]!r} is not a word of {len(words[0])} letters "
+            f"env.options.words: {path}: {wrong[:40]!r} is not a word of {len(words[0])} letters "
             f"like {words[0][:40]!r}"
         )
     return words
