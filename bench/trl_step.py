@@ -65,6 +65,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.model import Policy, load_policy
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
@@ -190,9 +191,14 @@ class Sides:
         self.clock = clock_of(options.clock, policy.device)
         self.samples = samples_of(recording)
 
-    def pack(self, **options: Any) -> Packed:
-        given = {"budget": self.options.budget, "device": self.policy.device, **options}
-        return pack(self.recording.groups, self.recording.credits, **given)
+    def pack(self, *, budget: int | None = None, drop_idle: bool = False) -> Packed:
+        return pack(
+            self.recording.groups,
+            self.recording.credits,
+            budget=budget or self.options.budget,
+            options=PackOptions(drop_idle=drop_idle),
+            device=self.policy.device,
+        )
 
     def ours(self) -> Ours:
         return Ours(self, Optimizer(self.policy.model.parameters(), OPTIM))

@@ -263,15 +263,15 @@ def test_overlap_needs_an_importance_weight(letters_model):
 
 @pytest.fixture
 def packed_groups(monkeypatch) -> list:
-    """The groups of every step, as the loop hands them to `pack`."""
+    """The groups of every step, as the loop hands them to `trainable_rows`."""
     seen = []
-    pack = turnfast.train.pack
+    trainable_rows = turnfast.train.trainable_rows
 
-    def noting(groups, *rest, **options):
+    def noting(groups, credits):
         seen.append(groups)
-        return pack(groups, *rest, **options)
+        return trainable_rows(groups, credits)
 
-    monkeypatch.setattr(turnfast.train, "pack", noting)
+    monkeypatch.setattr(turnfast.train, "trainable_rows", noting)
     return seen
 
 

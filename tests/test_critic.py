@@ -11,6 +11,7 @@ import torch
 from turnfast.config.schema import CriticConfig, LossConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.model import Policy, hidden_states
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.rundir.checkpoint import (
     CheckpointError,
@@ -128,7 +129,7 @@ def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
     for budget, share in ((4096, True), (32, False)):
         policy.model.zero_grad()
         critic.zero_grad()
-        packed = pack(groups, credits, budget=budget, share_prefixes=share)
+        packed = pack(groups, credits, budget=budget, options=PackOptions(share_prefixes=share))
         losses = [critic.loss(hidden_states(policy, b), b) for b in packed.batches]
         sum(losses).backward()
         gradients.append(_gradients(policy, critic))
@@ -188,7 +189,8 @@ def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
     groups, critic = make_groups(4), taught(policy)
     values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
     credits = assign_credits(groups, "mt_ppo", values=values)
-    (batch,) = pack(groups, credits, budget=4096, share_prefixes=False).batches
+    options = PackOptions(share_prefixes=False)
+    (batch,) = pack(groups, credits, budget=4096, options=options).batches
     expected = [
         a for credit in credits for tokens in credit.tokens for a in tokens.advantages or ()
     ]

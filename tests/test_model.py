@@ -1,4 +1,4 @@
-"""Packed rows give the logits of one row at a time, for the families people train."""
+"""Packed rows give the logits of single rows, for each model family; errors at load time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, SMALL, policy_of, whole_rows
-from transformers import (
-    LlamaConfig,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 from turnfast.kernels import linear_logprobs
 
 from turnfast.config.schema import ModelConfig
 from turnfast.errors import ConfigError
-from turnfast.model import attention_backends, hidden_states, load_policy
+from turnfast.model import (
+    attention_backends,
+    check_context_length,
+    hidden_states,
+    load_policy,
+)
 from turnfast.packing.pack import batch_of
 
 LENGTHS = (1, 23, 2, 23, 9, 40)
@@ -37,13 +38,13 @@ def pack_of(lengths, vocab_size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_unpacked(family):
-    """The logits, and the log-probs of the loss head, whose every input this goes through."""
+    """Compare logits and the log-probs of the loss head with one row at a time."""
     policy, batch = policy_of(FAMILIES[family]), pack_of(LENGTHS, 97)
     policy.model.train()
-    place = torch.arange(len(batch.tokens_T))
-    targets = torch.randint(97, place.shape)
+    index = torch.arange(len(batch.tokens_T))
+    targets = torch.randint(97, index.shape)
     hidden = hidden_states(policy, batch)
-    found = linear_logprobs(hidden, policy.head_VD, place, targets, softcap=policy.softcap)
+    found = linear_logprobs(hidden, policy.head_VD, index, targets, softcap=policy.softcap)
     packed = hidden @ policy.head_VD.T
     if policy.softcap:
         packed = policy.softcap * torch.tanh(packed / policy.softcap)
@@ -65,7 +66,7 @@ def test_rows_do_not_see_each_other():
     assert same[:1].all() and same[24:].all() and not same[1:24].any()
 
 
-def test_checkpointing_gives_the_same_gradient():
+def test_gradient_checkpointing_keeps_the_gradient():
     policy, batch = policy_of(FAMILIES["qwen3"]), pack_of(LENGTHS, 97)
 
     def gradient():
@@ -80,12 +81,26 @@ def test_checkpointing_gives_the_same_gradient():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_folder_without_a_model_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path"):
         load_policy(ModelConfig(), tmp_path, torch.device("cpu"))
 
 
-def test_an_attention_backend_that_cannot_run_is_refused(tiny_folder):
+def test_damaged_weights_file_is_an_error(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ConfigError, match=r"model\.path: .*model cannot be loaded as a model"):
+        load_policy(ModelConfig(), tmp_path / "model", torch.device("cpu"))
+
+
+def test_positions_beyond_the_model_are_an_error():
+    architecture = LlamaConfig(**SMALL)
+    check_context_length(architecture, 128)
+    with pytest.raises(ConfigError, match=r"rollout\.max_context: 129 tokens.* = 128"):
+        check_context_length(architecture, 129)
+
+
+def test_attention_backend_that_cannot_run_is_an_error(tiny_folder):
     with pytest.raises(ConfigError, match=r"model\.attention.*CUDA"):
         load_policy(ModelConfig(attention="varlen"), tiny_folder, torch.device("cpu"))
 
@@ -101,7 +116,7 @@ CUDA = torch.device("cuda")
         ("auto", {"layer_types": ["full_attention", "linear_attention"]}, r"linear_attention"),
     ],
 )
-def test_what_a_model_needs_is_asked_for_at_start(attention, changed, message):
+def test_unsupported_attention_is_an_error(attention, changed, message):
     architecture = LlamaConfig(**SMALL)
     for name, value in changed.items():
         setattr(architecture, name, value)
@@ -109,7 +124,7 @@ def test_what_a_model_needs_is_asked_for_at_start(attention, changed, message):
         attention_backends(ModelConfig(attention=attention), architecture, CUDA)
 
 
-def test_the_backends_of_a_wide_head_and_of_float32_on_cuda(monkeypatch):
+def test_backends_of_wide_heads_and_of_float32_on_cuda(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" or None)
     wide = LlamaConfig(**{**SMALL, "head_dim": 512})
     plain = LlamaConfig(**SMALL)
@@ -120,14 +135,14 @@ def test_the_backends_of_a_wide_head_and_of_float32_on_cuda(monkeypatch):
         attention_backends(ModelConfig(dtype="float32", attention="varlen"), plain, CUDA)
 
 
-def test_a_model_without_attention_is_refused(tmp_path):
+def test_model_without_attention_is_an_error(tmp_path):
     config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.path: mamba has layers of type linear"):
         load_policy(ModelConfig(), tmp_path, torch.device("cpu"))
 
 
-def test_liger_where_it_cannot_run_is_refused(tiny_folder, monkeypatch):
+def test_liger_that_cannot_run_is_an_error(tiny_folder, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match=r"model\.liger: .*(CUDA|not installed)"):
@@ -137,8 +152,8 @@ def test_liger_where_it_cannot_run_is_refused(tiny_folder, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_body_equals_the_eager_one(tiny_folder):
-    """On packs of several lengths, rows and trees, with its gradient."""
+def test_compiled_model_equals_the_eager_model(tiny_folder):
+    """Hidden states and gradients, for rows and trees of several lengths."""
     eager = load_policy(ModelConfig(), tiny_folder, torch.device("cpu"))
     compiled = load_policy(ModelConfig(compile=True), tiny_folder, torch.device("cpu"))
     assert eager.body is None and compiled.body is not None

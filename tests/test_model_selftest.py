@@ -1,4 +1,4 @@
-"""A model is the same model over packed rows and trees, or it is refused when it is loaded."""
+"""The check at load time: accept supported models, reject models with other log-probs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from transformers import (
     PhimoeConfig,
     RecurrentGemmaConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from turnfast.kernels.attention import PackedRows, TreeRows
 
-import turnfast.model.attention
-import turnfast.model.policy
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import ModelConfig
 from turnfast.doctor.memory import estimate
 from turnfast.errors import ConfigError
-from turnfast.model import hidden_states, load_policy
+from turnfast.model import ATTENTION, hidden_states, load_policy
 from turnfast.model.attention import packed_forward
 from turnfast.model.selftest import check_logprobs
 from turnfast.packing.pack import batch_of
@@ -45,7 +45,7 @@ def folder_of(tiny_folder, tmp_path):
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # weights as large as trained ones, so that what is left out counts
+                # as large as trained weights, so that a missing feature changes the log-probs
                 parameter.mul_(1.0 if "norm" in name else 4.0)
         model.to(dtype).save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
@@ -56,7 +56,7 @@ def folder_of(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_that_is_computed_is_accepted(family, dtype, folder_of):
+def test_supported_family_is_accepted(family, dtype, folder_of):
     load_policy(ModelConfig(dtype=dtype), folder_of(FAMILIES[family]), CPU)
 
 
@@ -66,17 +66,22 @@ def test_a_model_that_is_computed_is_accepted(family, dtype, folder_of):
         (PhiConfig(**SMALL), r"the output projection of phi has a bias"),
         (Gemma2Config(**SMALL), r"gemma2 caps its attention logits"),
         (RecurrentGemmaConfig(**SMALL), r"recurrent_gemma has layers of type recurrent"),
-        (DOGE, r"doge cannot be run over packed rows, its code fails there: AttributeError"),
         (
             PhimoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
-            r"over packed rows the log-probs of phimoe differ by [\d.]+ on average",
+            r"with packed rows the log-probs of phimoe differ by [\d.]+ on average",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_a_model_that_is_not_computed_is_refused(config, message, folder_of):
+def test_unsupported_family_is_rejected(config, message, folder_of):
     with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
         load_policy(ModelConfig(), folder_of(config), CPU)
+
+
+def test_failing_model_code_names_the_field(folder_of):
+    with pytest.raises(AttributeError) as raised:
+        load_policy(ModelConfig(), folder_of(DOGE), CPU)
+    assert raised.value.__notes__ == ["model.path: doge fails with packed rows; use another model"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,7 @@ def test_a_model_that_is_not_computed_is_refused(config, message, folder_of):
     ],
     ids=["phi", "recurrent_gemma"],
 )
-def test_a_dry_run_refuses_what_shows_without_weights(config, message, tmp_path):
+def test_dry_run_rejects_a_model_without_its_weights(config, message, tmp_path):
     config.save_pretrained(tmp_path)
     rollout = {"max_context": 64, "max_new_tokens": 16}
     recipe = {"model": {"path": str(tmp_path)}, "rollout": rollout, "train": {"device": "cpu"}}
@@ -95,55 +100,61 @@ def test_a_dry_run_refuses_what_shows_without_weights(config, message, tmp_path)
         estimate(build_config(recipe))
 
 
-def leak(module, inputs, out):
+def mix_rows(module, inputs, out):
     return (out[0] if isinstance(out, tuple) else out).cumsum(1)
 
 
-def shift(module, inputs, out):
+def shift_logits(module, inputs, out):
     return out + torch.arange(out.shape[-1])
 
 
-def noise(module, inputs, out):
+def dropout(module, inputs, out):
     return torch.nn.functional.dropout(out, 0.1, module.training)
 
 
 @pytest.mark.parametrize(
     ("part", "fault"),
-    [("model.layers.0.mlp", leak), ("lm_head", shift), ("model.layers.1.mlp", noise)],
+    [
+        ("model.layers.0.mlp", mix_rows),
+        ("lm_head", shift_logits),
+        ("model.layers.1.mlp", dropout),
+    ],
 )
-def test_what_no_name_is_known_for_is_refused(part, fault):
-    """State that runs from row to row, other logits, and what only happens in training."""
+def test_other_log_probs_are_rejected(part, fault):
+    """State carried from row to row, changed logits, and dropout in training mode only."""
     policy = policy_of(FAMILIES["llama"])
     policy.model.train()
     check_logprobs(policy)
     policy.model.get_submodule(part).register_forward_hook(fault)
-    with pytest.raises(ConfigError, match=r"log-probs of llama differ by [\d.]+ .*take another"):
+    with pytest.raises(ConfigError, match=r"log-probs of llama differ by [\d.]+ .*use another"):
         check_logprobs(policy)
 
 
 @pytest.mark.parametrize("changed", [{"softcap": 0.1}, {"logit_scale": 0.5}])
-def test_logits_other_than_the_model_s_own_are_refused(changed):
-    with pytest.raises(ConfigError, match=r"differ by [\d.]+ on average .*rounding allows 0\.0001"):
+def test_wrong_logit_settings_are_rejected(changed):
+    with pytest.raises(ConfigError, match=r"differ by [\d.]+ on average .*more than 0\.0001"):
         check_logprobs(replace(policy_of(FAMILIES["qwen3"]), **changed))
 
 
-@pytest.mark.parametrize("function", ["packed_attention", "tree_attention"])
+@pytest.mark.parametrize("layout", ["packed rows", "a prefix tree"])
 @pytest.mark.parametrize("window", [5, 70, 100])
-def test_a_window_that_is_not_kept_is_refused(window, function, monkeypatch):
+def test_ignored_window_is_rejected(window, layout):
     policy = policy_of(MistralConfig(**{**SMALL, "initializer_range": 0.3}, sliding_window=window))
     check_logprobs(policy)
-    attend = getattr(turnfast.model.attention, function)
+    rows_type = PackedRows if layout == "packed rows" else TreeRows
 
-    def with_all(*qkv_rows, scale, window):
-        return attend(*qkv_rows, scale=scale)
+    def remove_window(module, args, options):
+        if isinstance(options.get("packed_rows"), rows_type):
+            return args, {**options, "attention_mask": 0}
+        return None
 
-    monkeypatch.setattr(turnfast.model.attention, function, with_all)
-    shape = "packed rows" if function == "packed_attention" else "a prefix tree"
-    with pytest.raises(ConfigError, match=f"over {shape} the log-probs of mistral differ"):
+    for layer in policy.model.model.layers:
+        layer.self_attn.register_forward_pre_hook(remove_window, with_kwargs=True)
+    with pytest.raises(ConfigError, match=f"with {layout} the log-probs of mistral differ"):
         check_logprobs(policy)
 
 
-def test_damaged_weights_are_called_so():
+def test_damaged_weights_are_rejected():
     policy = policy_of(FAMILIES["llama"])
     with torch.no_grad():
         policy.model.model.norm.weight[0] = torch.nan
@@ -151,7 +162,7 @@ def test_damaged_weights_are_called_so():
         check_logprobs(policy)
 
 
-def test_it_leaves_the_model_and_the_random_numbers_as_they_are():
+def test_check_changes_neither_model_nor_random_state():
     policy = policy_of(FAMILIES["qwen3"])
     for training in (True, False):
         policy.model.train(training)
@@ -159,15 +170,15 @@ def test_it_leaves_the_model_and_the_random_numbers_as_they_are():
         check_logprobs(policy)
         assert torch.equal(before, torch.get_rng_state())
         assert policy.model.training is training
-        assert policy.model.config._attn_implementation == "turnfast"
+        assert policy.model.config._attn_implementation == ATTENTION
         assert all(p.grad is None for p in policy.model.parameters())
 
 
-def test_a_packed_forward_without_rows_is_refused():
+def test_packed_forward_without_rows_is_an_error():
     policy = policy_of(FAMILIES["llama"])
     ids = torch.arange(8)[None]
     policy.model(ids)
-    with packed_forward(), pytest.raises(NotImplementedError, match="LlamaAttention does not pass"):
+    with packed_forward(), pytest.raises(ConfigError, match="LlamaAttention does not pass"):
         policy.model(ids)
 
 
@@ -179,7 +190,7 @@ def test_a_packed_forward_without_rows_is_refused():
     ],
     ids=["gpt2", "opt"],
 )
-def test_dropout_is_off_and_stays_in_the_config(config, name, folder_of):
+def test_dropout_is_off_and_kept_in_the_config(config, name, folder_of):
     policy = load_policy(ModelConfig(), folder_of(config), CPU)
     batch = batch_of(whole_rows([[5, 6, 7, 8], [5, 6, 9]]), [1.0] * 2, "cpu")
     assert policy.model.training
@@ -187,13 +198,17 @@ def test_dropout_is_off_and_stays_in_the_config(config, name, folder_of):
     assert getattr(policy.model.config, name) == 0.3
 
 
-def test_a_mask_of_the_model_s_own_is_refused():
-    policy = policy_of(FAMILIES["llama"])
-    rows = turnfast.model.policy._attention_rows(
-        policy, batch_of(whole_rows([[5, 6]]), [1.0], "cpu")
-    )
-    q = torch.zeros(1, 4, 2, 8)
-    with pytest.raises(NotImplementedError, match="a mask of its own"):
-        turnfast.model.attention._attend(
-            policy.model, q, q, q, torch.ones(1, 1, 2, 2), packed_rows=rows
-        )
+@pytest.mark.parametrize(
+    ("mask", "options", "message"),
+    [
+        (torch.ones(1, 1, 2, 2), {}, "makes its own attention mask"),
+        (None, {"softcap": 3.0}, "attention with softcap"),
+        (None, {"s_aux": torch.zeros(4)}, "attention with s_aux"),
+        (None, {"dropout": 0.1}, "attention with dropout"),
+    ],
+)
+def test_unsupported_attention_is_an_error(mask, options, message):
+    rows = PackedRows(cu_seqlens=torch.tensor([0, 2]).int(), lengths=(2,), backend="sdpa")
+    q, module = torch.zeros(1, 4, 2, 8), torch.nn.Identity()
+    with pytest.raises(ConfigError, match=rf"^model\.path: Identity .*{message}"):
+        ALL_ATTENTION_FUNCTIONS[ATTENTION](module, q, q, q, mask, packed_rows=rows, **options)

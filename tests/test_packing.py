@@ -1,9 +1,10 @@
-"""What is packed is what was sampled, and no cut of a step changes its gradient."""
+"""Packing keeps every sampled token, and no cut into micro-batches changes the gradient."""
 
 from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from turnfast.kernels.extension import load_error
 from turnfast.errors import OutOfMemory
 from turnfast.model import Policy, hidden_states
 from turnfast.model.architecture import attention_span_of
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack
-from turnfast.packing.rows import Rows, rows_of, without_idle_ends
+from turnfast.packing.rows import Rows, drop_idle_ends, rows_of
 from turnfast.types import Batch, Credit, Group, Status, Task, Trajectory, Turn
 
 VOCAB = 61
@@ -58,7 +60,7 @@ def group_of(task: str, rollouts, statuses=None) -> Group:
 def random_step(
     seed: int, groups: int = 3, size: int = 4, restarts: float = 0.15
 ) -> tuple[list[Group], list[Credit]]:
-    """Groups with a common system prompt, a prompt each, and turns that repeat each other."""
+    """Draw groups with one system prompt, a prompt per group, and turns with common beginnings."""
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(VOCAB) for _ in range(n)]
     system, made, credits = ids(9), [], []
@@ -82,7 +84,7 @@ def random_step(
 def step_gradient(
     policy: Policy, batches: tuple[Batch, ...], *, sequences: bool = False
 ) -> tuple[float, torch.Tensor]:
-    """Of the token ratio on policy, or of whole sequences against what sampled them."""
+    """Loss and gradient with the token ratio on policy, or with the sequence ratio."""
     policy.model.zero_grad()
     loss = 0.0
     for batch in batches:
@@ -105,15 +107,15 @@ def step_gradient(
 
 
 def one_at_a_time(policy: Policy, groups, credits, weight_of) -> tuple[float, torch.Tensor]:
-    """The specification: transformers' own forward on each context, log-softmax, autograd."""
+    """Reference: transformers' forward on each context, log-softmax, autograd."""
     policy.model.zero_grad()
     total = torch.zeros(())
     for group, credit in zip(groups, credits, strict=True):
-        for i, (played, advantages) in enumerate(
+        for i, (rollout, advantages) in enumerate(
             zip(group.trajectories, credit.advantages, strict=True)
         ):
             context: list[int] = []
-            for k, one in enumerate(played.turns):
+            for k, one in enumerate(rollout.turns):
                 context = [*([] if one.restart else context), *one.prompt_ids]
                 begin, context = len(context), [*context, *one.sampled_ids]
                 if not one.sampled_ids:
@@ -134,7 +136,7 @@ def assert_same(a: tuple[float, torch.Tensor], b: tuple[float, torch.Tensor], bu
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
-def test_gradient_is_that_of_one_sequence_at_a_time(policy, normalizer):
+def test_gradient_equals_one_sequence_at_a_time(policy, normalizer):
     groups, credits = random_step(1)
     trained = [
         t for g, c in zip(groups, credits, strict=True) if c.has_signal for t in g.trajectories
@@ -152,12 +154,13 @@ def test_gradient_is_that_of_one_sequence_at_a_time(policy, normalizer):
         }[normalizer]
 
     expected = one_at_a_time(policy, groups, credits, weight_of)
-    packed = pack(groups, credits, budget=100, normalizer=normalizer, constant=32.0)
+    options = PackOptions(normalizer=normalizer, constant=32.0)
+    packed = pack(groups, credits, budget=100, options=options)
     assert len(packed.batches) > 1
     assert_same(step_gradient(policy, packed.batches), expected)
 
 
-def test_the_budget_does_not_change_the_gradient(policy):
+def test_budget_does_not_change_the_gradient(policy):
     groups, credits = random_step(2)
     whole = step_gradient(policy, pack(groups, credits, budget=10_000).batches)
     assert whole[1].abs().max() > 1e-4
@@ -167,63 +170,64 @@ def test_the_budget_does_not_change_the_gradient(policy):
         assert_same(step_gradient(policy, packed.batches), whole)
 
 
-def test_the_weights_of_a_step_are_its_normaliser():
+def test_weights_of_a_step_sum_to_its_normalizer():
     groups, credits = random_step(3)
-    played = [t for g in groups for t in g.trajectories]
 
     def total(name: str, constant: float = 1.0) -> float:
-        packed = pack(groups, credits, budget=80, normalizer=name, constant=constant)
+        options = PackOptions(normalizer=name, constant=constant)
+        packed = pack(groups, credits, budget=80, options=options)
         return float(sum(batch.weights_N.sum() for batch in packed.batches))
 
     assert total("token") == pytest.approx(1.0, abs=1e-6)
     assert total("sequence") == pytest.approx(1.0, abs=1e-6)
-    speaking = [t for t in played if t.num_sampled]
-    mean_length = sum(t.num_sampled for t in speaking) / len(speaking)
+    lengths = [t.num_sampled for g in groups for t in g.trajectories if t.num_sampled]
+    mean_length = sum(lengths) / len(lengths)
     assert total("constant", 50.0) == pytest.approx(mean_length / 50.0, abs=1e-6)
     with pytest.raises(ValueError, match="normalizer"):
         total("mean")
 
 
-def test_groups_without_signal_and_failed_rollouts_are_left_out_of_the_denominator():
+def test_groups_without_signal_and_failed_rollouts_do_not_count_in_the_normalizer():
     groups, credits = random_step(4, groups=2)
     silent = Credit(rule="test", advantages=tuple((0.0,) * len(r) for r in credits[1].advantages))
-    loud = groups[0]
+    trained = groups[0]
     failed = Group(
-        task=loud.task,
+        task=trained.task,
         trajectories=(
-            *loud.trajectories,
-            trajectory(loud.task.id, 9, [turn([1, 2], [3] * 20)], status="error"),
+            *trained.trajectories,
+            trajectory(trained.task.id, 9, [turn([1, 2], [3] * 20)], status="error"),
         ),
     )
     with_failed = Credit(rule="test", advantages=(*credits[0].advantages, (5.0,)))
     packed = pack([failed, groups[1]], [with_failed, silent], budget=1000)
-    alone = pack([loud], [credits[0]], budget=1000)
-    assert packed.zero_signal_groups == 1 and alone.zero_signal_groups == 0
-    assert packed.num_targets == alone.num_targets == sum(t.num_sampled for t in loud.trajectories)
+    alone = pack([trained], [credits[0]], budget=1000)
+    assert (
+        packed.num_targets == alone.num_targets == sum(t.num_sampled for t in trained.trajectories)
+    )
     (a,), (b,) = packed.batches, alone.batches
     for name in ("tokens_T", "positions_T", "rows_N", "targets_N", "turns_N", "weights_N"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_nothing_to_train_is_no_batch():
+def test_no_signal_gives_no_batch():
     groups, _ = random_step(5, groups=1)
     silent = [
         Credit(rule="t", advantages=tuple((0.0,) * len(t.turns) for t in groups[0].trajectories))
     ]
     packed = pack(groups, silent, budget=100)
-    assert packed.batches == () and packed.num_tokens == 0 and packed.zero_signal_groups == 1
+    assert packed.batches == () and packed.num_tokens == 0
     assert pack([], [], budget=100).batches == ()
 
 
-def test_every_sampled_token_is_a_target_once_in_order():
+def test_each_sampled_token_is_one_target_in_order():
     groups, credits = random_step(6)
     packed = pack(groups, credits, budget=120)
     expected = sorted(
-        (played.turns[k].sampled_ids, a)
+        (rollout.turns[k].sampled_ids, a)
         for group, credit in zip(groups, credits, strict=True)
-        for played, advantages in zip(group.trajectories, credit.advantages, strict=True)
+        for rollout, advantages in zip(group.trajectories, credit.advantages, strict=True)
         for k, a in enumerate(advantages)
-        if credit.has_signal and played.turns[k].sampled_ids
+        if credit.has_signal and rollout.turns[k].sampled_ids
     )
     found = []
     for batch in packed.batches:
@@ -235,14 +239,15 @@ def test_every_sampled_token_is_a_target_once_in_order():
     assert packed.num_targets == sum(len(ids) for ids, _ in expected)
 
 
-def test_the_budget_does_not_part_a_sequence(policy):
-    """Templates that rewrote earlier turns, and a ratio of whole sequences."""
+def test_budget_does_not_split_a_trajectory(policy):
+    """Trajectories with several rows, and the sequence ratio."""
     groups, credits = random_step(13, groups=4, restarts=0.8)
-    played = [t for g in groups for t in g.trajectories]
-    assert sum(any(one.restart for one in t.turns) for t in played) >= 4
+    rollouts = [t for g in groups for t in g.trajectories]
+    assert sum(any(one.restart for one in t.turns) for t in rollouts) >= 4
 
-    def packed(budget: int, **options) -> Packed:
-        return pack(groups, credits, budget=budget, whole_trajectories=True, **options)
+    def packed(budget: int, share_prefixes: bool = True) -> Packed:
+        options = PackOptions(whole_trajectories=True, share_prefixes=share_prefixes)
+        return pack(groups, credits, budget=budget, options=options)
 
     whole = step_gradient(policy, packed(10_000).batches, sequences=True)
     assert whole[1].abs().max() > 1e-3
@@ -254,7 +259,7 @@ def test_the_budget_does_not_part_a_sequence(policy):
             assert_same(step_gradient(policy, cut.batches, sequences=True), whole)
 
 
-def test_what_must_stay_together_and_does_not_fit_is_refused_with_the_way_out():
+def test_rows_above_the_budget_are_an_error():
     group = group_of("t", [[turn(range(30), [1, 2])], [turn(range(30), [3])]])
     credit = Credit(rule="t", advantages=((1.0,), (-1.0,)))
     assert pack([group], [credit], budget=31).num_targets == 3
@@ -264,29 +269,29 @@ def test_what_must_stay_together_and_does_not_fit_is_refused_with_the_way_out():
     rewritten = turn([*range(20), 40, 41], [4, 5], restart=True)
     group = group_of("t", [[turn(range(30), [3])], [turn(range(30), [1, 2]), rewritten]])
     credit = Credit(rule="t", advantages=((-1.0,), (1.0, 1.0)))
-    options = {"whole_trajectories": True}
+    options = PackOptions(whole_trajectories=True)
     assert len(pack([group], [credit], budget=31).batches) == 2
-    # 31 and 23 tokens, of which 20 are the same
-    assert len(pack([group], [credit], budget=34, **options).batches) == 1
-    with pytest.raises(OutOfMemory, match=r"trajectory 1 has 2 rows of together 34.*loss\.ratio"):
-        pack([group], [credit], budget=33, **options)
-    options["share_prefixes"] = False
-    assert len(pack([group], [credit], budget=54, **options).batches) == 2
-    with pytest.raises(OutOfMemory, match=r"2 rows of together 54 tokens.*= 53"):
-        pack([group], [credit], budget=53, **options)
+    # 31 and 23 tokens, 20 of them shared
+    assert len(pack([group], [credit], budget=34, options=options).batches) == 1
+    with pytest.raises(OutOfMemory, match=r"trajectory 1 has 2 rows with 34 tokens.*loss\.ratio"):
+        pack([group], [credit], budget=33, options=options)
+    options = PackOptions(whole_trajectories=True, share_prefixes=False)
+    assert len(pack([group], [credit], budget=54, options=options).batches) == 2
+    with pytest.raises(OutOfMemory, match=r"2 rows with 54 tokens in total.*= 53"):
+        pack([group], [credit], budget=53, options=options)
 
 
 def lists(rows: Rows) -> dict[str, list]:
     return {name: getattr(rows, name).tolist() for name in Rows.__slots__}
 
 
-def test_rows_by_hand():
+def test_rows_example():
     first = [turn([1, 2], [3, 4]), turn([1, 9], [8], restart=True), turn([7], [6])]
     silent = [turn([1], [])]
     last = [turn([1, 2, 3], []), turn([4], [5, 6]), turn([7], [])]
     rows = rows_of([first, silent, last], [1.0, 2.0, 3.0, 9.0, 0.5, -0.5, 0.25])
     found = lists(rows)
-    # what a turn without tokens was given is still there for those after it
+    # the prompt of a turn without sampled tokens stays in the row
     assert found["tokens_T"] == [1, 2, 3, 1, 9, 8, 7, 1, 2, 3, 4, 5]
     assert found["lengths_S"] == [3, 4, 5]
     assert found["num_targets_S"] == [2, 2, 2] and found["num_turns_S"] == [1, 2, 3]
@@ -299,22 +304,22 @@ def test_rows_by_hand():
     assert found["values_N"] == found["value_targets_N"] == []
     assert lists(rows.take([2, 0]))["tokens_T"] == [1, 2, 3, 4, 5, 1, 2, 3]
     assert len(rows_of([silent], [1.0])) == len(rows_of([], [])) == 0
-    with pytest.raises(ValueError, match="advantages: 2 for 3 turns"):
+    with pytest.raises(ValueError, match="advantages: expected 3, one per turn, got 2"):
         rows_of([first], [1.0, 2.0])
 
 
-def test_idle_ends_by_hand():
+def test_drop_idle_ends_example():
     turns = [turn([1, 2], [3]), turn([4], [5, 6]), turn([7], [8])]
     rows = rows_of([turns, turns, turns], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-    found = lists(without_idle_ends(rows))
+    found = lists(drop_idle_ends(rows))
     assert found["tokens_T"] == [1, 2, 1, 2, 3, 4, 5] and found["lengths_S"] == [2, 5]
     assert found["num_targets_S"] == [1, 3] and found["num_turns_S"] == [3, 3]
     assert found["targets_N"] == [3, 3, 5, 6] and found["trajectories_S"] == [1, 2]
-    assert len(without_idle_ends(rows_of([turns], [0.0, 0.0, 0.0]))) == 0
+    assert len(drop_idle_ends(rows_of([turns], [0.0, 0.0, 0.0]))) == 0
 
 
 @pytest.mark.parametrize("turns", [[turn([], [1])], [turn([1], [2]), turn([], [3], restart=True)]])
-def test_a_turn_without_context_is_refused(turns):
+def test_turn_without_context_is_an_error(turns):
     with pytest.raises(ValueError, match=f"turn {len(turns) - 1} of trajectory 1 has no prompt"):
         rows_of([[turn([1], [2])], turns], [1.0] * (1 + len(turns)))
 
@@ -325,12 +330,16 @@ def test_a_turn_without_context_is_refused(turns):
     budget=st.sampled_from([70, 110, 10_000]),
     normalizer=st.sampled_from(["token", "sequence", "constant"]),
 )
-def test_sharing_prefixes_and_dropping_idle_ends_change_nothing(policy, seed, budget, normalizer):
+def test_shared_prefixes_and_dropped_ends_keep_the_gradient(policy, seed, budget, normalizer):
     groups, credits = random_step(seed)
-    options = {"normalizer": normalizer, "constant": 20.0}
-    plain = pack(groups, credits, budget=10_000, share_prefixes=False, **options)
-    shared = pack(groups, credits, budget=budget, **options)
-    lean = pack(groups, credits, budget=budget, drop_idle=True, **options)
+    options = PackOptions(normalizer=normalizer, constant=20.0)
+    rows_only, without_idle = (
+        replace(options, share_prefixes=False),
+        replace(options, drop_idle=True),
+    )
+    plain = pack(groups, credits, budget=10_000, options=rows_only)
+    shared = pack(groups, credits, budget=budget, options=options)
+    lean = pack(groups, credits, budget=budget, options=without_idle)
     assert plain.shared_prefix.value == 0.0 and plain.num_tokens == plain.num_tokens_total
     assert shared.num_tokens_total == plain.num_tokens and shared.num_targets == plain.num_targets
     assert lean.num_tokens_total + lean.num_idle_tokens == plain.num_tokens
@@ -341,13 +350,13 @@ def test_sharing_prefixes_and_dropping_idle_ends_change_nothing(policy, seed, bu
     assert_same(step_gradient(policy, lean.batches), expected, 1e-5)
 
 
-def test_computed_tokens_are_the_distinct_ones():
+def test_each_distinct_token_is_computed_once():
     groups, credits = random_step(11)
     contexts = set()
     for group, credit in zip(groups, credits, strict=True):
-        for played in group.trajectories if credit.has_signal else ():
+        for rollout in group.trajectories if credit.has_signal else ():
             context: list[int] = []
-            for one in played.turns:
+            for one in rollout.turns:
                 context = [*([] if one.restart else context), *one.prompt_ids]
                 for token in one.sampled_ids:
                     contexts |= {tuple(context[: n + 1]) for n in range(len(context))}
@@ -360,37 +369,48 @@ def test_computed_tokens_are_the_distinct_ones():
     cut = pack(groups, credits, budget=90)
     assert len(contexts) < cut.num_tokens < packed.num_tokens_total
     assert max(len(batch.tokens_T) for batch in cut.batches) <= 90
-    plain = pack(groups, credits, budget=10_000, share_prefixes=False)
+    plain = pack(groups, credits, budget=10_000, options=PackOptions(share_prefixes=False))
     assert plain.num_tokens == plain.num_tokens_total
     for each in (cut, plain):
         laid_out = sum(batch.tokens_T.numel() for batch in each.batches)
         assert each.padding.value == pytest.approx((laid_out - len(contexts)) / laid_out)
 
 
-def test_an_idle_rollout_costs_nothing_but_its_place_in_the_denominator():
+def test_idle_rollout_counts_only_in_the_normalizer():
     turns = [turn([1, 2, 3], [4, 5]), turn([6], [7, 8, 9])]
     other = [turn([1, 2, 3], [4, 9]), turn([6], [7, 8, 9])]
     group = group_of("t", [turns, other])
     credit = Credit(rule="t", advantages=((1.0, 0.0), (0.0, 0.0)))
-    packed = pack([group], [credit], budget=100, drop_idle=True)
+    packed = pack([group], [credit], budget=100, options=PackOptions(drop_idle=True))
     (batch,) = packed.batches
     assert batch.tokens_T.tolist() == [1, 2, 3, 4] and batch.targets_N.tolist() == [4, 5]
     assert batch.weights_N.tolist() == pytest.approx([0.1, 0.1])
     assert packed.num_idle_tokens == 4 + 8 and packed.num_tokens_total == 4
 
 
+@pytest.mark.parametrize("budget", [90, 10_000])
+def test_max_seqlen_is_the_longest_row_or_path(budget):
+    groups, credits = random_step(11)
+    for share_prefixes in (True, False):
+        options = PackOptions(share_prefixes=share_prefixes)
+        for batch in pack(groups, credits, budget=budget, options=options).batches:
+            assert batch.max_seqlen == int(batch.positions_T.max()) + 1
+            longest = int(batch.cu_seqlens.diff().max())
+            assert longest >= batch.max_seqlen if share_prefixes else longest == batch.max_seqlen
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_attention_costs_by_hand(tied):
+def test_attention_span_example(tied):
     sizes = {**SMALL, "vocab_size": VOCAB, "tie_word_embeddings": tied}
     span = attention_span_of(policy_of(Qwen3Config(**sizes)).model)
-    # q, k, v, o of 4 and 2 heads of 8, three matrices of 48, and the head, in multiplications
+    # weights of q, k, v, o with 4 and 2 heads of 8, and of three MLP matrices of width 48
     layer = 32 * (4 + 2 + 2 + 4) * 8 + 3 * 32 * 48
     assert span == (2 * layer + VOCAB * 32) // (2 * 2 * 32)
 
 
 @pytest.mark.skipif(load_error() is not None, reason="the C++ extension is not built")
-def test_a_million_tokens_are_packed_in_little_time():
-    """0.2 s is the aim, which bench/packing.py measures; a loaded machine gets twice that."""
+def test_a_million_tokens_pack_within_half_a_second():
+    """bench/packing.py measures it; the bound here is twice the target of 0.2 s."""
     ids = tuple(range(1000, 1100))
     turns = tuple(turn(ids, ids) for _ in range(5))
     groups, credits = [], []

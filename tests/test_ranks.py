@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,9 @@ from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.errors import ConfigError, RankError, SyncError, TrainingError
 from turnfast.model import Policy, load_policy
-from turnfast.packing.pack import Packed, pack
+from turnfast.packing.options import PackOptions
+from turnfast.packing.pack import Packed, pack, pack_step, trainable_rows
+from turnfast.packing.rows import join_ranks
 from turnfast.parallel.ranks import ALONE, Ranks, checksum, open_ranks
 from turnfast.rollout.prompts import open_queue
 from turnfast.run import open_run
@@ -63,6 +65,18 @@ def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
         return list(pool.map(one, range(size)))
 
 
+def pack_on(ranks: Ranks, groups: Sequence[Group], budget: int, **options: Any) -> Packed:
+    """Pack this rank's share of the rows of all ranks."""
+    rows = trainable_rows(groups, assign_credits(groups, "mt_grpo"))
+    return pack_step(
+        join_ranks(ranks.all_gather_arrays(rows.arrays())),
+        budget=budget,
+        options=PackOptions(**options),
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
+
+
 def load(folder: Path) -> Policy:
     with LOADING:  # transformers loads one model at a time
         return load_policy(ModelConfig(), folder, torch.device("cpu"))
@@ -91,9 +105,8 @@ def two_steps(
         groups = ranks.shard([*make_groups(seed), *make_groups(seed + 10)])
         if rewritten:
             groups = [rewritten_late(group) for group in groups]
-        credits = assign_credits(groups, "mt_grpo")
         whole = loss.ratio == "sequence"
-        packed = pack(groups, credits, budget=64, whole_trajectories=whole, ranks=ranks)
+        packed = pack_on(ranks, groups, budget=64, whole_trajectories=whole)
         updates.append(update(Learner(policy=policy, optimizer=optimizer), packed.batches, loss))
     weights = [p.detach().clone() for p in policy.model.parameters()]
     return Stepped(
@@ -223,7 +236,7 @@ def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
     def tokens(ranks: Ranks) -> tuple[int, int]:
         # all that there is comes from one rank
         groups = [*make_groups(1), *make_groups(2)] if ranks.is_leader else []
-        packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=1024, ranks=ranks)
+        packed = pack_on(ranks, groups, budget=1024)
         return packed.num_tokens, packed.num_targets
 
     counts = on_ranks(3, tokens)
@@ -248,8 +261,7 @@ def test_rows_that_share_nothing_are_balanced_by_what_they_cost_alone():
             )
             for g, length in enumerate((600, 60, 60, 60) if ranks.is_leader else ())
         ]
-        credits = assign_credits(groups, "mt_grpo")
-        return pack(groups, credits, budget=6000, share_prefixes=False, ranks=ranks).num_tokens
+        return pack_on(ranks, groups, budget=6000, share_prefixes=False).num_tokens
 
     counts = on_ranks(4, tokens)
     assert counts == [2 * 603 + 6 * 63] * 4

@@ -23,6 +23,7 @@ from turnfast.envs import Outcome, Reward, Step, Task, ToolEnv, tool
 from turnfast.errors import Interrupted, RolloutError
 from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rollouts import summarise
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.rollout.groups import collect_groups
 from turnfast.rollout.schedule import Prompt, Quota
@@ -775,7 +776,7 @@ def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes
         )
         for g in groups
     ]
-    packed = pack(groups, credits, budget=512, share_prefixes=share_prefixes)
+    packed = pack(groups, credits, budget=512, options=PackOptions(share_prefixes=share_prefixes))
     trained = [item for batch in packed.batches for item in contexts(batch)]
     expected = sorted(
         (prompt_ids + ids[:i], ids[i], round(logprobs[i], 4))

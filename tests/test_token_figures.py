@@ -11,6 +11,7 @@ import torch
 
 from turnfast.credit import assign_credits
 from turnfast.metrics.reduce import values_of
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.types import Group, Status, Task, Trajectory, Turn
 from turnfast.update.by_turn import by_turn, drawn_kl
@@ -48,7 +49,12 @@ def groups_of(seed: int, *, restarts: bool) -> list[Group]:
 @pytest.mark.parametrize("share_prefixes", [False, True])
 def test_means_are_those_of_the_turns(restarts, share_prefixes):
     groups = groups_of(1, restarts=restarts)
-    packed = pack(groups, assign_credits(groups), budget=24, share_prefixes=share_prefixes)
+    packed = pack(
+        groups,
+        assign_credits(groups),
+        budget=24,
+        options=PackOptions(share_prefixes=share_prefixes),
+    )
     assert len(packed.batches) > 1
     figures = by_turn("x", [batch.sampler_logprobs_N for batch in packed.batches], packed.batches)
     columns: dict[str, list[float]] = {}

@@ -15,6 +15,7 @@ from turnfast.config.schema import LossConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.errors import TrainingError
 from turnfast.model import hidden_states
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack
 from turnfast.types import Group, Status, Trajectory
 from turnfast.update.learner import Learner
@@ -32,7 +33,9 @@ def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
         for group, credit in zip(groups, credits, strict=True)
         for trajectory, advantages in zip(group.trajectories, credit.advantages, strict=True)
     ]
-    return pack(groups, credits, budget=budget, normalizer=normalizer), sequences
+    return pack(
+        groups, credits, budget=budget, options=PackOptions(normalizer=normalizer)
+    ), sequences
 
 
 def plain_logprobs(model, trajectory: Trajectory, softcap: float | None = None) -> torch.Tensor:
@@ -262,7 +265,7 @@ def test_a_step_without_signal_changes_nothing(policy):
         for group in groups
     ]
     packed: Packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=64)
-    assert packed.batches == () and packed.zero_signal_groups == 2
+    assert packed.batches == ()
     start = [p.detach().clone() for p in policy.model.parameters()]
     optimizer = optimizer_of(policy)
     done = update(
@@ -340,7 +343,7 @@ def test_many_small_bf16_micro_batches_are_as_good_as_a_large_one():
     groups = [group for seed in range(40) for group in make_groups(seed)]
     credits = assign_credits(groups, "mt_grpo")
     many, one = (
-        pack(groups, credits, budget=budget, share_prefixes=False).batches
+        pack(groups, credits, budget=budget, options=PackOptions(share_prefixes=False)).batches
         for budget in (32, 1 << 20)
     )
     assert len(many) > 100 and len(one) == 1

@@ -15,7 +15,9 @@ from .metrics.rewards import diagnose
 from .metrics.rollouts import summarise
 from .metrics.stopwatch import Stopwatch
 from .model.architecture import attention_span_of
-from .packing.pack import Packed, pack
+from .packing.options import PackOptions
+from .packing.pack import Packed, pack_step, trainable_rows
+from .packing.rows import join_ranks
 from .parallel.ranks import open_ranks
 from .report import write_report
 from .report.console import Progress
@@ -145,21 +147,29 @@ def _credit(run: Run, groups: Sequence[Group]) -> list[Credit]:
 
 
 def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
-    config = run.config
-    return pack(
-        groups,
-        credits,
-        budget=config.train.tokens_per_microbatch,
+    """Pack this rank's share of the rows of all ranks."""
+    config, ranks = run.config, run.ranks
+    options = PackOptions(
         normalizer=config.loss.normalizer,
         constant=config.rollout.max_new_tokens * config.env.max_turns,
-        device=run.policy.device,
         share_prefixes=config.train.share_prefixes,
-        # a token without advantage still teaches the critic
+        # the critic learns from tokens without an advantage too
         drop_idle=not needs_every_token(config.loss) and run.critic is None,
         whole_trajectories=config.loss.ratio == "sequence",
         attention_span=attention_span_of(run.policy.model),
-        ranks=run.ranks,
     )
+    with ranks.share_errors():
+        own_rows = trainable_rows(groups, credits)
+    rows = join_ranks(ranks.all_gather_arrays(own_rows.arrays()))
+    with ranks.share_errors():
+        return pack_step(
+            rows,
+            budget=config.train.tokens_per_microbatch,
+            options=options,
+            device=run.policy.device,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+        )
 
 
 def _update(run: Run, packed: Packed) -> Update:

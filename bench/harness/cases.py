@@ -14,15 +14,16 @@ from harness.synthetic import synthesize
 
 from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
 from turnfast.model import hidden_states
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
-WAYS: dict[str, dict[str, bool]] = {
-    "rows": {"share_prefixes": False},
-    "trees": {"share_prefixes": True},
-    "lean": {"share_prefixes": True, "drop_idle": True},
+WAYS: dict[str, PackOptions] = {
+    "rows": PackOptions(share_prefixes=False),
+    "trees": PackOptions(),
+    "lean": PackOptions(drop_idle=True),
 }
 
 
@@ -83,7 +84,7 @@ class Bench:
     def pack(self, way: str, budget: int | None = None) -> Packed:
         groups, credits = self.recording.groups, self.recording.credits
         budget = budget or self.budget
-        return pack(groups, credits, budget=budget, device=self.device, **WAYS[way])
+        return pack(groups, credits, budget=budget, device=self.device, options=WAYS[way])
 
     def model(self, packed: Packed) -> None:
         """Forward and backward up to the hidden states, without the loss head."""

@@ -25,10 +25,10 @@ from ..credit import check_rule
 from ..kernels.attention.tiles import queries_per_tile
 from ..model import (
     attention_backends,
+    check_context_length,
+    check_modules,
     dtype_of,
     pick_device,
-    refuse_long_context,
-    refuse_unsupported,
 )
 from ..model.folder import architecture_of
 from ..model.lora import add_adapter
@@ -110,10 +110,10 @@ def estimate(config: Config) -> Estimate:
     dtype = dtype_of(config.model, device)
     architecture = architecture_of(config)
     attention_backends(config.model, architecture, device)
-    refuse_long_context(architecture, config.rollout.max_context)
+    check_context_length(architecture, config.rollout.max_context)
     with torch.device("meta"):
         model = AnyModel.from_config(architecture, dtype=dtype, attn_implementation=ATTENTION)
-        refuse_unsupported(model)
+        check_modules(model)
         add_adapter(model, config.model.lora, seed=config.train.seed)
     head = model.get_output_embeddings().weight
     if config.model.freeze_head:

@@ -1,13 +1,12 @@
-"""Any Hugging Face causal language model, run over packed rows up to its last hidden state.
+"""Run any Hugging Face causal language model over packed rows, up to its last hidden states.
 
-The model keeps its own code. Attention enters through transformers' attention interface: with row
-boundaries the kernels' packed attention answers, without them (generation, probes) transformers'
-own SDPA does, so one module serves both. Logits are never made here; the loss head takes the hidden
-states and the head's weight. Whether that gives the model's own log-probs is asked once, when a
-model is loaded.
+The model keeps its own code. Attention is replaced through transformers' attention interface: with
+row boundaries it is the kernels' packed attention, without them (generation, probes) transformers'
+SDPA. No logits are computed here; the loss head takes hidden states and the head's weight. Loading
+a model checks once that this gives the model's own log-probs.
 """
 
-from .architecture import attention_backends, refuse_long_context, refuse_unsupported
+from .architecture import attention_backends, check_context_length, check_modules
 from .attention import ATTENTION
 from .device import default_tolerance, dtype_of, pick_device
 from .load import load_policy
@@ -17,12 +16,12 @@ __all__ = [
     "ATTENTION",
     "Policy",
     "attention_backends",
+    "check_context_length",
+    "check_modules",
     "default_tolerance",
     "dtype_of",
     "hidden_states",
     "load_policy",
     "pick_device",
-    "refuse_long_context",
-    "refuse_unsupported",
     "sparse_embedding",
 ]

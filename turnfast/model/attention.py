@@ -1,8 +1,8 @@
 """Attention of a model over packed rows and trees, through transformers' attention interface.
 
-A packed forward hands its rows to every layer as the keyword `packed_rows`. In the place of a mask
-the layers get the window that the model asks of transformers for them, as a number: how far a token
-sees is then said once, by the mask, and is right also in models that say it nowhere else.
+A packed forward passes its rows to every layer as the keyword `packed_rows`. Instead of a mask each
+layer gets the window that the model requests from transformers for it, as an integer. The window
+is therefore right also in models whose layers have no `sliding_window` attribute.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import ConfigError
 from ..kernels.attention import PackedRows, TreeRows, packed_attention, tree_attention
 
 ATTENTION = "turnfast"
+USE_ANOTHER = "use another model"
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
 
 
 @contextmanager
 def packed_forward() -> Iterator[None]:
-    """Within, the model runs over packed rows and nothing else."""
+    """Context in which every forward of a model must be a packed forward."""
     token = _in_packed_forward.set(True)
     try:
         yield
@@ -34,7 +36,7 @@ def packed_forward() -> Iterator[None]:
         _in_packed_forward.reset(token)
 
 
-# a compiled model leaves attention as it is: its tiles depend on the pack
+# not compiled: the tiles depend on the pack
 @torch.compiler.disable
 def _attend(
     module: nn.Module,
@@ -44,28 +46,35 @@ def _attend(
     attention_mask: Tensor | int | None,
     *,
     packed_rows: PackedRows | TreeRows | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    """Compute attention as transformers' interface requires.
+
+    Raises:
+        ConfigError: a layer of the model needs something that packed attention does not have.
+    """
+    name = type(module).__name__
     if packed_rows is None:
         if _in_packed_forward.get() or isinstance(attention_mask, int):
-            raise NotImplementedError(
-                f"{type(module).__name__} does not pass on the keyword arguments of a forward, "
-                "through which its rows arrive"
+            raise ConfigError(
+                f"model.path: {name} does not pass the keyword arguments of a forward to its "
+                f"attention, which packed rows need; {USE_ANOTHER}"
             )
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(attention_mask, Tensor):
-        raise NotImplementedError(f"{type(module).__name__} makes a mask of its own")
-    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
-        raise NotImplementedError("attention sinks and capped attention logits are not computed")
-    if dropout:
-        raise NotImplementedError(f"attention dropout ({dropout}) is not computed")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    window = sliding_window or 0 if attention_mask is None else attention_mask
+        raise ConfigError(
+            f"model.path: {name} makes its own attention mask, which is not supported with packed "
+            f"rows; {USE_ANOTHER}"
+        )
+    unsupported = [option for option in ("s_aux", "softcap") if options.get(option) is not None]
+    if unsupported or options.get("dropout"):
+        raise ConfigError(
+            f"model.path: {name} needs attention with {' and '.join(unsupported) or 'dropout'}, "
+            f"which is not supported; {USE_ANOTHER}"
+        )
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window = options.get("sliding_window") or 0 if attention_mask is None else attention_mask
     qkv = query[0], key[0], value[0]
     if isinstance(packed_rows, TreeRows):
         return tree_attention(*qkv, packed_rows, scale=scale, window=window)[None], None
@@ -73,7 +82,7 @@ def _attend(
 
 
 def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | int | None:
-    """For packed rows the window alone, 0 for none: their boundaries arrive explicitly."""
+    """In a packed forward return the window instead of a mask, 0 for full attention."""
     if _in_packed_forward.get():
         return local_size or 0
     return sdpa_mask(*args, local_size=local_size, **kwargs)

@@ -1,4 +1,4 @@
-"""Where a model runs, in which precision, and what rounding in that precision explains."""
+"""Device and dtype of the model, and the tolerance that follows from the dtype."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from ..errors import ConfigError
 
 
 def pick_device(wanted: str) -> torch.device:
+    """The device for `train.device`; "auto" is CUDA if there is a device.
+
+    Raises:
+        ConfigError: "cuda" without a CUDA device.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device: 'cuda' was asked for, but torch sees no CUDA device")
+        raise ConfigError("train.device: torch finds no CUDA device; set it to 'cpu' or 'auto'")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype for `model.dtype`; "auto" is bfloat16 on CUDA and float32 on the CPU."""
     name = config.dtype
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
@@ -22,8 +28,11 @@ def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def default_tolerance(dtype: torch.dtype, device: str = "cpu") -> float:
-    """The largest gap of log-probs that rounding explains: two float32 forwards on a CPU differ by
-    about 1e-5, two bfloat16 ones by some hundredths, more where a probability is small."""
+    """The largest log-prob difference between two forwards that rounding can cause.
+
+    Two float32 forwards on a CPU differ by about 1e-5, two bfloat16 forwards by a few hundredths,
+    and by more for small probabilities.
+    """
     if dtype == torch.float32:
         return 1e-4 if torch.device(device).type == "cpu" else 2e-3
     return 0.1 if dtype == torch.float16 else 0.25

@@ -1,6 +1,6 @@
-"""Liger's Triton kernels for norm, rotary embedding and MLP, where they are installed.
+"""Replace norm, rotary embedding and MLP of a loaded model by Liger's Triton kernels.
 
-They replace modules of the loaded model in place. The loss head stays our own.
+Liger's fused losses are not used; the loss head computes the loss.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PARTS = {"rope", "rms_norm", "layer_norm", "swiglu", "geglu"}
 
 
 def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device) -> bool:
-    """Put Liger's kernels into a model; "auto" does so on CUDA where Liger knows the model.
+    """Apply Liger's kernels to a model in place; "auto" does so on CUDA for models that have them.
 
     Returns:
-        Whether the model has them now.
+        Whether they were applied.
 
     Raises:
-        ConfigError: they are asked for and cannot run here, or not in this model.
+        ConfigError: see `check_liger`.
     """
     model_type = model.config.model_type
     check_liger(wanted, model_type, device)
@@ -36,19 +36,19 @@ def apply_liger(model: PreTrainedModel, wanted: bool | str, device: torch.device
         return False
     patch = _patch_of(model_type)
     options = inspect.signature(patch).parameters
-    # what it offers besides, fused losses, would take the place of the loss head
+    # all other options are fused losses
     patch(model=model, **{name: name in PARTS for name in options if name != "model"})
     return True
 
 
 def check_liger(wanted: bool | str, model_type: str, device: torch.device) -> None:
-    """Raises ConfigError if the kernels are asked for and cannot run here, or not in this model."""
+    """Raise ConfigError if `wanted` is True and the kernels cannot run on this device or model."""
     if wanted is True and (problem := _problem(wanted, model_type, device)):
-        raise ConfigError(f"model.liger: {problem}, or leave it at 'auto'")
+        raise ConfigError(f"model.liger: {problem}, or set it to 'auto'")
 
 
 def _problem(wanted: bool | str, model_type: str, device: torch.device) -> str:
-    """Why the kernels cannot be used; nothing if they can."""
+    """The reason why the kernels cannot be used, "" if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed; install turnfast[liger]"

@@ -19,15 +19,14 @@ from .attention import packed_forward
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The model being trained, with what the rest needs to know of it.
+    """The model being trained, with its tokenizer and settings.
 
     Attributes:
-        head_VD: the output projection; the same tensor as the embedding where the two are tied.
-        attention, tree_attention: what attends over packed rows, and over prefix trees.
-        softcap: the final logit soft-cap of models that have one (Gemma), else None.
-        logit_scale: what the model multiplies its logits by (Cohere, Granite), 1 in most.
-        body: the compiled model up to its last hidden state, None where it runs as it is.
-        folder: where the weights came from; the sampler reads architecture and tokenizer there.
+        folder: source of the weights; the sampler reads config and tokenizer from it.
+        attention, tree_attention: backends for packed rows and for prefix trees.
+        softcap: soft-cap of the final logits (Gemma), or None.
+        logit_scale: factor of the logits (Cohere, Granite), 1 in most models.
+        body: the compiled model up to its last hidden states, None if it is not compiled.
     """
 
     model: PreTrainedModel
@@ -42,20 +41,21 @@ class Policy:
 
     @property
     def head_VD(self) -> Tensor:
+        """The weight of the output projection; the embedding itself if the two are tied."""
         head = self.model.get_output_embeddings()
-        assert head is not None  # a model without one is refused when it is loaded
+        assert head is not None  # check_modules
         return head.weight
 
     def synchronize(self) -> None:
-        """Wait for queued device work, so that a clock read after it is true."""
+        """Wait until all queued work of the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def hidden_states(policy: Policy, batch: Batch) -> Tensor:
-    """Last hidden states [T, D] of a pack; a token sees its own row up to itself, nothing else.
+    """Compute the last hidden states [T, D] of a batch; a token sees its row up to itself.
 
-    They carry the model's logit scale: their products with `head_VD` are its logits.
+    They are multiplied by the logit scale, so their products with `head_VD` are the logits.
     """
     rows = _attention_rows(policy, batch)
     body = policy.model.base_model if policy.body is None else policy.body
@@ -72,10 +72,11 @@ def hidden_states(policy: Policy, batch: Batch) -> Tensor:
 
 @contextmanager
 def sparse_embedding(policy: Policy, *, wanted: bool) -> Iterator[None]:
-    """An embedding that is the head, too, gives its gradient as the rows of its tokens within.
+    """Context in which an embedding tied to the head has sparse gradients, if `wanted`.
 
-    A dense one would be a second [V, D] in every micro-batch. It needs a dense gradient to be added
-    to, as the optimizer's sum for the head is. A compiled model gives it dense.
+    A dense gradient is another [V, D] tensor in every micro-batch. The optimizer's sum for the head
+    must exist already, as a sparse gradient can only be added to a dense one. Compiled models are
+    not changed: their gradient stays dense.
     """
     embedding = policy.model.get_input_embeddings()
     wanted = wanted and policy.body is None

@@ -1,7 +1,6 @@
-"""The built-in model: a small Qwen3 with a byte-level tokenizer, made on the spot.
+"""The built-in model: a small Qwen3 with a byte-level tokenizer.
 
-It needs no download, trains on two CPU cores in minutes, and is an ordinary Hugging Face folder, so
-everything that runs on it runs on a real model too.
+It needs no download, trains on two CPU cores in minutes, and is an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ def write_tiny_model(
     seed: int,
     cut: str | None = None,
     vocab_size: int = 520,
-    layers: int = 4,
-    width: int = 128,
-    max_context: int = 1024,
+    **sizes: int,
 ) -> Path:
-    """Train a tokenizer on `corpus`, draw random weights, write both to `folder`.
+    """Train a tokenizer on `corpus`, draw random weights, and write both to `folder`.
 
-    The vocabulary ends where merges of syllables end and those of whole names would begin: a token
-    that occurs in one name only is hardly ever copied, so copying it is not learned. `cut` is a
-    regular expression of pieces that no token reaches beyond.
+    Args:
+        cut: regular expression; no token crosses the borders of its matches.
+        vocab_size: large enough for merges of syllables, too small for merges of whole names. A
+            token that occurs in one name only is rarely copied, so copying it is not learned.
+        sizes: layers, width and max_context of `tiny_architecture`.
 
-    config.json comes last: a folder that has it is whole, whenever the process ended.
+    config.json is written last, so a folder that has it is complete.
     """
     transformers_logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
@@ -50,12 +49,7 @@ def write_tiny_model(
     ids = tokenizer.get_vocab()
     torch.manual_seed(seed)
     config = tiny_architecture(
-        vocab_size=vocab_size,
-        layers=layers,
-        width=width,
-        max_context=max_context,
-        eos_token_id=ids[END],
-        pad_token_id=ids[PAD],
+        vocab_size=vocab_size, eos_token_id=ids[END], pad_token_id=ids[PAD], **sizes
     )
     Qwen3ForCausalLM(config).save_pretrained(partial)
     folder.mkdir(exist_ok=True)
@@ -74,7 +68,7 @@ def tiny_architecture(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> Qwen3Config:
-    """The shape of the built-in model."""
+    """The transformers config of the built-in model."""
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -94,9 +88,9 @@ def tiny_architecture(
 
 def _tokenizer(corpus: Iterable[str], vocab_size: int, cut: str | None) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
-    cuts = [pre_tokenizers.Split(Regex(cut), "isolated")] if cut else []
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated")] if cut else []
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([*cuts, words]) if cuts else words
+    core.pre_tokenizer = pre_tokenizers.Sequence([*splits, words]) if splits else words
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

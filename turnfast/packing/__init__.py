@@ -1,1 +1,1 @@
-"""Lay the rows of a step out as prefix trees and deal them to ranks and micro-batches."""
+"""Pack a step's trajectories into rows, prefix trees, ranks and micro-batches."""

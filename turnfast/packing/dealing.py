@@ -1,14 +1,13 @@
-"""Which rows go to which rank, and into which micro-batch.
+"""Distribute rows over ranks and micro-batches.
 
-Rows of one owner stay together: an owner is a row, or a trajectory whose loss looks at all its rows
-at once. Where prefixes are shared the rows are dealt in the order of their tree, so that neighbours
-stay together; otherwise by what each owner's rows cost alone.
+All rows of an owner stay together. An owner is a single row, or a trajectory if the loss needs all
+of its rows at once. With shared prefixes rows are taken in the order of their tree, which keeps
+neighbours together; otherwise by the cost of each owner alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,99 +15,95 @@ import torch
 from ..errors import OutOfMemory
 from ..kernels.packing.first_fit import pack_rows, spread_rows
 from ..kernels.packing.tree import PrefixTree, cut_tree, path_cost, prefix_tree, split_over_ranks
-from ..parallel.ranks import Ranks
+from .options import PackOptions
 from .rows import Rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dealer:
-    """Deals rows out; the arguments of the same names are explained at `pack`."""
+def check_sizes(rows: Rows, budget: int, options: PackOptions) -> None:
+    """Raise OutOfMemory if the rows of an owner exceed `budget` tokens."""
+    owners_S = _owners(rows, options)
+    sizes = _sum_per_owner(rows.lengths_S, owners_S)
+    for owner in (owner for owner, size in enumerate(sizes) if size > budget):
+        owned = rows.take(_rows_of_owners(owners_S, [owner]))
+        size = len(tree_of(owned).sources_T) if options.share_prefixes else sizes[owner]
+        if size <= budget:
+            continue
+        what, fix = f"a row of {size} tokens", "lower rollout.max_context"
+        if len(owned) > 1:
+            what = f"{len(owned)} rows with {size} tokens in total"
+            fix = "set loss.ratio to 'turn' or 'token', which can split a trajectory"
+        raise OutOfMemory(
+            f"trajectory {owned.trajectories_S[0]} has {what}, more than "
+            f"train.tokens_per_microbatch = {budget}: raise it, or {fix}"
+        )
 
-    share_prefixes: bool
-    whole_trajectories: bool
-    attention_span: int
 
-    def refuse_long(self, rows: Rows, budget: int) -> None:
-        """Raises OutOfMemory where one owner's rows do not fit the budget."""
-        owners_S = self._owners(rows)
-        sizes = _per_owner(rows.lengths_S, owners_S)
-        for owner in (owner for owner, size in enumerate(sizes) if size > budget):
-            theirs = rows.take(_owned(owners_S, [owner]))
-            size = len(tree_of(theirs).sources_T) if self.share_prefixes else sizes[owner]
-            if size <= budget:
-                continue
-            what = "a row of" if len(theirs) == 1 else f"{len(theirs)} rows of together"
-            way = "lower rollout.max_context"
-            if len(theirs) > 1:
-                way = "set loss.ratio to 'turn' or 'token', which need not see a trajectory whole"
-            raise OutOfMemory(
-                f"trajectory {theirs.trajectories_S[0]} has {what} {size} tokens, more than "
-                f"train.tokens_per_microbatch = {budget}: raise it, or {way}"
-            )
+def rows_of_rank(rows: Rows, options: PackOptions, rank: int, num_ranks: int) -> Rows:
+    """Select the rows of one rank; ranks are balanced by tokens and attention."""
+    owners_S = _owners(rows, options)
+    if options.share_prefixes:
+        chosen = split_over_ranks(
+            *_tree_order(rows, tree_of(rows)),
+            num_ranks,
+            owners=owners_S.tolist(),
+            attention_span=options.attention_span,
+        )[rank]
+    else:
+        costs = _sum_per_owner(path_cost(rows.lengths_S, options.attention_span), owners_S)
+        chosen = _rows_of_owners(owners_S, spread_rows(costs, num_ranks)[rank])
+    return rows.take(chosen)
 
-    def share_of_rank(self, rows: Rows, ranks: Ranks) -> Rows:
-        """The rows of this rank, balanced by tokens and attention."""
-        owners_S = self._owners(rows)
-        if self.share_prefixes:
-            dealt = split_over_ranks(
-                *_order(rows, tree_of(rows)),
-                ranks.size,
-                owners=owners_S.tolist(),
-                attention_span=self.attention_span,
-            )
-            return rows.take(dealt[ranks.rank])
-        costs = _per_owner(path_cost(rows.lengths_S, self.attention_span), owners_S)
-        return rows.take(_owned(owners_S, spread_rows(costs, ranks.size)[ranks.rank]))
 
-    def micro_batches(
-        self, rows: Rows, tree: PrefixTree, budget: int
-    ) -> Iterator[tuple[Rows, PrefixTree | None]]:
-        """The rows of each micro-batch, and their prefix tree if it is there already.
+def micro_batches(
+    rows: Rows, tree: PrefixTree, budget: int, options: PackOptions
+) -> Iterator[tuple[Rows, PrefixTree | None]]:
+    """Yield the rows of each micro-batch, and their prefix tree if it is known already.
 
-        Args:
-            tree: that of all rows.
-        """
-        if not len(rows):
-            return
-        if self.share_prefixes and len(tree.sources_T) <= budget:
-            yield rows, tree
-            return
-        owners_S = self._owners(rows)
-        if self.share_prefixes:
-            dealt = cut_tree(
-                *_order(rows, tree),
-                budget,
-                owners=owners_S.tolist(),
-                attention_span=self.attention_span,
-            )
-        else:
-            # what a row costs does not depend on those beside it: the fewest micro-batches are best
-            sizes = _per_owner(rows.lengths_S, owners_S)
-            dealt = [_owned(owners_S, chosen) for chosen in pack_rows(sizes, budget)]
-        for chosen in dealt:
-            yield rows.take(chosen), None
-
-    def _owners(self, rows: Rows) -> np.ndarray:
-        """The owner of each row, from 0 on."""
-        if not self.whole_trajectories:
-            return np.arange(len(rows))
-        return np.unique(rows.trajectories_S, return_inverse=True)[1]
+    Args:
+        tree: the prefix tree of all rows.
+        budget: tokens per micro-batch.
+    """
+    if not len(rows):
+        return
+    if options.share_prefixes and len(tree.sources_T) <= budget:
+        yield rows, tree
+        return
+    owners_S = _owners(rows, options)
+    if options.share_prefixes:
+        parts = cut_tree(
+            *_tree_order(rows, tree),
+            budget,
+            owners=owners_S.tolist(),
+            attention_span=options.attention_span,
+        )
+    else:
+        # the cost of a row does not depend on its neighbours: use the fewest micro-batches
+        sizes = _sum_per_owner(rows.lengths_S, owners_S)
+        parts = [_rows_of_owners(owners_S, owners) for owners in pack_rows(sizes, budget)]
+    for chosen in parts:
+        yield rows.take(chosen), None
 
 
 def tree_of(rows: Rows) -> PrefixTree:
+    """Build the prefix tree of rows."""
     return prefix_tree(torch.from_numpy(rows.tokens_T), rows.lengths_S.tolist())
 
 
-def _per_owner(costs_S: np.ndarray, owners_S: np.ndarray) -> list[int]:
-    """What the rows of each owner cost together."""
+def _owners(rows: Rows, options: PackOptions) -> np.ndarray:
+    """[S] number of each row's owner, from 0."""
+    if not options.whole_trajectories:
+        return np.arange(len(rows))
+    return np.unique(rows.trajectories_S, return_inverse=True)[1]
+
+
+def _sum_per_owner(costs_S: np.ndarray, owners_S: np.ndarray) -> list[int]:
     return np.bincount(owners_S, costs_S).astype(np.int64).tolist()
 
 
-def _owned(owners_S: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
-    """The rows of some owners."""
-    return np.isin(owners_S, chosen).nonzero()[0]
+def _rows_of_owners(owners_S: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    return np.isin(owners_S, owners).nonzero()[0]
 
 
-def _order(rows: Rows, tree: PrefixTree) -> tuple[list[int], list[int], list[int]]:
-    """Lengths of the rows, their order in the prefix tree, and what each shares with the last."""
+def _tree_order(rows: Rows, tree: PrefixTree) -> tuple[list[int], list[int], list[int]]:
+    """Row lengths, row order in the tree, and tokens that each row shares with the previous one."""
     return rows.lengths_S.tolist(), tree.order_S.tolist(), tree.shared_S.tolist()

@@ -1,13 +1,13 @@
-"""Groups and their credit to packed rows: no padding, nothing twice, and no cut that changes a sum.
+"""Pack groups and their credit into micro-batches.
 
-The weight of every target is set for the whole optimizer step here, before rows are dealt out to
-micro-batches, so the step's gradient is the same whatever the token budget.
+Rows are not padded. Every target gets its weight for the whole optimizer step before the rows are
+cut into micro-batches, so the gradient of the step does not depend on the token budget.
 
-Rows that begin alike (rollouts of one prompt, turns that went the same way, the system prompt of a
-whole step) share those tokens: a micro-batch is a prefix tree, and a token that several rows go on
-from is computed once and predicts a target for each of them::
+Rows with a common beginning (rollouts of one prompt, equal first turns, the system prompt of a
+step) share these tokens: a micro-batch is a prefix tree, and a token with several successors is
+computed once and predicts one target for each of them::
 
-    row 0   p p p p a a b b      layout   p p p p a a b b d c c      11 tokens for 20
+    row 0   p p p p a a b b      layout   p p p p a a b b d c c      11 tokens instead of 20
     row 1   p p p p a a d        rows_N   3 4 . .   3 4 . .   3 ...  row 3 predicts a, a and c
     row 2   p p p p c c
 """
@@ -15,7 +15,7 @@ from is computed once and predicts a target for each of them::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,23 +23,22 @@ from torch import Tensor
 
 from ..kernels.packing.tree import PrefixTree
 from ..metrics.reduce import Mean, Metric, Sum
-from ..parallel.ranks import ALONE, Ranks
 from ..types import Batch, Credit, Group, TokenCredit, Turn
-from .dealing import Dealer, tree_of
-from .rows import Rows, join, ranges, rows_of, without_idle_ends
+from .dealing import check_sizes, micro_batches, rows_of_rank, tree_of
+from .options import DEFAULT_OPTIONS, PackOptions
+from .rows import Rows, drop_idle_ends, ranges, rows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """All micro-batches of one optimizer step, and how much is in them.
+    """The micro-batches of one rank in one optimizer step, with token counts.
 
     Attributes:
         num_tokens: tokens that the model computes.
-        num_distinct: tokens of the rows as one prefix tree, the fewest that could be computed.
-        num_tokens_total: tokens of all rows, each row counted whole.
+        num_distinct: tokens of the prefix tree of all rows, the lower bound of `num_tokens`.
+        num_tokens_total: sum of the row lengths.
         num_targets: sampled tokens among them, the N of all batches.
-        num_idle_tokens: tokens of rows, or ends of rows, left out for want of an advantage.
-        zero_signal_groups: groups left out whole.
+        num_idle_tokens: tokens of all ranks that were dropped because they have no advantage.
     """
 
     batches: tuple[Batch, ...]
@@ -48,7 +47,6 @@ class Packed:
     num_tokens_total: int
     num_targets: int
     num_idle_tokens: int
-    zero_signal_groups: int
 
     @property
     def shared_prefix(self) -> Mean:
@@ -77,119 +75,98 @@ def pack(
     credits: Sequence[Credit],
     *,
     budget: int,
-    normalizer: str = "token",
-    constant: float = 1.0,
+    options: PackOptions = DEFAULT_OPTIONS,
     device: torch.device | str = "cpu",
-    share_prefixes: bool = True,
-    drop_idle: bool = False,
-    whole_trajectories: bool = False,
-    attention_span: int = 4096,
-    ranks: Ranks = ALONE,
 ) -> Packed:
-    """Pack a step's trajectories.
+    """Pack the trajectories of a step on one rank; see `trainable_rows` and `pack_step`."""
+    rows = trainable_rows(groups, credits)
+    return pack_step(rows, budget=budget, options=options, device=device)
+
+
+def trainable_rows(groups: Sequence[Group], credits: Sequence[Credit]) -> Rows:
+    """Build the rows that are trained on.
+
+    Groups without any advantage and failed or masked trajectories are left out, so they do not
+    count in the normalizer either.
+    """
+    turns: list[Sequence[Turn]] = []
+    advantages: list[float] = []
+    tokens: list[TokenCredit] = []
+    for group, credit in zip(groups, credits, strict=True):
+        if not credit.has_signal:
+            continue
+        for i, trajectory in enumerate(group.trajectories):
+            if not trajectory.left_out:
+                turns.append(trajectory.turns)
+                advantages += credit.advantages[i]
+                if credit.tokens is not None:
+                    tokens.append(credit.tokens[i])
+    return rows_of(turns, advantages, tokens)
+
+
+def pack_step(
+    rows: Rows,
+    *,
+    budget: int,
+    options: PackOptions = DEFAULT_OPTIONS,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Packed:
+    """Pack one rank's share of the rows of a step.
 
     Args:
+        rows: the rows of all ranks, in the same order on every rank. Weights are those of the whole
+            step, so the gradients of all ranks add up to the gradient of one.
         budget: tokens per micro-batch.
-        normalizer: `token` gives every target of the step the weight 1/N; `sequence` 1/(S·n_s), the
-            mean over the S trajectories of their token means; `constant` 1/(S·constant), which does
-            not favour short answers (arXiv 2503.20783).
-        constant: tokens a trajectory may sample at most.
-        share_prefixes: lay out once what several rows begin with.
-        drop_idle: leave out the rows, and the ends of rows, behind the last turn that has an
-            advantage. The gradient is the same if the loss has neither an entropy nor a KL term and
-            its ratio is not that of whole sequences; log-probs of those tokens are then not seen.
-        whole_trajectories: the rows of a trajectory whose turns were rewritten stay together, in
-            one micro-batch of one rank, for a loss that looks at whole sequences.
-        attention_span: see `attention_span_of`; it decides where rows are cut, and no sum.
-        ranks: all call this at the same time, each with its own groups. Their rows are put together
-            and dealt out again, balanced by tokens and attention. The weights are those of the
-            whole step, so the gradients of all ranks add up to that of one; counts are the rank's
-            own, but for `num_idle_tokens`.
-    Groups in which no turn has an advantage carry no gradient: they are left out, of the
-    denominator too. Failed and masked trajectories are left out of everything.
 
     Raises:
-        OutOfMemory: a row, or a trajectory that stays together, does not fit the budget.
-        ValueError: the normaliser is unknown.
+        OutOfMemory: a row, or a trajectory that stays together, exceeds the budget.
+        ValueError: unknown normalizer.
     """
-    with ranks.share_errors():
-        rows, silent = _rows_of_all(groups, credits)
-    if ranks.size > 1:
-        rows = _put_together(rows, ranks)
-    weights = _weights(rows, normalizer, constant)
-    num_whole = len(rows.tokens_T)
-    if drop_idle:
-        rows = without_idle_ends(rows)
-    num_idle = num_whole - len(rows.tokens_T)
+    weights = _weights(rows, options)
+    num_tokens_before = len(rows.tokens_T)
+    if options.drop_idle:
+        rows = drop_idle_ends(rows)
+    num_idle_tokens = num_tokens_before - len(rows.tokens_T)
     num_value_targets = int(np.isfinite(rows.value_targets_N).sum())
-    dealer = Dealer(
-        share_prefixes=share_prefixes,
-        whole_trajectories=whole_trajectories,
-        attention_span=attention_span,
-    )
-    dealer.refuse_long(rows, budget)
-    if ranks.size > 1:
-        rows = dealer.share_of_rank(rows, ranks)
-    with ranks.share_errors():
-        tree = tree_of(rows)
-        batches = tuple(
-            batch_of(
-                part,
-                weights,
-                device,
-                share_prefixes=share_prefixes,
-                num_value_targets=num_value_targets,
-                tree=whole,
-            )
-            for part, whole in dealer.micro_batches(rows, tree, budget)
+    check_sizes(rows, budget, options)
+    if num_ranks > 1:
+        rows = rows_of_rank(rows, options, rank, num_ranks)
+    tree = tree_of(rows)
+    batches = tuple(
+        batch_of(
+            part,
+            weights,
+            device,
+            share_prefixes=options.share_prefixes,
+            num_value_targets=num_value_targets,
+            tree=part_tree,
         )
+        for part, part_tree in micro_batches(rows, tree, budget, options)
+    )
     return Packed(
         batches=batches,
         num_tokens=sum(len(batch.tokens_T) for batch in batches),
         num_distinct=len(rows.tokens_T) - int(tree.shared_S.sum()),
         num_tokens_total=len(rows.tokens_T),
         num_targets=len(rows.targets_N),
-        num_idle_tokens=num_idle,
-        zero_signal_groups=silent,
+        num_idle_tokens=num_idle_tokens,
     )
 
 
-def _rows_of_all(groups: Sequence[Group], credits: Sequence[Credit]) -> tuple[Rows, int]:
-    """All rows that carry a gradient, and the number of groups left out."""
-    played: list[Sequence[Turn]] = []
-    advantages: list[float] = []
-    tokens: list[TokenCredit] = []
-    silent = 0
-    for group, credit in zip(groups, credits, strict=True):
-        if not credit.has_signal:
-            silent += 1
-            continue
-        for i, trajectory in enumerate(group.trajectories):
-            if not trajectory.left_out:
-                played.append(trajectory.turns)
-                advantages += credit.advantages[i]
-                if credit.tokens is not None:
-                    tokens.append(credit.tokens[i])
-    return rows_of(played, advantages, tokens), silent
-
-
-def _put_together(rows: Rows, ranks: Ranks) -> Rows:
-    """The rows of all ranks."""
-    names = [f.name for f in fields(Rows)]
-    everyone = ranks.all_gather_arrays([getattr(rows, name) for name in names])
-    return join([Rows(**dict(zip(names, arrays, strict=True))) for arrays in everyone])
-
-
-def _weights(rows: Rows, normalizer: str, constant: float) -> np.ndarray:
-    """Weight of each target, per trajectory."""
+def _weights(rows: Rows, options: PackOptions) -> np.ndarray:
+    """Weight of the targets of each trajectory."""
     lengths = np.bincount(rows.trajectories_S, rows.num_targets_S)
-    if normalizer == "token":
+    if options.normalizer == "token":
         return np.full(len(lengths), 1.0 / max(1.0, lengths.sum()))
-    if normalizer == "sequence":
+    if options.normalizer == "sequence":
         return 1.0 / (len(lengths) * lengths)
-    if normalizer == "constant":
-        return np.full(len(lengths), 1.0 / (max(1, len(lengths)) * constant))
-    raise ValueError(f"normalizer: {normalizer!r} is none of 'token', 'sequence', 'constant'")
+    if options.normalizer == "constant":
+        return np.full(len(lengths), 1.0 / (max(1, len(lengths)) * options.constant))
+    raise ValueError(
+        f"normalizer: expected 'token', 'sequence' or 'constant', got {options.normalizer!r}"
+    )
 
 
 def batch_of(
@@ -201,15 +178,15 @@ def batch_of(
     num_value_targets: int = 0,
     tree: PrefixTree | None = None,
 ) -> Batch:
-    """One micro-batch.
+    """Build one micro-batch.
 
     Args:
-        weights: of each target, per trajectory.
-        num_value_targets: the reciprocal is the weight of each target for the critic.
-        tree: that of the rows, made here where it is not given.
+        weights: weight of the targets of each trajectory.
+        num_value_targets: the weight of a value target is the reciprocal of this number.
+        tree: the prefix tree of the rows; built here if it is missing.
     """
     starts_S = rows.lengths_S.cumsum() - rows.lengths_S
-    first_turn_S = rows.num_turns_S.cumsum() - rows.num_turns_S
+    first_turns_S = rows.num_turns_S.cumsum() - rows.num_turns_S
     rows_N = torch.from_numpy(rows.states_N + np.repeat(starts_S, rows.num_targets_S))
     tokens, ends_T = torch.from_numpy(rows.tokens_T), None
     if share_prefixes:
@@ -220,7 +197,7 @@ def batch_of(
     else:
         positions = torch.from_numpy(ranges(np.zeros_like(starts_S), rows.lengths_S))
         starts = torch.from_numpy(starts_S)
-    turns_N = rows.turns_N + np.repeat(first_turn_S, rows.num_targets_S)
+    turns_N = rows.turns_N + np.repeat(first_turns_S, rows.num_targets_S)
     weights_S = np.asarray(weights, np.float32)[rows.trajectories_S]
     on_host = {
         "tokens_T": tokens,
@@ -243,9 +220,9 @@ def batch_of(
             "value_targets_N": np.where(known_N, rows.value_targets_N, np.float32(0)),
             "value_weights_N": known_N / np.float32(max(1, num_value_targets)),
         }
-    on_device = {name: _on(device, x) for name, x in on_host.items()}
+    on_device = {name: _to_device(x, device) for name, x in on_host.items()}
     return Batch(max_seqlen=int(rows.lengths_S.max()), **on_device)  # type: ignore[arg-type]
 
 
-def _on(device: torch.device | str, x: Tensor | np.ndarray | None) -> Tensor | None:
+def _to_device(x: Tensor | np.ndarray | None, device: torch.device | str) -> Tensor | None:
     return x if x is None else torch.as_tensor(x, device=device)

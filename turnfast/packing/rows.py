@@ -1,11 +1,11 @@
-"""Trajectories as rows: contexts whole, and which hidden state predicts which sampled id.
+"""Convert trajectories to rows: their contexts, and the hidden state that predicts each sampled id.
 
-Worked example, one trajectory of two turns, ids as in `turnfast.types`::
+Example, one trajectory of two turns, ids as in `turnfast.types`::
 
-    tokens_T   p p p p a a a E r r r b b       the last sampled id predicts nothing and is left out
-    states_N         3 4 5 6       10 11 12    place in the row of the hidden state that predicts
+    tokens_T   p p p p a a a E r r r b b       without the last sampled id, which predicts nothing
+    states_N         3 4 5 6       10 11 12    index in the row of the hidden state that predicts
     targets_N        a a a E        b  b  E    this sampled id
-    turns_N          0 0 0 0        1  1  1    -> advantages_K
+    turns_N          0 0 0 0        1  1  1    index into advantages_K
 """
 
 from __future__ import annotations
@@ -18,48 +18,54 @@ import numpy as np
 
 from ..types import TokenCredit, Turn
 
-Numbers = np.ndarray
+Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """S contexts with their targets in flat arrays: the first row's entries, the second's, …
+    """S contexts with their targets, concatenated in flat arrays.
 
-    A "turn" is whatever has an advantage of its own, a single token for some rules.
+    A "turn" is the unit that has an advantage: a turn, or a single token for some credit rules.
 
     Attributes:
         tokens_T: int64, the tokens of all rows.
-        lengths_S, num_targets_S, num_turns_S: int64, how many of each a row has.
-        trajectories_S: int64, numbered from 0; all of a trajectory's rows have its number.
-        states_N: int64, place in its row of the hidden state that predicts the target.
-        targets_N: int64 ids. turns_N: int64, which of its row's turns the target is in.
-        logprobs_N: float32, the sampler's.
-        advantages_K: float32. places_K: int64, in which turn of the trajectory it is.
+        lengths_S, num_targets_S, num_turns_S: int64, tokens, targets and turns of each row.
+        trajectories_S: int64 number of the row's trajectory, from 0.
+        states_N: int64 index in the row of the hidden state that predicts the target.
+        targets_N: int64 token ids.
+        turns_N: int64 index of the target's turn in its row.
+        logprobs_N: float32 log-probs of the sampler.
+        advantages_K: float32.
+        places_K: int64 index of the turn in its trajectory.
         values_N, value_targets_N: float32, NaN without a target; empty without a critic.
     """
 
-    tokens_T: Numbers
-    lengths_S: Numbers
-    num_targets_S: Numbers
-    num_turns_S: Numbers
-    trajectories_S: Numbers
-    states_N: Numbers
-    targets_N: Numbers
-    turns_N: Numbers
-    logprobs_N: Numbers
-    advantages_K: Numbers
-    places_K: Numbers
-    values_N: Numbers
-    value_targets_N: Numbers
+    tokens_T: Array
+    lengths_S: Array
+    num_targets_S: Array
+    num_turns_S: Array
+    trajectories_S: Array
+    states_N: Array
+    targets_N: Array
+    turns_N: Array
+    logprobs_N: Array
+    advantages_K: Array
+    places_K: Array
+    values_N: Array
+    value_targets_N: Array
 
     def __len__(self) -> int:
         return len(self.lengths_S)
 
-    def take(self, chosen: Sequence[int] | Numbers) -> Rows:
-        """These rows, in the given order."""
+    def arrays(self) -> list[Array]:
+        """All fields in their order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def take(self, chosen: Sequence[int] | Array) -> Rows:
+        """Select rows, in the given order."""
         chosen = np.asarray(chosen, np.int64)
         if len(chosen) and (np.diff(chosen) == 1).all():
-            return _run(self, slice(chosen[0], chosen[-1] + 1))
+            return _slice(self, slice(chosen[0], chosen[-1] + 1))
         return _cut(self, chosen, self.lengths_S[chosen], self.num_targets_S[chosen])
 
 
@@ -68,57 +74,61 @@ def rows_of(
     advantages: Sequence[float],
     credits: Sequence[TokenCredit] = (),
 ) -> Rows:
-    """The rows of trajectories, one for each, or more where a template rewrote earlier turns.
+    """Build the rows of trajectories: one each, and one more per turn that is a restart.
+
+    Trajectories without a target have no row and no number.
 
     Args:
-        advantages: one per turn, those of all trajectories one after the other.
-        credits: one per trajectory where there is a critic; either all of them or none give every
-            token an advantage of its own.
+        advantages: one per turn, over all trajectories.
+        credits: one per trajectory if there is a critic, else none; either all or none of them have
+            one advantage per token.
 
-    Trajectories without a target have no row and no number. Raises ValueError for a turn that has
-    nothing before it to be predicted from.
+    Raises:
+        ValueError: a turn has no token before it, or `advantages` has the wrong length.
     """
     turns = list(chain.from_iterable(trajectories))
-    turns_of = np.array([len(one) for one in trajectories], np.int64)
-    places_K = ranges(np.zeros_like(turns_of), turns_of)
-    trajectories_K = np.repeat(np.arange(len(turns_of)), turns_of)
-    opens_K = np.array([turn.restart for turn in turns], bool) | (places_K == 0)
-    row_K = opens_K.cumsum() - 1
-    given_K = np.array([len(turn.prompt_ids) for turn in turns], np.int64)
-    sampled_K = np.array([len(turn.sampled_ids) for turn in turns], np.int64)
-    ends_K = (given_K + sampled_K).cumsum()
-    first_K = ends_K - sampled_K
-    firsts = opens_K.nonzero()[0]
-    start_S = (first_K - given_K)[firsts]
-    _refuse_nothing_before(first_K == start_S[row_K], trajectories_K, places_K)
+    num_turns = np.array([len(one) for one in trajectories], np.int64)
+    places_K = ranges(np.zeros_like(num_turns), num_turns)
+    trajectories_K = np.repeat(np.arange(len(num_turns)), num_turns)
+    opens_row_K = np.array([turn.restart for turn in turns], bool) | (places_K == 0)
+    row_of_K = opens_row_K.cumsum() - 1
+    num_prompt_K = np.array([len(turn.prompt_ids) for turn in turns], np.int64)
+    num_sampled_K = np.array([len(turn.sampled_ids) for turn in turns], np.int64)
+    stops_K = (num_prompt_K + num_sampled_K).cumsum()
+    starts_K = stops_K - num_sampled_K
+    first_turns_S = opens_row_K.nonzero()[0]
+    starts_S = (starts_K - num_prompt_K)[first_turns_S]
+    _check_prompts(starts_K == starts_S[row_of_K], trajectories_K, places_K)
 
     ids = _flat(chain.from_iterable((t.prompt_ids, t.sampled_ids) for t in turns), np.int64)
-    at_N = ranges(first_K, sampled_K)
-    turn_N = np.repeat(np.arange(len(turns)), sampled_K)
+    token_N = ranges(starts_K, num_sampled_K)
+    turn_of_N = np.repeat(np.arange(len(turns)), num_sampled_K)
     num_targets_S, num_turns_S = (
-        np.bincount(row_K, weights, minlength=len(firsts)).astype(np.int64)
-        for weights in (sampled_K, None)
+        np.bincount(row_of_K, weights, minlength=len(first_turns_S)).astype(np.int64)
+        for weights in (num_sampled_K, None)
     )
-    # what follows the last hidden state that predicts anything is never computed
-    stop_S = np.zeros(len(firsts), np.int64)
-    np.maximum.at(stop_S, row_K, np.where(sampled_K > 0, ends_K - 1, 0))
-    lengths_S = np.maximum(stop_S - start_S, 0)
-    turns_N = turn_N - firsts[row_K[turn_N]]
+    # a row ends with the last hidden state that predicts a target
+    stops_S = np.zeros(len(first_turns_S), np.int64)
+    np.maximum.at(stops_S, row_of_K, np.where(num_sampled_K > 0, stops_K - 1, 0))
+    lengths_S = np.maximum(stops_S - starts_S, 0)
+    turns_N = turn_of_N - first_turns_S[row_of_K[turn_of_N]]
     advantages_K = np.array(advantages, np.float32)
     if len(advantages_K) != len(turns):
-        raise ValueError(f"advantages: {len(advantages_K)} for {len(turns)} turns")
+        raise ValueError(
+            f"advantages: expected {len(turns)}, one per turn, got {len(advantages_K)}"
+        )
     if credits and credits[0].advantages is not None:
         advantages_K = _flat((c.advantages or () for c in credits), np.float32)
-        places_K, num_turns_S = places_K[turn_N], num_targets_S
+        places_K, num_turns_S = places_K[turn_of_N], num_targets_S
         turns_N = ranges(np.zeros_like(num_targets_S), num_targets_S)
     rows = Rows(
-        tokens_T=ids[ranges(start_S, lengths_S)],
+        tokens_T=ids[ranges(starts_S, lengths_S)],
         lengths_S=lengths_S,
         num_targets_S=num_targets_S,
         num_turns_S=num_turns_S,
-        trajectories_S=trajectories_K[firsts],
-        states_N=at_N - 1 - start_S[row_K[turn_N]],
-        targets_N=ids[at_N],
+        trajectories_S=trajectories_K[first_turns_S],
+        states_N=token_N - 1 - starts_S[row_of_K[turn_of_N]],
+        targets_N=ids[token_N],
         turns_N=turns_N,
         logprobs_N=_flat((turn.logprobs for turn in turns), np.float32),
         advantages_K=advantages_K,
@@ -132,53 +142,58 @@ def rows_of(
     return rows
 
 
-def join(parts: Sequence[Rows]) -> Rows:
-    """All rows, their trajectories numbered through."""
-    first = 0
-    numbers = []
-    for rows in parts:
-        numbers.append(rows.trajectories_S + first)
-        first += int(rows.trajectories_S.max(initial=-1)) + 1
-    columns = {f.name: [getattr(rows, f.name) for rows in parts] for f in fields(Rows)}
-    columns["trajectories_S"] = numbers
+def join_ranks(arrays_by_rank: Sequence[Sequence[Array]]) -> Rows:
+    """Concatenate the rows of all ranks (`Rows.arrays` of each) and renumber their trajectories."""
+    names = [field.name for field in fields(Rows)]
+    columns = dict(zip(names, zip(*arrays_by_rank, strict=True), strict=True))
+    counts = [trajectories_S.max(initial=-1) + 1 for trajectories_S in columns["trajectories_S"]]
+    columns["trajectories_S"] = tuple(
+        trajectories_S + first
+        for trajectories_S, first in zip(
+            columns["trajectories_S"], _starts(np.array(counts)), strict=True
+        )
+    )
     return Rows(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
-def without_idle_ends(rows: Rows) -> Rows:
-    """Each row up to its last target with an advantage; the turns behind it stay, without tokens.
-    Rows without any such target are left out."""
-    owner_N = np.repeat(_before(rows.num_turns_S), rows.num_targets_S)
-    live = rows.advantages_K[rows.turns_N + owner_N].nonzero()[0]
+def drop_idle_ends(rows: Rows) -> Rows:
+    """Cut each row after its last target with an advantage, and drop rows without one.
+
+    Turns after the cut keep their place in advantages_K, without tokens.
+    """
+    first_turn_N = np.repeat(_starts(rows.num_turns_S), rows.num_targets_S)
+    live = rows.advantages_K[rows.turns_N + first_turn_N].nonzero()[0]
     if len(live) == len(rows.targets_N):
         return rows
-    first_S = _before(rows.num_targets_S)
-    stop_S = np.zeros(len(rows), np.int64)
-    stop_S[np.searchsorted(first_S, live, side="right") - 1] = live + 1  # the last one stays
-    kept = stop_S.nonzero()[0]
-    states = rows.states_N[stop_S[kept] - 1]
-    return _cut(rows, kept, states + 1, (stop_S - first_S)[kept])
+    firsts_S = _starts(rows.num_targets_S)
+    stops_S = np.zeros(len(rows), np.int64)
+    # assignment keeps the last of the repeated indices: the last live target of each row
+    stops_S[np.searchsorted(firsts_S, live, side="right") - 1] = live + 1
+    kept = stops_S.nonzero()[0]
+    states = rows.states_N[stops_S[kept] - 1]
+    return _cut(rows, kept, states + 1, (stops_S - firsts_S)[kept])
 
 
-def ranges(starts: Numbers, counts: Numbers) -> Numbers:
-    """starts[0], starts[0] + 1, …, `counts[0]` of them, then those from starts[1], …"""
-    return np.repeat(starts - _before(counts), counts) + np.arange(counts.sum())
+def ranges(starts: Array, counts: Array) -> Array:
+    """Concatenate the ranges [starts[i], starts[i] + counts[i])."""
+    return np.repeat(starts - _starts(counts), counts) + np.arange(counts.sum())
 
 
-def _cut(rows: Rows, chosen: Numbers, lengths: Numbers, num_targets: Numbers) -> Rows:
-    """The first tokens and targets of some rows."""
+def _cut(rows: Rows, chosen: Array, lengths: Array, num_targets: Array) -> Rows:
+    """Select rows, and of each the first `lengths` tokens and `num_targets` targets."""
     index = {
-        "T": ranges(_before(rows.lengths_S)[chosen], lengths),
+        "T": ranges(_starts(rows.lengths_S)[chosen], lengths),
         "S": chosen,
-        "N": ranges(_before(rows.num_targets_S)[chosen], num_targets),
-        "K": ranges(_before(rows.num_turns_S)[chosen], rows.num_turns_S[chosen]),
+        "N": ranges(_starts(rows.num_targets_S)[chosen], num_targets),
+        "K": ranges(_starts(rows.num_turns_S)[chosen], rows.num_turns_S[chosen]),
     }
     columns = {f.name: getattr(rows, f.name) for f in fields(Rows)}
     columns = {n: column[index[n[-1]]] if len(column) else column for n, column in columns.items()}
     return Rows(**{**columns, "lengths_S": lengths, "num_targets_S": num_targets})
 
 
-def _run(rows: Rows, chosen: slice) -> Rows:
-    """Neighbours, without a copy."""
+def _slice(rows: Rows, chosen: slice) -> Rows:
+    """Select adjacent rows without a copy."""
     index = {"S": chosen}
     for kind, counts in zip(
         "TNK", (rows.lengths_S, rows.num_targets_S, rows.num_turns_S), strict=True
@@ -188,18 +203,19 @@ def _run(rows: Rows, chosen: slice) -> Rows:
     return Rows(**{f.name: getattr(rows, f.name)[index[f.name[-1]]] for f in fields(Rows)})
 
 
-def _before(counts: Numbers) -> Numbers:
-    """How many there are before each."""
+def _starts(counts: Array) -> Array:
+    """Index of the first entry of each row."""
     return counts.cumsum() - counts
 
 
-def _flat(lists: Iterable[Sequence[float]], dtype: type[np.generic]) -> Numbers:
+def _flat(lists: Iterable[Sequence[float]], dtype: type[np.generic]) -> Array:
     return np.fromiter(chain.from_iterable(lists), dtype)
 
 
-def _refuse_nothing_before(bare_K: Numbers, trajectories_K: Numbers, places_K: Numbers) -> None:
-    if bare_K.any():
-        at = int(bare_K.argmax())
+def _check_prompts(is_first_K: Array, trajectories_K: Array, places_K: Array) -> None:
+    """Raise ValueError if the first sampled token of a turn is the first token of its row."""
+    if is_first_K.any():
+        k = int(is_first_K.argmax())
         raise ValueError(
-            f"turn {places_K[at]} of trajectory {trajectories_K[at]} has no prompt to predict from"
+            f"turn {places_K[k]} of trajectory {trajectories_K[k]} has no prompt to predict from"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..config.schema import SamplerConfig
 from ..errors import ConfigError
-from ..model import Policy, refuse_long_context
+from ..model import Policy, check_context_length
 from ..model.lora import merged_copy
 from .backend import choose_backend
 from .base import Sampler
@@ -40,7 +40,7 @@ def open_sampler(
     Raises:
         ConfigError: the engine cannot run here, lacks memory, or does not support the model.
     """
-    refuse_long_context(policy.model.config, max_context)
+    check_context_length(policy.model.config, max_context)
     if choose_backend(config) == "vllm":
         return VllmSampler(
             EngineOptions(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config.schema import CriticConfig, OptimConfig
 from ..model import Policy, hidden_states
+from ..packing.options import PackOptions
 from ..packing.pack import pack
 from ..parallel.ranks import ALONE, Ranks
 from ..types import Batch, Credit, Group, Trajectory
@@ -70,7 +71,7 @@ class Critic:
             everything,
             budget=tokens_per_microbatch,
             device=policy.device,
-            share_prefixes=share_prefixes,
+            options=PackOptions(share_prefixes=share_prefixes),
         )
         by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         for batch in packed.batches:
