@@ -1,6 +1,8 @@
-"""Verifiable rewards: normalisation, containment, format."""
+"""Scores of texts: normalisation, containment, format and tags."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ def test_normalisation():
 
 @given(st.text())
 @settings(deadline=None)
-def test_normalisation_is_idempotent_and_text_matches_itself(text):
+def test_normalisation_is_idempotent_and_a_text_matches_itself(text):
     once = normalize_answer(text)
     assert normalize_answer(once) == once
     assert exact_match(text, ["x", text]) == 1.0
@@ -72,7 +74,7 @@ def test_containment_is_by_whole_words(text, accepted, value):
     assert contains_answer(text, accepted) == value
 
 
-def test_the_last_answer_outside_of_the_reasoning_counts():
+def test_the_last_answer_outside_the_reasoning_is_read():
     assert read_answer("<answer> Ida\n</answer>") == "Ida"
     assert read_answer("<answer>Ole</answer> no, <answer>Ida</answer>") == "Ida"
     assert read_answer("<reasoning><answer>Ole</answer></reasoning>") is None
@@ -109,7 +111,9 @@ def test_format_and_tags(text, native, reasoning, form, tags):
     assert tags_score(text, native=native, reasoning=reasoning) == tags
 
 
-def test_format_of_a_long_text_takes_no_time():
+def test_the_format_of_long_texts_takes_linear_time():
+    begin = time.perf_counter()
     for text in ("<answer>" * 20_000, THOUGHT * 5_000, "<tool>" + " " * 100_000, "<" * 100_000):
         assert format_score(text, native=False, reasoning=True) == 0.0
         assert format_score(text, native=True, reasoning=False) == 0.0
+    assert time.perf_counter() - begin < 10

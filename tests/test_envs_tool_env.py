@@ -1,10 +1,9 @@
-"""The tool loop: what each kind of turn is answered with, and what it earns."""
+"""The tool loop: replies and rewards of each kind of turn; loading of environments."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import by_script
@@ -12,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.envs import Env, Outcome, Step, Task, ToolEnv, load_env, tool
-from turnfast.envs import tool_env as tool_env_room
+from turnfast.envs import Outcome, Step, Task, ToolEnv, load_env, tool, tool_env
 from turnfast.errors import ConfigError
 
 TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida Berg", "I. Berg"))
@@ -51,7 +49,7 @@ def call(query: str, name: str = "search") -> str:
 ANSWER = "<reasoning>so</reasoning><answer>Ida Berg</answer>"
 
 
-def test_the_two_turns_of_the_paper_earn_0_7_and_1_9():
+def test_a_search_and_a_correct_answer_earn_0_7_and_1_9():
     (first, second), outcome = play(Books(), call("Ulm"), ANSWER)
     assert first.messages == (
         {"role": "user", "content": "<result>Ulm was written by Ida Berg.</result>"},
@@ -76,13 +74,14 @@ def test_the_two_turns_of_the_paper_earn_0_7_and_1_9():
         (call("Rom"), "Rom was painted by Ole.", 0.2),
         (call("void"), "No result.", 0.0),
         (call("crash"), "Error: OSError: the shelf fell over", 0.0),
+        (call("Ida Berg"), "Error: KeyError: 'Ida Berg'", 0.0),  # the answer, but in an error
         (call("Ulm", "find"), "Error: no such tool; known: search, count", 0.0),
         (call("Ulm")[:-8] + "</tool>", "Error: not valid JSON", 0.0),
         (call("Ulm").replace("query", "q"), "Error: query: missing; q: no such argument", 0.0),
         (call("Ulm", "count"), "28", 0.2),
     ],
 )
-def test_no_result_and_errors_are_shown_and_are_no_successes(text, shown, reward):
+def test_errors_and_empty_results_are_shown_and_not_rewarded(text, shown, reward):
     (step,), outcome = play(Books(), text)
     assert step.messages[0]["content"] == f"<result>{shown}</result>"
     assert step.reward == reward
@@ -91,12 +90,10 @@ def test_no_result_and_errors_are_shown_and_are_no_successes(text, shown, reward
     assert (outcome.reward, outcome.metrics["answered"]) == (0.0, 0.0)
 
 
-def test_several_calls_in_a_turn_and_too_many():
+def test_calls_beyond_the_limit_are_one_error():
     env = Books(max_calls=3)
-    text = call("Ulm") + call("crash") + call("Rom") + call("Ulm") * 5
-    (step,), _ = play(env, text)
-    shown = step.messages[0]["content"].split("\n")
-    assert [line[:28] for line in shown] == [
+    (step,), _ = play(env, call("Ulm") + call("crash") + call("Rom") + call("Ulm") * 5)
+    assert [line[:28] for line in step.messages[0]["content"].split("\n")] == [
         "<result>Ulm was written by I",
         "<result>Error: OSError: the ",
         "<result>Rom was painted by O",
@@ -106,24 +103,24 @@ def test_several_calls_in_a_turn_and_too_many():
     assert step.reward == pytest.approx(0.2 * 2 / 4 + 0.5)
 
 
-def test_searching_twice_does_not_pay_twice():
+def test_a_repeated_search_is_not_paid_twice():
     steps, _ = play(Books(), call("Ulm"), call("Ulm"), ANSWER)
     assert [step.reward for step in steps] == [pytest.approx(0.7), pytest.approx(0.2), None]
 
 
-def test_an_answer_beside_a_call_was_given_before_the_result_and_does_not_count():
+def test_an_answer_in_a_turn_with_a_call_does_not_count():
     (step,), outcome = play(Books(), call("Ulm") + "<answer>Ida Berg</answer>")
     assert (step.done, step.tool_calls) == (False, 1)
     assert outcome.reward == 0.0
 
 
-def test_answering_at_once_earned_nothing_in_its_turn():
+def test_a_first_turn_without_a_call_has_reward_0():
     (step,), outcome = play(Books(), ANSWER)
     assert (step.reward, step.done, outcome.reward) == (0.0, True, pytest.approx(1.9))
     assert outcome.metrics["called"] == 0.0
 
 
-def test_neither_call_nor_answer_ends_the_episode_or_is_reminded():
+def test_a_turn_with_neither_call_nor_answer_ends_the_episode_or_gets_a_reminder():
     (step,), outcome = play(Books(), "Ida Berg, I believe.")
     assert (step.done, step.reward, outcome.reward) == (True, 0.0, 0.0)
     steps, outcome = play(Books(missing_answer="remind"), "Well.", "Hm.", ANSWER)
@@ -135,14 +132,14 @@ def test_neither_call_nor_answer_ends_the_episode_or_is_reminded():
     assert outcome.reward_parts["format"] == pytest.approx(0.2 / 3)
 
 
-def test_partly_right_answers():
+def test_partly_correct_answers():
     _, outcome = play(Books(), "<reasoning>x</reasoning><answer>It was I. Berg.</answer>")
     assert outcome.reward_parts["answer_contained"] == 0.5
     assert outcome.reward_parts["exact_match"] == 0.0
     assert outcome.metrics["f1"] == pytest.approx(2 * 2 / (4 + 2))
 
 
-def test_weights_replace_the_defaults_one_by_one():
+def test_weights_replace_the_defaults_by_name():
     env = Books(weights={"exact_match": 3.0, "tool_executed": 0.0})
     (first, _), outcome = play(env, call("Ulm"), ANSWER)
     assert first.reward_parts == {"tool_executed": 0.0, "answer_in_result": 0.5}
@@ -151,7 +148,7 @@ def test_weights_replace_the_defaults_one_by_one():
         Books(weights={"exakt": 1.0})
 
 
-def test_native_calls_are_answered_by_tool_messages():
+def test_native_calls_get_tool_messages():
     env = Books(call_format="native")
     text = '<tool_call>{"name": "search", "arguments": {"query": "Ulm"}}</tool_call>'
     (step, _), outcome = play(env, text, "<answer>Ida Berg</answer>")
@@ -160,10 +157,10 @@ def test_native_calls_are_answered_by_tool_messages():
         {"role": "tool", "name": "search", "content": "Ulm was written by Ida Berg."},
     )
     assert outcome.reward == pytest.approx(1.9)
-    assert "add" not in env.describe() and "search" not in env.describe()  # the template lists them
+    assert "search" not in env.describe()  # the chat template lists the tools
 
 
-def test_the_first_messages_describe_tools_and_form():
+def test_the_first_messages_describe_tools_and_format():
     (system, user) = asyncio.run(Books().episode(TASK).start())
     assert user == {"role": "user", "content": "Who wrote Ulm?"}
     for part in ('"name": "search"', "Count the letters", "<tool>", "<answer>", "<reasoning>"):
@@ -193,17 +190,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def example() -> str:
-    """The environment of one file that the module's docstring shows."""
-    documentation = tool_env_room.__doc__ or ""
+def docstring_example() -> str:
+    """The environment in the docstring of tool_env.py."""
+    documentation = tool_env.__doc__ or ""
     begin = documentation.index("    from turnfast.envs import")
     end = documentation.index("\nOne episode, in")
     lines = documentation[begin:end].strip("\n").split("\n")
     return "\n".join(line.removeprefix("    ") for line in lines)
 
 
-def test_the_environment_of_the_docstring_is_one_short_file_that_runs(folder):
-    source = example()
+def test_the_environment_in_the_docstring_is_one_short_file_that_runs(folder):
+    source = docstring_example()
     assert len(source.split("\n")) <= 40
     (folder / "capitals.py").write_text(source)
     env = load_env("capitals:Capitals", {"reasoning": False}, max_turns=3, tool_timeout_s=0.5)
@@ -212,35 +209,21 @@ def test_the_environment_of_the_docstring_is_one_short_file_that_runs(folder):
     assert [one.name for one in env.tools] == ["atlas"]
     task = next(task for task in env.tasks("eval") if task.id == "Peru")
     assert task.id not in {task.id for task in env.tasks("train")}
-
-    call = '<tool>{"name": "atlas", "args": {"country": "Peru"}}</tool>'
-    _, (first, second), outcome = by_script.play(env, task, call, "<answer>Lima</answer>")
+    text = '<tool>{"name": "atlas", "args": {"country": "Peru"}}</tool>'
+    _, (first, second), outcome = by_script.play(env, task, text, "<answer>Lima</answer>")
     assert (first.reward, second.done) == (pytest.approx(0.7), True)
     assert outcome.reward == pytest.approx(1.9)
 
 
-def test_an_environment_that_is_no_tool_env(folder):
-    (folder / "bare.py").write_text(
-        "class Bare:\n"
-        "    tools = ()\n"
-        "    native_calls = False\n"
-        "    def __init__(self, size: int, name: str = 'x', *, share: float = 0.5): pass\n"
-        "    def tasks(self, split): return []\n"
-        "    def episode(self, task): raise NotImplementedError\n"
-    )
-    env: Env = load_env("bare:Bare", {"size": 3})
-    assert env.tasks("train") == []
-    for options, text in (
-        ({}, "env.options.size: this option is required"),
-        ({"size": "3"}, "env.options.size: .*integer"),
-        ({"size": 3, "sharee": 1.0}, "env.options.sharee: .*did you mean 'share'"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            load_env("bare:Bare", options)
-
-
-FORWARDING = """
+ENVIRONMENTS = """
 from turnfast.envs import ToolEnv
+
+class Bare:
+    tools = ()
+    native_calls = False
+    def __init__(self, size: int, name: str = 'x', *, share: float = 0.5): pass
+    def tasks(self, split): return []
+    def episode(self, task): raise NotImplementedError
 
 class Mine(ToolEnv):
     def __init__(self, depth: int = 1, **options):
@@ -265,43 +248,53 @@ nothing = 3
 """
 
 
-def test_options_that_are_handed_on_and_faults_of_a_class(folder):
-    (folder / "mine.py").write_text(FORWARDING)
+def test_options_are_passed_to_the_class_and_its_base(folder):
+    (folder / "mine.py").write_text(ENVIRONMENTS)
     env = load_env("mine:Mine", {"depth": 2, "reasoning": False, "weights": {"format": 0}})
     assert isinstance(env, ToolEnv) and not env.reasoning
-    cases: Sequence[tuple[str, dict, str]] = (
-        ("mine:Mine", {"dept": 2}, "env.options.dept: .*did you mean 'depth'"),
-        ("mine:Mine", {"reasonin": 2}, "did you mean 'reasoning'"),
-        ("mine:Mine", {"call_format": "json"}, "env.options.call_format: .*'xml' or 'native'"),
-        ("mine:Taskless", {}, r"mine:Taskless must define tasks\(self, split\)"),
-        ("mine:Forgetful", {}, r"call super\(\).__init__"),
-        ("mine:Min", {}, "has no 'Min'; did you mean 'Mine'"),
-        ("mine:nothing", {}, "has no 'nothing'"),
-    )
-    for name, options, text in cases:
-        with pytest.raises(ConfigError, match=text):
-            load_env(name, options)
-    with pytest.raises(ValueError, match="depth 6 is too deep"):  # the class's own fault
+    bare = load_env("mine:Bare", {"size": 3})
+    assert (bare.tasks("train"), bare.rewards) == ([], ())
+    with pytest.raises(ValueError, match=r"^depth 6 is too deep$"):  # the class's own fault
         load_env("mine:Mine", {"depth": 6})
 
 
-def test_names_that_lead_nowhere(folder):
-    (folder / "broken.py").write_text("import nosuchpackage\n")
-    (folder / "wrong.py").write_text("x = \n")
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mine:Mine", {"dept": 2}, "env.options.dept: .*did you mean 'depth'"),
+        ("mine:Mine", {"reasonin": 2}, "did you mean 'reasoning'"),
+        ("mine:Mine", {"call_format": "json"}, "env.options.call_format: .*'xml' or 'native'"),
+        ("mine:Bare", {}, "env.options.size: this option is required"),
+        ("mine:Bare", {"size": "3"}, "env.options.size: .*integer"),
+        ("mine:Bare", {"size": 3, "sharee": 1.0}, "env.options.sharee: .*did you mean 'share'"),
+        ("mine:Taskless", {}, r"mine:Taskless must define tasks\(self, split\)"),
+        ("mine:Forgetful", {}, r"has no tools; does __init__ call super\(\).__init__"),
+        ("mine:Min", {}, "has no 'Min'; did you mean 'Mine'"),
+        ("mine:nothing", {}, "has no 'nothing'"),
+        ("lokup", {}, "env.name: no environment is called 'lokup'; did you mean 'lookup'"),
+        ("absent:Env", {}, "no module 'absent' in "),
+        ("empty:Env", {}, "'empty' is not a Python module"),
+        ("a b:Env", {}, "not of the form module:Class"),
+        (":", {}, "not of the form module:Class"),
+        ("os:path.join", {}, "not of the form module:Class"),
+    ],
+)
+def test_wrong_names_and_options_are_one_line(folder, name, options, message):
+    (folder / "mine.py").write_text(ENVIRONMENTS)
     (folder / "empty").mkdir()
-    for name, text in (
-        ("lokup", "env.name: no environment is called 'lokup'; did you mean 'lookup'"),
-        ("absent:Env", f"no module 'absent' in {folder}"),
-        ("empty:Env", "'empty' is not a Python module"),
-        ("a b:Env", "not of the form module:Class"),
-        (":", "not of the form module:Class"),
-        ("os:path.join", "not of the form module:Class"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            load_env(name, {})
-    for name, error, text in (
-        ("broken:Env", ModuleNotFoundError, "No module named 'nosuchpackage'"),
-        ("wrong:Env", SyntaxError, "invalid syntax"),
-    ):
-        with pytest.raises(error, match=text):  # the module's own fault
-            load_env(name, {})
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_env(name, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("import nosuchpackage\n", ModuleNotFoundError, "No module named 'nosuchpackage'"),
+        ("x = \n", SyntaxError, "invalid syntax"),
+    ],
+)
+def test_errors_of_the_users_module_are_not_changed(folder, source, error, message):
+    (folder / "broken.py").write_text(source)
+    with pytest.raises(error, match=message):
+        load_env("broken:Env", {})
