@@ -1,8 +1,7 @@
 """Build script: the package map that pyproject.toml cannot express, and the optional C++ extension.
 
-The folder `kernels/` is imported as `turnfast.kernels`. The extension `turnfast._C` is built when
-torch and a C++ compiler are found at build time; without them everything installs and works,
-only slower on the CPU.
+The folder `kernels/` is imported as `turnfast.kernels`. The extension `turnfast._C` is built if the
+build finds torch and a C++ compiler. Without it everything works, but slower on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parent
 
 
 def packages() -> dict[str, str]:
-    """Import name -> folder, for every folder with an __init__.py."""
+    """Return import name -> folder for every folder with an __init__.py."""
     found = {}
     for name, folder in (("turnfast", "turnfast"), ("turnfast.kernels", "kernels")):
         for init in sorted((ROOT / folder).rglob("__init__.py")):
@@ -28,7 +27,7 @@ def packages() -> dict[str, str]:
 
 
 def extension() -> dict:
-    """The keyword arguments of `setup` that build turnfast._C, or none."""
+    """Return the keyword arguments of `setup` that build turnfast._C, or none."""
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not sources or not compiler or os.environ.get("TURNFAST_NO_EXTENSION"):
@@ -39,15 +38,15 @@ def extension() -> dict:
         return {}
 
     class OptionalBuild(BuildExtension):
-        """A compiler that fails costs speed, not the installation."""
+        """A build that continues the installation if the compiler fails."""
 
         def run(self):
             try:
                 super().run()
-            except Exception as error:  # any compiler or linker fault
+            except Exception as error:  # any error of the compiler or linker
                 print(f"turnfast: C++ extension not built, continuing without it: {error}")
 
-    # What kernels/extension.py compares with the sources it finds.
+    # kernels/extension.py compares this hash with the sources.
     digest = runpy.run_path(str(ROOT / "kernels" / "sources.py"))["digest"](ROOT / "csrc")
     flags = [
         f"-DTURNFAST_SOURCES={digest}",

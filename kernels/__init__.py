@@ -1,9 +1,9 @@
-"""The kernels of turnfast: they know tensors, not trajectories."""
+"""The kernels of turnfast: functions of tensors, independent of trajectories."""
 
 if __name__ == "kernels":
-    # Python was started in the repository's root, and transformers looks for the Hugging Face
-    # package of this name. A second copy of ours would register every operator anew and pull the
-    # first one's from under it, so this copy stays empty, and too old for anyone to use.
+    # Python runs in the root of the repository, and transformers imports the Hugging Face package
+    # of this name. A second copy of this package would register every operator again and replace
+    # the first registration. So this copy is empty, with a version that transformers rejects.
     __version__ = "0.0.0"
     __all__ = []
 else:

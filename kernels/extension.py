@@ -1,8 +1,8 @@
-"""The one place that loads turnfast._C, the optional C++ extension.
+"""Load turnfast._C, the optional C++ extension.
 
-Its absence is normal (no compiler at installation, or a torch other than the one it was built
-against): callers ask `load_error()` and take their Python path. An extension that is older than
-its sources, as after an update of an editable installation, is not: it is refused with a warning.
+A missing extension is normal: no compiler at installation, or another torch than at the build.
+Callers check `load_error()` and use their Python path. An extension that does not match its
+sources, for example after an update of an editable installation, is rejected with a warning.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ import torch  # noqa: F401  (the extension links against the libraries that torc
 
 from .sources import digest
 
-# Beside this package in a checkout; a wheel has no sources, and its parts were built together.
+# Exists in a checkout only. A wheel has no sources, and its extension always matches.
 SOURCES = Path(__file__).parent.parent / "csrc"
 
 
 @functools.cache
 def load_error() -> str | None:
-    """None when the C++ operators are registered, otherwise why they are not."""
+    """Return None if the C++ operators are registered, otherwise the reason why not."""
     try:
         module = importlib.import_module("turnfast._C")
     except (ImportError, OSError) as error:
         return str(error)
     reason = stale(getattr(module, "sources", ""), SOURCES)
     if reason:
-        warnings.warn(f"turnfast: {reason}; until then slower Python", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"turnfast: {reason}; until then the slower Python code runs",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return reason
 
 
 def stale(built_from: str, sources: Path) -> str | None:
-    """Why an extension does not fit the sources beside it; None if it does or there are none."""
+    """Return why an extension does not match its sources; None if it does or there are none."""
     if not sources.is_dir() or built_from == digest(sources):
         return None
     return (
-        "the C++ extension turnfast._C was built from other sources than csrc/ holds now; rebuild "
+        "the C++ extension turnfast._C was built from other sources than those in csrc/; rebuild "
         "it with: pip install --no-build-isolation --no-deps -e ."
     )

@@ -1,4 +1,4 @@
-"""What the compiled extension was built from, as one short string.
+"""The hash of the C++ sources that the extension is built from.
 
 Standard library only: setup.py runs this file before anything is installed.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str:
-    """A hash over the names and contents of the C++ files of a folder."""
+    """Return a hash of the names and contents of the C++ files of a folder."""
     total = hashlib.sha256()
     for path in sorted([*folder.rglob("*.cpp"), *folder.rglob("*.h")]):
         total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())

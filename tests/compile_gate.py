@@ -1,6 +1,6 @@
-"""Kernels compiled for a GPU that need not be here, and what their machine code uses.
+"""Compile Triton kernels for a GPU target, without that GPU, and read what the code uses.
 
-Triton compiles for a named target; its own tools read the machine code back.
+Triton's cuobjdump reads registers, stack and shared memory from the machine code.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TARGETS = {SM80: "sm_80", SM90: "sm_90a"}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kernel as one launch compiles it.
+    """A kernel with the arguments of one launch.
 
-    types: of arguments that are not int32 numbers or, for names in _ptr, `pointer`.
-    divisible: numbers that the launches that count pass as multiples of 16; Triton specialises on
-        it. Pointers always are.
-    spills: bytes of stack that are allowed.
+    types: types of arguments. Others are int32, or `pointer` for names that end in _ptr.
+    divisible: integer arguments that are multiples of 16; Triton specialises on that. Pointers
+        always are.
+    spills: allowed bytes of stack per thread.
     """
 
     kernel: Any
@@ -52,8 +52,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Registers per thread; bytes per thread of stack, which is where spilled registers go; bytes
-    of shared memory per block."""
+    """Registers and bytes of stack (spilled registers) per thread; shared bytes per block."""
 
     registers: int
     stack: int
@@ -61,7 +60,7 @@ class Usage:
 
 
 def compile_case(case: Case, arch: int) -> tuple[Any, Usage]:
-    """The compiled kernel and what its machine code uses."""
+    """Compile a kernel and return it with the resources its machine code uses."""
     names = case.kernel.arg_names
     signature, attributes = {}, {}
     for index, name in enumerate(names):
@@ -83,16 +82,17 @@ def compile_case(case: Case, arch: int) -> tuple[Any, Usage]:
 
 
 def assert_fits(case: Case, arch: int) -> Any:
-    """The compiled kernel, which spills no more than allowed and fits the shared memory."""
+    """Compile a kernel; assert that it spills no more than allowed and fits the shared memory."""
     compiled, used = compile_case(case, arch)
     about = f"{case} for {TARGETS[arch]}"
     print(about, used)
     assert used.stack <= case.spills, (
-        f"{about} spills {used.stack} bytes of registers a thread to the stack, {case.spills} are "
-        f"allowed; it uses {used.registers} registers"
+        f"{about} spills {used.stack} bytes of registers per thread, {case.spills} are allowed; "
+        f"it uses {used.registers} registers"
     )
     assert used.shared <= SHARED_BYTES[arch], (
-        f"{about} takes {used.shared} bytes of shared memory a block, {SHARED_BYTES[arch]} exist"
+        f"{about} uses {used.shared} bytes of shared memory per block, the GPU has "
+        f"{SHARED_BYTES[arch]}"
     )
     target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
     assert target and target[1] == TARGETS[arch], f"{about} was compiled for {target}"
@@ -113,9 +113,9 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 
 
 def kernels_in(folder: Path) -> set[tuple[Path, str]]:
-    """File and name of every kernel below a folder: what is jitted and called by no other kernel.
+    """Return file and name of every jitted function in a folder that no other kernel calls.
 
-    Read from the text, so a file that nothing imports yet is found as well.
+    Parses the sources, so it also finds files that nothing imports.
     """
     jitted: set[tuple[Path, str]] = set()
     called: set[str] = set()
@@ -134,7 +134,7 @@ def _is_jit(decorator: ast.expr) -> bool:
 
 
 def ungated(folder: Path, cases: Iterable[Case]) -> list[str]:
-    """The kernels below a folder that no case compiles, as file and name."""
+    """Return the kernels in a folder that no case compiles, as file and name."""
     gated = {(Path(inspect.getfile(c.kernel.fn)).resolve(), c.kernel.fn.__name__) for c in cases}
     found = kernels_in(folder) - gated
     return sorted(f"{path.relative_to(folder.resolve())}: {name}" for path, name in found)

@@ -1,4 +1,4 @@
-"""The benchmark's adapters to other projects, whose arguments move between their versions."""
+"""The benchmark's adapters to other projects, whose signatures change between versions."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-HARNESS = Path(__file__).parent.parent / "bench" / "harness"
+PEERS = Path(__file__).parent.parent / "bench" / "harness" / "loss_head_peers.py"
 
 
 @pytest.fixture
 def peers(monkeypatch):
-    spec = importlib.util.spec_from_file_location("peers", HARNESS / "loss_head_peers.py")
+    spec = importlib.util.spec_from_file_location("peers", PEERS)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "peers", module)  # dataclasses look themselves up there
+    monkeypatch.setitem(sys.modules, "peers", module)  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
-class Early(torch.autograd.Function):
+class ReductionFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, reduction="none", temperature=1.0):
         return hidden
 
 
-class Late(torch.autograd.Function):
+class TemperatureFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature, softcap=None, reduction="none"):
         return hidden
@@ -35,16 +35,20 @@ class Late(torch.autograd.Function):
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(Early, [1, 2, 3, "none", 0.5]), (Late, [1, 2, 3, 0.5, None, "none"])],
+    [
+        (ReductionFirst, [1, 2, 3, "none", 0.5]),
+        (TemperatureFirst, [1, 2, 3, 0.5, None, "none"]),
+    ],
 )
-def test_arguments_go_where_the_installed_version_has_them(peers, function, expected):
-    given = {"hidden": 1, "weight": 2, "labels": 3, "temperature": 0.5, "reduction": "none"}
-    assert peers.arranger(function, set(given))(given) == expected
+def test_arguments_follow_the_installed_signature(peers, function, expected):
+    arguments = {"hidden": 1, "weight": 2, "labels": 3, "temperature": 0.5, "reduction": "none"}
+    assert peers.arranger(function, set(arguments))(arguments) == expected
 
 
-def test_a_required_argument_that_is_unknown_leaves_the_peer_out_by_name(peers):
-    with pytest.raises(ImportError, match=r"Late of this version needs 'temperature'"):
-        peers.arranger(Late, {"hidden", "weight", "labels"})
+def test_a_missing_required_argument_is_named(peers):
+    message = r"TemperatureFirst of this version needs 'temperature'"
+    with pytest.raises(ImportError, match=message):
+        peers.arranger(TemperatureFirst, {"hidden", "weight", "labels"})
 
 
 def test_peers_that_are_not_installed_are_named(peers):
