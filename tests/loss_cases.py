@@ -1,24 +1,32 @@
-"""Cases of the loss head, their truth, and the budget of errors that an implementation has.
+"""Cases of the loss head, their true results, and the error budgets of an implementation.
 
-`truth` is plain autograd over full logits in any dtype: float64 is the truth, the model's dtype the
-low-precision reference of the error budget.
+`truth` is plain autograd over full logits. In float64 it is the truth; in the model's dtype it is
+the low-precision baseline of the error budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from turnfast.kernels import PolicyLoss, PolicyRule, linear_logprobs, turn_policy_loss
+from turnfast.kernels import (
+    LinearLogprobs,
+    PolicyLoss,
+    PolicyRule,
+    linear_logprobs,
+    turn_policy_loss,
+)
 from turnfast.kernels.loss_head import backends
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """All arguments of one turn_policy_loss."""
+    """The arguments of one turn_policy_loss."""
 
     hidden: Tensor
     head: Tensor
@@ -48,31 +56,30 @@ class Answer:
 
 
 def full_logprobs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden and head as leaves of the dtype, log-probs and entropies [N] in at least float32."""
+    """Return hidden and head as leaves of the dtype, and log-probs and entropies [N] of them."""
     hidden = case.hidden.detach().to(dtype).requires_grad_()
     head = case.head.detach().to(dtype).requires_grad_()
     z = hidden[case.rows] @ head.T
     z = z if dtype == torch.float64 else z.float()
     if case.softcap is not None:
         z = case.softcap * torch.tanh(z / case.softcap)
-    every = (z / case.temperature).log_softmax(-1)
-    picked = every.gather(1, case.targets[:, None]).squeeze(1)
-    # exp(-inf) * -inf is not a probability times its logarithm; a masked logit cannot occur here.
-    return hidden, head, picked, -(every.exp() * every).sum(-1)
+    log_p = (z / case.temperature).log_softmax(-1)
+    logprobs = log_p.gather(1, case.targets[:, None]).squeeze(1)
+    return hidden, head, logprobs, -(log_p.exp() * log_p).sum(-1)
 
 
 def truth(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
-    """The loss written out from its definition, differentiated by autograd."""
+    """Compute the loss from its definition and its gradients by autograd."""
     hidden, head, logprobs, entropies = full_logprobs(case, dtype)
     rule, weights = case.rule, case.weights.to(logprobs.dtype)
     old = logprobs.detach() if case.old is None else case.old.to(logprobs.dtype)
-    live = weights != 0
+    used = weights != 0
     level = logprobs - old
     if rule.ratio != "token":
         segment = case.turns if rule.ratio == "turn" else case.sequences[case.turns]
         means = torch.zeros_like(level)
-        for number in segment[live].unique():
-            inside = live & (segment == number)
+        for number in segment[used].unique():
+            inside = used & (segment == number)
             means = torch.where(inside, level[inside].mean(), means)
         level = means
     ratio, A = level.exp(), case.advantages.to(logprobs.dtype)[case.turns]
@@ -94,7 +101,7 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
         each = each + rule.kl_coef * (gap.exp() - gap - 1)
     if rule.entropy_coef:
         each = each - rule.entropy_coef * entropies
-    loss = (weights[live] * each[live]).sum()
+    loss = (weights[used] * each[used]).sum()
     loss.backward()
     assert hidden.grad is not None and head.grad is not None
     return Answer(
@@ -106,34 +113,17 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     )
 
 
-def run(case: Case, impl: str, **options: object) -> tuple[PolicyLoss, Answer]:
-    """turn_policy_loss of the case, with gradients."""
-    hidden, head, out = _backward(case, impl, options)
-    assert hidden.grad is not None and head.grad is not None
-    return out, Answer(
-        loss=out.loss.detach().double(),
-        d_hidden=hidden.grad.double(),
-        d_head=head.grad.double(),
-        logprobs=out.logprobs.double(),
-        entropies=out.entropies.double(),
-    )
-
-
-def onto(case: Case, impl: str, head_grad: Tensor, **options: object) -> Tensor:
-    """turn_policy_loss of the case onto a sum of head gradients; the gradient of hidden."""
-    hidden, head, _ = _backward(case, impl, {**options, "head_grad": head_grad})
-    assert head.grad is None and hidden.grad is not None
-    return hidden.grad.double()
-
-
-def _backward(
-    case: Case, impl: str, options: dict[str, object]
-) -> tuple[Tensor, Tensor, PolicyLoss]:
-    hidden = case.hidden.detach().clone().requires_grad_()
-    head = case.head.detach().clone().requires_grad_()
-    out = turn_policy_loss(
-        hidden,
-        head,
+def loss_of(
+    case: Case,
+    impl: str = "auto",
+    hidden: Tensor | None = None,
+    head: Tensor | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """Call turn_policy_loss with the case, optionally with another hidden or head."""
+    return turn_policy_loss(
+        case.hidden if hidden is None else hidden,
+        case.head if head is None else head,
         case.rows,
         case.targets,
         case.turns,
@@ -147,10 +137,50 @@ def _backward(
         temperature=case.temperature,
         softcap=case.softcap,
         impl=impl,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
+
+
+def logprobs_of(case: Case, impl: str = "auto", **options: Any) -> LinearLogprobs:
+    """Call linear_logprobs with the case."""
+    return linear_logprobs(
+        *(case.hidden, case.head, case.rows, case.targets),
+        temperature=case.temperature,
+        softcap=case.softcap,
+        impl=impl,
+        **options,
+    )
+
+
+def leaves(case: Case) -> tuple[Tensor, Tensor]:
+    """Return copies of hidden and head that require gradients."""
+    return (
+        case.hidden.detach().clone().requires_grad_(),
+        case.head.detach().clone().requires_grad_(),
+    )
+
+
+def run(case: Case, impl: str, **options: Any) -> tuple[PolicyLoss, Answer]:
+    """Compute the loss of the case and its gradients."""
+    hidden, head = leaves(case)
+    out = loss_of(case, impl, hidden, head, **options)
     out.loss.backward()
-    return hidden, head, out
+    assert hidden.grad is not None and head.grad is not None
+    return out, Answer(
+        loss=out.loss.detach().double(),
+        d_hidden=hidden.grad.double(),
+        d_head=head.grad.double(),
+        logprobs=out.logprobs.double(),
+        entropies=out.entropies.double(),
+    )
+
+
+def run_into(case: Case, impl: str, head_grad: Tensor, **options: Any) -> Tensor:
+    """Compute the gradients with a head_grad buffer and return the gradient of hidden."""
+    hidden, head = leaves(case)
+    loss_of(case, impl, hidden, head, head_grad=head_grad, **options).loss.backward()
+    assert head.grad is None and hidden.grad is not None
+    return hidden.grad.double()
 
 
 def make_case(
@@ -167,20 +197,21 @@ def make_case(
     temperature: float = 1.0,
     softcap: float | None = None,
     shift: float = 0.0,
+    rows: int | None = None,
 ) -> Case:
-    """Random packed turns: rows with several targets, empty turns, advantages of 0, masked tokens.
+    """Make random packed turns: repeated rows, empty turns, advantages of 0, masked tokens.
 
-    shift moves all logits by the same number.
+    shift is added to all logits.
     """
     rule = rule or PolicyRule()
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(max(2, N - 3), D, generator=g)
+    hidden = torch.randn(rows or max(2, N - 3), D, generator=g)
     head = torch.randn(V, D, generator=g) * 0.7
     if shift:
         hidden[:, 0] = 1.0
         head[:, 0] = shift
     hidden, head = hidden.to(dtype), head.to(dtype)
-    rows = torch.randint(0, hidden.shape[0], (N,), generator=g)
+    row_of = torch.randint(0, hidden.shape[0], (N,), generator=g)
     targets = torch.randint(0, V, (N,), generator=g)
     # Sorted random numbers leave some of the K turns empty.
     turns = torch.randint(0, K, (N,), generator=g).sort().values
@@ -200,7 +231,7 @@ def make_case(
     case = Case(
         hidden=hidden,
         head=head,
-        rows=rows,
+        rows=row_of,
         targets=targets,
         turns=turns,
         sequences=sequences,
@@ -226,69 +257,95 @@ def make_case(
     )
 
 
+def select(case: Case, keep: Tensor) -> Case:
+    """Return the case with the tokens of a mask; its weights stay as they are."""
+    names = ("rows", "targets", "turns", "old", "weights", "ref", "sampler")
+    fields = {name: x[keep] for name in names if (x := getattr(case, name)) is not None}
+    return dataclasses.replace(case, **fields)
+
+
 def microbatches(case: Case, count: int) -> list[Case]:
-    """The case's tokens, cut between turns."""
-    parts = []
-    for number in range(count):
-        mine = case.turns % count == number
-        fields = {
-            name: value[mine]
-            for name in ("rows", "targets", "turns", "old", "weights")
-            if (value := getattr(case, name)) is not None
-        }
-        parts.append(dataclasses.replace(case, **fields))
-    return parts
+    """Split the case between turns."""
+    return [select(case, case.turns % count == number) for number in range(count)]
 
 
-def assert_head_grad_adds_up(impl: str, dtype: torch.dtype, chunk_tokens: int | None) -> None:
-    """Micro-batches onto one sum give the gradient of the whole, and no worse than added up by
-    autograd, each rounded to the head's dtype."""
+def assert_microbatches_accumulate(impl: str, dtype: torch.dtype, chunk_tokens: int | None) -> None:
+    """Micro-batches with one head_grad buffer sum to the whole gradient.
+
+    The error is at most that of autograd's sum in the head's dtype.
+    """
     case = make_case(3, N=63, V=150, D=24, rule=PolicyRule(ratio="turn"), dtype=dtype)
-    parts, true = microbatches(case, 4), truth(case)
-    added = torch.zeros_like(case.head)
+    true = truth(case)
+    autograd_sum = torch.zeros_like(case.head)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     start = torch.linspace(-1, 1, case.head.numel()).view(case.head.shape).to(wide)
-    head_grad, moved = torch.zeros_like(start), start.clone()
+    head_grad, offset_grad = torch.zeros_like(start), start.clone()
     d_hidden = torch.zeros_like(true.d_hidden)
-    for part in parts:
+    for part in microbatches(case, 4):
         _, alone = run(part, impl, chunk_tokens=chunk_tokens)
-        added += alone.d_head.to(dtype)
-        found = onto(part, impl, head_grad, chunk_tokens=chunk_tokens)
+        autograd_sum += alone.d_head.to(dtype)
+        found = run_into(part, impl, head_grad, chunk_tokens=chunk_tokens)
         assert torch.equal(found, alone.d_hidden)
-        onto(part, impl, moved, chunk_tokens=chunk_tokens)
+        run_into(part, impl, offset_grad, chunk_tokens=chunk_tokens)
         d_hidden += found
-    error, before = (relative(x.double(), true.d_head) for x in (head_grad, added))
-    assert error <= max(before, 1e-6), f"{error:.1e}, rounded every time {before:.1e}"
-    assert (moved - start - head_grad).abs().max() < 1e-6
+    error, allowed = (relative(x.double(), true.d_head) for x in (head_grad, autograd_sum))
+    assert error <= max(allowed, 1e-6), f"{error:.1e}, autograd's sum {allowed:.1e}"
+    assert (offset_grad - start - head_grad).abs().max() < 1e-6
     if dtype == torch.float32:
         _, whole = run(case, impl, chunk_tokens=chunk_tokens)
         assert (head_grad - whole.d_head).abs().max() < 1e-6
         assert (d_hidden - whole.d_hidden).abs().max() < 1e-6
 
 
+def assert_any_chunks_agree(case: Case, impl: str, chunks: tuple[int, ...]) -> None:
+    """Any chunk size gives the same loss, gradients and statistics."""
+    whole, expected = run(case, impl, chunk_tokens=len(case.rows))
+    for chunk in chunks:
+        out, found = run(case, impl, chunk_tokens=chunk)
+        assert relative(found.d_hidden, expected.d_hidden) < 1e-6
+        assert relative(found.d_head, expected.d_head) < 1e-6
+        torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.turn_logprobs, whole.turn_logprobs, rtol=1e-5, atol=1e-6)
+        assert_same_stats(out, whole, rtol=1e-5, atol=1e-6)
+
+
+def assert_same_stats(found: PolicyLoss, expected: PolicyLoss, rtol: float, atol: float) -> None:
+    for field in dataclasses.fields(found.stats):
+        a, b = (getattr(each.stats, field.name) for each in (found, expected))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=f"{field.name}: {a} != {b}")
+
+
+def assert_repeatable(case: Case, impl: str) -> None:
+    """A second call gives the same bits."""
+    (out_a, a), (out_b, b) = run(case, impl), run(case, impl)
+    for name in ("loss", "d_hidden", "d_head"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert torch.equal(out_a.turn_logprobs, out_b.turn_logprobs)
+
+
 def relative(found: Tensor, true: Tensor) -> float:
-    """Error in units of the truth's own size."""
+    """Return the norm of the error relative to the norm of the truth."""
     if true.numel() == 0:
         return 0.0
     return float((found - true).norm() / true.norm().clamp(min=1e-12))
 
 
 def trained(out: PolicyLoss) -> Tensor:
-    """The tokens that were computed."""
+    """Return which tokens were computed."""
     return ~out.logprobs.isnan()
 
 
-def assert_within_budget(case: Case, impl: str, slack: float = 1e-5, **options: object) -> None:
-    """err(found) <= 2 err(low-precision reference) + slack, each against float64."""
+def assert_within_budget(case: Case, impl: str, slack: float = 1e-5, **options: Any) -> None:
+    """Assert err(found) <= 2 err(low-precision autograd) + slack, both against float64."""
     out, found = run(case, impl, **options)
     true, low = truth(case), truth(case, case.hidden.dtype)
-    live = trained(out)
-    assert torch.equal(live | (case.weights == 0) | _dark(case), torch.ones_like(live))
+    computed = trained(out)
+    assert (computed | (case.weights == 0) | _without_advantage(case)).all()
     pairs = [
         ("loss", found.loss - true.loss, low.loss - true.loss, max(1.0, float(true.loss.abs()))),
         *(
-            (name, getattr(found, name)[live] - getattr(true, name)[live],
-             getattr(low, name)[live] - getattr(true, name)[live], 1.0)
+            (name, getattr(found, name)[computed] - getattr(true, name)[computed],
+             getattr(low, name)[computed] - getattr(true, name)[computed], 1.0)
             for name in ("logprobs", "entropies")
         ),
         *(
@@ -305,21 +362,48 @@ def assert_within_budget(case: Case, impl: str, slack: float = 1e-5, **options: 
         assert worst <= 2 * allowed + slack, f"{name}: {worst:.2e} > 2 * {allowed:.2e} + {slack}"
 
 
-def _dark(case: Case) -> Tensor:
-    """Tokens whose own turn has no advantage; only those may be skipped."""
+def _without_advantage(case: Case) -> Tensor:
+    """Return tokens whose own turn has no advantage; only those may be skipped."""
     if case.rule.kl_coef or case.rule.entropy_coef:
         return torch.zeros_like(case.turns, dtype=torch.bool)
     return (case.advantages == 0)[case.turns]
 
 
-def assert_reads_what_it_wrote(
+def assert_as_accurate_as_reference(
+    case: Case, impl: str, slack: float = 0.0, **options: Any
+) -> None:
+    """Assert err(impl) <= 2 err(reference implementation) + 1e-5, both against float64.
+
+    Errors are absolute for loss, log-probs and entropies, relative to the norm for gradients.
+    slack is added for gradients.
+    """
+    true = truth(case)
+    reference, low = run(case, "reference", **options)
+    out, found = run(case, impl, **options)
+    computed = trained(reference)
+    assert torch.equal(trained(out), computed)
+    for name in ("loss", "logprobs", "entropies", "d_hidden", "d_head"):
+        values = [getattr(each, name) for each in (found, low, true)]
+        if name.startswith("d_"):
+            error, low_error = (relative(x, values[2]) for x in values[:2])
+            low_error += slack / 2
+        else:
+            if name != "loss":
+                values = [x[computed] for x in values]
+            errors = [(x - values[2]).abs() for x in values[:2]]
+            error, low_error = (float(x.max()) if x.numel() else 0.0 for x in errors)
+        assert error <= 2 * low_error + 1e-5, f"{name}: {error:.2e}, reference {low_error:.2e}"
+    assert_same_stats(out, reference, rtol=1e-3, atol=1e-4)
+
+
+def assert_ignores_uninitialised_memory(
     impl: str, softcap: float | None, *, N: int, chunk_tokens: int
 ) -> None:
-    """Memory that is allocated full of NaN changes nothing."""
+    """New memory that torch fills with NaN changes no result."""
     rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
     case = make_case(21, N=N, normaliser="masked", rule=rule, softcap=softcap)
     clean, expected = run(case, impl, chunk_tokens=chunk_tokens)
-    torch.use_deterministic_algorithms(True)  # this is what fills it
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert bool(torch.empty(3).isnan().all())
         out, found = run(case, impl, chunk_tokens=chunk_tokens)
@@ -330,29 +414,23 @@ def assert_reads_what_it_wrote(
     assert torch.equal(out.turn_logprobs, clean.turn_logprobs)
 
 
-def assert_same_alone(case: Case, impl: str, chunks: tuple[int | None, ...]) -> None:
-    """linear_logprobs finds the log-probs and entropies of the loss, in any chunks."""
+def assert_logprobs_match_the_loss(case: Case, impl: str, chunks: tuple[int | None, ...]) -> None:
+    """linear_logprobs returns the log-probs and entropies of the loss, for any chunk size."""
     case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
     out, _ = run(case, impl)
     for chunk_tokens in chunks:
-        alone = linear_logprobs(
-            *(case.hidden, case.head, case.rows, case.targets),
-            temperature=case.temperature,
-            softcap=case.softcap,
-            chunk_tokens=chunk_tokens,
-            impl=impl,
-        )
+        alone = logprobs_of(case, impl, chunk_tokens=chunk_tokens)
         torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
 
 
-def with_far_row(case: Case, above: float) -> Case:
-    """The case with a logit of the first token's row that high, far above those of its targets."""
+def with_large_logit(case: Case, value: float) -> Case:
+    """Return the case with one logit of the first token's row near `value`; it is no target."""
     row = case.rows[0]
     used = case.targets[case.rows == row]
     other = next(j for j in range(len(case.head)) if not bool((used == j).any()))
     hidden = case.hidden.clone()
-    hidden[row] = case.head[other] * (above / case.head[other].square().sum())
+    hidden[row] = case.head[other] * (value / case.head[other].square().sum())
     return dataclasses.replace(case, hidden=hidden)
 
 
@@ -366,8 +444,8 @@ def on_device(case: Case, device: str) -> Case:
     return dataclasses.replace(case, **tensors)
 
 
-def have(impl: str) -> bool:
-    """Whether an implementation takes float32 on the CPU in this process."""
+def is_available(impl: str) -> bool:
+    """Return whether this process can run an implementation in float32 on the CPU."""
     try:
         backends.implementation(impl, torch.device("cpu"), torch.float32)
     except ValueError:
@@ -375,13 +453,17 @@ def have(impl: str) -> bool:
     return True
 
 
-def flat(case: Case, impl: str) -> tuple[object, ...]:
-    """The case as the operator takes it, leaves that need gradients; plain PPO at token level."""
-    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
-    given = (hidden, head, case.rows, case.targets, case.turns, None, case.advantages, case.old)
-    given += (case.weights, None, None, 0.2, 0.2, "token", "ppo", None, 0.0, 0.0, None)
-    return (*given, 1.0, None, None, "", 0, True, True, impl)
+def operator_arguments(case: Case, impl: str) -> tuple[object, ...]:
+    """Return the arguments of the operator, with leaves; plain PPO at token level."""
+    hidden, head = leaves(case)
+    tensors = (hidden, head, case.rows, case.targets, case.turns, None, case.advantages, case.old)
+    rule = (0.2, 0.2, "token", "ppo", None, 0.0, 0.0, None)
+    options = (1.0, None, None, "", 0, True, True, impl)
+    return (*tensors, case.weights, None, None, *rule, *options)
 
+
+needs_cpp = pytest.mark.skipif(not is_available("cpp"), reason="the C++ extension is not built")
+every_impl = pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_cpp)])
 
 rules = st.builds(
     PolicyRule,
@@ -404,8 +486,15 @@ rules = st.builds(
 )
 
 
-def cases(*, N: list[int], V: list[int], D: list[int], K: list[int]) -> st.SearchStrategy[Case]:
-    """Every option crossed with every other, in the given sizes."""
+def cases(
+    *,
+    N: list[int],
+    V: list[int],
+    D: list[int],
+    K: list[int],
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> st.SearchStrategy[Case]:
+    """Combine every option with every other, for the given sizes."""
     return st.builds(
         make_case,
         st.integers(0, 10_000),
@@ -414,8 +503,10 @@ def cases(*, N: list[int], V: list[int], D: list[int], K: list[int]) -> st.Searc
         D=st.sampled_from(D),
         K=st.sampled_from(K),
         rule=rules,
+        dtype=st.sampled_from(dtypes),
         normaliser=st.sampled_from(["token", "sequence", "constant", "masked"]),
         on_policy=st.booleans(),
         temperature=st.sampled_from([0.7, 1.0, 1.3]),
         softcap=st.sampled_from([None, None, 5.0]),
+        rows=st.sampled_from([None, None, 3]),
     )

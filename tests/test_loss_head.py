@@ -14,30 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
-    assert_reads_what_it_wrote,
-    assert_same_alone,
+    assert_any_chunks_agree,
+    assert_ignores_uninitialised_memory,
+    assert_logprobs_match_the_loss,
+    assert_repeatable,
     assert_within_budget,
-    flat,
-    have,
+    every_impl,
+    is_available,
+    leaves,
+    logprobs_of,
+    loss_of,
     make_case,
+    operator_arguments,
     relative,
     run,
+    select,
     truth,
-    with_far_row,
+    with_large_logit,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
-from turnfast.kernels.loss_head import backends, op, problem, reference
+from turnfast.kernels.loss_head import backends, op, reference
+from turnfast.kernels.loss_head.problem import Problem, Vocab
 
 CPU = torch.device("cpu")
-
-IMPLS = [
-    "reference",
-    pytest.param("cpp", marks=pytest.mark.skipif(not have("cpp"), reason="C++ is not built")),
-]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
 
 cases = loss_cases.cases(N=[1, 2, 31, 63], V=[2, 37, 97, 128], D=[3, 16, 24], K=[1, 9, 30])
 
@@ -81,16 +83,16 @@ def test_logits_far_from_zero(impl: str, shift: float) -> None:
 
 
 @every_impl
-@pytest.mark.parametrize("above", [45.0, 100.0, 1000.0])
+@pytest.mark.parametrize("value", [45.0, 100.0, 1000.0])
 @pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(entropy_coef=0.01)])
-def test_a_logit_far_above_the_target(impl: str, above: float, rule: PolicyRule) -> None:
-    case = with_far_row(make_case(5, rule=rule, on_policy=True), above)
-    assert_within_budget(case, impl, slack=1e-5 * above / 45)
-    assert float(truth(case).logprobs[0]) < -above / 3
+def test_a_logit_far_above_the_target(impl: str, value: float, rule: PolicyRule) -> None:
+    case = with_large_logit(make_case(5, rule=rule, on_policy=True), value)
+    assert_within_budget(case, impl, slack=1e-5 * value / 45)
+    assert float(truth(case).logprobs[0]) < -value / 3
 
 
 @every_impl
-def test_the_odds_against_a_confident_token_keep_their_digits(impl: str) -> None:
+def test_log_probs_of_confident_tokens_keep_their_relative_precision(impl: str) -> None:
     gaps = torch.tensor([5.0, 10.0, 20.0, 40.0])
     hidden, rows = gaps[:, None], torch.arange(4)
     head = torch.tensor([[1.0], [0.0], [0.0]])
@@ -103,18 +105,10 @@ def test_the_odds_against_a_confident_token_keep_their_digits(impl: str) -> None
 
 @every_impl
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
-def test_any_cut_into_chunks_gives_the_same_gradient(impl: str, ratio: str) -> None:
+def test_any_chunk_size_gives_the_same_gradient(impl: str, ratio: str) -> None:
     rule = PolicyRule(ratio=ratio, kl_coef=0.04, entropy_coef=0.01)  # type: ignore[arg-type]
     case = make_case(6, N=200, rule=rule, normaliser="masked")
-    whole, whole_answer = run(case, impl, chunk_tokens=200)
-    for chunk in (1, 13, 64):
-        out, answer = run(case, impl, chunk_tokens=chunk)
-        assert relative(answer.d_hidden, whole_answer.d_hidden) < 1e-6
-        assert relative(answer.d_head, whole_answer.d_head) < 1e-6
-        torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-6)
-        for field in dataclasses.fields(out.stats):
-            found, expected = getattr(out.stats, field.name), getattr(whole.stats, field.name)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_any_chunks_agree(case, impl, (1, 13, 64))
 
 
 @every_impl
@@ -128,30 +122,16 @@ def test_sequences_may_have_any_ids(impl: str) -> None:
     assert relative(found.d_head, expected.d_head) < 1e-6
 
 
-def split(case: Case, cut: int) -> tuple[Case, Case]:
-    """The case in two micro-batches of whole turns, or sequences where the ratio is theirs, with
-    its weights as they are."""
-    segments = case.sequences[case.turns] if case.rule.ratio == "sequence" else case.turns
-    first = segments < segments[cut]
-
-    def part(keep: Tensor) -> Case:
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[keep]
-
-        names = ("rows", "targets", "turns", "old", "weights", "ref", "sampler")
-        return dataclasses.replace(case, **{name: take(getattr(case, name)) for name in names})
-
-    return part(first), part(~first)
-
-
 @every_impl
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
-def test_any_cut_into_micro_batches_gives_the_same_gradient(impl: str, ratio: str) -> None:
+def test_any_split_into_micro_batches_gives_the_same_gradient(impl: str, ratio: str) -> None:
     rule = PolicyRule(ratio=ratio, kl_coef=0.04, entropy_coef=0.01)  # type: ignore[arg-type]
     case = make_case(7, N=120, K=20, rule=rule)
     _, whole = run(case, impl)
+    segments = case.sequences[case.turns] if ratio == "sequence" else case.turns
     for cut in (15, 60, 110):
-        (_, a), (_, b) = (run(part, impl) for part in split(case, cut))
+        first = segments < segments[cut]
+        (_, a), (_, b) = (run(select(case, keep), impl) for keep in (first, ~first))
         assert relative(a.d_hidden + b.d_hidden, whole.d_hidden) < 1e-6
         assert relative(a.d_head + b.d_head, whole.d_head) < 1e-6
         torch.testing.assert_close(a.loss + b.loss, whole.loss, rtol=1e-5, atol=1e-7)
@@ -160,33 +140,30 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(impl: str, ratio: st
 @every_impl
 def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
     case = make_case(8, N=300, V=500, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
-    (out_a, a), (out_b, b) = run(case, impl), run(case, impl)
-    assert torch.equal(a.d_hidden, b.d_hidden) and torch.equal(a.d_head, b.d_head)
-    assert torch.equal(out_a.turn_logprobs, out_b.turn_logprobs)
-    assert torch.equal(out_a.loss, out_b.loss)
+    assert_repeatable(case, impl)
 
 
 @every_impl
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_memory_that_nobody_wrote_is_never_read(impl: str, softcap: float | None) -> None:
-    assert_reads_what_it_wrote(impl, softcap, N=150, chunk_tokens=40)
+def test_uninitialised_memory_is_never_read(impl: str, softcap: float | None) -> None:
+    assert_ignores_uninitialised_memory(impl, softcap, N=150, chunk_tokens=40)
 
 
 @every_impl
-def test_poison_outside_the_loss_bearing_tokens_is_never_read(impl: str) -> None:
+def test_values_of_unused_rows_and_masked_tokens_are_never_read(impl: str) -> None:
     case = make_case(9, normaliser="masked", rule=PolicyRule(kl_coef=0.1))
     clean, clean_answer = run(case, impl)
     masked = case.weights == 0
     assert case.old is not None and case.ref is not None
     unused = torch.ones(case.hidden.shape[0], dtype=torch.bool)
     unused[case.rows] = False
-    poisoned = dataclasses.replace(
+    with_nan = dataclasses.replace(
         case,
         hidden=case.hidden.masked_fill(unused[:, None], torch.nan),
         old=case.old.masked_fill(masked, -torch.inf),
         ref=case.ref.masked_fill(masked, torch.nan),
     )
-    out, answer = run(poisoned, impl)
+    out, answer = run(with_nan, impl)
     assert bool(unused.any()) and bool(masked.any())
     assert torch.equal(out.loss, clean.loss)
     assert torch.equal(answer.d_hidden, clean_answer.d_hidden)
@@ -210,13 +187,12 @@ def test_several_targets_per_row_equal_copied_rows(impl: str) -> None:
 @pytest.mark.parametrize("why", ["no tokens", "no turns", "masked", "no advantage"])
 def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str, why: str) -> None:
     case = make_case(11, N=12, K=4)
-    none = slice(0, 0)
-    if why in ("no tokens", "no turns"):
-        names = ("rows", "targets", "turns", "old", "weights")
-        case = dataclasses.replace(case, **{n: getattr(case, n)[none] for n in names})
-        if why == "no turns":
-            empty = {"advantages": case.advantages[none], "sequences": case.sequences[none]}
-            case = dataclasses.replace(case, **empty)
+    no_tokens = select(case, torch.zeros(12, dtype=torch.bool))
+    if why == "no tokens":
+        case = no_tokens
+    elif why == "no turns":
+        empty = {name: getattr(case, name)[:0] for name in ("advantages", "sequences")}
+        case = dataclasses.replace(no_tokens, **empty)
     elif why == "masked":
         case = dataclasses.replace(case, weights=torch.zeros(12))
     else:
@@ -235,7 +211,7 @@ def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str, why: str) -> N
 
 @every_impl
 def test_statistics_of_a_known_example(impl: str) -> None:
-    # Uniform over two tokens: every log-prob is -log 2, so old log-probs set the ratios by hand.
+    # Two equal logits: every log-prob is -log 2, so the old log-probs determine the ratios.
     ratios = torch.tensor([1.5, 0.5, 1.5, 0.5, 4.0, 1.0, 1.0])
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 2.0])
     N = len(ratios)
@@ -253,7 +229,7 @@ def test_statistics_of_a_known_example(impl: str) -> None:
     )
     s = out.stats
     assert (int(s.tokens), int(s.skipped), int(s.masked)) == (5, 1, 1)
-    # clipped: 1.5 with A > 0, 0.5 with A < 0, and 4 > 3 with A < 0.
+    # Clipped: 1.5 with A > 0, 0.5 with A < 0, and 4 > 3 with A < 0.
     assert float(s.clip_high) == pytest.approx(0.2)
     assert float(s.clip_low) == pytest.approx(0.2)
     assert float(s.clip_dual) == pytest.approx(0.2)
@@ -278,25 +254,25 @@ def test_the_worked_example_of_the_docstring(impl: str) -> None:
     assert float(out.loss.detach()) == pytest.approx(-1 / 3)
     assert hidden.grad is not None and head.grad is not None
     with torch.no_grad():
-        moved = (hidden - 0.1 * hidden.grad, head - 0.1 * head.grad)
-    after = linear_logprobs(*moved, rows, targets, impl=impl).logprobs - out.logprobs
+        updated = (hidden - 0.1 * hidden.grad, head - 0.1 * head.grad)
+    after = linear_logprobs(*updated, rows, targets, impl=impl).logprobs - out.logprobs
     assert after[0] > 0 and after[1] > 0 and after[2] < 0
 
 
 @every_impl
 def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
-    assert_same_alone(make_case(12, N=100, V=300, temperature=0.8, softcap=6.0), impl, (None, 9))
+    case = make_case(12, N=100, V=300, temperature=0.8, softcap=6.0)
+    assert_logprobs_match_the_loss(case, impl, (None, 9))
 
 
 @every_impl
-def test_only_what_needs_a_gradient_gets_one(impl: str) -> None:
+def test_only_inputs_that_require_a_gradient_get_one(impl: str) -> None:
     case = make_case(13)
     _, both = run(case, impl)
     for needs_hidden, needs_head in ((True, False), (False, True)):
         hidden = case.hidden.clone().requires_grad_(needs_hidden)
         head = case.head.clone().requires_grad_(needs_head)
-        tensors = (hidden, head, case.rows, case.targets, case.turns, case.advantages, case.old)
-        out = turn_policy_loss(*tensors, weights=case.weights, impl=impl)
+        out = loss_of(case, impl, hidden, head)
         (2.5 * out.loss).backward(retain_graph=True)
         out.loss.backward()
         for leaf, expected, needed in (
@@ -307,22 +283,22 @@ def test_only_what_needs_a_gradient_gets_one(impl: str) -> None:
             if leaf.grad is not None:
                 assert relative(leaf.grad.double(), 3.5 * expected) < 1e-5
     with torch.no_grad():
-        out = turn_policy_loss(*tensors, weights=case.weights, impl=impl)
+        out = loss_of(case, impl, hidden, head)
     assert not out.loss.requires_grad
 
 
 def test_a_frozen_head_gets_no_gradient_buffer() -> None:
     case = make_case(13)
-    given = _problem(case, need_head=False)
-    assert reference.policy_loss(given).d_head_VD.numel() == 0
+    frozen = _problem(case, need_head=False)
+    assert reference.policy_loss(frozen).d_head_VD.numel() == 0
     assert reference.policy_loss(_problem(case)).d_head_VD.shape == case.head.shape
 
 
-def _problem(case: Case, need_head: bool = True) -> problem.Problem:
-    return problem.Problem(
+def _problem(case: Case, need_head: bool = True) -> Problem:
+    return Problem(
         hidden_TD=case.hidden,
         head_VD=case.head,
-        vocab=problem.Vocab.of(case.head),
+        vocab=Vocab.of(case.head),
         rows_N=case.rows,
         targets_N=case.targets,
         turns_N=case.turns,
@@ -342,7 +318,7 @@ def _problem(case: Case, need_head: bool = True) -> problem.Problem:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor had."""
+    """Records the largest number of elements of any result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -370,7 +346,7 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists() -> None:
     [((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)],
 )
 @pytest.mark.parametrize("ratio", ["token", "turn"])
-def test_the_products_are_those_of_the_tokens_with_a_signal(
+def test_only_tokens_with_a_signal_enter_the_products(
     ratio: str, needs: tuple[bool, bool], products: int
 ) -> None:
     rule = PolicyRule(ratio=ratio)  # type: ignore[arg-type]
@@ -393,21 +369,17 @@ def test_gradients_pass_gradcheck_in_float64(rule: PolicyRule) -> None:
     case = make_case(15, N=12, V=7, D=3, K=3, rule=rule, dtype=torch.float64, softcap=4.0)
 
     def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        tensors = (case.rows, case.targets, case.turns, case.advantages, case.old)
-        return turn_policy_loss(
-            hidden, head, *tensors, weights=case.weights, rule=rule, softcap=4.0, impl="reference"
-        ).loss
+        return loss_of(case, "reference", hidden, head).loss
 
-    leaves = (case.hidden.requires_grad_(), case.head.requires_grad_())
-    assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(loss, leaves(case), eps=1e-6, atol=1e-6)
 
 
 @every_impl
 def test_the_operators_pass_opcheck(impl: str) -> None:
     case = make_case(16, N=20)
-    # No NaN of a skipped token: opcheck compares with ==.
+    # No skipped tokens, whose NaN would differ: opcheck compares with ==.
     case = dataclasses.replace(case, advantages=case.advantages + 0.5)
-    torch.library.opcheck(op.policy_loss_op, flat(case, impl))
+    torch.library.opcheck(op.policy_loss_op, operator_arguments(case, impl))
     plain = (case.hidden.detach(), case.head.detach(), case.rows, case.targets)
     torch.library.opcheck(op.logprobs_op, (*plain, 1.0, None, None, "", 0, impl))
 
@@ -417,10 +389,7 @@ def test_a_compiled_caller_sees_one_graph(impl: str) -> None:
     case = make_case(17, N=30, rule=PolicyRule(ratio="turn", clip_high=0.28))
 
     def step(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (case.rows, case.targets, case.turns, case.advantages, case.old)
-        out = turn_policy_loss(
-            hidden * 1.5, head, *tensors, weights=case.weights, rule=case.rule, impl=impl
-        )
+        out = loss_of(case, impl, hidden * 1.5, head)
         alone = linear_logprobs(hidden, head, case.rows, case.targets, impl=impl).logprobs
         return out.loss * 2 + alone.sum(), out.turn_logprobs, out.stats.ratio_max
 
@@ -430,17 +399,17 @@ def test_a_compiled_caller_sees_one_graph(impl: str) -> None:
         for dynamic in (False, True)
     ]
     for call in (step, *compiled):
-        leaves = (case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_())
-        loss, turn_logprobs, ratio_max = call(*leaves)
+        hidden, head = leaves(case)
+        loss, turn_logprobs, ratio_max = call(hidden, head)
         loss.backward()
-        results.append((loss.detach(), turn_logprobs, ratio_max, leaves[0].grad, leaves[1].grad))
+        results.append((loss.detach(), turn_logprobs, ratio_max, hidden.grad, head.grad))
     for eager, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(other, eager)
 
 
 @every_impl
-def test_strided_hidden_and_head_are_taken_as_they_are(impl: str) -> None:
+def test_hidden_and_head_may_have_any_strides(impl: str) -> None:
     case = make_case(19, N=30)
     _, expected = run(case, impl)
     hidden = case.hidden.T.contiguous().T.requires_grad_()
@@ -448,33 +417,30 @@ def test_strided_hidden_and_head_are_taken_as_they_are(impl: str) -> None:
     for weight in (head.detach(), case.head.T.contiguous().T):
         hidden.grad = None
         weight = weight.requires_grad_()
-        tensors = (hidden, weight, case.rows, case.targets, case.turns, case.advantages, case.old)
-        turn_policy_loss(*tensors, weights=case.weights, impl=impl).loss.backward()
+        loss_of(case, impl, hidden, weight).loss.backward()
         assert hidden.grad is not None and weight.grad is not None
         assert relative(hidden.grad.double(), expected.d_hidden) < 1e-6
         assert relative(weight.grad.double(), expected.d_head) < 1e-6
 
 
 @every_impl
-def test_a_callers_autocast_changes_nothing(impl: str) -> None:
+def test_autocast_changes_nothing(impl: str) -> None:
     case = make_case(20, N=40, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
     _, expected = run(case, impl)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, found = run(case, impl)
-        indices = (case.rows, case.targets)
-        inside = linear_logprobs(case.hidden, case.head, *indices, impl=impl).logprobs
-    outside = linear_logprobs(case.hidden, case.head, *indices, impl=impl).logprobs
+        inside = logprobs_of(case, impl).logprobs
+    outside = logprobs_of(case, impl).logprobs
     assert torch.equal(found.d_head, expected.d_head)
     assert torch.equal(found.d_hidden, expected.d_hidden)
     assert torch.equal(inside, outside)
 
 
-def test_auto_takes_the_best_that_is_here() -> None:
-    chosen = backends.implementation("auto", CPU, torch.float32)
-    assert chosen is backends.implementation(
-        "cpp" if have("cpp") else "reference", CPU, torch.float32
-    )
-    # float64 is the reference's alone, whatever is built.
+def test_auto_selects_the_fastest_available_implementation() -> None:
+    fastest = "cpp" if is_available("cpp") else "reference"
+    selected = backends.implementation("auto", CPU, torch.float32)
+    assert selected is backends.implementation(fastest, CPU, torch.float32)
+    # Only the reference supports float64.
     assert backends.implementation("auto", CPU, torch.float64) is reference
 
 
@@ -562,7 +528,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("name", "bad", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)]
 )
-def test_bad_input_is_refused_by_name(
+def test_bad_input_is_rejected_by_name(
     impl: str, name: str, bad: dict[str, Any], message: str
 ) -> None:
     good: dict[str, Any] = {
@@ -581,7 +547,7 @@ def test_bad_input_is_refused_by_name(
 
 @every_impl
 @pytest.mark.parametrize("name", ["hidden", "head_weight", "rows", "targets"])
-def test_bad_input_of_log_probs_alone_is_refused_by_name(impl: str, name: str) -> None:
+def test_bad_input_of_log_probs_alone_is_rejected_by_name(impl: str, name: str) -> None:
     good = {"hidden": torch.ones(4, 3), "head_weight": torch.ones(5, 3)}
     good |= {"rows": torch.tensor([0, 1, 2]), "targets": torch.tensor([0, 1, 4])}
     linear_logprobs(**good, impl=impl)
@@ -610,6 +576,6 @@ def test_bad_input_of_log_probs_alone_is_refused_by_name(impl: str, name: str) -
     ],
     ids=str,
 )
-def test_a_rule_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
+def test_an_invalid_rule_is_rejected(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         PolicyRule(**bad)

@@ -1,6 +1,6 @@
-"""The compile gate: every Triton kernel of the loss head and of segments, for sm_80 and sm_90a.
+"""Compile every Triton kernel of the loss head and of segments for sm_80 and sm_90a.
 
-No GPU takes part: Triton compiles for a named target, and the machine code is read back.
+This needs no GPU: Triton compiles for a named target.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def anchored(tiles: triton_head.Tiles, archs: tuple[int, ...], **switches: bool)
     }
     constants.update(switches)
     on = [name.lower() for name, value in switches.items() if value]
-    # The pass over flagged rows is rare and the soft cap costs registers: a few bytes may spill
-    # there, outside the loop over D. The passes that every step runs spill nothing.
+    # The pass over flagged rows is rare and the soft cap needs registers, so a few bytes may spill
+    # there, outside the loop over D. All other passes must not spill.
     rare = switches.get("ONLY_FLAGGED") or switches.get("HAS_SOFTCAP")
     return case_of(
         triton_gemm.anchored_kernel,
@@ -83,7 +83,7 @@ def anchored(tiles: triton_head.Tiles, archs: tuple[int, ...], **switches: bool)
 
 
 def row_cases(dtype: str) -> list[Case]:
-    """The row-wise kernels that touch tensors of the model's dtype."""
+    """Cases of the row-wise kernels with tensors of the model's dtype."""
     types = dict.fromkeys(("x_ptr", "w_ptr", "E_ptr", "out_ptr"), f"*{dtype}")
     row, d = {"BLOCK_V": triton_head.ROW_BLOCK}, {"BLOCK_D": triton_head.D_BLOCK}
     found = []
@@ -106,7 +106,7 @@ def row_cases(dtype: str) -> list[Case]:
 
 
 def policy_cases() -> list[Case]:
-    """Every option at once, and none."""
+    """Cases of the policy kernel with all options and with none."""
     found = []
     options = ("HAS_OLD", "HAS_REF", "HAS_CAP", "HAS_DUAL", "HAS_ENTROPY")
     for segments_too in (False, True):
@@ -149,7 +149,7 @@ def test_kernel_compiles_without_spills(case: Case, arch: int) -> None:
     assert_fits(case, arch)
 
 
-def test_hopper_product_uses_the_tensor_cores_and_the_copy_engine() -> None:
+def test_the_hopper_product_uses_tensor_cores_and_tma() -> None:
     ptx = assert_fits(anchored(triton_head.HOPPER_TILES, (SM90,)), SM90).asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx

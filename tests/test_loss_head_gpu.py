@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import assert_within_budget, make_case, on_device, with_far_row
+from loss_cases import assert_within_budget, make_case, on_device, with_large_logit
 from turnfast.kernels import PolicyRule
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ RULES = [
 def test_it_is_within_the_error_budget(
     impl: str, dtype: torch.dtype, rule: PolicyRule, V: int, D: int
 ) -> None:
-    """Several chunks, partial tiles, and a row with a logit 120 above its target's."""
+    """Several chunks, partial tiles, and one logit far above its target's."""
     case = make_case(0, N=200, V=V, D=D, rule=rule, dtype=dtype, on_policy=True)
-    case = with_far_row(case, 120.0)
+    case = with_large_logit(case, 120.0)
     assert_within_budget(on_device(case, "cuda"), impl, slack=2e-3, chunk_tokens=104)

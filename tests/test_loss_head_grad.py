@@ -1,4 +1,4 @@
-"""head_grad: the head's gradient of many micro-batches, added up in one buffer of the caller's."""
+"""head_grad: the head's gradient of many micro-batches, accumulated in one buffer."""
 
 from __future__ import annotations
 
@@ -12,42 +12,39 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import (
-    assert_head_grad_adds_up,
-    flat,
-    have,
+    assert_microbatches_accumulate,
+    every_impl,
+    leaves,
+    loss_of,
     make_case,
     microbatches,
-    onto,
+    needs_cpp,
+    operator_arguments,
     relative,
     run,
+    run_into,
 )
 from torch import Tensor, nn
 from turnfast.kernels import turn_policy_loss
 from turnfast.kernels.loss_head import op
 
-IMPLS = [
-    "reference",
-    pytest.param("cpp", marks=pytest.mark.skipif(not have("cpp"), reason="C++ is not built")),
-]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
-
 
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_tokens", [None, 7])
-def test_microbatches_add_up_in_one_buffer(
+def test_microbatches_accumulate_in_one_buffer(
     impl: str, dtype: torch.dtype, chunk_tokens: int | None
 ) -> None:
-    assert_head_grad_adds_up(impl, dtype, chunk_tokens)
+    assert_microbatches_accumulate(impl, dtype, chunk_tokens)
 
 
-def test_float64_adds_up_in_float64() -> None:
-    assert_head_grad_adds_up("reference", torch.float64, None)
+def test_float64_accumulates_in_float64() -> None:
+    assert_microbatches_accumulate("reference", torch.float64, None)
 
 
 @every_impl
-def test_the_buffer_may_be_the_gradient_that_an_embedding_shares(impl: str) -> None:
-    """Tied weights: autograd adds what the embedding brings to the same .grad."""
+def test_the_buffer_may_be_the_gradient_of_a_tied_weight(impl: str) -> None:
+    """Autograd adds the gradient of the embedding to the same .grad."""
     case = make_case(5, N=40, V=60, D=16)
     ids = torch.arange(case.hidden.shape[0]) % 60
     results = []
@@ -58,10 +55,7 @@ def test_the_buffer_may_be_the_gradient_that_an_embedding_shares(impl: str) -> N
         buffer = shared.grad
         for part in microbatches(case, 3):
             hidden = (nn.functional.embedding(ids, shared) + case.hidden).tanh()
-            given = (part.rows, part.targets, part.turns, part.advantages, part.old)
-            turn_policy_loss(
-                hidden, shared, *given, weights=part.weights, head_grad=buffer, impl=impl
-            ).loss.backward()
+            loss_of(part, impl, hidden, shared, head_grad=buffer).loss.backward()
         assert not in_place or shared.grad is buffer
         results.append(shared.grad)
     assert results[0].abs().max() > 1e-3
@@ -74,11 +68,7 @@ def test_a_head_alone_can_be_trained(impl: str) -> None:
     _, expected = run(case, impl)
     head = case.head.clone().requires_grad_()
     head_grad = torch.zeros_like(case.head)
-    given = (case.rows, case.targets, case.turns, case.advantages, case.old)
-    out = turn_policy_loss(
-        case.hidden, head, *given, weights=case.weights, head_grad=head_grad, impl=impl
-    )
-    out.loss.backward()
+    loss_of(case, impl, head=head, head_grad=head_grad).loss.backward()
     assert head.grad is None and relative(head_grad.double(), expected.d_head) < 1e-6
 
 
@@ -86,29 +76,26 @@ def test_a_head_alone_can_be_trained(impl: str) -> None:
 def test_no_gradient_adds_nothing(impl: str) -> None:
     case = make_case(7)
     head_grad = torch.zeros_like(case.head)
-    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
-    given = (hidden, head, case.rows, case.targets, case.turns, case.advantages, case.old)
     with torch.no_grad():
-        turn_policy_loss(*given, weights=case.weights, head_grad=head_grad, impl=impl)
+        loss_of(case, impl, *leaves(case), head_grad=head_grad)
     assert not head_grad.any()
-    dark = dataclasses.replace(case, advantages=torch.zeros_like(case.advantages))
-    onto(dark, impl, head_grad)
+    without_signal = dataclasses.replace(case, advantages=torch.zeros_like(case.advantages))
+    run_into(without_signal, impl, head_grad)
     assert not head_grad.any()
 
 
 @every_impl
-def test_another_factor_is_refused(impl: str) -> None:
+def test_a_backward_factor_is_rejected(impl: str) -> None:
     case = make_case(8)
-    hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
-    given = (hidden, head, case.rows, case.targets, case.turns, case.advantages, case.old)
-    out = turn_policy_loss(*given, head_grad=torch.zeros(case.head.shape), impl=impl)
+    hidden, head = leaves(case)
+    out = loss_of(case, impl, hidden, head, head_grad=torch.zeros(case.head.shape))
     with pytest.raises(ValueError, match=r"head_grad: expected .*factor of 1, got 0\.5.*weights"):
         (out.loss / 2).backward()
     assert hidden.grad is None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("change", "message"),
     [
         (lambda x: x[:-1], r"head_grad: expected shape \[97, 16\], got \[96, 16\]"),
         (lambda x: x.bfloat16(), "head_grad: expected a dtype of float32, got torch.bfloat16"),
@@ -120,21 +107,20 @@ def test_another_factor_is_refused(impl: str) -> None:
         (lambda x: x.tolist(), "head_grad: expected a dense tensor, got list"),
     ],
 )
-def test_a_wrong_buffer_is_refused(wrong: Any, message: str) -> None:
+def test_a_wrong_buffer_is_rejected(change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        onto(make_case(9), "auto", wrong(torch.zeros(97, 16)))
+        run_into(make_case(9), "auto", change(torch.zeros(97, 16)))
 
 
-def test_a_buffer_for_a_frozen_head_is_refused() -> None:
+def test_a_buffer_for_a_frozen_head_is_rejected() -> None:
     case = make_case(9)
-    given = (case.rows, case.targets, case.turns, case.advantages)
     with pytest.raises(ValueError, match="head_grad: given, but head_weight requires no gradient"):
-        turn_policy_loss(case.hidden, case.head, *given, head_grad=torch.zeros(97, 16))
+        loss_of(case, head_grad=torch.zeros(97, 16))
 
 
 @every_impl
-def test_a_call_that_fails_halfway_says_why(impl: str) -> None:
-    """A logit that overflows in a later chunk; the sum has the earlier ones by then."""
+def test_a_logit_that_overflows_in_a_later_chunk_is_reported(impl: str) -> None:
+    """The buffer holds the earlier chunks by then."""
     case = make_case(10, N=20)
     case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
     case.hidden[:, 0] = 0.0
@@ -144,34 +130,32 @@ def test_a_call_that_fails_halfway_says_why(impl: str) -> None:
     head_grad = torch.zeros_like(case.head)
     assert first > 0
     with pytest.raises(ValueError, match=f"head_weight: expected finite logits, .*index {first} "):
-        onto(case, impl, head_grad, chunk_tokens=1)
+        run_into(case, impl, head_grad, chunk_tokens=1)
     assert head_grad.any()
 
 
 @every_impl
 def test_the_operator_passes_opcheck(impl: str) -> None:
     case = make_case(16, N=20)
-    # No NaN of a skipped token: opcheck compares with ==.
+    # No skipped tokens, whose NaN would differ: opcheck compares with ==.
     case = dataclasses.replace(case, advantages=case.advantages + 0.5)
-    given = [x.detach() if isinstance(x, Tensor) else x for x in flat(case, impl)]
-    torch.library.opcheck(op.policy_loss_onto_op, (*given, torch.ones(case.head.shape)))
+    arguments = operator_arguments(case, impl)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    torch.library.opcheck(op.policy_loss_onto_op, (*detached, torch.ones(case.head.shape)))
 
 
 @every_impl
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_caller_sees_one_graph(impl: str, dynamic: bool) -> None:
     case = make_case(17, N=30)
-    given = (case.rows, case.targets, case.turns, case.advantages, case.old)
 
     def step(hidden: Tensor, head: Tensor, head_grad: Tensor) -> Tensor:
-        return turn_policy_loss(
-            hidden * 1.5, head, *given, weights=case.weights, head_grad=head_grad, impl=impl
-        ).loss
+        return loss_of(case, impl, hidden * 1.5, head, head_grad=head_grad).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
     for call in (step, compiled):
-        hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
+        hidden, head = leaves(case)
         head_grad = torch.ones_like(case.head)
         for _ in range(2):
             loss = call(hidden, head, head_grad)
@@ -185,31 +169,31 @@ def test_a_compiled_caller_sees_one_graph(impl: str, dynamic: bool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.skipif(not have("cpp"), reason="C++ is not built")
-def test_two_microbatches_hold_one_gradient() -> None:
-    """Largest resident memory of two micro-batches, above that with the sum in place."""
+@needs_cpp
+def test_two_microbatches_allocate_no_second_gradient() -> None:
+    """Measures the peak resident memory of two micro-batches, above that of the buffer."""
     V, D, N = 60_000, 256, 64
     size = 4 * V * D
     hidden = torch.randn(N, D).requires_grad_()
     head = (0.05 * torch.randn(V, D)).requires_grad_()
     index = torch.arange(N)
 
-    def held(name: str) -> int:
+    def memory_bytes(name: str) -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(name + r":\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
     def growth(in_place: bool) -> int:
         head.grad = torch.zeros_like(head)
-        head.grad += 1.0  # its pages are there
+        head.grad += 1.0  # maps its pages
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = held("VmRSS")
+        before = memory_bytes("VmRSS")
         for _ in range(2):
             buffer = head.grad if in_place else None
             turn_policy_loss(
                 hidden, head, index, index, 0 * index, torch.ones(1), head_grad=buffer, impl="cpp"
             ).loss.backward()
-        return held("VmHWM") - before
+        return memory_bytes("VmHWM") - before
 
-    growth(True)  # workspaces that stay
+    growth(True)  # allocates the workspaces that stay
     assert growth(True) < 0.6 * size < size < growth(False)

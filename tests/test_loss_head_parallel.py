@@ -1,6 +1,6 @@
-"""A head cut over the vocabulary on two gloo ranks equals the whole head.
+"""A head sharded over the vocabulary on two gloo ranks equals the whole head.
 
-Run by pytest this file starts itself twice; run by path it is one of the ranks.
+The test starts this file twice as a program; each process is one rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from loss_cases import Case, have, make_case, relative, run, trained, with_far_row
+from loss_cases import (
+    Case,
+    assert_same_stats,
+    is_available,
+    logprobs_of,
+    make_case,
+    relative,
+    run,
+    trained,
+    with_large_logit,
+)
 from turnfast.kernels import PolicyRule, linear_logprobs
 from turnfast.kernels.loss_head import cpp
 
@@ -23,14 +33,14 @@ V, CUT = 97, 60
 
 
 def cases() -> list[Case]:
-    """Token, turn and sequence level; entropy and soft cap; one row that has to be redone."""
+    """Token, turn and sequence level; entropy and soft cap; one row that overflows its anchor."""
     return [
         make_case(0, V=V, N=80, rule=PolicyRule(kl_coef=0.1)),
         make_case(4, V=V, rule=PolicyRule(dual_clip=1.5, is_cap=1.0), normaliser="masked"),
         make_case(5, V=V, rule=PolicyRule(ratio="sequence", entropy_coef=-0.02)),
         make_case(1, V=V, rule=PolicyRule(ratio="turn", entropy_coef=0.01), softcap=5.0),
         make_case(2, V=V, rule=PolicyRule(ratio="sequence", kind="cispo"), temperature=0.8),
-        with_far_row(make_case(3, V=V, on_policy=True), 90.0),
+        with_large_logit(make_case(3, V=V, on_policy=True), 90.0),
     ]
 
 
@@ -41,34 +51,30 @@ def rank_main(rank: int, init: str, impl: str) -> None:
     assert group is not None
     shard = slice(0, CUT) if rank == 0 else slice(CUT, V)
     if impl == "auto" and rank == 1:
-        # As where one machine of two has no compiler: both have to take the reference.
+        # As on a machine without a compiler: both ranks have to use the reference.
         cpp.load_error = lambda: "not built"
     for case in cases():
         whole, expected = run(case, "reference" if impl == "auto" else impl, chunk_tokens=32)
         part = dataclasses.replace(case, head=case.head[shard])
         place = {"group": group, "vocab_start": shard.start}
         out, found = run(part, impl, chunk_tokens=32, **place)
-        live = trained(whole)
-        assert torch.equal(trained(out), live)
-        # An entropy is a small difference of larger numbers, so a few more roundings show.
+        computed = trained(whole)
+        assert torch.equal(trained(out), computed)
+        # An entropy is a small difference of larger numbers, so rounding has a larger effect.
         for name, bound in (("logprobs", 2e-6), ("entropies", 1e-5)):
             torch.testing.assert_close(
-                getattr(out, name)[live], getattr(whole, name)[live], rtol=bound, atol=bound
+                getattr(out, name)[computed], getattr(whole, name)[computed], rtol=bound, atol=bound
             )
         torch.testing.assert_close(out.loss, whole.loss, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(out.turn_logprobs, whole.turn_logprobs, rtol=2e-6, atol=1e-5)
-        for field in dataclasses.fields(out.stats):
-            figures = (getattr(each.stats, field.name) for each in (out, whole))
-            torch.testing.assert_close(*figures, rtol=1e-5, atol=1e-6, msg=field.name)
+        assert_same_stats(out, whole, rtol=1e-5, atol=1e-6)
         error = relative(found.d_hidden, expected.d_hidden)
         assert error < 2e-6, f"{case.rule}: {error:.1e}"
         assert relative(found.d_head, expected.d_head[shard]) < 2e-6
-        alone = linear_logprobs(
-            *(part.hidden, part.head, part.rows, part.targets),
-            **{"temperature": case.temperature, "softcap": case.softcap, **place},
-            impl=impl,
+        alone = logprobs_of(part, impl, **place)
+        torch.testing.assert_close(
+            alone.logprobs[computed], whole.logprobs[computed], rtol=2e-6, atol=2e-6
         )
-        torch.testing.assert_close(alone.logprobs[live], whole.logprobs[live], rtol=2e-6, atol=2e-6)
     with pytest.raises(ValueError, match="vocab_start: expected shards that tile"):
         index = torch.tensor([0])
         start = rank * (CUT + 1)
@@ -81,7 +87,8 @@ def rank_main(rank: int, init: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "cpp", "triton_safe", "triton_anchored"])
 def test_two_ranks_equal_the_whole_head(impl: str, tmp_path: Path) -> None:
-    if impl.startswith("triton") != INTERPRETED or not have("cpp" if impl == "auto" else impl):
+    needed = "cpp" if impl == "auto" else impl
+    if impl.startswith("triton") != INTERPRETED or not is_available(needed):
         pytest.skip("Triton needs TRITON_INTERPRET=1, cpp its extension")
     command = [sys.executable, __file__]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -108,5 +115,5 @@ def test_two_ranks_equal_the_whole_head(impl: str, tmp_path: Path) -> None:
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
     sys.stdout.flush()
-    # a thread of gloo may outlive its group, and an ordinary exit then aborts now and again
+    # A gloo thread may outlive its group, and a normal exit then aborts sometimes.
     os._exit(0)
