@@ -1,4 +1,4 @@
-"""What a run shows while it is under way and when it ends."""
+"""The console output of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from turnfast.config.schema import Config
 from turnfast.report.console import (
     Progress,
     closing_table,
-    evaluation_figures,
+    evaluation_line,
     open_view,
-    step_figures,
+    step_line,
 )
 from turnfast.rundir.directory import RunDir
 
@@ -42,23 +42,23 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_step_on_one_line():
-    assert step_figures(STEP) == (
-        "outcome 1.234  turn reward 0.500  tool 0.75  exact match 0.50  gap 1.2e-06  1.6 s"
+def test_the_line_of_a_step():
+    assert step_line(STEP) == (
+        "outcome 1.234  turn reward 0.500  tool 0.75  exact match 0.50  log-prob gap 1.2e-06  1.6 s"
     )
-    assert step_figures({"loss": 0.5}) == "loss 0.5000"
-    assert "failed 10%" in step_figures({**STEP, "failed": 0.1})
+    assert step_line({"loss": 0.5}) == "loss 0.5000"
+    assert "failed 10%" in step_line({**STEP, "failed": 0.1})
 
 
-def test_figures_that_are_null_or_missing_are_left_out():
-    assert step_figures({"reward/outcome": None, "tool_success": 0.5}) == "tool 0.50"
-    assert step_figures({}) == ""
-    assert evaluation_figures(STEP) == ""
+def test_null_and_missing_metrics_are_left_out():
+    assert step_line({"reward/outcome": None, "tool_success": 0.5}) == "tool 0.50"
+    assert step_line({}) == ""
+    assert evaluation_line(STEP) == ""
 
 
 @given(width=st.integers(0, 100))
-def test_a_narrow_terminal_gets_fewer_figures(width):
-    text = step_figures(STEP, width=width)
+def test_a_narrow_terminal_shows_fewer_metrics(width):
+    text = step_line(STEP, width=width)
     assert text.endswith("1.6 s")
     assert len(text) <= max(width, len("1.6 s"))
 
@@ -73,30 +73,30 @@ def test_the_closing_table():
     )
 
 
-def test_without_evaluation_the_training_figures_stand_in():
+def test_without_evaluations_the_table_is_of_training():
     text = closing_table([{"step": 1, "tool_success": 0.5}, {"step": 9, "tool_success": 0.25}])
     assert "train at step" in text and "\u22120.250" in text
     assert closing_table([{"step": 1, "tool_success": 0.5}]) == ""
     assert closing_table([]) == ""
 
 
-def run_through(tmp_path, stream) -> str:
+def show_run(tmp_path, stream) -> str:
     run = RunDir.create(tmp_path / "run", Config())
     with Progress(run.path, 2, stream=stream) as progress:
         for line in EVALS:
-            figures = {name: value for name, value in line.items() if name != "step"}
-            run.log(line["step"], figures)
-            progress.step(line["step"], figures)
-        progress.note("[bold]text of others is not markup[/bold]")
+            metrics = {name: value for name, value in line.items() if name != "step"}
+            run.log(line["step"], metrics)
+            progress.step(line["step"], metrics)
+        progress.note("[bold]model text is not markup[/bold]")
         (run.path / "report.html").write_text("")
     return stream.getvalue()
 
 
 def test_plain_lines_without_a_terminal(tmp_path):
-    lines = run_through(tmp_path, io.StringIO()).splitlines()
+    lines = show_run(tmp_path, io.StringIO()).splitlines()
     assert lines[0] == "eval at step 0: exact match 0.040  tool success 0.310"
     assert lines[1].startswith("train 1/2  outcome 1.234")
-    assert lines[3] == "[bold]text of others is not markup[/bold]"
+    assert lines[3] == "[bold]model text is not markup[/bold]"
     assert lines[-1] == f"report  {tmp_path / 'run' / 'report.html'}"
     assert not any("\x1b" in line for line in lines)
 
@@ -104,15 +104,15 @@ def test_plain_lines_without_a_terminal(tmp_path):
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
-    text = run_through(tmp_path, Terminal())
+    text = show_run(tmp_path, Terminal())
     assert "\x1b[" in text and "1/2" in text
-    assert "[bold]text of others" in text
+    assert "[bold]model text" in text
     assert text.rstrip().endswith("report.html")
 
 
-def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
+def test_a_dumb_terminal_shows_plain_lines(tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    assert "\x1b" not in run_through(tmp_path, Terminal())
+    assert "\x1b" not in show_run(tmp_path, Terminal())
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
@@ -128,14 +128,14 @@ def test_the_bar_stays_on_one_line(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
     view = open_view("train", 300, stream=stream)
-    view.advance(150, step_figures(STEP, width=view.room))
+    view.advance(150, step_line(STEP, width=view.width))
     view.close()
     frames = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", stream.getvalue()).splitlines()
     assert all(len(frame) <= width for text in frames for frame in text.split("\r"))
     assert not any(frame.strip() and "/300" not in frame for frame in frames)
 
 
-def test_an_error_is_not_followed_by_a_table(tmp_path):
+def test_no_table_after_an_error(tmp_path):
     stream = io.StringIO()
     with pytest.raises(KeyError), Progress(tmp_path, 2, stream=stream):
         raise KeyError

@@ -1,4 +1,4 @@
-"""The report: one file, hostile text stays text, and every state of a run gives a page."""
+"""The report: one file, untrusted text is never markup, and every run gives a page."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def make_groups(skill: float, seed: int, count: int = 6) -> tuple[list[Group], l
 
 
 def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
-    """A run as training writes it, with figures that look like those of a real one."""
+    """A run as training writes it, with realistic metrics."""
     draw_ = random.Random(1)
     config = build_config({"train": {"steps": steps, "eval_every": eval_every}})
     run = RunDir.create(path, config)
@@ -136,7 +136,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
                 "time/sync": 0.02,
             }
             other = {"time/other": 0.008}
-            figures = {
+            metrics = {
                 **values_of(summarise(groups, credits)),
                 **values_of(diagnose(groups, credits)),
                 "loss": draw_.gauss(0, 0.02),
@@ -154,7 +154,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
                 **other,
                 "time/step": sum(times.values()) + 0.008,
             }
-            run.log(step, figures)
+            run.log(step, metrics)
             run.log_rollouts(step, groups[:4], credits)
         if step % eval_every == 0:
             groups, _ = make_groups(skill, 10_000 + step, count=16)
@@ -164,7 +164,7 @@ def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its elements, and the raw text of its scripts."""
+    """The elements of a page, and the raw text of its scripts."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -206,7 +206,7 @@ def page(run) -> Page:
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def test_nothing_is_fetched(run, page):
+def test_the_page_loads_nothing(run, page):
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form"), tag
         assert not {"src", "href", "srcset", "action", "data"} & attributes.keys(), tag
@@ -217,20 +217,28 @@ def test_nothing_is_fetched(run, page):
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_the_policy_names_the_hash_of_the_script_that_is_there(page):
+def test_failed_rollouts_of_older_runs_are_recognised(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    rollouts = [{"status": "reward_error"}, {"status": "finished"}, {"status": "x", "failed": True}]
+    path.write_text(json.dumps({"step": 1, "rollouts": rollouts}) + "\n")
+    (group,) = read_rollouts(path).groups
+    assert [rollout["failed"] for rollout in group["rollouts"]] == [True, False, True]
+
+
+def test_the_content_policy_has_the_hash_of_the_script(page):
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}';" in str(policy)
 
 
-def test_every_curve_is_drawn_without_a_script(run):
+def test_charts_need_no_script(run):
     text = (run.path / "report.html").read_text(encoding="utf-8")
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", text)
     assert titles == [
         "Exact match",
         "Tool success",
         "Reward",
-        "Spread of advantages by turn",
+        "Advantage standard deviation by turn",
         "Turns reached",
         "Entropy",
         "Log-prob gap",
@@ -238,7 +246,7 @@ def test_every_curve_is_drawn_without_a_script(run):
         "Gradient norm",
         "Time per step",
         "Throughput",
-        "Lost rollouts",
+        "Unused rollouts",
     ]
     assert text.count("<svg viewBox") >= len(titles)
 
@@ -267,50 +275,54 @@ def test_before_and_after_are_the_first_and_last_evaluation(run):
     assert row and f"<td>{evals[0]:.3f}</td><td><b>{evals[-1]:.3f}</b></td>" in row[1]
 
 
-def test_a_reward_that_points_the_wrong_way_is_named(tmp_path):
+def test_a_reward_that_correlates_negatively_is_a_warning(tmp_path):
     run = RunDir.create(tmp_path / "run", Config())
     for step in range(1, 9):
-        figures = {
+        metrics = {
             "success_correlation/<b>": -0.4 + 0.05 * (step % 2),
             "success_correlation/hit": 0.6,
         }
         run.log(
             step,
-            {"reward/outcome": 0.5, **figures, **({"wrong_way": ["<b>"]} if step == 3 else {})},
+            {"reward/outcome": 0.5, **metrics, **({"wrong_way": ["<b>"]} if step == 3 else {})},
         )
-    assert [(a.part, a.named, a.wrong) for a in agreements(read_metrics(run.path))] == [
+    assert [(a.part, a.num_negative, a.negative) for a in agreements(read_metrics(run.path))] == [
         ("<b>", 1, True),
         ("hit", 0, False),
     ]
     text = write_report(run.path).read_text(encoding="utf-8")
-    assert "<b>&lt;b&gt;</b> points the wrong way" in text and "<td>1 of 8</td>" in text
+    assert (
+        "Negative correlation with success: <b>&lt;b&gt;</b>." in text and "<td>1 of 8</td>" in text
+    )
 
 
-def test_rewards_that_point_the_right_way_are_said_to(run):
+def test_without_negative_correlation_there_is_no_warning(run):
     text = (run.path / "report.html").read_text(encoding="utf-8")
-    assert "None points the wrong way" in text and "<tr><th>answer_in_result</th>" in text
+    assert (
+        "No turn reward correlates negatively" in text and "<tr><th>answer_in_result</th>" in text
+    )
 
 
-def test_faults_are_shown_by_kind_and_their_absence_is_no_section(run, tmp_path):
-    torn = RunDir.create(tmp_path / "run", Config())
+def test_faults_are_listed_by_kind_if_there_are_any(run, tmp_path):
+    faulty = RunDir.create(tmp_path / "run", Config())
     for step in range(1, 5):
         faults = {"fault/judge": 2, "tool_error/timeout": 7} if step > 2 else {}
-        torn.log(step, {"reward/outcome": 0.5, "failed": 0.0, **faults})
-    text = write_report(torn.path).read_text(encoding="utf-8")
+        faulty.log(step, {"reward/outcome": 0.5, "failed": 0.0, **faults})
+    text = write_report(faulty.path).read_text(encoding="utf-8")
     assert "<tr><th>fault/judge</th><td><b>4</b></td><td>2</td></tr>" in text
     assert text.index("<th>tool_error/timeout</th><td><b>14</b>") < text.index("<th>fault/judge")
     assert 'id="faults"' not in write_report(run.path).read_text(encoding="utf-8")
 
 
-def test_one_step_below_zero_is_not_the_wrong_way(tmp_path):
+def test_one_negative_step_is_not_significant(tmp_path):
     lines = [{"step": k, "success_correlation/a": r} for k, r in enumerate((0.3, -0.5, 0.1, -0.2))]
-    assert [a.wrong for a in agreements(lines)] == [False]
+    assert [a.negative for a in agreements(lines)] == [False]
     assert agreements([{"step": 1, "loss": 1.0}]) == []
 
 
-# --- hostile text ---------------------------------------------------------------------------------
+# --- untrusted text -------------------------------------------------------------------------------
 
-HOSTILE = (
+UNTRUSTED = (
     "</script><script>alert(1)</script>",
     "<!--<script>",
     "]]><img src=x onerror=alert(1)>",
@@ -323,7 +335,7 @@ HOSTILE = (
 )
 
 
-def hostile_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
+def untrusted_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
     run = RunDir.create(path, Config())
     turn = Turn(
         prompt_ids=(),
@@ -352,16 +364,16 @@ def hostile_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=()), max_size=60))
-@example(text=HOSTILE[0])
-@example(text="".join(HOSTILE))
-def test_hostile_text_stays_text(tmp_path_factory, text):
-    plain = hostile_run(tmp_path_factory.mktemp("plain") / "run", "plain", "note")
+@example(text=UNTRUSTED[0])
+@example(text="".join(UNTRUSTED))
+def test_untrusted_text_is_never_markup(tmp_path_factory, text):
+    plain = untrusted_run(tmp_path_factory.mktemp("plain") / "run", "plain", "note")
     # with a prefix, as names that begin with "fault/" have a table of their own
-    run = hostile_run(tmp_path_factory.mktemp("hostile") / "run", text, "x" + text)
-    tame = Page(write_report(plain.path).read_text(encoding="utf-8"))
+    run = untrusted_run(tmp_path_factory.mktemp("untrusted") / "run", text, "x" + text)
+    expected = Page(write_report(plain.path).read_text(encoding="utf-8"))
     page = Page(write_report(run.path).read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags] == [tag for tag, _ in tame.tags]
-    assert page.scripts[1:] == tame.scripts[1:]
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in expected.tags]
+    assert page.scripts[1:] == expected.scripts[1:]
     (group,) = page.data["groups"]
     shown = visible(text)
     (rollout,) = group["rollouts"]
@@ -371,7 +383,7 @@ def test_hostile_text_stays_text(tmp_path_factory, text):
 
 
 @given(text=st.text(st.characters(exclude_categories=())))
-def test_visible_text_has_nothing_that_hides_or_reorders(text):
+def test_visible_text_has_no_hidden_or_reordering_characters(text):
     shown = visible(text)
     shown.encode("utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
@@ -383,13 +395,13 @@ trees = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.
 
 
 @given(value=trees)
-def test_embedded_data_reads_back_and_holds_no_markup(value):
+def test_embedded_data_reads_back_and_has_no_markup(value):
     text = embed(value)
     assert not set("<>&") & set(text)
     assert json.loads(text) == value
 
 
-def test_hostile_recipe_and_run_name(tmp_path):
+def test_untrusted_recipe_and_run_name(tmp_path):
     run = RunDir.create(
         tmp_path / "<b>run&amp;",
         build_config({"model": {"path": "</pre><script>alert(1)</script>"}}),
@@ -401,8 +413,8 @@ def test_hostile_recipe_and_run_name(tmp_path):
     assert html.escape("</pre><script>alert(1)</script>") in text
 
 
-def test_a_turn_of_a_megabyte_is_clipped_and_says_so(tmp_path):
-    run = hostile_run(tmp_path / "run", "x" * 1_000_000 + "end")
+def test_a_long_turn_is_clipped(tmp_path):
+    run = untrusted_run(tmp_path / "run", "x" * 1_000_000 + "end")
     path = write_report(run.path)
     text = Page(path.read_text(encoding="utf-8")).data["groups"][0]["rollouts"][0]["turns"][0][
         "text"
@@ -412,7 +424,7 @@ def test_a_turn_of_a_megabyte_is_clipped_and_says_so(tmp_path):
     assert clip("x" * TEXT_LIMIT) == "x" * TEXT_LIMIT
 
 
-def test_a_run_with_more_rollouts_than_a_page_holds_shows_evenly_spread_steps(tmp_path):
+def test_too_many_rollouts_are_shown_for_evenly_spaced_steps(tmp_path):
     run = RunDir.create(tmp_path / "run", Config())
     run.log(1, {})
     text = "word " * 3_500
@@ -439,34 +451,34 @@ def test_a_run_without_a_step(tmp_path):
     assert "No step has been logged yet" in write_report(run.path).read_text()
 
 
-@pytest.mark.parametrize("figures", [
+@pytest.mark.parametrize("metrics", [
     {"loss": 0.5}, {"loss": math.nan}, {"reward/outcome": 0.0}, {"exact_match": 1.0},
     {"time/step": 0.0, "tokens": 5}, {"time/step": 1.0}, {"grad_norm": -1.0}, {"tokens": 10**300},
     {"reward/outcome": -1e-320}, {"logprob_gap": 0.0}, {"reward/outcome": 1e300},
 ])  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 2])
-def test_odd_figures_give_a_page(tmp_path, figures, steps):
+def test_unusual_values_give_a_page(tmp_path, metrics, steps):
     run = RunDir.create(tmp_path / "run", Config())
     for step in range(1, steps + 1):
-        run.log(step, figures)
+        run.log(step, metrics)
     Page(write_report(run.path).read_text(encoding="utf-8"))
 
 
-def test_a_warm_start_has_its_loss(tmp_path):
+def test_a_warm_start_has_a_loss_chart(tmp_path):
     run = RunDir.create(tmp_path / "run", Config())
     for step in (1, 2):
         run.log(step, {"loss": 5.0 / step, "grad_norm": 1.0})
     assert "<h3>Loss</h3>" in write_report(run.path).read_text()
 
 
-def test_a_run_cut_off_in_the_middle_of_a_line(tmp_path):
+def test_a_run_killed_while_writing_a_line(tmp_path):
     run = make_run(tmp_path / "run", steps=4)
     for path in (run.metrics, run.rollouts):
         path.write_bytes(path.read_bytes()[:-40])
     assert write_report(run.path).exists()
 
 
-def test_a_recipe_that_is_missing_or_damaged_is_no_reason_to_have_no_report(tmp_path):
+def test_a_missing_or_damaged_recipe_still_gives_a_report(tmp_path):
     run = make_run(tmp_path / "run", steps=2)
     (run.path / "config.toml").write_text("[train\n")
     write_report(run.path)
@@ -474,7 +486,7 @@ def test_a_recipe_that_is_missing_or_damaged_is_no_reason_to_have_no_report(tmp_
     write_report(run.path)
 
 
-def test_rollouts_of_another_shape_are_shown_as_far_as_they_go(tmp_path):
+def test_rollouts_of_another_shape_are_shown_as_far_as_possible(tmp_path):
     run = RunDir.create(tmp_path / "run", Config())
     run.log(1, {"loss": 1.0})
     odd = [
@@ -501,7 +513,7 @@ finite = st.floats(-1e12, 1e12).filter(lambda v: v == 0 or abs(v) > 1e-12)
 
 
 @given(low=finite, high=finite)
-def test_an_axis_holds_its_interval_and_has_few_ticks(low, high):
+def test_an_axis_covers_its_interval_with_few_ticks(low, high):
     low, high = min(low, high), max(low, high)
     if 0 < high - low < 1e-9 * max(abs(low), abs(high)):
         return  # closer than a tick label can tell
@@ -513,7 +525,7 @@ def test_an_axis_holds_its_interval_and_has_few_ticks(low, high):
 
 
 @given(low=st.floats(1e-12, 1e12), factor=st.floats(1, 1e12))
-def test_a_log_axis_holds_its_interval(low, factor):
+def test_a_log_axis_covers_its_interval(low, factor):
     axis = log_axis(low, low * factor)
     assert axis.low <= low * 1.0001 and axis.high * 1.0001 >= low * factor
     assert len(axis.ticks) <= 8
@@ -548,14 +560,14 @@ def test_steps_are_whole_numbers(first, count):
     assert 2 <= len(ticks) <= 10 and len(set(ticks)) == len(ticks)
 
 
-def test_ticks_can_be_told_apart():
+def test_tick_labels_are_distinct():
     for low, high in [(0, 1), (1, 1.003), (1, 1.00003), (0, 9000), (-5, 7), (0, 3e6), (99, 101)]:
         axis = linear_axis(low, high)
         labels = [axis.label(tick) for tick in axis.ticks]
         assert len(set(labels)) == len(labels), labels
 
 
-def test_reward_by_turn_is_drawn_when_more_than_one_turn_has_one():
+def test_reward_by_turn_needs_two_turns():
     lines = [{"step": 1, "reward/turn_1": 0.5}]
     assert "Reward by turn" not in [chart.title for chart in curves(lines)]
     lines[0]["reward/turn_2"] = 0.25
@@ -563,7 +575,7 @@ def test_reward_by_turn_is_drawn_when_more_than_one_turn_has_one():
     assert [series.name for series in chart.series] == ["turn 1", "turn 2"]
 
 
-def test_a_turn_that_few_steps_reach_is_marked_and_not_joined():
+def test_a_rare_turn_is_drawn_as_marks():
     lines = [{"step": s, "reward/turn_1": 0.5, "reward/turn_2": 0.1} for s in range(1, 21)]
     for step in (3, 4, 19):
         lines[step - 1]["reward/turn_3"] = 0.9
@@ -574,7 +586,7 @@ def test_a_turn_that_few_steps_reach_is_marked_and_not_joined():
     assert re.search(r'class="dots c3" d="([^"]+)"', drawn)[1].count("h0") == 3
 
 
-def test_time_phases_are_stacked_to_the_step():
+def test_phases_add_up_to_the_step():
     lines = [
         {"step": s, "time/rollout": 1.0, "time/train": 2.0, "time/save": 0.5, "time/step": 3.6}
         for s in (1, 2)

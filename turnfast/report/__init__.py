@@ -14,15 +14,15 @@ __all__ = ["write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from config.toml, metrics.jsonl and rollouts.jsonl alone.
+    """Write `run_dir/report.html` from config.toml, metrics.jsonl and rollouts.jsonl.
 
-    Works on a run under way or cut off: a torn last line is left out, and what is missing is said.
+    Also works during a run and after a kill.
 
     Raises:
-        ConfigError: no such folder or no metrics.jsonl; a damaged line in a log, by file and line.
+        ConfigError: the folder or metrics.jsonl is missing, or a line of a log is damaged.
     """
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: there is no such run directory")
+        raise ConfigError(f"{run_dir}: no such run directory")
     lines = read_metrics(run_dir)
     recipe = run_dir / "config.toml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""

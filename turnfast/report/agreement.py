@@ -1,4 +1,4 @@
-"""Whether the parts of the turn rewards go with success, over a whole run."""
+"""The correlation of turn rewards with success over a whole run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from .curves import points_of
 from .scales import Points
 
 PREFIX = "success_correlation/"
-DOUBT = 3.0
+SIGNIFICANT = 3.0
+"""A mean further below 0 than this many standard errors is not chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """One part of the turn rewards.
+    """How one part of the turn rewards correlates with success.
 
     Attributes:
-        points: its correlation with success at every step that has one.
+        points: the correlation at every step that has one.
         mean: over those steps.
-        named: steps in which its correlation was negative beyond chance.
-        wrong: it points the wrong way: in the mean, and beyond chance over the run or in a step.
+        num_negative: number of steps in which it was significantly below 0.
+        negative: the mean is below 0, significantly over the run or in at least one step.
     """
 
     part: str
     points: Points
     mean: float
-    named: int
-    wrong: bool
+    num_negative: int
+    negative: bool
 
 
 def agreements(lines: Sequence[Mapping[str, Any]]) -> list[Agreement]:
-    """By part, the worst one first; empty for a run without turn rewards."""
+    """Return the agreement of every part, lowest mean first; empty without turn rewards."""
     names = {name for line in lines for name in line if name.startswith(PREFIX)}
     found = []
     for name in names:
@@ -42,9 +43,18 @@ def agreements(lines: Sequence[Mapping[str, Any]]) -> list[Agreement]:
         if not points:
             continue
         values = [value for _, value in points]
-        named = sum(part in (line.get("wrong_way") or ()) for line in lines)
+        num_negative = sum(part in (line.get("wrong_way") or ()) for line in lines)
         mean = fmean(values)
-        doubt = DOUBT * stdev(values) / math.sqrt(len(values)) if len(values) > 4 else math.inf
-        wrong = mean < 0 and (named > 0 or mean < -doubt)
-        found.append(Agreement(part=part, points=points, mean=mean, named=named, wrong=wrong))
-    return sorted(found, key=lambda a: (a.mean, a.part))
+        limit = (
+            SIGNIFICANT * stdev(values) / math.sqrt(len(values)) if len(values) > 4 else math.inf
+        )
+        found.append(
+            Agreement(
+                part=part,
+                points=points,
+                mean=mean,
+                num_negative=num_negative,
+                negative=mean < 0 and (num_negative > 0 or mean < -limit),
+            )
+        )
+    return sorted(found, key=lambda agreement: (agreement.mean, agreement.part))

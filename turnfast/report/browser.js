@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
 
-  // Text only ever becomes a text node: nothing a model wrote is parsed as markup.
+  // Text is only added as text nodes, so that model output is never parsed as markup.
   function el(tag, className, ...children) {
     const node = document.createElement(tag);
     if (className) node.className = className;
@@ -19,15 +19,15 @@
     return (size >= 1000 ? value.toFixed(0) : String(Number(value.toPrecision(4)))).replace("-", MINUS);
   };
 
-  // ---- values under the pointer -------------------------------------------------------------
+  // ---- values under the pointer
 
-  function nearest(steps, wanted) {
+  function nearest(steps, target) {
     let low = 0, high = steps.length - 1;
     while (high - low > 1) {
       const middle = (low + high) >> 1;
-      if (steps[middle] < wanted) low = middle; else high = middle;
+      if (steps[middle] < target) low = middle; else high = middle;
     }
-    return wanted - steps[low] <= steps[high] - wanted ? low : high;
+    return target - steps[low] <= steps[high] - target ? low : high;
   }
 
   for (const figure of document.querySelectorAll(".chart")) {
@@ -49,13 +49,13 @@
           el("b", "", short(series.values[at])))));
       cursor.style.left = `${100 * share}%`;
       area.append(cursor, tip);
-      const room = box.width - tip.offsetWidth;
+      const free = box.width - tip.offsetWidth;
       const left = share * box.width + (share < .5 ? 10 : -10 - tip.offsetWidth);
-      tip.style.left = `${Math.max(0, Math.min(room, left))}px`;
+      tip.style.left = `${Math.max(0, Math.min(free, left))}px`;
     });
   }
 
-  // ---- rollouts -----------------------------------------------------------------------------
+  // ---- rollouts
 
   const root = document.getElementById("browser");
   if (!data.groups.length) return;
@@ -69,7 +69,7 @@
   }
   const keys = [...pages.keys()];
   const lastTrained = keys.findLastIndex((key) => key.endsWith(" train"));
-  const at = { page: lastTrained < 0 ? keys.length - 1 : lastTrained, group: 0, rollout: 0 };
+  const selected = { page: lastTrained < 0 ? keys.length - 1 : lastTrained, group: 0, rollout: 0 };
 
   const steps = el("select"), groups = el("select");
   const back = el("button", "", "\u2190"), next = el("button", "", "\u2192");
@@ -83,10 +83,11 @@
   root.append(el("div", "bar", el("label", "", "Step", steps), el("span", "", back, " ", next),
     el("label", "", "Question", groups)), body);
 
-  const taught = (group) => group.rollouts.some((rollout) => rollout.turns.some((turn) => turn.advantage));
-  // a page opens on a group that something was learned from
-  const firstTaught = (key) => Math.max(0, pages.get(key).findIndex(taught));
-  at.group = firstTaught(keys[at.page]);
+  const statusText = (rollout) => rollout.status.replaceAll("_", " ") + (rollout.masked ? " (masked)" : "");
+  const hasAdvantage = (group) => group.rollouts.some((rollout) => rollout.turns.some((turn) => turn.advantage));
+  // show first a group that gives a gradient
+  const firstGroup = (key) => Math.max(0, pages.get(key).findIndex(hasAdvantage));
+  selected.group = firstGroup(keys[selected.page]);
 
   function advantage(value, largest) {
     if (value === null) return el("span", "adv zero", "no advantage");
@@ -116,13 +117,13 @@
     head.append(chip);
     const named = Object.entries(turn.parts);
     const rewards = parts(named.length || turn.reward === null ? named : [["turn reward", turn.reward]]);
-    const said = el("pre", "said", turn.text || " ");
-    said.dir = "auto";
-    const view = el("article", "turn", head, said, rewards);
+    const sampled = el("pre", "sampled", turn.text || " ");
+    sampled.dir = "auto";
+    const view = el("article", "turn", head, sampled, rewards);
     if (turn.reply) {
       const reply = el("pre", "reply", turn.reply);
       reply.dir = "auto";
-      view.append(el("span", "who", "environment"), reply);
+      view.append(el("span", "speaker", "environment"), reply);
     }
     return view;
   }
@@ -131,7 +132,7 @@
     const view = el("div");
     rollout.turns.forEach((turn, index) => view.append(turnView(turn, index, largest)));
     const outcome = el("div", "outcome",
-      el("span", rollout.failed ? "failed" : "", rollout.status.replaceAll("_", " ")),
+      el("span", rollout.failed ? "failed" : "", statusText(rollout)),
       rollout.outcome === null ? null : ` \u00b7 outcome ${fixed(rollout.outcome, 2)}`,
       rollout.error ? el("pre", "reply", rollout.error) : null,
       parts(Object.entries(rollout.parts)),
@@ -141,51 +142,51 @@
   }
 
   function show() {
-    const page = pages.get(keys[at.page]);
-    at.group = Math.min(at.group, page.length - 1);
-    const group = page[at.group];
-    at.rollout = Math.min(at.rollout, Math.max(0, group.rollouts.length - 1));
-    steps.selectedIndex = at.page;
-    back.disabled = at.page === 0;
-    next.disabled = at.page === keys.length - 1;
+    const page = pages.get(keys[selected.page]);
+    selected.group = Math.min(selected.group, page.length - 1);
+    const group = page[selected.group];
+    selected.rollout = Math.min(selected.rollout, Math.max(0, group.rollouts.length - 1));
+    steps.selectedIndex = selected.page;
+    back.disabled = selected.page === 0;
+    next.disabled = selected.page === keys.length - 1;
     groups.replaceChildren(...page.map((other, index) =>
       el("option", "", `${index + 1}. ${other.question.slice(0, 90) || "(no question)"}`)));
-    groups.selectedIndex = at.group;
+    groups.selectedIndex = selected.group;
 
     const turns = group.rollouts.flatMap((rollout) => rollout.turns);
     const largest = Math.max(0, ...turns.map((turn) => Math.abs(turn.advantage ?? 0)));
     const list = el("div", "list");
     group.rollouts.forEach((rollout, index) => {
       const button = el("button", "", el("span", "n", String(index + 1)),
-        el("span", rollout.failed ? "state failed" : "state", rollout.status.replaceAll("_", " ")),
+        el("span", rollout.failed ? "state failed" : "state", statusText(rollout)),
         el("span", "", rollout.outcome === null ? "" : fixed(rollout.outcome, 2)));
       const cells = el("span", "cells");
       rollout.turns.forEach((turn) => { if (turn.advantage !== null) cells.append(advantage(turn.advantage, largest)); });
       if (cells.children.length) button.append(cells);
       button.type = "button";
-      button.setAttribute("aria-pressed", String(index === at.rollout));
-      button.addEventListener("click", () => { at.rollout = index; show(); });
+      button.setAttribute("aria-pressed", String(index === selected.rollout));
+      button.addEventListener("click", () => { selected.rollout = index; show(); });
       list.append(button);
     });
     const question = el("p", "question", group.question);
     question.dir = "auto";
-    const accepted = group.answers.length ? `accepted: ${group.answers.join(" \u00b7 ")}` : "";
-    const rollout = group.rollouts[at.rollout];
-    const silent = group.rule && !taught(group) ? "Every advantage is 0: nothing was learned from this group." : "";
-    body.replaceChildren(question, el("p", "answers", accepted), silent ? el("p", "answers", silent) : "",
+    const accepted = group.answers.length ? `accepted answers: ${group.answers.join(" \u00b7 ")}` : "";
+    const rollout = group.rollouts[selected.rollout];
+    const note = group.rule && !hasAdvantage(group) ? "All advantages are 0: this group gives no gradient." : "";
+    body.replaceChildren(question, el("p", "answers", accepted), note ? el("p", "answers", note) : "",
       el("div", "split", list, rollout ? rolloutView(rollout, largest) : el("p", "empty", "no rollouts")));
-    try { history.replaceState(null, "", `#${at.page}.${at.group}.${at.rollout}`); } catch { /* file: pages may refuse */ }
+    try { history.replaceState(null, "", `#${selected.page}.${selected.group}.${selected.rollout}`); } catch { /* browsers may refuse it for file: pages */ }
   }
 
-  const turnPage = (by) => { at.page = Math.max(0, Math.min(keys.length - 1, at.page + by)); at.group = firstTaught(keys[at.page]); show(); };
-  back.addEventListener("click", () => turnPage(-1));
-  next.addEventListener("click", () => turnPage(1));
-  steps.addEventListener("change", () => { at.page = steps.selectedIndex; at.group = firstTaught(keys[at.page]); show(); });
-  groups.addEventListener("change", () => { at.group = groups.selectedIndex; at.rollout = 0; show(); });
+  const changePage = (by) => { selected.page = Math.max(0, Math.min(keys.length - 1, selected.page + by)); selected.group = firstGroup(keys[selected.page]); show(); };
+  back.addEventListener("click", () => changePage(-1));
+  next.addEventListener("click", () => changePage(1));
+  steps.addEventListener("change", () => { selected.page = steps.selectedIndex; selected.group = firstGroup(keys[selected.page]); show(); });
+  groups.addEventListener("change", () => { selected.group = groups.selectedIndex; selected.rollout = 0; show(); });
 
   const place = /^#(\d+)\.(\d+)\.(\d+)$/.exec(location.hash);
   if (place && Number(place[1]) < keys.length) {
-    [at.page, at.group, at.rollout] = place.slice(1).map(Number);
+    [selected.page, selected.group, selected.rollout] = place.slice(1).map(Number);
   }
   show();
 })();

@@ -1,4 +1,4 @@
-"""What a run has changed: the first figures against the last ones."""
+"""The first and last values of the main metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One figure at two steps. `source` says whether evaluation or training rollouts gave it."""
+    """A metric at two steps; `source` tells whether it is of evaluation or training rollouts."""
 
     name: str
     title: str
@@ -30,8 +30,10 @@ class Change:
 
 
 def before_after(lines: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """The first and the last value of each headline figure, evaluated ones where there are any;
-    of a run that never evaluated, the training figures. Empty before the second measurement."""
+    """Return the first and last value of each main metric that was measured twice.
+
+    The metrics are those of the evaluations, or of training if there are none.
+    """
     for source, prefix in PREFIXES:
         changes = [
             change

@@ -1,7 +1,7 @@
-"""Charts as HTML and inline SVG that need no script, no font and no network.
+"""Charts as HTML and inline SVG, without script, font or network.
 
-The drawing is stretched to its place and lines keep their width; labels are text of the page, so
-they have the same size on a phone and on a wide screen. Colours are classes of style.css.
+The SVG is stretched to the width of its column while lines keep their width. Labels are HTML text,
+so their size does not change. Colours are classes of style.css.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from .numbers import short
 from .scales import Axis, Points, linear_axis, log_axis, smooth, thin
 
 SMOOTH_FROM = 50
-"""Below as many points a noisy line is still easy to read as it is."""
+"""Noisy lines with fewer points are not smoothed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One line. `colour` is 1 to 6; `noisy` lines get a smoothed one on top when they are long;
-    `dotted` marks every measurement; `sparse` ones are marks alone, of few steps far apart."""
+    """One line of a chart.
+
+    Attributes:
+        colour: 1 to 6.
+        noisy: draw a smoothed line on top of a long one.
+        dotted: mark every measurement.
+        sparse: draw marks only, for few steps far apart.
+    """
 
     name: str
     points: Points
@@ -33,13 +39,13 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A set of series over the step.
+    """A set of series over the training step.
 
     Attributes:
-        note: one sentence: what to look for.
-        share: the values are shares, the axis is 0 to 1.
-        log: decades, used only when every value is positive and they span more than one.
-        stacked: areas on top of each other; all series then have the same steps.
+        note: one sentence below the chart.
+        share: the values are shares; the axis goes from 0 to 1.
+        log: logarithmic axis, if all values are positive and span more than a decade.
+        stacked: areas on top of each other; all series have the same steps.
     """
 
     title: str
@@ -51,7 +57,7 @@ class Chart:
 
 
 def draw(chart: Chart, x: Axis, index: int) -> str:
-    """The chart as a `<figure>`; `index` links it to its entry in `hover_data`."""
+    """Return the chart as a `<figure>`; `index` is the index of its `hover_data` in the page."""
     y = _y_axis(chart)
     layers = _stack(chart) if chart.stacked else [s.points for s in chart.series]
     shapes = "".join(_grid(x, y))
@@ -61,7 +67,7 @@ def draw(chart: Chart, x: Axis, index: int) -> str:
             shapes += _area(floor, top, series.colour, x, y)
             floor = top
     else:
-        # the first series is the headline: it is drawn last, on top
+        # the first series is the main one: it is drawn last, on top
         for series in reversed(chart.series):
             shapes += _line(series, x, y, chart.log)
     ticks_y = "".join(
@@ -84,13 +90,13 @@ def draw(chart: Chart, x: Axis, index: int) -> str:
 
 
 def sparkline(points: Points) -> str:
-    """A line without axes, for a table cell."""
+    """Return a small line without axes, for a table cell."""
     if len(points) < 2:
         return ""
     points = thin(points, 80)
     x = Axis(low=points[0][0], high=points[-1][0], ticks=())
     low, high = min(v for _, v in points), max(v for _, v in points)
-    # what differs in the last digits of a float only is flat
+    # differences in the last digits of a float are drawn as a flat line
     y = Axis(low=low, high=high if high - low > 1e-9 * abs(high) else low, ticks=())
     return (
         '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
@@ -99,7 +105,7 @@ def sparkline(points: Points) -> str:
 
 
 def hover_data(chart: Chart, x: Axis) -> dict[str, Any]:
-    """What the script needs to name the values under the pointer."""
+    """Return the values that the script shows under the pointer."""
     return {
         "low": x.low,
         "high": x.high,
@@ -136,7 +142,7 @@ def _y_axis(chart: Chart) -> Axis:
 
 
 def _stack(chart: Chart) -> list[Points]:
-    # a handful of slow steps must not hide the split of all others, so areas show means
+    # areas show means, so that a few slow steps do not hide the split of the others
     count = len(chart.series[0].points)
     layers: list[Points] = []
     below = [0.0] * count
@@ -155,26 +161,24 @@ def _grid(x: Axis, y: Axis) -> list[str]:
 
 def _line(series: Series, x: Axis, y: Axis, log: bool) -> str:
     points = series.points
-    long = series.noisy and len(points) >= SMOOTH_FROM and not log
-    paint = f"c{series.colour}"
+    smoothed = series.noisy and len(points) >= SMOOTH_FROM and not log
+    colour = f"c{series.colour}"
     text = ""
-    if long:
-        text += f'<path class="line raw {paint}" d="{_path(thin(points), x, y)}"/>'
+    if smoothed:
+        text += f'<path class="line raw {colour}" d="{_path(thin(points), x, y)}"/>'
         points = smooth(points, max(5, len(points) // 20))
-    if series.sparse:
-        text = ""
-    else:
-        text += f'<path class="line {paint}" d="{_path(thin(points), x, y)}"/>'
+    if not series.sparse:
+        text += f'<path class="line {colour}" d="{_path(thin(points), x, y)}"/>'
     if series.dotted or series.sparse or len(points) == 1:
-        # lines of no length keep round ends when the drawing is stretched, circles do not
+        # lines of length 0 have round ends even when the SVG is stretched; circles do not
         dots = "".join(f"M{_x(step, x)} {_y(value, y)}h0" for step, value in thin(points, 60))
-        text += f'<path class="dots {paint}" d="{dots}"/>'
+        text += f'<path class="dots {colour}" d="{dots}"/>'
     return text
 
 
 def _area(floor: Points, top: Points, colour: int, x: Axis, y: Axis) -> str:
-    there, back = thin(top, 10_000), list(reversed(floor))
-    corners = "L".join(f"{_x(step, x)} {_y(value, y)}" for step, value in [*there, *back])
+    outline = [*thin(top, 10_000), *reversed(floor)]
+    corners = "L".join(f"{_x(step, x)} {_y(value, y)}" for step, value in outline)
     return f'<path class="fill c{colour}" d="M{corners}Z"/>'
 
 

@@ -1,4 +1,4 @@
-"""Which charts a run gets, from the lines of its metrics.jsonl."""
+"""The charts of a run, from the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPARSE_SHARE = 0.3
 
 
 def curves(lines: Lines) -> list[Chart]:
-    """The charts whose figures the run has, in the order of the page."""
+    """Return the charts for which the run has metrics, in the order of the page."""
     charts = [
         _chart(
             "Exact match",
@@ -29,7 +29,7 @@ def curves(lines: Lines) -> list[Chart]:
         ),
         _chart(
             "Tool success",
-            "Successful calls over attempted ones; a rollout without a call counts as 0.",
+            "Share of tool calls that succeeded, per rollout; 0 for a rollout without calls.",
             [
                 _series(lines, "eval/tool_success", "eval", 1, dotted=True),
                 _series(lines, "tool_success", "train", 2, noisy=True),
@@ -38,7 +38,7 @@ def curves(lines: Lines) -> list[Chart]:
         ),
         _chart(
             "Reward",
-            "Mean per rollout: the outcome, and the sum over its turns.",
+            "Mean per rollout: the outcome reward, and the sum of the turn rewards.",
             [
                 _series(lines, "reward/outcome", "outcome", 1, noisy=True),
                 _series(lines, "reward/turn", "turns", 2, noisy=True),
@@ -50,27 +50,27 @@ def curves(lines: Lines) -> list[Chart]:
             _turn_series(lines, "reward"),
         ),
         _chart(
-            "Spread of advantages by turn",
-            "Standard deviation of what each turn was trained with; at 0 a turn learns nothing.",
+            "Advantage standard deviation by turn",
+            "Over all trained turns; at 0 the turn gives no gradient.",
             _turn_series(lines, "advantage_std"),
         ),
         _chart(
             "Turns reached",
-            "Share of rollouts that got as far as the turn.",
+            "Share of rollouts with at least that many turns.",
             _turn_series(lines, "reached"),
             share=True,
         ),
         _chart(
             "Loss",
-            "Mean negative log-probability of the demonstrations' tokens.",
-            # of the policy loss only the gradient means something, its value does not
+            "Mean negative log-probability of the demonstration tokens.",
+            # the value of the policy loss has no meaning, only its gradient has
             []
             if _has(lines, "reward/outcome")
             else [_series(lines, "loss", "loss", 1, noisy=True)],
         ),
         _chart(
             "Entropy",
-            "Mean per trained token, in nats. A fall towards 0 is the end of exploration.",
+            "Mean per trained token, in nats. Near 0 the policy no longer explores.",
             [_series(lines, "entropy", "entropy", 1, noisy=True)],
         ),
         _chart(
@@ -80,11 +80,11 @@ def curves(lines: Lines) -> list[Chart]:
         ),
         _chart(
             "Log-prob gap",
-            "Sampler against trainer, per token. A rise means that they no longer agree.",
+            "|sampler − trainer| per token. A rise means that their probabilities differ.",
             [
                 _series(lines, "logprob_gap", "mean", 1),
                 _series(lines, "logprob_gap/max", "largest", 2),
-                # 0 where sampler and trainer share their module
+                # 0 if sampler and trainer share the model
                 _series(
                     [line for line in lines if line.get("sync_gap")], "sync_gap", "after sync", 3
                 ),
@@ -93,29 +93,29 @@ def curves(lines: Lines) -> list[Chart]:
         ),
         _chart(
             "Sampler divergence by turn",
-            "KL from what sampled the tokens to what is trained, per token.",
+            "KL(sampler ‖ trainer) per token.",
             _turn_series(lines, "kl_sampler"),
             log=True,
         ),
         _chart(
             "Update divergence by turn",
-            "KL from the policy before the step to the one before its last update, per token.",
+            "KL(old ‖ new policy) per token, before the last optimizer step.",
             _turn_series(lines, "kl_old"),
             log=True,
         ),
         _chart(
             "Reference divergence",
-            "KL from the policy to its reference, per token.",
+            "KL(policy ‖ reference) per token.",
             [_series(lines, "kl", "mean", 1, noisy=True)],
         ),
         _chart(
             "Critic",
-            "Share of the variance of its targets that the values explain; 0 is a constant guess.",
-            [_series(lines, "explained_variance", "explained", 1, noisy=True)],
+            "Share of the variance of the targets that the values explain.",
+            [_series(lines, "explained_variance", "explained variance", 1, noisy=True)],
         ),
         _chart(
             "Largest ratio",
-            "New over old probability of one token, before clipping.",
+            "Largest new/old probability ratio of a token, before clipping.",
             [_series(lines, "ratio/max", "max", 1)],
             log=True,
         ),
@@ -128,15 +128,16 @@ def curves(lines: Lines) -> list[Chart]:
         _chart("Time per step", "Seconds in each phase.", _time_series(lines), stacked=True),
         _chart(
             "Throughput",
-            "Tokens per second of the whole step.",
+            "Tokens per second of the whole step time.",
             [
                 _rate(lines, "tokens", "in the batch", 1),
                 _rate(lines, "tokens_trained", "trained", 2),
             ],
         ),
         _chart(
-            "Use of the rollout time",
-            "Slots in use; time with the last quarter of the rollouts; all waiting for tools.",
+            "Rollout utilisation",
+            "Share of slots in use, of time with the last quarter of the rollouts, and of time in "
+            "which all rollouts wait for tools.",
             [
                 _series(lines, "rollout/utilisation", "slots in use", 1, noisy=True),
                 _series(lines, "rollout/tail", "tail", 2, noisy=True),
@@ -145,12 +146,12 @@ def curves(lines: Lines) -> list[Chart]:
             share=True,
         ),
         _chart(
-            "Lost rollouts",
-            "Groups whose rewards are all equal teach nothing; failed rollouts are never trained.",
+            "Unused rollouts",
+            "Groups with equal rewards give no gradient; failed rollouts are not trained on.",
             [
                 _series(lines, "zero_signal_groups", "groups without signal", 1, noisy=True),
                 _series(lines, "failed", "failed", 2, noisy=True),
-                _series(lines, "truncated", "turns cut short", 3, noisy=True),
+                _series(lines, "truncated", "turns cut at the token limit", 3, noisy=True),
             ],
         ),
     ]
@@ -158,15 +159,15 @@ def curves(lines: Lines) -> list[Chart]:
 
 
 def step_axis(lines: Lines) -> Axis:
-    """The steps of all charts, so that they can be compared by eye."""
+    """Return the step axis, which all charts share."""
     steps = [line["step"] for line in lines] or [0]
     low, high = min(steps), max(steps)
-    # a first training step at 1 is read more easily on an axis that starts at 0
+    # an axis from 0 is easier to read than one from 1
     return linear_axis(0 if low == 1 else low, max(high, low + 1), wanted=5, tight=True, whole=True)
 
 
 def points_of(lines: Lines, name: str) -> Points:
-    """(step, value) of one figure, without the steps where it is missing or was not finite."""
+    """Return (step, value) of one metric, without steps where it is missing or null."""
     return [
         (line["step"], float(line[name]))
         for line in lines
@@ -197,9 +198,9 @@ def _turn_series(lines: Lines, name: str) -> list[Series | None]:
         _series(lines, f"{name}/turn_{k}", f"turn {k}", k, noisy=True)
         for k in range(1, MOST_TURNS + 1)
     ]
-    # a turn that few steps get to has nothing between them that a line could stand for
-    often = max((len(series.points) for series in found if series), default=0)
-    marked = [s and replace(s, sparse=len(s.points) < SPARSE_SHARE * often) for s in found]
+    # marks instead of a line for a turn that only a few steps reach
+    most_points = max((len(series.points) for series in found if series), default=0)
+    marked = [s and replace(s, sparse=len(s.points) < SPARSE_SHARE * most_points) for s in found]
     return marked if any(marked[1:]) else []
 
 
@@ -217,7 +218,7 @@ def _time_series(lines: Lines) -> list[Series | None]:
     timed = [line for line in lines if line.get("time/step")]
     if not timed:
         return []
-    # phases a run adds (saving, evaluating) are shown with what no phase covered
+    # all phases that are not in PHASES are shown as "other"
     named = [phase for phase in PHASES[:-1] if any(line.get(f"time/{phase}") for line in timed)]
     columns = {p: [float(line.get(f"time/{p}") or 0.0) for line in timed] for p in named}
     rest = [

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MINUS = "\u2212"
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, and no sign on a zero.
+    """Format with a sign; zero has none.
 
     >>> signed(0.25, 2), signed(-0.001, 2)
     ('+0.25', '0.00')
@@ -18,7 +18,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits, with a suffix or a power of ten where that is shorter.
+    """Format with three significant digits, and a suffix or power of ten if that is shorter.
 
     >>> short(0.12345), short(12345.0), short(3.2e-7), short(40)
     ('0.123', '12.3k', '3.2e-7', '40')

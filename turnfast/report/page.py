@@ -1,8 +1,8 @@
-"""The report's page, put together from a run's data: one file, no network, no markup from text.
+"""The HTML of the report.
 
-Text from outside reaches the page in two ways only: escaped by `html.escape`, or inside the JSON
-data block, where `<`, `>` and `&` are written as escapes and which the script turns into text
-nodes. As a second wall, the page's content policy allows this one script by its hash, nothing else.
+Untrusted text reaches the page in two ways: escaped by `html.escape`, or in the JSON data block,
+where `<`, `>` and `&` are escaped and from which the script makes text nodes. In addition, the
+content security policy of the page allows only its own script, by its hash.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Lines = Sequence[Mapping[str, Any]]
 def build_page(
     *, name: str, recipe_text: str, recipe: Mapping[str, Any], lines: Lines, logged: Logged
 ) -> str:
-    """The whole report as HTML."""
+    """Return the whole report as HTML."""
     axis = step_axis(lines)
     charts = curves(lines)
     script = _read("browser.js")
@@ -47,21 +47,22 @@ def build_page(
         changes=_changes(lines),
         charts="".join(draw(chart, axis, i) for i, chart in enumerate(charts))
         or '<p class="empty">No step has been logged yet.</p>',
-        diagnosis=_agreement(lines) + _faults(lines),
-        figures=_figures(lines),
-        shown=text(_shown(logged)),
+        agreement=_agreement(lines),
+        faults=_faults(lines),
+        metrics=_metrics(lines),
+        logged=text(_logged(logged)),
         recipe=text(recipe_text),
         data=embed(data),
     )
 
 
 def text(value: str) -> str:
-    """Text of the page, whatever it says."""
+    """Escape untrusted text for HTML."""
     return html.escape(visible(value))
 
 
 def embed(data: Any) -> str:
-    """JSON that no parser of HTML can be led out of."""
+    """Return JSON that is safe inside a script element."""
     document = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return document.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
 
@@ -78,13 +79,13 @@ def _facts(recipe: Mapping[str, Any], lines: Lines) -> str:
     trained = sum(value for _, value in points_of(lines, "tokens_trained"))
     rollouts = sum(value for _, value in points_of(lines, "rollouts"))
     facts = {
-        "Credit": of("credit", "rule"),
+        "Credit rule": of("credit", "rule"),
         "Environment": of("env", "name"),
         "Model": of("model", "path"),
         "Seed": of("train", "seed"),
         "Steps": short(len(times)) if times else "",
-        "Step, median": duration(times[len(times) // 2]) if times else "",
-        "All steps": duration(sum(times)) if times else "",
+        "Median step time": duration(times[len(times) // 2]) if times else "",
+        "Total step time": duration(sum(times)) if times else "",
         "Rollouts": f"{rollouts:,.0f}" if rollouts else "",
         "Tokens trained": f"{trained:,.0f}" if trained else "",
     }
@@ -98,7 +99,7 @@ def _facts(recipe: Mapping[str, Any], lines: Lines) -> str:
 def _changes(lines: Lines) -> str:
     rows = before_after(lines)
     if not rows:
-        return '<p class="empty">Before and after: not yet measured twice.</p>'
+        return '<p class="empty">The table of changes needs two measurements.</p>'
     source = "Held-out evaluation" if rows[0].source == "eval" else "Training rollouts"
     head = (
         f"<thead><tr><th>{source}</th><th>step {rows[0].step_before}</th>"
@@ -116,36 +117,36 @@ def _agreement(lines: Lines) -> str:
     parts = agreements(lines)
     if not parts:
         return ""
-    wrong = [f"<b>{text(part.part)}</b>" for part in parts if part.wrong]
+    negative = [f"<b>{text(part.part)}</b>" for part in parts if part.negative]
     verdict = (
-        f'<p class="warning">{", ".join(wrong)} {"points" if len(wrong) == 1 else "point"} the '
-        "wrong way: rollouts that got more of it succeeded less often than others of their group. "
-        "Training on it unlearns the task.</p>"
-        if wrong
-        else '<p class="lead">Correlation within groups, between rollouts of one task. '
-        "None points the wrong way.</p>"
+        f'<p class="warning">Negative correlation with success: {", ".join(negative)}. Rollouts '
+        "with more of this reward succeed less often than others of their group; training on it "
+        "lowers success.</p>"
+        if negative
+        else '<p class="lead">Correlation with success between rollouts of the same task. '
+        "No turn reward correlates negatively.</p>"
     )
     head = (
-        "<thead><tr><th>part of the turn rewards</th><th>mean</th><th></th><th>first</th>"
-        "<th>last</th><th>steps below 0 beyond chance</th></tr></thead>"
+        "<thead><tr><th>turn reward</th><th>mean</th><th></th><th>first</th>"
+        "<th>last</th><th>steps significantly below 0</th></tr></thead>"
     )
     body = "".join(
         f"<tr><th>{text(part.part)}</th>"
         f'<td class="{_sign(part.mean)}"><b>{signed(part.mean, 2)}</b></td>'
         f"<td>{sparkline(part.points)}</td>"
         f"<td>{signed(part.points[0][1], 2)}</td><td>{signed(part.points[-1][1], 2)}</td>"
-        f"<td>{part.named} of {len(part.points)}</td></tr>"
+        f"<td>{part.num_negative} of {len(part.points)}</td></tr>"
         for part in parts
     )
     return (
         '<section aria-labelledby="agreement"><h2 id="agreement">Turn rewards and success</h2>'
-        f'{verdict}<div class="wide"><table class="figures">{head}<tbody>{body}</tbody></table>'
+        f'{verdict}<div class="wide"><table class="metrics">{head}<tbody>{body}</tbody></table>'
         "</div></section>\n"
     )
 
 
 def _faults(lines: Lines) -> str:
-    """What went wrong outside of the policy, by kind; "" for a run in which nothing did."""
+    """The table of faults and tool errors by kind; empty for a run without any."""
     kinds = {
         name
         for name in _numeric_names(lines)
@@ -160,12 +161,12 @@ def _faults(lines: Lines) -> str:
         f"<td>{sum(value > 0 for value in values)}</td></tr>"
         for name, values in sorted(found.items(), key=lambda item: (-sum(item[1]), item[0]))
     )
-    head = "<thead><tr><th>kind</th><th>in the whole run</th><th>steps with any</th></tr></thead>"
+    head = "<thead><tr><th>kind</th><th>total</th><th>steps affected</th></tr></thead>"
     return (
         '<section aria-labelledby="faults"><h2 id="faults">Faults</h2>'
-        '<p class="lead">Rollouts that failed of something that is not the policy\'s, which are '
-        "neither trained on nor part of a baseline, and calls that ended in an error.</p>"
-        f'<div class="wide"><table class="figures">{head}<tbody>{rows}</tbody></table></div>'
+        '<p class="lead">fault: failed rollouts by cause, not trained on and in no baseline. '
+        "tool_error: failed tool calls by cause.</p>"
+        f'<div class="wide"><table class="metrics">{head}<tbody>{rows}</tbody></table></div>'
         "</section>\n"
     )
 
@@ -174,13 +175,15 @@ def _sign(value: float) -> str:
     return "up" if value > 0.0005 else "down" if value < -0.0005 else "same"
 
 
-def _figures(lines: Lines) -> str:
-    rows = "".join(_figure(name, points_of(lines, name)) for name in sorted(_numeric_names(lines)))
-    head = "<th>figure</th><th></th><th>first</th><th>last</th><th>least</th><th>most</th>"
-    return f"<table class='figures'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+def _metrics(lines: Lines) -> str:
+    rows = "".join(
+        _metric_row(name, points_of(lines, name)) for name in sorted(_numeric_names(lines))
+    )
+    head = "<th>metric</th><th></th><th>first</th><th>last</th><th>min</th><th>max</th>"
+    return f"<table class='metrics'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _figure(name: str, points: list[tuple[float, float]]) -> str:
+def _metric_row(name: str, points: list[tuple[float, float]]) -> str:
     values = [value for _, value in points]
     cells = (values[0], values[-1], min(values), max(values))
     return (
@@ -199,12 +202,12 @@ def _numeric_names(lines: Lines) -> Iterable[str]:
     }
 
 
-def _shown(logged: Logged) -> str:
+def _logged(logged: Logged) -> str:
     if not logged.groups:
-        return "No rollouts have been logged (train.log_rollouts)."
+        return "No rollouts were logged; set train.log_rollouts."
     if logged.steps_shown < logged.steps_logged:
         return (
-            f"{logged.steps_shown} of {logged.steps_logged} logged steps, evenly spread; "
-            "rollouts.jsonl has all of them."
+            f"{logged.steps_shown} of {logged.steps_logged} logged steps, evenly spaced; "
+            "rollouts.jsonl has all."
         )
-    return "Every logged group. Advantages are what each turn was trained with."
+    return "All logged groups, with the advantage of each turn."

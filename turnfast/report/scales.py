@@ -1,4 +1,4 @@
-"""Axes and series: round ticks, and fewer points without losing the extremes."""
+"""Axes with round ticks, and series with fewer points but the same extremes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """An interval and how it is drawn. `share(low)` is 0, `share(high)` is 1."""
+    """An interval with its ticks; `share(low)` is 0 and `share(high)` is 1."""
 
     low: float
     high: float
@@ -23,11 +23,11 @@ class Axis:
     def share(self, value: float) -> float:
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
-        # an interval of no length, or too small for the size of its ends, is a line in the middle
+        # the values of an empty interval are drawn in the middle
         return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
 
     def label(self, value: float) -> str:
-        """A tick's text: as many digits as it takes to tell it from the next tick."""
+        """Return the text of a tick, with enough digits to differ from the next tick."""
         if self.log or len(self.ticks) < 2:
             return short(value)
         step, largest = self.ticks[1] - self.ticks[0], max(map(abs, self.ticks))
@@ -39,12 +39,12 @@ class Axis:
 def linear_axis(
     low: float, high: float, *, wanted: int = 4, tight: bool = False, whole: bool = False
 ) -> Axis:
-    """Ticks at multiples of 1, 2 or 5 times a power of ten.
+    """Return an axis with ticks at multiples of 1, 2 or 5 times a power of ten.
 
     Args:
-        wanted: about as many intervals.
-        tight: keep the interval as it is instead of widening it to the next ticks.
-        whole: ticks at whole numbers only.
+        wanted: approximate number of intervals.
+        tight: keep the interval instead of extending it to the next ticks.
+        whole: integer ticks only.
 
     >>> linear_axis(0.0, 0.93).ticks
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -74,7 +74,7 @@ def linear_axis(
 
 
 def log_axis(low: float, high: float, *, most: int = 6) -> Axis:
-    """Whole decades around the interval, at most about `most` ticks.
+    """Return a logarithmic axis of whole decades, with about `most` ticks at most.
 
     >>> log_axis(3e-7, 2e-5).ticks
     (1e-07, 1e-06, 1e-05, 0.0001)
@@ -87,7 +87,7 @@ def log_axis(low: float, high: float, *, most: int = 6) -> Axis:
 
 
 def thin(points: Points, most: int = 400) -> Points:
-    """At most about `most` points: of each bucket its lowest and its highest, in their order."""
+    """Keep about `most` points: the lowest and the highest of each bucket."""
     if len(points) <= most:
         return points
     buckets = most // 2
@@ -100,7 +100,7 @@ def thin(points: Points, most: int = 400) -> Points:
 
 
 def smooth(points: Points, width: int) -> Points:
-    """The mean over a window centred on each point, cut off at the ends."""
+    """Return the mean over a window centred on each point; shorter at the ends."""
     half = width // 2
     values = [y for _, y in points]
     return [(x, _mean(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]

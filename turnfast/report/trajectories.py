@@ -1,7 +1,7 @@
-"""The logged rollouts, made small and harmless enough to be shown.
+"""The logged rollouts in the form that the page shows.
 
-Model text is hostile by assumption. Every string that reaches the page goes through `visible` and
-`clip`; that it stays text and never becomes markup is the business of page.py and browser.js.
+All text is untrusted. Every string goes through `visible` and `clip`; page.py and browser.js make
+sure that it is never parsed as markup.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import Any
 from ..rundir.jsonl import read_lines
 
 TEXT_LIMIT = 20_000
-"""Characters shown of one text; rollouts.jsonl has all of it."""
+"""Characters shown of one text."""
 PAGE_LIMIT = 4_000_000
-"""Characters of rollouts in one page; a browser opens it at once."""
+"""Characters of all rollouts of a page, so that browsers open it quickly."""
 
-# controls but for tab and newline, marks that reorder text, halves of surrogate pairs
+OLD_FAILURES = ("error", "reward_error", "timeout")
+"""Statuses of failed rollouts in runs that did not log `failed`."""
+
+# control characters except tab and newline, bidirectional marks, lone surrogates
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
@@ -29,7 +32,7 @@ _INVISIBLE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """The groups a page shows, and of how many logged steps they are."""
+    """The groups that the page shows, and the numbers of steps shown and logged."""
 
     groups: tuple[Mapping[str, Any], ...]
     steps_shown: int
@@ -37,20 +40,22 @@ class Logged:
 
 
 def read_rollouts(path: Path) -> Logged:
-    """All groups of a rollouts.jsonl, or those of evenly spread steps, first and last included,
-    when all would be too many for one page. A missing file holds none."""
+    """Read the groups of a rollouts.jsonl; without the file there are none.
+
+    If they do not fit the page, those of evenly spaced steps, including the first and the last.
+    """
     if not path.exists():
         return Logged(groups=(), steps_shown=0, steps_logged=0)
     sizes: defaultdict[int, int] = defaultdict(int)
     for line in read_lines(path):
         sizes[line["step"]] += len(json.dumps(_group(line)))
-    chosen = _spread(sorted(sizes), sum(sizes.values()))
+    chosen = _evenly_spaced(sorted(sizes), sum(sizes.values()))
     groups = tuple(_group(line) for line in read_lines(path) if line["step"] in chosen)
     return Logged(groups=groups, steps_shown=len(chosen), steps_logged=len(sizes))
 
 
 def visible(text: str) -> str:
-    """Characters that cannot be seen, or that reorder the text around them, by their code.
+    """Replace invisible characters and those that reorder text by their code.
 
     >>> visible("a\\x00b\\u202ec")
     'a⟨U+0000⟩b⟨U+202E⟩c'
@@ -59,15 +64,15 @@ def visible(text: str) -> str:
 
 
 def clip(text: str, limit: int = TEXT_LIMIT) -> str:
-    """The head and the tail of a long text, and how much is between them."""
+    """Cut the middle out of a long text."""
     if len(text) <= limit:
         return text
     tail = limit // 4
-    left_out = len(text) - limit
-    return f"{text[: limit - tail]}\n… {left_out:,} characters left out …\n{text[-tail:]}"
+    num_cut = len(text) - limit
+    return f"{text[: limit - tail]}\n… {num_cut:,} characters left out …\n{text[-tail:]}"
 
 
-def _spread(steps: Sequence[int], size: int) -> set[int]:
+def _evenly_spaced(steps: Sequence[int], size: int) -> set[int]:
     if size <= PAGE_LIMIT:
         return set(steps)
     count = max(2, len(steps) * PAGE_LIMIT // size)
@@ -87,15 +92,16 @@ def _group(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
+    status = record.get("status", "")
     return {
         "index": _number(record.get("index")),
-        "status": _text(record.get("status", "")),
-        "failed": record.get("failed") is True,
+        "status": _text(status),
+        "failed": record.get("failed", status in OLD_FAILURES) is True,
+        "masked": record.get("masked") is True,
         "error": _text(record.get("error") or ""),
         "outcome": _number(record.get("outcome")),
         "parts": _numbers(record.get("outcome_parts")),
         "metrics": _numbers(record.get("metrics")),
-        "tool": _number(record.get("tool_success")),
         "turns": [_turn(item) for item in _records(record.get("turns"))],
     }
 
