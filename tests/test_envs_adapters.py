@@ -1,4 +1,4 @@
-"""Environments and tools of other libraries, against the real packages."""
+"""Environments and tools of other packages, tested with the real packages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_missing_package_is_named(monkeypatch, package, make):
         make()
 
 
-# gymnasium
+# --- gymnasium
 
 LAKE = {
     "id": "FrozenLake-v1",
@@ -42,15 +42,15 @@ LAKE = {
 }
 
 
-def act(word: str) -> str:
-    return f"<action>{word}</action>"
+def act(action: str) -> str:
+    return f"<action>{action}</action>"
 
 
 def test_gymnasium_text_rendering_rewards_and_end():
     pytest.importorskip("gymnasium")
     env = load_env("gymnasium", LAKE)
-    way = ["down", "Down", "right", "right", "down", "right"]
-    first, steps, outcome = play(env, env.tasks("train")[0], *map(act, way))
+    path = ["down", "Down", "right", "right", "down", "right"]
+    first, steps, outcome = play(env, env.tasks("train")[0], *map(act, path))
     assert "the actions are left, down, right, up." in first[0]["content"]
     assert "[S]FFF\nFHFH\nFFFH\nHFFG" in first[0]["content"]
     assert steps[0].messages[0]["content"].endswith("SFFF\n[F]HFH\nFFFH\nHFFG")
@@ -60,19 +60,19 @@ def test_gymnasium_text_rendering_rewards_and_end():
     assert outcome.metrics == {"return": 1.0, "terminated": 1.0}
 
 
-def test_gymnasium_turns_without_an_action_and_rewards_at_the_end():
+def test_gymnasium_malformed_turns_and_rewards_on_the_outcome():
     pytest.importorskip("gymnasium")
     env = load_env("gymnasium", {**LAKE, "malformed": -0.25, "rewards_on": "outcome"})
     task = env.tasks("train")[0]
     _, steps, outcome = play(env, task, "right", act("north"), act("right"), act("down"))
     assert [step.reward for step in steps] == [-0.25, -0.25, None, None]
     assert [step.tool_successes for step in steps] == [0, 0, 1, 1]
-    assert steps[-1].done and outcome.reward == 0.0  # fell into a hole
-    way = ["down", "down", "right", "right", "down", "right"]
-    assert play(env, task, *map(act, way))[2].reward == 1.0
+    assert steps[-1].done and outcome.reward == 0.0  # it fell into a hole
+    path = ["down", "down", "right", "right", "down", "right"]
+    assert play(env, task, *map(act, path))[2].reward == 1.0
 
 
-def test_gymnasium_numbers_seeds_and_plain_observations():
+def test_gymnasium_numbered_actions_seeds_and_observations():
     pytest.importorskip("gymnasium")
     env = load_env("gymnasium", {"id": "CartPole-v1", "train_tasks": 4, "eval_tasks": 2})
     first = [play(env, task)[0] for task in (*env.tasks("train"), *env.tasks("eval"))]
@@ -87,7 +87,7 @@ import gymnasium
 from gymnasium.spaces import Text
 
 class Echo(gymnasium.Env):
-    """Ends when told the word it was given."""
+    """Ends when the action is the requested letter."""
     observation_space = Text(max_length=50)
     action_space = Text(max_length=10)
     def reset(self, *, seed=None, options=None):
@@ -113,7 +113,7 @@ def text_env(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_gymnasium_text_in_and_out(chat, text_env):
+def test_gymnasium_text_actions_and_observations(chat, text_env):
     pytest.importorskip("gymnasium")
     env = load_env("gymnasium", {"id": "text_env_of_a_test:Echo-v0"})
 
@@ -128,7 +128,7 @@ def test_gymnasium_text_in_and_out(chat, text_env):
     assert step.tool_successes == 0
 
 
-def test_gymnasium_a_hanging_step_fails_its_trajectory(text_env):
+def test_gymnasium_a_hanging_step_times_out(text_env):
     pytest.importorskip("gymnasium")
     env = load_env("gymnasium", {"id": "text_env_of_a_test:Hang-v0", "step_timeout_s": 0.5})
     with pytest.raises(TimeoutError, match="no step within"):
@@ -138,37 +138,45 @@ def test_gymnasium_a_hanging_step_fails_its_trajectory(text_env):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"id": "NoSuch-v0"}, r"env.options.id: gymnasium cannot make 'NoSuch-v0'"),
-        ({"id": "no_such_module:X-v0"}, r"env.options.id: gymnasium cannot make"),
-        ({"id": "Pendulum-v1"}, r"env.options.id: the actions of 'Pendulum-v1' are Box"),
+        ({"id": "NoSuch-v0"}, r"env.options.id: gymnasium cannot find 'NoSuch-v0': NameNotFound"),
+        (
+            {"id": "no_such_module:X-v0"},
+            r"env.options.id: .*: ModuleNotFoundError: .*no_such_module",
+        ),
+        ({"id": "Pendulum-v1"}, r"env.options.id: the action space of 'Pendulum-v1' is Box"),
         ({"id": "FrozenLake-v1", "actions": ["a"]}, r"env.options.actions: 1 names for the 4"),
-        ({"id": "FrozenLake-v1", "kwargs": {"x": 1}}, r"gymnasium cannot make.*'x'"),
     ],
 )
-def test_gymnasium_refusals(options, message):
+def test_gymnasium_invalid_options(options, message):
     pytest.importorskip("gymnasium")
     with pytest.raises(ConfigError, match=message):
         load_env("gymnasium", options)
 
 
-# textarena
+def test_gymnasium_errors_of_the_environment_are_raised_unchanged():
+    pytest.importorskip("gymnasium")
+    with pytest.raises(TypeError, match="'x'"):
+        load_env("gymnasium", {"id": "FrozenLake-v1", "kwargs": {"x": 1}})
 
 
-def test_textarena_a_game_from_seed_to_reward(chat):
+# --- textarena
+
+
+def test_textarena_whole_games(chat):
     pytest.importorskip("textarena")
     env = load_env("textarena", {"id": "Mastermind-v0"})
 
     def crack(seen: str) -> str:
-        """The first code that agrees with all pegs so far."""
-        said = re.findall(r"\[(\d) (\d) (\d) (\d)\][^\[]*?(\d) black peg.*?(\d) white peg", seen)
+        """The first code that is consistent with all replies so far."""
+        replies = re.findall(r"\[(\d) (\d) (\d) (\d)\][^\[]*?(\d) black peg.*?(\d) white peg", seen)
         for code in permutations("123456", 4):
-            if all(pegs(code, s[:4]) == (int(s[4]), int(s[5])) for s in said):
+            if all(pegs(code, r[:4]) == (int(r[4]), int(r[5])) for r in replies):
                 return f"<think>[1]</think>[{' '.join(code)}]"
-        raise AssertionError("no code agrees")
+        raise AssertionError("no code is consistent")
 
     state = random.getstate()
     groups = roll(chat, env, crack, max_turns=20, **SIZES)
-    assert random.getstate() == state  # the games' dice are their own
+    assert random.getstate() == state  # the games do not change the global generator
     for group in groups:
         one, two = group.trajectories
         assert one.status == "finished" and one.outcome == 1.0
@@ -178,12 +186,13 @@ def test_textarena_a_game_from_seed_to_reward(chat):
     assert len({group.trajectories[0].turns[-1].text for group in groups}) > 1
 
 
-def pegs(code, said) -> tuple[int, int]:
-    black = sum(a == b for a, b in zip(code, said, strict=True))
-    return black, len(set(code) & set(said)) - black
+def pegs(code, guess) -> tuple[int, int]:
+    """The numbers of black and white pegs for a guess."""
+    black = sum(a == b for a, b in zip(code, guess, strict=True))
+    return black, len(set(code) & set(guess)) - black
 
 
-def test_textarena_a_game_cut_short_and_an_invalid_one():
+def test_textarena_an_unfinished_game_and_an_invalid_move():
     pytest.importorskip("textarena")
     env = load_env("textarena", {"id": "Mastermind-v0"})
     first, steps, outcome = play(env, env.tasks("eval")[0], "[1 2 3 4]")
@@ -194,7 +203,7 @@ def test_textarena_a_game_cut_short_and_an_invalid_one():
     assert steps[-1].done and outcome.metrics["invalid_move"] == 1.0
 
 
-def test_textarena_a_hanging_game_fails_its_trajectory_and_frees_the_next(monkeypatch):
+def test_textarena_a_hanging_game_times_out_and_the_next_one_works(monkeypatch):
     pytest.importorskip("textarena")
     env = load_env("textarena", {"id": "Mastermind-v0", "step_timeout_s": 0.5})
     make = env.make
@@ -212,14 +221,20 @@ def test_textarena_a_hanging_game_fails_its_trajectory_and_frees_the_next(monkey
     assert play(env, env.tasks("train")[0], "[1 2 3 4]")[1][0].messages
 
 
-@pytest.mark.parametrize("name", ["NoSuch-v0", "Chess-v0"])
-def test_textarena_refusals(name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoSuch-v0", "textarena has no game 'NoSuch-v0'"),
+        ("TicTacToe-v0", "'TicTacToe-v0' cannot be played by one player: .*has to be 2"),
+    ],
+)
+def test_textarena_invalid_games(name, message):
     pytest.importorskip("textarena")
-    with pytest.raises(ConfigError, match=f"env.options.id: '{name}' cannot be played by one"):
+    with pytest.raises(ConfigError, match=f"env.options.id: {message}"):
         load_env("textarena", {"id": name})
 
 
-# MCP
+# --- MCP
 
 SERVER = '''
 import os, sys
@@ -261,7 +276,7 @@ def notes(tmp_path):
         "command": sys.executable,
         "args": [str(tmp_path / "server.py")],
         "questions": str(tmp_path / "q.jsonl"),
-        "env": {"NOTES_KEY": "opensesame"},
+        "env": {"NOTES_KEY": "secret"},
         "start_timeout_s": 120.0,
     }
     env = load_env("mcp", options, tool_timeout_s=120.0)
@@ -273,7 +288,7 @@ def call(name: str, /, **args) -> str:
     return f"<tool>{json.dumps({'name': name, 'args': args})}</tool>"
 
 
-def test_mcp_tools_schemas_results_and_faults(notes):
+def test_mcp_schemas_results_and_errors(notes):
     assert [tool.name for tool in notes.tools] == ["look_up", "wait"]
     assert notes.tools[0].description == "Find a note by its title."
     assert notes.tools[0].parameters["required"] == ["title"]
@@ -293,10 +308,10 @@ def test_mcp_tools_schemas_results_and_faults(notes):
     assert "title: missing" in shown[3] and "name: no such argument" in shown[3]
     assert (step.tool_calls, step.tool_successes) == (4, 1)
     _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=0.0))
-    assert step.messages[0]["content"] == "<result>opensesame</result>"
+    assert step.messages[0]["content"] == "<result>secret</result>"
 
 
-def test_mcp_calls_have_a_deadline_and_a_dead_server_is_an_error(notes):
+def test_mcp_calls_time_out_and_a_stopped_server_is_an_error(notes):
     notes.set_limits(max_turns=4, tool_timeout_s=0.3)
     _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=60.0))
     assert "gave no result in 0.3 s" in step.messages[0]["content"]
@@ -312,8 +327,8 @@ def test_mcp_calls_have_a_deadline_and_a_dead_server_is_an_error(notes):
 def test_mcp_tools_in_whole_rollouts(chat, notes):
     def say(seen: str) -> str:
         title = re.findall(r"Who wrote (\w+)\?", seen)[-1]
-        done = "was written by" in seen
-        return "<answer>Ida</answer>" if done else call("look_up", title=title)
+        found = "was written by" in seen
+        return "<answer>Ida</answer>" if found else call("look_up", title=title)
 
     for group in roll(chat, notes, say, max_turns=4, **{**SIZES, "num_tasks": 4}):
         for t in group.trajectories:
@@ -321,21 +336,24 @@ def test_mcp_tools_in_whole_rollouts(chat, notes):
             assert t.turns[0].tool_successes == 1
 
 
-def test_mcp_a_program_that_is_no_server_is_refused(tmp_path):
+def test_mcp_a_command_that_is_not_a_server_is_an_error(tmp_path):
     pytest.importorskip("mcp")
     (tmp_path / "q.jsonl").write_text(
         "\n".join(json.dumps({"id": str(i), "question": "?", "answers": ["a"]}) for i in range(3))
     )
     options = {"questions": str(tmp_path / "q.jsonl"), "start_timeout_s": 120.0}
-    with pytest.raises(ConfigError, match=r"env.options.command: 'no-such-program-here'"):
+    with pytest.raises(ConfigError, match=r"'no-such-program-here': FileNotFoundError"):
         load_env("mcp", {**options, "command": "no-such-program-here"})
+    ended = {"command": sys.executable, "args": ["-c", "pass"]}
+    with pytest.raises(ConfigError, match=r"-c pass': M[Cc][Pp]Error: "):
+        load_env("mcp", {**options, **ended})
     silent = {"command": sys.executable, "args": ["-c", "import time; time.sleep(60)"]}
-    with pytest.raises(ConfigError, match=r"did not list its tools in 1 s"):
+    with pytest.raises(ConfigError, match=r"did not list its tools within 1 s"):
         load_env("mcp", {**options, **silent, "start_timeout_s": 1.0})
 
 
-def test_mcp_tools_beside_ones_own(notes):
-    class Desk(ToolEnv):
+def test_mcp_tools_in_another_environment(notes):
+    class WithNotes(ToolEnv):
         def __init__(self):
             super().__init__()
             self.tools = (*self.tools, *notes.tools)
@@ -343,6 +361,6 @@ def test_mcp_tools_beside_ones_own(notes):
         def tasks(self, split):
             return notes.tasks(split)
 
-    env = Desk()
+    env = WithNotes()
     _, (step,), _ = play(env, env.tasks("train")[0], call("look_up", title="Ulm"))
     assert step.tool_successes == 1

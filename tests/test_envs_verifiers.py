@@ -1,7 +1,7 @@
-"""Environments of Prime Intellect's verifiers, against the real package.
+"""Environments of Prime Intellect's verifiers, tested with the real package.
 
-Its dependencies exclude those of vLLM, so it is tested in an environment of its own:
-`make test-verifiers`.
+Its dependencies conflict with those of vLLM, so these tests have a virtual environment of their
+own: `make test-verifiers`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from turnfast.sampler.scripted import ScriptedSampler
 try:
     from verifiers import MultiTurnEnv  # noqa: F401
 except (ImportError, AttributeError):
-    pytest.skip("verifiers<0.4 is missing: make test-verifiers", allow_module_level=True)
+    pytest.skip("needs verifiers<0.4: make test-verifiers", allow_module_level=True)
 
 MODULE = '''
 import asyncio
@@ -40,7 +40,7 @@ def nan(completion):
     return float("nan")
 
 class Guess(vf.MultiTurnEnv):
-    """Higher or lower; a guess is worth more the nearer it is."""
+    """Guess a number; the reward of a turn is minus the distance, divided by 10."""
 
     def __init__(self, rewrite=False, fail=False, slow=0.0, **kwargs):
         self.rewrite, self.fail, self.slow = rewrite, fail, slow
@@ -58,7 +58,7 @@ class Guess(vf.MultiTurnEnv):
 
     async def env_response(self, messages, state, **kwargs):
         if self.fail:
-            raise vf.InfraError("the box is gone")
+            raise vf.InfraError("the machine has stopped")
         await asyncio.sleep(self.slow)
         said, answer = messages[-1]["content"], state["answer"]
         if not said.isdigit():
@@ -100,7 +100,7 @@ def load_environment(kind="guess", **kwargs):
         return Guess(rubric=vf.Rubric(funcs=[solved]), **kwargs)
     if kind == "silent":
         env = vf.SingleTurnEnv(dataset=data)
-        env.rubric = Silent()  # alone: a group of rubrics adds up what each of them gives
+        env.rubric = Silent()  # replaces the group of rubrics, which would compute a reward
         return env
     function = {"boom": boom, "nan": nan, "group": group_score}[kind]
     return vf.SingleTurnEnv(dataset=data, rubric=vf.Rubric(funcs=[solved, function]))
@@ -109,18 +109,18 @@ def load_environment(kind="guess", **kwargs):
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
-    (tmp_path / "guess_of_a_test.py").write_text(MODULE)
+    (tmp_path / "guess_env_of_a_test.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    sys.modules.pop("guess_of_a_test", None)
+    sys.modules.pop("guess_env_of_a_test", None)
 
 
 def make(kind: str, **args):
     options = {key: args.pop(key) for key in ("eval_tasks", "step_timeout_s") if key in args}
     return load_env(
         "verifiers",
-        {"id": "guess-of-a-test", "args": {"kind": kind, **args}, "eval_tasks": 3, **options},
+        {"id": "guess-env-of-a-test", "args": {"kind": kind, **args}, "eval_tasks": 3, **options},
     )
 
 
@@ -137,7 +137,7 @@ def test_a_single_turn_is_scored_by_the_rubric():
     assert play(env, task, "I do not know.")[2].reward == 0.0
 
 
-def test_turns_replies_and_rewards_of_steps():
+def test_replies_and_turn_rewards():
     env = make("guess")
     assert {t.id for t in env.tasks("eval")}.isdisjoint(t.id for t in env.tasks("train"))
     assert len(env.tasks("eval")) == 3 and len(env.tasks("train")) == 9
@@ -148,11 +148,11 @@ def test_turns_replies_and_rewards_of_steps():
     assert [s.messages[0]["content"] for s in steps[:2]] == ["A number, please.", "Higher."]
     assert [s.reward for s in steps] == [None, -(answer - 2) / 10, 0.0]
     assert [s.done for s in steps] == [False, False, True]
-    assert outcome.reward == 0.0  # its last message is the environment's
+    assert outcome.reward == 0.0  # `solved` reads the last message, which is a reply
     assert outcome.metrics["num_turns"] == 3.0
 
 
-def test_a_rollout_that_is_cut_off_is_scored_too():
+def test_an_unfinished_rollout_is_scored():
     env = make("guess")
     task = env.tasks("train")[0]
     _, (step,), outcome = play(env, task, "12 or so")
@@ -165,7 +165,7 @@ def call(name: str, /, **args) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': args})}\n</tool_call>"
 
 
-def test_tools_are_offered_called_and_counted():
+def test_tools_are_shown_called_and_counted():
     env = make("tools")
     assert env.native_calls and [tool.name for tool in env.tools] == ["square"]
     assert env.tools[0].schema["function"]["parameters"]["required"] == ["number"]
@@ -185,13 +185,13 @@ def test_tools_are_offered_called_and_counted():
     assert steps[2].done and outcome.metrics["square_calls"] == 2.0
 
 
-def test_whole_rollouts_of_groups_at_the_same_time(chat):
+def test_concurrent_rollouts_of_groups(chat):
     def say(seen: str) -> str:
         below = int(re.findall(r"below (\d+)", seen)[-1])
         low, high = 0, below
-        talk = seen.rpartition("below")[2]
-        for number, word in re.findall(r"\b(\d+)\b(?=\D*(Higher|Lower)\.)", talk):
-            low, high = (int(number) + 1, high) if word == "Higher" else (low, int(number))
+        replies = seen.rpartition("below")[2]
+        for number, reply in re.findall(r"\b(\d+)\b(?=\D*(Higher|Lower)\.)", replies):
+            low, high = (int(number) + 1, high) if reply == "Higher" else (low, int(number))
         return str((low + high) // 2)
 
     env = make("guess")
@@ -204,7 +204,7 @@ def test_whole_rollouts_of_groups_at_the_same_time(chat):
             assert one.turns[-1].reward == 0.0 and one.metrics["num_turns"] == len(one.turns)
 
 
-def test_faults_are_typed():
+def test_error_types():
     task = make("guess").tasks("train")[0]
     with pytest.raises(RewardFault, match=r"'boom' raised KeyError: 'no such column'") as fault:
         play(make("boom"), task, "1")
@@ -212,15 +212,15 @@ def test_faults_are_typed():
     with pytest.raises(RewardFault, match="the environment's outcome is None") as fault:
         play(make("silent"), task, "1")
     assert fault.value.kind == "missing"
-    with pytest.raises(RuntimeError, match="only one that grows can be trained on"):
+    with pytest.raises(RuntimeError, match="the conversation may only grow"):
         play(make("guess", rewrite=True), task, "1")
-    with pytest.raises(RuntimeError, match="InfraError: the box is gone"):
+    with pytest.raises(RuntimeError, match="InfraError: the machine has stopped"):
         play(make("guess", fail=True), task, "1")
     with pytest.raises(TimeoutError, match=r"verifiers, \S+: no step within 0.5 s"):
         play(make("guess", slow=60.0, step_timeout_s=0.5), task, "1")
 
 
-def test_a_reward_that_is_no_number_ends_as_a_reward_error(chat):
+def test_a_reward_of_nan_is_a_reward_error(chat):
     env = make("nan")
     sampler = ScriptedSampler(lambda ids: chat.encode_turn("4"))
     limits = {"max_turns": 2, "group_size": 2, "max_error_share": 1.0}
@@ -228,11 +228,11 @@ def test_a_reward_that_is_no_number_ends_as_a_reward_error(chat):
     assert {t.status for t in group.trajectories} == {"reward_not_finite"}
 
 
-def test_refusals_and_the_signals_stay_ours():
+def test_invalid_options_and_signal_handlers():
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ConfigError, match=r"env.options.id: verifiers cannot load 'no-such-env'"):
+    with pytest.raises(ConfigError, match=r"env.options.id: verifiers cannot import 'no-such-env'"):
         load_env("verifiers", {"id": "no-such-env"})
-    with pytest.raises(ConfigError, match=r"'guess-of-a-test' scores the rollouts of a group"):
+    with pytest.raises(ConfigError, match=r"'guess-env-of-a-test' scores the rollouts of a group"):
         make("group")
     with pytest.raises(ConfigError, match=r"env.options.eval_tasks: .* leaves none to train on"):
         make("guess", eval_tasks=12)

@@ -1,4 +1,4 @@
-"""What the adapters of games share: tasks that differ in their seed, and steps under a deadline."""
+"""Shared by the game adapters: tasks that differ by seed, and game code under a deadline."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from ..base import Split
 
 
 def seeded_tasks(
-    question: str, *, seed: int, train: int, eval: int
+    question: str, *, seed: int, num_train: int, num_eval: int
 ) -> Mapping[Split, Sequence[Task]]:
-    """Task i of train has the seed `seed + i` in its data, and those of eval the numbers after."""
+    """Return tasks with consecutive seeds in their data, from `seed` on, first train, then eval."""
 
-    def numbered(split: Split, begin: int, count: int) -> tuple[Task, ...]:
+    def numbered(split: Split, first_seed: int, count: int) -> tuple[Task, ...]:
         return tuple(
-            Task(id=f"{split}-{i}", question=question, data={"seed": begin + i})
+            Task(id=f"{split}-{i}", question=question, data={"seed": first_seed + i})
             for i in range(count)
         )
 
-    return {"train": numbered("train", seed, train), "eval": numbered("eval", seed + train, eval)}
+    return {
+        "train": numbered("train", seed, num_train),
+        "eval": numbered("eval", seed + num_train, num_eval),
+    }
 
 
-async def within(
+async def call_game(
     function: Callable[..., Any], *args: Any, timeout_s: float, label: str, task: Task
 ) -> Any:
-    """Call plain or `async` code of a game; what it raises is raised.
+    """Call plain or `async` code of a game; its exceptions are raised unchanged.
 
     Raises:
         TimeoutError: no result within `timeout_s` seconds.

@@ -1,13 +1,13 @@
-"""Gymnasium environments whose actions are text or one of a few, one step per turn.
+"""Gymnasium environments with discrete or text actions, one step per turn.
 
     [env]
     name = "gymnasium"
     options = { id = "FrozenLake-v1", kwargs = { is_slippery = false },
                 actions = ["left", "down", "right", "up"] }
 
-The agent reads the observation: the text itself where it is one, else the "ansi" rendering where
-there is one (what it highlights stands in square brackets), else the observation as Python shows
-it. It acts with <action>right</action>. Each reward goes to the turn that earned it.
+The agent reads the observation if it is text, otherwise the "ansi" rendering with highlighted
+characters in square brackets, otherwise `str(observation)`. It acts with <action>right</action>.
+Each reward of the environment is the reward of the turn.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from ...types import Message, Task
 from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
 from ..rewards.answers import read_tag
-from .games import seeded_tasks, within
+from .games import call_game, seeded_tasks
 
 _HIGHLIGHT = re.compile(r"\x1b\[[1-9][\d;]*m(.*?)\x1b\[0?m", flags=re.DOTALL)
-_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 
 
 class GymnasiumEnv:
-    """One registered environment, reset with another seed for every task.
+    """One registered environment, reset with a different seed for every task.
 
     Args:
-        id: as for `gymnasium.make`, "package:Name-v0" imports a package first.
+        id: as for `gymnasium.make`; "module:Name-v0" imports the module first.
         kwargs: further arguments of `gymnasium.make`.
-        actions: names of the discrete actions in order; [] takes their numbers.
-        instructions: what the agent is told before the first observation; "" says how to act.
-        malformed: turn reward of a turn without an action that exists; it makes no step.
-        rewards_on: "turn", or "outcome" to pay their sum at the end.
-        seed, train_tasks, eval_tasks: task i of train is reset with seed + i, and those of eval
-            with the numbers after.
-        step_timeout_s: of a reset or a step; a longer one fails the trajectory.
+        actions: names of the discrete actions in order; [] uses their numbers.
+        instructions: text before the first observation; "" explains the action format.
+        malformed: reward of a turn without a valid action, which makes no step.
+        rewards_on: "turn", or "outcome" to add all rewards to the outcome.
+        seed, train_tasks, eval_tasks: task i of "train" is reset with seed + i; the tasks of
+            "eval" have the seeds after those.
+        step_timeout_s: deadline of a reset or a step; a slower one fails the trajectory.
     Raises:
-        ConfigError: the package or the environment is missing, or an action space is neither
-            discrete nor text.
+        ConfigError: the package or the environment is not installed, or the action space is
+            neither discrete nor text.
     """
 
     tools: Sequence[Tool] = ()
@@ -74,7 +74,7 @@ class GymnasiumEnv:
         self.read_action, self.help = self._reader(game.action_space, actions or [])
         game.close()
         self._tasks = seeded_tasks(
-            instructions or self.help, seed=seed, train=train_tasks, eval=eval_tasks
+            instructions or self.help, seed=seed, num_train=train_tasks, num_eval=eval_tasks
         )
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -84,45 +84,45 @@ class GymnasiumEnv:
         return GymnasiumEpisode(self, task)
 
     def make(self) -> Any:
-        """A new instance, that renders as text where it can."""
-        errors = (self._gymnasium.error.Error, ImportError, TypeError, ValueError, KeyError)
+        """Return a new instance, rendered as text if it supports that."""
         module, _, name = self._id.rpartition(":")
         try:
             if module:
                 importlib.import_module(module)
             entry = self._gymnasium.spec(name).entry_point
-            if isinstance(entry, str):
-                entry = self._gymnasium.envs.registration.load_env_creator(entry)
-            modes = getattr(entry, "metadata", {}).get("render_modes", ())
-            style = {"render_mode": "ansi"} if "ansi" in modes else {}
-            return self._gymnasium.make(name, **{**style, **self._kwargs})
-        except errors as error:
+        except (ImportError, self._gymnasium.error.Error) as error:
             raise ConfigError(
-                f"env.options.id: gymnasium cannot make {self._id!r}: {error}"
+                f"env.options.id: gymnasium cannot find {self._id!r}: "
+                f"{type(error).__name__}: {error}"
             ) from None
+        if isinstance(entry, str):
+            entry = self._gymnasium.envs.registration.load_env_creator(entry)
+        modes = getattr(entry, "metadata", {}).get("render_modes", ())
+        render = {"render_mode": "ansi"} if "ansi" in modes else {}
+        return self._gymnasium.make(name, **{**render, **self._kwargs})
 
     def _reader(
         self, space: Any, names: Sequence[str]
     ) -> tuple[Callable[[str], int | str | None], str]:
-        """From the agent's word to an action or None, and how to act."""
+        """Return a function from the agent's text to an action or None, and the instructions."""
         spaces = self._gymnasium.spaces
         if isinstance(space, spaces.Text):
             help = "Act with <action>text</action>."
-            return lambda word: word if space.contains(word) else None, help
+            return lambda text: text if space.contains(text) else None, help
         if not isinstance(space, spaces.Discrete):
             raise ConfigError(
-                f"env.options.id: the actions of {self._id!r} are {space}, neither discrete nor "
-                "text"
+                f"env.options.id: the action space of {self._id!r} is {space}, which is neither "
+                "discrete nor text"
             )
         count, start = int(space.n), int(space.start)
         if names and len(names) != count:
             raise ConfigError(
                 f"env.options.actions: {len(names)} names for the {count} actions of {self._id!r}"
             )
-        words = [name.lower() for name in names] or [str(start + i) for i in range(count)]
-        numbers = {word: start + i for i, word in enumerate(words)}
-        help = f"Act with <action>{words[0]}</action>; the actions are {', '.join(words)}."
-        return lambda word: numbers.get(word.lower()), help
+        actions = [name.lower() for name in names] or [str(start + i) for i in range(count)]
+        numbers = {action: start + i for i, action in enumerate(actions)}
+        help = f"Act with <action>{actions[0]}</action>; the actions are {', '.join(actions)}."
+        return lambda text: numbers.get(text.lower()), help
 
 
 class GymnasiumEpisode:
@@ -134,7 +134,7 @@ class GymnasiumEpisode:
         self._ended: Literal["", "terminated", "truncated"] = ""
 
     async def start(self) -> Sequence[Message]:
-        text = await self._within(self._reset)
+        text = await self._call(self._reset)
         return [{"role": "user", "content": f"{self._task.question}\n{text}"}]
 
     async def step(self, text: str) -> Step:
@@ -147,13 +147,13 @@ class GymnasiumEpisode:
                 reward_parts={"malformed": env.malformed},
                 tool_calls=1,
             )
-        shown, reward = await self._within(self._act, action)
+        shown, reward = await self._call(self._act, action)
         self._return += reward
-        now = env.rewards_on == "turn"
+        on_turn = env.rewards_on == "turn"
         return Step(
             messages=() if self._ended else ({"role": "user", "content": shown},),
-            reward=reward if now else None,
-            reward_parts={"reward": reward} if now else {},
+            reward=reward if on_turn else None,
+            reward_parts={"reward": reward} if on_turn else {},
             tool_calls=1,
             tool_successes=1,
             done=bool(self._ended),
@@ -162,10 +162,10 @@ class GymnasiumEpisode:
     async def finish(self) -> Outcome:
         if self._game is not None:
             self._game.close()
-        paid = self._return if self._env.rewards_on == "outcome" else 0.0
+        reward = self._return if self._env.rewards_on == "outcome" else 0.0
         return Outcome(
-            reward=paid,
-            reward_parts={"return": paid} if paid else {},
+            reward=reward,
+            reward_parts={"return": reward} if reward else {},
             metrics={"return": self._return, "terminated": float(self._ended == "terminated")},
         )
 
@@ -184,10 +184,15 @@ class GymnasiumEpisode:
         if isinstance(observation, str):
             return observation
         if self._game.render_mode == "ansi":
-            drawn = _HIGHLIGHT.sub(r"[\1]", str(self._game.render()))
-            return _COLOUR.sub("", drawn).strip("\n")
+            text = _HIGHLIGHT.sub(r"[\1]", str(self._game.render()))
+            return _ESCAPE.sub("", text).strip("\n")
         return str(observation)
 
-    async def _within(self, function: Callable[..., Any], *args: Any) -> Any:
-        seconds = self._env.step_timeout_s
-        return await within(function, *args, timeout_s=seconds, label="gymnasium", task=self._task)
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await call_game(
+            function,
+            *args,
+            timeout_s=self._env.step_timeout_s,
+            label="gymnasium",
+            task=self._task,
+        )

@@ -1,17 +1,17 @@
-"""Tools of an MCP server, over stdio, as tools of a `ToolEnv`.
+"""Tools of an MCP server over stdio as tools of a `ToolEnv`.
 
     [env]
     name = "mcp"
     options = { command = "python", args = ["server.py"], questions = "questions.jsonl" }
 
-or in an environment of one's own::
+or in your own environment::
 
     class Notes(ToolEnv):
         def __init__(self, **options):
             super().__init__(**options)
             self.tools = McpServer("python", ["server.py"]).tools
 
-One server serves all rollouts; calls run at the same time, each under `env.tool_timeout_s`.
+All rollouts share one server. Calls run concurrently, each with the deadline `env.tool_timeout_s`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ _ABSENT = object()
 
 
 class McpServer:
-    """A server process and the session with it; both end with `close`, or with this process.
+    """A server process and the session with it; both end with `close` or with this process.
 
     Args:
-        command, args: the program. env: environment variables in addition to the usual few.
-        start_timeout_s: for starting it and listing its tools.
+        command, args: the command line of the server.
+        env: environment variables added to the default ones of the `mcp` package.
+        start_timeout_s: deadline for starting the server and listing its tools.
     Raises:
-        ConfigError: the package is missing, or the program does not start or speak MCP.
+        ConfigError: the package is not installed, or the command does not start an MCP server.
     """
 
     def __init__(
@@ -69,15 +70,19 @@ class McpServer:
         self._open = lambda: stdio.stdio_client(parameters)
         self._background = BackgroundLoop("mcp")
         self._session: Any = None
-        shown = " ".join([command, *args])
+        command_line = " ".join([command, *args])
+        protocol_error = getattr(self._mcp, "MCPError", None) or self._mcp.McpError  # since 2, in 1
         try:
             listed = self._background.run_blocking(self._start(), timeout_s=start_timeout_s)
         except TimeoutError:
             raise ConfigError(
-                f"env.options.command: {shown!r} did not list its tools in {start_timeout_s:g} s"
+                f"env.options.command: {command_line!r} did not list its tools within "
+                f"{start_timeout_s:g} s"
             ) from None
-        except Exception as error:
-            raise ConfigError(f"env.options.command: {shown!r}: {_root(error)}") from None
+        except (OSError, protocol_error) as error:
+            raise ConfigError(
+                f"env.options.command: {command_line!r}: {type(error).__name__}: {error}"
+            ) from None
         self.tools: tuple[Tool, ...] = tuple(self._tool(found) for found in listed)
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ class McpServer:
             raise
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
-        # opened and closed in one task, as the library's cancel scopes want it
+        # One task opens and closes the session, because the package's cancel scopes require it.
         try:
             async with self._open() as streams, self._mcp.ClientSession(*streams) as session:
                 await session.initialize()
@@ -105,7 +110,7 @@ class McpServer:
                 await self._closing.wait()
         except BaseException as error:
             if not ready.done():
-                ready.set_exception(_root(error))
+                ready.set_exception(_first_cause(error))
             elif not isinstance(error, Exception):
                 raise
         finally:
@@ -127,7 +132,7 @@ class McpServer:
 
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> str | ToolError:
         if self._session is None:
-            return ToolError(kind="raised", text="the tool server has ended")
+            return ToolError(kind="raised", text="the tool server has stopped")
         result = await self._session.call_tool(name, dict(arguments))
         text = "\n".join(
             item.text if item.type == "text" else f"[{item.type}]" for item in result.content
@@ -152,13 +157,13 @@ class McpServer:
 
 
 class McpEnv(ToolEnv):
-    """Questions from a file, and the tools of a server to answer them.
+    """Questions from a file and the tools of a server.
 
     Args:
-        command, args, env, start_timeout_s: the server, as in `McpServer`.
+        command, args, env, start_timeout_s: arguments of `McpServer`.
         questions: JSONL file of questions, as for env "search".
-        eval_share: share of them that is set aside, chosen by `seed`.
-        options: those of `ToolEnv`.
+        eval_share: share of the questions that is held out for evaluation, selected by `seed`.
+        options: options of `ToolEnv`.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class McpEnv(ToolEnv):
 
 
 def _model(name: str, schema: Mapping[str, Any]) -> Any:
-    """A check of names and plain types; the rest of the schema is the server's to check."""
+    """Return a model that checks names and basic types; the server checks the full schema."""
     required = set(schema.get("required", ()))
     fields: dict[str, Any] = {}
     for i, (key, value) in enumerate(dict(schema.get("properties", {})).items()):
@@ -199,12 +204,12 @@ def _model(name: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _either(value: Any, new: str, old: str) -> Any:
-    """An attribute under its name in version 2 of the package, or in version 1."""
+    """Return an attribute by its name in version 2 of the package or in version 1."""
     return getattr(value, new, None) or getattr(value, old, None)
 
 
-def _root(error: BaseException) -> BaseException:
-    """The first cause inside of exception groups."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the first exception inside nested exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -4,8 +4,8 @@
     name = "textarena"
     options = { id = "Mastermind-v0" }
 
-The agent is shown what the game says since its last move, and its whole turn, without thoughts, is
-the move. The game's own reward, given at the end, is the outcome.
+The agent reads the game's messages since its last move. Its move is the whole turn without the
+reasoning. The reward that the game gives at its end is the outcome.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from ...tools import Tool, strip_reasoning
 from ...types import Message, Task
 from ..base import Outcome, Reward, Split, Step
 from ..optional import import_optional
-from .games import seeded_tasks, within
+from .games import call_game, seeded_tasks
 
-_GLOBAL_RANDOM = threading.Lock()
+_random_lock = threading.Lock()
 
 
 class TextArenaEnv:
-    """One game, started with another seed for every task.
+    """One game, started with a different seed for every task.
 
     Args:
         id: as for `textarena.make`.
         kwargs: further arguments of `textarena.make`.
-        seed, train_tasks, eval_tasks: task i of train has the seed + i, and those of eval the
-            numbers after.
-        step_timeout_s: of a reset or a move; a longer one fails the trajectory.
+        seed, train_tasks, eval_tasks: task i of "train" has the seed seed + i; the tasks of "eval"
+            have the seeds after those.
+        step_timeout_s: deadline of a reset or a move; a slower one fails the trajectory.
     Raises:
-        ConfigError: the package or the game is missing, or the game is for several players.
+        ConfigError: the package is not installed, or the game does not exist or needs several
+            players.
     """
 
     tools: Sequence[Tool] = ()
@@ -54,15 +55,18 @@ class TextArenaEnv:
         step_timeout_s: PositiveFloat = 30.0,
     ) -> None:
         self._textarena = import_optional("textarena", install="turnfast[adapters]")
-        self._id, self._kwargs = id, dict(kwargs or {})
+        # Without the wrappers of the package, which repeat the whole game in every turn.
+        self._raw_id = id if id.endswith("-raw") else f"{id}-raw"
+        self._kwargs = dict(kwargs or {})
         self.step_timeout_s = step_timeout_s
-        self._tasks = seeded_tasks(id, seed=seed, train=train_tasks, eval=eval_tasks)
+        self._tasks = seeded_tasks(id, seed=seed, num_train=train_tasks, num_eval=eval_tasks)
+        if self._raw_id not in self._textarena.envs.registration.ENV_REGISTRY:
+            raise ConfigError(f"env.options.id: textarena has no game {id!r}")
         try:
-            # to learn now, not in the first rollout, whether it can be played alone
-            _Dice(seed).throw(lambda: self.make().reset(num_players=1, seed=seed))
-        except Exception as error:
+            _RandomState(seed).call(lambda: self.make().reset(num_players=1, seed=seed))
+        except AssertionError as error:  # how the games check the number of players
             raise ConfigError(
-                f"env.options.id: {id!r} cannot be played by one: {type(error).__name__}: {error}"
+                f"env.options.id: {id!r} cannot be played by one player: {error}"
             ) from None
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -72,9 +76,8 @@ class TextArenaEnv:
         return TextArenaEpisode(self, task)
 
     def make(self) -> Any:
-        """A new instance without wrappers: those for players repeat the whole game each turn."""
-        raw = self._id if self._id.endswith("-raw") else f"{self._id}-raw"
-        return self._textarena.make(raw, **self._kwargs)
+        """Return a new instance."""
+        return self._textarena.make(self._raw_id, **self._kwargs)
 
 
 class TextArenaEpisode:
@@ -82,24 +85,24 @@ class TextArenaEpisode:
         self._env = env
         self._task = task
         self._seed: int = task.data["seed"]
-        self._dice = _Dice(self._seed)
+        self._random_state = _RandomState(self._seed)
         self._game: Any = None
         self._done = False
         self._num_moves = 0
 
     async def start(self) -> Sequence[Message]:
-        return [{"role": "user", "content": await self._within(self._reset)}]
+        return [{"role": "user", "content": await self._call(self._reset)}]
 
     async def step(self, text: str) -> Step:
-        news = await self._within(self._move, strip_reasoning(text).strip())
+        reply = await self._call(self._move, strip_reasoning(text).strip())
         self._num_moves += 1
         return Step(
-            messages=() if self._done else ({"role": "user", "content": news},),
+            messages=() if self._done else ({"role": "user", "content": reply},),
             done=self._done,
         )
 
     async def finish(self) -> Outcome:
-        rewards, info = await self._within(self._game.close) if self._done else (None, {})
+        rewards, info = await self._call(self._game.close) if self._done else (None, {})
         reward = float((rewards or {}).get(0, 0.0))
         return Outcome(
             reward=reward,
@@ -113,40 +116,42 @@ class TextArenaEpisode:
     def _reset(self) -> str:
         self._game = self._env.make()
         self._game.reset(num_players=1, seed=self._seed)
-        return self._news()
+        return self._new_messages()
 
     def _move(self, move: str) -> str:
         self._done, _ = self._game.step(action=move)
-        return "" if self._done else self._news()
+        return "" if self._done else self._new_messages()
 
-    def _news(self) -> str:
-        """What the game said since it was last asked, without the agent's own moves."""
+    def _new_messages(self) -> str:
+        """Return the game's messages since the last call, without the agent's own moves."""
         _, observations = self._game.get_observation()
         return "\n".join(str(message) for sender, message, *_ in observations if sender != 0)
 
-    async def _within(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await within(
-            lambda: self._dice.throw(lambda: function(*args)),
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await call_game(
+            lambda: self._random_state.call(lambda: function(*args)),
             timeout_s=self._env.step_timeout_s,
             label="textarena",
             task=self._task,
         )
 
 
-class _Dice:
-    """The games draw from Python's global generator: each gets its own state for the time of a
-    call, so that episodes do not disturb each other. One call at a time: while one hangs, the
-    others wait for it and miss their own deadlines."""
+class _RandomState:
+    """A state of Python's global random generator, from which the games draw.
+
+    It is set during each call of a game, so that episodes do not affect each other. Only one game
+    runs at a time: while one hangs, the others wait and may exceed their deadlines.
+    """
 
     def __init__(self, seed: int) -> None:
         self._state = random.Random(seed).getstate()
 
-    def throw(self, call: Callable[[], Any]) -> Any:
-        with _GLOBAL_RANDOM:
-            outside = random.getstate()
+    def call(self, function: Callable[[], Any]) -> Any:
+        with _random_lock:
+            previous = random.getstate()
             random.setstate(self._state)
             try:
-                return call()
+                return function()
             finally:
                 self._state = random.getstate()
-                random.setstate(outside)
+                random.setstate(previous)
