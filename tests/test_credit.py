@@ -1,4 +1,4 @@
-"""Credit rules: worked examples, sum rules, symmetries, and what they refuse."""
+"""Credit rules: worked examples, reductions, symmetries and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turnfast.credit import RULES, assign_credit, assign_credits, check_rule
 from turnfast.errors import ConfigError
 from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
-PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two unequal numbers become -1 and +1
+PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two different numbers become -1 and +1
 PLAIN: dict[str, Any] = {"std": "none"}
 GROUP_RULES = [rule for rule in RULES if rule not in VALUE_RULES]
 NORMED = [rule for rule in GROUP_RULES if rule not in ("dr", "rloo")]
@@ -34,7 +34,7 @@ def rollout(
     ids: Sequence[int] | None = None,
     replies: Sequence[str] | None = None,
 ) -> Trajectory:
-    """`ids`: one sampled id per turn, unlike all others by default."""
+    """`ids`: one sampled id per turn; by default all are different."""
     turns = tuple(
         Turn(
             prompt_ids=(7,) if k == 0 else (8, k),
@@ -85,7 +85,7 @@ def test_good_search_against_good_answer(
     assert close(assign_credit(SEARCHES, rule, **options), good_search, good_answer)  # type: ignore
 
 
-def test_papers_rules_by_hand_for_three_rollouts() -> None:
+def test_published_rules_for_three_rollouts() -> None:
     # R^T = 0.7, 0.2, 0 (mean 0.3, squares .16 + .01 + .09 = .26, unbiased std sqrt(.13))
     # R^O = 1.5, 0, 0 (mean 0.5, squares 1 + .25 + .25 = 1.5, unbiased std sqrt(.75))
     # sum = 2.2, 0.2, 0 (mean 0.8, squares 1.96 + .36 + .64 = 2.96, unbiased std sqrt(1.48))
@@ -106,11 +106,11 @@ def test_papers_rules_by_hand_for_three_rollouts() -> None:
 def test_mt_grpo_for_three_and_one_turns() -> None:
     group = group_of(rollout(0, (1.0, 3.0, 9.0), 4.0), rollout(1, (2.0,), 0.0))
     credit = assign_credit(group, "mt_grpo", outcome_weight=0.5, **PLAIN)
-    # turn 0: 1 and 2 -> -0.5; turn 1: 3 alone -> 0; the 9 of the last turn credits nobody
+    # turn 0: 1 and 2 -> -0.5; turn 1: 3 alone -> 0; the 9 of the last turn is not credited
     assert close(credit, (-0.5 + 0 + 1, 0 + 1, 2), (-2,))
 
 
-def test_mt_grpo_choices_for_a_direct_answer() -> None:
+def test_mt_grpo_options_for_a_rollout_of_one_turn() -> None:
     group = group_of(rollout(0, (0.5, None), 0.0), rollout(1, (None,), 1.5))
     assert close(assign_credit(group, "mt_grpo", **PAIR), (0 - 1, -1), (1,))
     assert close(assign_credit(group, "mt_grpo", missing="zero", **PAIR), (1 - 1, -1), (1,))
@@ -145,7 +145,7 @@ def test_gigpo_worked_example() -> None:
     assert close(assign_credit(apart, "gigpo", gamma=1.0, **PAIR), (2, 1), (-2, -1))
 
 
-def test_gigpo_anchor_by_observation_crosses_turn_indices_and_history_does_not() -> None:
+def test_gigpo_observations_match_across_turn_indices_and_histories_do_not() -> None:
     group = group_of(
         rollout(0, (None, None, None), 1.0, replies=["a", "b", ""]),
         rollout(1, (None, None), 0.0, replies=["b", ""]),
@@ -165,7 +165,7 @@ def test_tree_worked_example() -> None:
     assert close(assign_credit(group, "tree", **PLAIN), (0, 1), (0, -1), (0, 0))
 
 
-def test_tree_turn_without_a_branch_carries_the_branch_before_it() -> None:
+def test_tree_turn_without_a_fork_has_the_advantage_of_its_branch() -> None:
     group = group_of(
         rollout(0, (None,) * 3, 4.0, ids=[1, 2, 5]),
         rollout(1, (None,) * 3, 2.0, ids=[1, 3, 5]),
@@ -173,7 +173,7 @@ def test_tree_turn_without_a_branch_carries_the_branch_before_it() -> None:
     assert close(assign_credit(group, "tree", **PLAIN), (0, 1, 1), (0, -1, -1))
 
 
-def test_numbers_of_other_kinds_come_out_as_floats() -> None:
+def test_advantages_are_floats_for_all_number_types() -> None:
     single: Any = np.float32(0.5)
     group = group_of(rollout(0, (single, 1), True), rollout(1, (0.0, None), 0))
     for rule in GROUP_RULES:
@@ -192,8 +192,6 @@ def test_clip_and_whiten() -> None:
     assert sum(values) == pytest.approx(0.0)
     assert sum(a * a for a in values) / 2 == pytest.approx(1.0, rel=1e-3)
 
-
-# --- sum rules -------------------------------------------------------------------------------
 
 OUTCOMES = (0.0, 0.5, 1.9, 0.5)
 FLAT_RAGGED = group_of(*[rollout(i, (None,) * (1 + i % 3), o) for i, o in enumerate(OUTCOMES)])
@@ -227,7 +225,7 @@ SAME_EVERYWHERE = {"gigpo": {"gamma": 1.0, "step_weight": 0.0}, "hybrid": {"gamm
 
 
 @pytest.mark.parametrize("rule", GROUP_RULES)
-def test_flatten_moves_the_rewards_to_the_end(rule: str) -> None:
+def test_flatten_moves_turn_rewards_to_the_outcome(rule: str) -> None:
     paid = [rollout(i, r, o) for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))]
     late = [
         rollout(i, (None,) * 3, math.fsum([o, *(x or 0.0 for x in r)]))
@@ -237,7 +235,7 @@ def test_flatten_moves_the_rewards_to_the_end(rule: str) -> None:
     credit = assign_credit(group_of(*paid), rule, flatten=True, **chosen)
     assert credit.advantages == assign_credit(group_of(*late), rule, **chosen).advantages
     assert credit.has_signal and all(len(set(row)) == 1 for row in credit.advantages)
-    # what is summed over the rollout anyway stays what it was
+    # rules that use only the sum of rewards do not change
     if rule in ("grpo_mr", "rloo", "dr", "tree"):
         plain = assign_credit(group_of(*paid), rule).advantages
         assert close(credit, *plain)
@@ -245,7 +243,7 @@ def test_flatten_moves_the_rewards_to_the_end(rule: str) -> None:
         assert credit.advantages != assign_credit(group_of(*paid), rule).advantages
 
 
-def test_flatten_leaves_failed_rollouts_out() -> None:
+def test_flatten_ignores_failed_rollouts() -> None:
     group = group_of(
         rollout(0, (0.7,), 0.0), rollout(1, (math.nan,), 9.0, status="error"), rollout(2, (0.0,))
     )
@@ -278,13 +276,11 @@ def test_reduces_to_grpo_exactly(
     )
 
 
-def test_mt_grpo_of_equal_lengths_without_last_rewards_is_the_unbiased_rule() -> None:
+def test_mt_grpo_equals_the_unbiased_rule_for_equal_lengths_without_last_rewards() -> None:
     group = group_of(*[rollout(i, (0.1 * i, 0.2, None), o) for i, o in enumerate(OUTCOMES)])
     naive, unbiased = (assign_credit(group, r).advantages for r in ("mt_grpo", "mt_grpo_unbiased"))
     assert naive == unbiased
 
-
-# --- properties over random groups -----------------------------------------------------------
 
 rewards_ = st.one_of(st.none(), st.floats(-2, 2), st.sampled_from([0.0, 0.5]))
 
@@ -325,7 +321,7 @@ def options(draw: st.DrawFn, rule: str) -> dict[str, Any]:
 @pytest.mark.parametrize("rule", GROUP_RULES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_shape_faults_and_order(rule: str, data: st.DataObject) -> None:
+def test_shapes_failed_rollouts_and_order(rule: str, data: st.DataObject) -> None:
     group = data.draw(groups())
     chosen = data.draw(options(rule))
     rows = assign_credit(group, rule, **chosen).advantages
@@ -347,7 +343,7 @@ def test_shape_faults_and_order(rule: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("rule", GROUP_RULES)
 @given(reward=rewards_, outcome=st.floats(-2, 2), size=st.integers(2, 6), turns=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
-def test_equal_rewards_are_exactly_no_signal(
+def test_equal_rewards_give_exact_zeros(
     rule: str, reward: float | None, outcome: float, size: int, turns: int
 ) -> None:
     group = group_of(*[rollout(i, (reward,) * turns, outcome) for i in range(size)])
@@ -356,25 +352,22 @@ def test_equal_rewards_are_exactly_no_signal(
 
 
 @pytest.mark.parametrize("rule", GROUP_RULES)
-def test_equal_sums_are_equal_whatever_the_rounding(rule: str) -> None:
+def test_sums_that_differ_by_rounding_give_exact_zeros(rule: str) -> None:
     group = group_of(rollout(0, (0.3,), 0.3), rollout(1, (0.1 + 0.2,), 0.3))
     assert not assign_credit(group, rule, **({"epsilon": 0.0} if rule in NORMED else {})).has_signal
 
 
 @pytest.mark.parametrize("rule", GROUP_RULES)
-def test_no_peers_no_signal(rule: str) -> None:
+def test_fewer_than_two_rollouts_give_zeros(rule: str) -> None:
     lone = group_of(rollout(0, (0.5, 1.0), 2.0))
     survivor = group_of(rollout(0, (0.5, 1.0), 2.0), rollout(1, (0.1,), 0.0, status="timeout"))
     failed = group_of(*[rollout(i, (0.5,), 1.0, status="error") for i in range(3)])
-    unborn = group_of(rollout(0, (), 0.0, status="error"))
-    for group in (lone, survivor, failed, unborn, group_of()):
+    empty = group_of(rollout(0, (), 0.0, status="error"))
+    for group in (lone, survivor, failed, empty, group_of()):
         credit = assign_credit(group, rule)
         assert not credit.has_signal
         assert [len(r) for r in credit.advantages] == [len(t.turns) for t in group.trajectories]
     assert assign_credits([], rule) == []
-
-
-# --- refusals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,7 +393,9 @@ def test_no_peers_no_signal(rule: str) -> None:
         ("dr", {"whiten": 1}, ["credit.options.whiten"]),
     ],
 )
-def test_bad_rules_and_options(rule: str, options: dict[str, Any], words: list[str]) -> None:
+def test_unknown_rules_and_options_are_refused(
+    rule: str, options: dict[str, Any], words: list[str]
+) -> None:
     for call in (
         lambda: check_rule(rule, options),
         lambda: assign_credit(SEARCHES, rule, **options),
@@ -410,7 +405,7 @@ def test_bad_rules_and_options(rule: str, options: dict[str, Any], words: list[s
         assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_good_rules_pass_the_check() -> None:
+def test_valid_options_pass_the_check() -> None:
     for rule in GROUP_RULES:
         check_rule(rule, {"clip": 5, "whiten": True})
     for rule in NORMED:
@@ -419,7 +414,7 @@ def test_good_rules_pass_the_check() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("rule", GROUP_RULES)
-def test_rewards_that_are_no_numbers_are_named(rule: str, bad: float) -> None:
+def test_rewards_that_are_not_finite_are_refused(rule: str, bad: float) -> None:
     good = rollout(0, (0.1, 0.2), 1.0)
     with pytest.raises(ValueError, match=r"task 'q', trajectory 5, turn 1: reward is"):
         assign_credit(group_of(good, rollout(5, (0.1, bad), 1.0)), rule)

@@ -1,9 +1,9 @@
-"""When rollouts choose how long they are: which rules follow the true gradient, exactly.
+"""Bias of the rules when rollouts decide how many turns they take, computed exactly.
 
 G rollouts decide after every turn whether to stop. All outcomes of these choices are enumerated,
 so the expected gradient of a rule is a sum, not an estimate; it is compared with the derivative of
 the expected reward. `stop[k]` is the probability of stopping after turn k, the last turn always
-stops, and the logit of stopping at turn k has the score (1 - p) for stopping and -p for going on.
+stops, and the logit of stopping at turn k has the score (1 - p) for stopping and -p for continuing.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def expected_gradient(rule: str, scheme: Scheme, **options: Any) -> list[float]:
 
 
 def true_gradient(scheme: Scheme) -> list[float]:
-    """d E[sum of rewards] / d logit_k = P(reach k) p_k (1 - p_k) (E[R | stop] - E[R | go on])."""
+    """d E[R] / d logit_k = P(reach k) p_k (1 - p_k) (E[R | stop] - E[R | continue])."""
     gradient = []
     for k in range(LONGEST - 1):
         later = range(k + 2, LONGEST + 1)
         reach = sum(chance(n) for n in range(k + 1, LONGEST + 1))
-        going_on = sum(chance(n) for n in later)
-        on = sum(chance(n) * sum(scheme(n)) for n in later) / going_on
+        continuing = sum(chance(n) for n in later)
+        on = sum(chance(n) * sum(scheme(n)) for n in later) / continuing
         gradient.append(reach * STOP[k] * (1 - STOP[k]) * (sum(scheme(k + 1)) - on))
     return gradient
 
@@ -91,23 +91,23 @@ def test_unbiased_rule_is_the_policy_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_return_to_go_has_the_right_direction_at_every_turn(name: str) -> None:
-    # a lone survivor has no peer at its turn and learns nothing there: a factor, not a direction
+    # the only rollout that reaches a turn gets 0 there: this scales the gradient
     scheme = SCHEMES[name]
     got = expected_gradient("return_to_go", scheme, **UNBIASED)
     for mine, true in zip(got, true_gradient(scheme), strict=True):
         assert mine == pytest.approx(0.0, abs=1e-12) if true == 0 else 0 < mine / true <= 1 + 1e-9
 
 
-def test_naive_rule_invents_and_hides_rewards_of_stopping() -> None:
-    # nothing is gained by going on or by stopping, yet it prefers to stop
+def test_mt_grpo_is_biased() -> None:
+    # stopping and continuing have the same value, but the rule prefers to stop
     free = SCHEMES["one reward, paid when it stops"]
     assert true_gradient(free) == pytest.approx([0.0, 0.0])
     assert expected_gradient("mt_grpo", free, **UNBIASED)[0] > 0.05
-    # lingering costs, yet it is indifferent
+    # continuing costs, but the rule is indifferent
     costly = SCHEMES["every turn costs"]
     assert min(true_gradient(costly)) > 0.01
     assert expected_gradient("mt_grpo", costly, **UNBIASED) == [0.0, 0.0]
-    # a second turn pays, yet it is indifferent
+    # a second turn pays, but the rule is indifferent
     paying = SCHEMES["the second turn pays"]
     assert true_gradient(paying)[0] < -0.1
     assert expected_gradient("mt_grpo", paying, **UNBIASED) == [0.0, 0.0]
@@ -118,7 +118,7 @@ def test_advantage_of_stopping_does_not_depend_on_when(std: str) -> None:
     scheme = SCHEMES["one reward, paid when it stops"]
 
     def first_turn(rule: str) -> list[float]:
-        """The expected first advantage of a rollout of 1, 2, … turns, among five."""
+        """The expected first advantage of a rollout of 1, 2, … turns in a group of five."""
         means = [0.0] * LONGEST
         for probability, (length, *_), advantages in every_group(rule, scheme, size=5, std=std):
             means[length - 1] += probability / chance(length) * advantages[0]
@@ -126,5 +126,5 @@ def test_advantage_of_stopping_does_not_depend_on_when(std: str) -> None:
 
     naive, unbiased = first_turn("mt_grpo"), first_turn("mt_grpo_unbiased")
     assert naive[0] > naive[1] + 0.2 > naive[2] + 0.4
-    # dividing by a std that the rollout itself is part of leaves a trace of a few hundredths
+    # the std contains the rollout itself, which leaves a bias of a few hundredths
     assert unbiased == pytest.approx([0.0] * LONGEST, abs=1e-12 if std == "none" else 0.025)

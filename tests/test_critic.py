@@ -67,8 +67,8 @@ def make_groups(seed: int) -> list[Group]:
     return groups
 
 
-def taught(policy: Policy, config: CriticConfig | None = None, seed: int = 0) -> Critic:
-    """A critic whose layer is not 0."""
+def random_critic(policy: Policy, config: CriticConfig | None = None, seed: int = 0) -> Critic:
+    """A critic whose layer is not zero."""
     critic = Critic(policy, config or CriticConfig(), OPTIM)
     torch.manual_seed(seed)
     state = critic.state_dict()
@@ -79,7 +79,7 @@ def taught(policy: Policy, config: CriticConfig | None = None, seed: int = 0) ->
 
 
 def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list[torch.Tensor]:
-    """The head on the model's own hidden states of each context alone."""
+    """The critic on the model's hidden states, one context at a time."""
     weight, bias = critic.head.weight, critic.head.bias
     ids: list[int] = []
     values: list[torch.Tensor] = []
@@ -96,8 +96,8 @@ def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list
 
 @pytest.mark.parametrize("budget", [32, 4096])
 @pytest.mark.parametrize("share_prefixes", [False, True])
-def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
-    groups, critic = make_groups(1), taught(policy)
+def test_values_match_single_contexts(policy, budget, share_prefixes):
+    groups, critic = make_groups(1), random_critic(policy)
     values = critic.values(
         policy, groups, tokens_per_microbatch=budget, share_prefixes=share_prefixes
     )
@@ -110,7 +110,7 @@ def test_values_are_those_of_each_context_alone(policy, budget, share_prefixes):
             assert row == pytest.approx(wanted, abs=2e-5)
 
 
-def test_a_new_critic_knows_nothing(policy):
+def test_a_new_critic_returns_zeros(policy):
     values = Critic(policy, CriticConfig(), OPTIM).values(
         policy, make_groups(1), tokens_per_microbatch=64, share_prefixes=True
     )
@@ -119,9 +119,9 @@ def test_a_new_critic_knows_nothing(policy):
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
+def test_the_gradient_matches_plain_autograd(policy, rule, clip):
     groups = make_groups(2)
-    critic = taught(policy, CriticConfig(clip=clip, coef=0.7))
+    critic = random_critic(policy, CriticConfig(clip=clip, coef=0.7))
     values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
     shifted = [[tuple(v + 0.1 * (-1) ** i for i, v in enumerate(r)) for r in g] for g in values]
     credits = assign_credits(groups, rule, values=shifted)
@@ -147,8 +147,8 @@ def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
                     continue
                 error = (v - target) ** 2
                 if clip is not None:
-                    held = old + (v - old).clamp(-clip, clip)
-                    error = torch.maximum(error, (held - target) ** 2)
+                    clipped = old + (v - old).clamp(-clip, clip)
+                    error = torch.maximum(error, (clipped - target) ** 2)
                 errors.append(error)
     loss = 0.5 * 0.7 * torch.stack(errors).mean()
     loss.backward()
@@ -157,7 +157,7 @@ def test_the_gradient_is_that_of_plain_autograd(policy, rule, clip):
     assert float(truth[-1].abs().max()) > 1e-3
     for found in gradients:
         for ours, theirs in zip(found, truth, strict=True):
-            # rounding is relative to the largest entries, of which the small ones are sums
+            # the rounding error is relative to the largest entries
             assert (ours - theirs).abs().max() <= 2e-6 * max(1.0, float(theirs.abs().max()))
 
 
@@ -167,7 +167,7 @@ def _gradients(policy: Policy, critic: Critic) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
-def test_updates_teach_the_critic_its_targets(policy, rule):
+def test_updates_reduce_the_value_loss(policy, rule):
     groups = make_groups(3)
     critic = Critic(policy, CriticConfig(clip=None), OPTIM)
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
@@ -185,8 +185,8 @@ def test_updates_teach_the_critic_its_targets(policy, rule):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
-    groups, critic = make_groups(4), taught(policy)
+def test_a_batch_has_the_token_advantages_of_mt_ppo(policy):
+    groups, critic = make_groups(4), random_critic(policy)
     values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
     credits = assign_credits(groups, "mt_ppo", values=values)
     options = PackOptions(share_prefixes=False)
@@ -199,8 +199,8 @@ def test_every_token_of_mt_ppo_has_its_own_advantage_in_the_batch(policy):
     assert float(batch.value_weights_N.sum()) == pytest.approx(1.0)
 
 
-def test_a_checkpoint_brings_the_critic_back(policy, tmp_path):
-    groups, critic = make_groups(5), taught(policy)
+def test_a_checkpoint_restores_the_critic(policy, tmp_path):
+    groups, critic = make_groups(5), random_critic(policy)
     optimizer = Optimizer(policy.model.parameters(), OPTIM)
 
     def step(critic: Critic) -> None:

@@ -1,4 +1,4 @@
-"""Advantages against a critic: the plain double sum, Monte Carlo, and faults."""
+"""Credit with a critic: GAE against its double sum, options and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trajectories(draw: st.DrawFn, index: int = 0) -> Trajectory:
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[Group], list[list[list[float]]]]:
-    """Ragged groups, of one too, and values for them."""
+    """Ragged groups of one or more rollouts, and values for them."""
     groups, values = [], []
     for _ in range(draw(st.integers(1, 3))):
         rollouts = [draw(trajectories(i)) for i in range(draw(st.integers(1, 4)))]
@@ -52,8 +52,8 @@ def batches(draw: st.DrawFn) -> tuple[list[Group], list[list[list[float]]]]:
     return groups, values
 
 
-def paid_to(trajectory: Trajectory) -> list[float]:
-    """The reward after each sampled token: a turn's with its last one, the outcome at the end."""
+def rewards_per_token(trajectory: Trajectory) -> list[float]:
+    """Turn rewards on the last token of the turn, the outcome on the last token."""
     paid = [0.0] * trajectory.num_sampled
     place = -1
     for each in trajectory.turns:
@@ -76,17 +76,17 @@ def double_sum(paid, values, gamma: float, lam: float) -> list[float]:
 
 
 def per_turn(trajectory: Trajectory, values) -> tuple[list[float], list[float]]:
-    """Rewards and values of the turns that sampled something."""
+    """Rewards and values of the turns that sampled any token."""
     sizes = [len(t.sampled_ids) for t in trajectory.turns]
     ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-    paid = paid_to(trajectory)
+    paid = rewards_per_token(trajectory)
     acting = [(end - size, end) for size, end in zip(sizes, ends, strict=True) if size]
     return [sum(paid[a:b]) for a, b in acting], [values[a] for a, _ in acting]
 
 
 @settings(max_examples=300, deadline=None)
 @given(batch=batches(), gamma=share, lam=share)
-def test_mt_ppo_is_the_double_sum_over_tokens(batch, gamma, lam):
+def test_mt_ppo_matches_the_double_sum_over_tokens(batch, gamma, lam):
     groups, values = batch
     credits = assign_credits(groups, "mt_ppo", values=values, gamma=gamma, gae_lambda=lam)
     for group, credit, known in zip(groups, credits, values, strict=True):
@@ -97,7 +97,7 @@ def test_mt_ppo_is_the_double_sum_over_tokens(batch, gamma, lam):
             if t.left_out:
                 assert tokens.values == tokens.targets == () and not any(by_turn)
                 continue
-            expected = double_sum(paid_to(t), v, gamma, lam)
+            expected = double_sum(rewards_per_token(t), v, gamma, lam)
             assert tokens.advantages == pytest.approx(expected, abs=1e-9)
             assert tokens.targets == pytest.approx(
                 [a + b for a, b in zip(expected, v, strict=True)]
@@ -109,7 +109,7 @@ def test_mt_ppo_is_the_double_sum_over_tokens(batch, gamma, lam):
 
 @settings(max_examples=300, deadline=None)
 @given(batch=batches(), gamma=share, lam=share)
-def test_turn_ppo_is_the_double_sum_over_turns(batch, gamma, lam):
+def test_turn_ppo_matches_the_double_sum_over_turns(batch, gamma, lam):
     groups, values = batch
     credits = assign_credits(groups, "turn_ppo", values=values, gamma=gamma, gae_lambda=lam)
     for group, credit, known in zip(groups, credits, values, strict=True):
@@ -129,7 +129,7 @@ def test_turn_ppo_is_the_double_sum_over_turns(batch, gamma, lam):
 
 @settings(max_examples=100, deadline=None)
 @given(batch=batches(), rule=st.sampled_from(["mt_ppo", "turn_ppo"]))
-def test_gamma_and_lambda_of_one_are_the_return_minus_the_value(batch, rule):
+def test_with_gamma_and_lambda_1_the_target_is_the_return(batch, rule):
     groups, values = batch
     credits = assign_credits(groups, rule, values=values, gamma=1.0, gae_lambda=1.0)
     for group, credit in zip(groups, credits, strict=True):
@@ -137,12 +137,12 @@ def test_gamma_and_lambda_of_one_are_the_return_minus_the_value(batch, rule):
         for t, tokens in zip(group.trajectories, credit.tokens, strict=True):
             if t.left_out:
                 continue
-            paid = paid_to(t)
+            paid = rewards_per_token(t)
             for place, target in enumerate(tokens.targets):
                 assert target is None or target == pytest.approx(sum(paid[place:]), abs=1e-9)
 
 
-def test_by_hand():
+def test_worked_examples():
     t = Trajectory(
         task_id="q",
         index=0,
@@ -166,7 +166,7 @@ def test_by_hand():
     assert late.tokens and late.tokens[0].advantages == (0.0, 0.0, 3.0)
 
 
-def test_clip_and_whiten_hold_for_tokens_too():
+def test_clip_and_whiten_apply_to_token_advantages():
     t = Trajectory(task_id="q", index=0, turns=(turn(3, 5.0),), status=Status.FINISHED)
     group = Group(task=Task(id="q", question=""), trajectories=(t,))
     values = [[[0.0, 4.0, 9.0]]]
@@ -182,13 +182,13 @@ def test_the_config_knows_which_rules_have_a_critic():
     assert found == set(VALUE_RULES)
 
 
-def test_a_critic_always_has_something_to_learn():
+def test_token_credit_always_has_a_signal():
     assert Credit(rule="r", advantages=((0.0,),), tokens=()).has_signal
     assert not Credit(rule="r", advantages=((0.0,),)).has_signal
 
 
 @pytest.mark.parametrize("rule", VALUE_RULES)
-def test_what_does_not_fit_is_named(rule):
+def test_errors_name_the_cause(rule):
     t = Trajectory(task_id="q", index=4, turns=(turn(2, 1.0),), status=Status.FINISHED)
     group = Group(task=Task(id="q", question=""), trajectories=(t,))
     with pytest.raises(ValueError, match="needs the values of a critic"):

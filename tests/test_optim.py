@@ -56,7 +56,7 @@ def test_small_steps_accumulate_in_bfloat16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_adamw(dtype):
+def test_steps_match_torch_adamw(dtype):
     ours = [weights(3, 5, dtype=dtype), weights(7, dtype=dtype, seed=1)]
     theirs = [nn.Parameter(p.detach().float()) for p in ours]
     optimizer = Optimizer(ours, constant(1e-2, weight_decay=0.1, betas=(0.8, 0.9), grad_clip=0.5))
@@ -153,7 +153,7 @@ def test_a_bfloat16_run_can_continue_a_float32_run():
     base = weights(8, dtype=torch.bfloat16)
     again = Optimizer([base], constant(0.5))
     with torch.no_grad():
-        base.copy_(trained)  # what load_checkpoint does with the model first
+        base.copy_(trained)  # as load_checkpoint does before
     again.load_state_dict(optimizer.state_dict())
     assert torch.equal(base, trained.to(torch.bfloat16))
 
@@ -293,7 +293,7 @@ def test_moments_are_allocated_before_the_first_step(state):
         assert entries[name].shape == parameter.shape
 
 
-def test_a_resumed_run_has_the_settings_of_its_own_recipe():
+def test_a_resumed_run_uses_the_settings_of_its_own_recipe():
     old = Optimizer([weights(4, dtype=torch.float32)], constant(1e-3, betas=(0.9, 0.99)))
     set_gradients(old.parameters, 0)
     old.step()

@@ -1,6 +1,6 @@
-"""Data parallelism: the ranks' shares add up to the step of one rank, and a run of two to its run.
+"""Data parallelism: steps and runs on several ranks match those on one rank.
 
-Ranks are threads here where that is enough, and processes where a whole run is started.
+Ranks are threads, or processes in tests of whole runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from step_data import RecordingOptimizer, make_groups
 from training_runs import recipe, training_lines
 
 from turnfast.config.recipe import to_toml
-from turnfast.config.schema import LossConfig, ModelConfig, OptimConfig
+from turnfast.config.schema import CriticConfig, LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.errors import ConfigError, RankError, SyncError, TrainingError
 from turnfast.model import Policy, load_policy
@@ -40,7 +40,8 @@ from turnfast.rollout.prompts import open_queue
 from turnfast.run import open_run
 from turnfast.rundir.directory import read_metrics
 from turnfast.train import train
-from turnfast.types import Group, Task, Turn
+from turnfast.types import Credit, Group, Task, Turn
+from turnfast.update.critic import Critic
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import Update, update
@@ -65,9 +66,16 @@ def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
         return list(pool.map(one, range(size)))
 
 
-def pack_on(ranks: Ranks, groups: Sequence[Group], budget: int, **options: Any) -> Packed:
+def pack_on(
+    ranks: Ranks,
+    groups: Sequence[Group],
+    *,
+    budget: int,
+    credits: Sequence[Credit] | None = None,
+    **options: Any,
+) -> Packed:
     """Pack this rank's share of the rows of all ranks."""
-    rows = trainable_rows(groups, assign_credits(groups, "mt_grpo"))
+    rows = trainable_rows(groups, credits or assign_credits(groups, "mt_grpo"))
     return pack_step(
         join_ranks(ranks.all_gather_arrays(rows.arrays())),
         budget=budget,
@@ -78,7 +86,7 @@ def pack_on(ranks: Ranks, groups: Sequence[Group], budget: int, **options: Any) 
 
 
 def load(folder: Path) -> Policy:
-    with LOADING:  # transformers loads one model at a time
+    with LOADING:  # transformers cannot load two models at the same time
         return load_policy(ModelConfig(), folder, torch.device("cpu"))
 
 
@@ -86,7 +94,9 @@ LOSS = LossConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stepped:
+class Steps:
+    """Two steps of one rank."""
+
     packed: Packed
     updates: list[Update]
     weights: list[torch.Tensor]
@@ -94,42 +104,52 @@ class Stepped:
 
 
 def two_steps(
-    folder: Path, ranks: Ranks, *, rewritten: bool = False, loss: LossConfig = LOSS
-) -> Stepped:
-    """Two updates on groups that are dealt to the ranks, one by one."""
+    folder: Path,
+    ranks: Ranks,
+    *,
+    rewritten: bool = False,
+    loss: LossConfig = LOSS,
+    with_critic: bool = False,
+) -> Steps:
     policy = load(folder)
     config = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=0.05)
     optimizer = RecordingOptimizer(policy.model.parameters(), config, ranks=ranks)
+    critic = Critic(policy, CriticConfig(clip=None), config, ranks=ranks) if with_critic else None
+    learner = Learner(policy=policy, optimizer=optimizer, critic=critic)
     updates = []
     for seed in (7, 8):
         groups = ranks.shard([*make_groups(seed), *make_groups(seed + 10)])
         if rewritten:
-            groups = [rewritten_late(group) for group in groups]
+            groups = [with_restarts(group) for group in groups]
+        values = None
+        if critic:
+            values = critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
+        credits = assign_credits(groups, "mt_ppo" if critic else "mt_grpo", values=values)
         whole = loss.ratio == "sequence"
-        packed = pack_on(ranks, groups, budget=64, whole_trajectories=whole)
-        updates.append(update(Learner(policy=policy, optimizer=optimizer), packed.batches, loss))
-    weights = [p.detach().clone() for p in policy.model.parameters()]
-    return Stepped(
-        packed=packed, updates=updates, weights=weights, gradients=optimizer.gradients[0]
+        packed = pack_on(ranks, groups, budget=64, credits=credits, whole_trajectories=whole)
+        updates.append(update(learner, packed.batches, loss))
+    trained = [*policy.model.parameters(), *(critic.head.parameters() if critic else ())]
+    return Steps(
+        packed=packed,
+        updates=updates,
+        weights=[p.detach().clone() for p in trained],
+        gradients=optimizer.gradients[0],
     )
 
 
-def rewritten_late(group: Group) -> Group:
-    """As a template leaves it that drops what was thought in earlier turns."""
+def with_restarts(group: Group) -> Group:
+    """The group with a rewritten prompt in every turn after the first."""
 
-    def late(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        start = turns[0].prompt_ids
-        return (
-            turns[0],
-            *(
-                replace(turn, restart=True, prompt_ids=(*start, *turn.prompt_ids))
-                for turn in turns[1:]
-            ),
+    def rewritten(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        prompt = turns[0].prompt_ids
+        later = (
+            replace(turn, restart=True, prompt_ids=(*prompt, *turn.prompt_ids))
+            for turn in turns[1:]
         )
+        return turns[0], *later
 
-    return replace(
-        group, trajectories=tuple(replace(t, turns=late(t.turns)) for t in group.trajectories)
-    )
+    trajectories = tuple(replace(t, turns=rewritten(t.turns)) for t in group.trajectories)
+    return replace(group, trajectories=trajectories)
 
 
 SEQUENCES = LossConfig(
@@ -139,29 +159,36 @@ SEQUENCES = LossConfig(
 
 @pytest.mark.parametrize(
     ("size", "options"),
-    [(2, {}), (3, {}), (5, {}), (3, {"rewritten": True, "loss": SEQUENCES})],
+    [
+        (2, {}),
+        (2, {"with_critic": True}),
+        (3, {"rewritten": True, "loss": SEQUENCES}),
+        (5, {}),  # four groups: one rank has none, but gets a share of the rows
+    ],
 )
-def test_the_step_of_several_ranks_is_that_of_one(tiny_folder, size, options, one_thread):
-    """With five ranks one of them has no group at all, and yet a share of the rows."""
+def test_steps_on_several_ranks_match_one_rank(tiny_folder, size, options, one_thread):
     alone = two_steps(tiny_folder, ALONE, **options)
     together = on_ranks(size, lambda ranks: two_steps(tiny_folder, ranks, **options))
     assert sum(each.packed.num_targets for each in together) == alone.packed.num_targets
     for expected, *each in zip(alone.gradients, *(s.gradients for s in together), strict=True):
         assert (sum(each) - expected).abs().max() <= 1e-6
-    for stepped in together:
+    for steps in together:
         for ours, first, expected in zip(
-            stepped.weights, together[0].weights, alone.weights, strict=True
+            steps.weights, together[0].weights, alone.weights, strict=True
         ):
             assert torch.equal(ours, first)
-            assert (ours - expected).abs().max() <= 1e-4  # of steps of 1e-3
-        for ours, expected in zip(stepped.updates, alone.updates, strict=True):
+            assert (ours - expected).abs().max() <= 1e-4  # steps are 1e-3 (1e-2 of the critic)
+        for ours, expected in zip(steps.updates, alone.updates, strict=True):
             assert ours.loss == pytest.approx(expected.loss, abs=1e-6)
             assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
             assert ours.num_updates == expected.num_updates == 1
+            assert (ours.value_loss is not None) == bool(options.get("with_critic"))
+            if ours.value_loss is not None:
+                assert ours.value_loss == pytest.approx(expected.value_loss, rel=1e-4)
 
 
-def test_sums_in_place_are_added_up_over_the_ranks(one_thread):
-    """A bf16 head whose sum is float32: this rank has one, that one none, and a third both."""
+def test_in_place_sums_are_reduced_over_the_ranks(one_thread):
+    """The float32 buffer of a bf16 head: rank 1 adds nothing, rank 2 also has a `.grad`."""
 
     def step(ranks: Ranks) -> torch.Tensor:
         head = torch.nn.Parameter(torch.ones(5, 3, dtype=torch.bfloat16))
@@ -182,8 +209,8 @@ def test_sums_in_place_are_added_up_over_the_ranks(one_thread):
     assert (first < 1).any() and all(torch.equal(first, other) for other in others)
 
 
-def test_bf16_gradients_are_added_up_in_float32(one_thread):
-    """What a rank adds is less than the last digit of a bf16 sum, and one has nothing to add."""
+def test_bf16_gradients_are_reduced_in_float32(one_thread):
+    """Rank 1 adds less than the last digit of a bf16 sum, rank 2 has no gradient."""
 
     def step(ranks: Ranks) -> float:
         weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
@@ -207,17 +234,11 @@ def test_the_log_prob_gap_is_a_mean_over_the_tokens_of_all_ranks(tiny_folder, on
             policy = load(tiny_folder)
             optimizer = Optimizer(policy.model.parameters(), OptimConfig(), ranks=ranks)
             groups = make_groups(7)
-            batches = pack(groups, assign_credits(groups, "mt_grpo"), budget=32).batches
-            mine = batches[:1] if ranks.rank == 0 else batches[1:]
-            if ranks.size == 1:
-                mine = batches
-            far = [
-                replace(b, sampler_logprobs_N=b.sampler_logprobs_N + 100.0 * (i > 0))
-                for i, b in enumerate(batches)
-            ]
-            chosen = [far[i] for i, b in enumerate(batches) if any(b is x for x in mine)]
+            first, *others = pack(groups, assign_credits(groups, "mt_grpo"), budget=32).batches
+            others = [replace(b, sampler_logprobs_N=b.sampler_logprobs_N + 100.0) for b in others]
+            batches = {0: [first], 1: others}[ranks.rank] if ranks.size > 1 else [first, *others]
             config = LossConfig(old_logprobs="sampler", max_logprob_gap=limit)
-            return update(Learner(policy=policy, optimizer=optimizer), chosen, config)
+            return update(Learner(policy=policy, optimizer=optimizer), batches, config)
 
         return work
 
@@ -226,28 +247,28 @@ def test_the_log_prob_gap_is_a_mean_over_the_tokens_of_all_ranks(tiny_folder, on
         assert each.logprob_gap == pytest.approx(alone.logprob_gap, rel=1e-6)
         assert each.logprob_gap_max == pytest.approx(alone.logprob_gap_max, rel=1e-6)
         assert each.grad_norm > 0
-    # too large on average, although rank 0's own gap is small
+    # rank 0 fails too, although its own gap is small
     refused = on_ranks(2, step(0.9 * alone.logprob_gap))
     assert all(isinstance(each, TrainingError) for each in refused)
     assert str(refused[0]) == str(refused[1])
 
 
-def test_rows_are_balanced_and_some_rank_may_have_none(tiny_folder):
+def test_rows_are_balanced_over_the_ranks():
     def tokens(ranks: Ranks) -> tuple[int, int]:
-        # all that there is comes from one rank
+        # all groups are on the first rank
         groups = [*make_groups(1), *make_groups(2)] if ranks.is_leader else []
         packed = pack_on(ranks, groups, budget=1024)
         return packed.num_tokens, packed.num_targets
 
     counts = on_ranks(3, tokens)
     assert min(tokens for tokens, _ in counts) >= 0.5 * max(tokens for tokens, _ in counts)
-    thirteen = on_ranks(13, tokens)  # twelve rows
+    thirteen = on_ranks(13, tokens)  # there are twelve rows
     assert sorted(targets > 0 for _, targets in thirteen) == [False] + [True] * 12
     assert sum(targets for _, targets in thirteen) == sum(targets for _, targets in counts)
 
 
-def test_rows_that_share_nothing_are_balanced_by_what_they_cost_alone():
-    """One group with a long prompt, which counts for each of its rollouts, and three without."""
+def test_without_shared_prefixes_rows_are_balanced_by_their_full_length():
+    """One group has a long prompt, which counts once per rollout."""
 
     def tokens(ranks: Ranks) -> int:
         groups = [
@@ -267,8 +288,7 @@ def test_rows_that_share_nothing_are_balanced_by_what_they_cost_alone():
     assert counts == [2 * 603 + 6 * 63] * 4
 
 
-def test_a_rank_without_batches_takes_the_step_with_the_others(tiny_folder, one_thread):
-    """The only row is the other rank's; two updates, so that old log-probs are kept of nothing."""
+def test_a_rank_without_batches_takes_the_same_steps(tiny_folder, one_thread):
 
     def step(ranks: Ranks) -> tuple[Update, list[torch.Tensor]]:
         policy = load(tiny_folder)
@@ -337,7 +357,7 @@ def test_an_error_on_one_rank_is_raised_on_all(errors, raised):
     assert shown == raised
 
 
-def test_other_weights_are_refused():
+def test_different_weights_are_refused():
     def check(ranks: Ranks) -> None:
         torch.manual_seed(0)
         layer = torch.nn.Linear(5, 3).to(torch.bfloat16)
@@ -362,12 +382,12 @@ def test_other_weights_are_refused():
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR: not set, but WORLD_SIZE = 2"),
     ],
 )
-def test_a_torn_environment_is_refused(variables, text):
+def test_wrong_environment_variables_are_refused(variables, text):
     with pytest.raises(ConfigError, match=text), open_ranks(variables, timeout_s=5.0):
         pass
 
 
-def test_without_torchrun_there_is_one_rank():
+def test_one_process_is_one_rank():
     with open_ranks({}, timeout_s=5.0) as ranks:
         assert ranks is ALONE
     with open_ranks({"WORLD_SIZE": "1", "RANK": "0"}, timeout_s=5.0) as ranks:
@@ -375,7 +395,7 @@ def test_without_torchrun_there_is_one_rank():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_places_are_dealt_and_go_on_where_they_were(size):
+def test_prompts_are_sharded_and_continue_after_a_checkpoint(size):
     tasks = [Task(id=str(i), question="") for i in range(5)]
 
     def places(ranks: Ranks) -> tuple[list[int], list[int]]:
@@ -386,7 +406,6 @@ def test_places_are_dealt_and_go_on_where_they_were(size):
         return first, [prompt.place for prompt, _ in zip(again.take(), range(2), strict=False)]
 
     dealt = on_ranks(size, places) if size > 1 else [places(ALONE)]
-    # zip takes one prompt more than it gives
     assert [first for first, _ in dealt] == [
         list(range(12 + rank, 12 + rank + 4 * size, size)) for rank in range(size)
     ]
@@ -403,97 +422,98 @@ def test_another_number_of_ranks_is_refused():
 def test_whitening_is_refused_on_several_ranks(letters_model, tmp_path, rule):
     config = recipe(letters_model, credit__rule=rule, credit__options={"whiten": True})
 
-    def opened(ranks: Ranks) -> None:
+    def open_and_close(ranks: Ranks) -> None:
         with open_run(config, tmp_path / "run", ranks=ranks):
             pass
 
-    for error in on_ranks(2, opened):
+    for error in on_ranks(2, open_and_close):
         assert isinstance(error, ConfigError)
         assert "credit.options.whiten: " in str(error) and "2 ranks" in str(error)
     with open_run(config, tmp_path / "run"):
         pass
 
 
-# --- whole runs, a process per rank
+def environment(**variables: object) -> dict[str, str]:
+    """That of this process, with the letters environment on the path."""
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    added = {name: str(value) for name, value in variables.items()}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **added}
 
 
-def start(config: Path, run_dir: Path, size: int, *words: str) -> list[subprocess.Popen]:
+def launch(recipe: Path, run_dir: Path, module: list[str], env: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *module, "train", str(recipe), "--run-dir", str(run_dir)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=recipe.parent,
+    )
+
+
+def start_two_ranks(model: Path, folder: Path, **changed: object) -> list[subprocess.Popen]:
+    """Two ranks that have finished the first step of `folder/letters.toml`."""
+    path = folder / "letters.toml"
+    path.write_text(to_toml(recipe(model, **changed)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = [sys.executable, "-m", "turnfast", "train", str(config), "--run-dir", str(run_dir)]
-    return [
-        subprocess.Popen(
-            [*command, *words],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=config.parent,
-        )
-        for rank in range(size)
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        launch(path, folder / "two", ["turnfast"], environment(**shared, RANK=r, LOCAL_RANK=r))
+        for r in range(2)
     ]
+    metrics = folder / "two" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        metrics.exists() and '"loss"' in metrics.read_text()
+    ):
+        time.sleep(0.01)
+    return processes
 
 
-def ends_of(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    ends = []
+def results_of(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each process."""
+    found = []
     for process in processes:
         out, err = process.communicate(timeout=240)
-        ends.append((process.returncode, out, err))
-    return ends
+        found.append((process.returncode, out, err))
+    return found
 
 
 def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-STEPS = 6
-FIELDS = {
-    "optim__lr": 3e-5,
-    "train__steps": STEPS,
-    "train__eval_every": STEPS,
-    "train__save_every": 1,
-    "train__keep_checkpoints": STEPS + 1,
-}
-
-
-def started(model: Path, folder: Path, **changed: object) -> tuple[Path, list[subprocess.Popen]]:
-    """A recipe, and two ranks that have done the first step of it."""
-    path = folder / "letters.toml"
-    path.write_text(to_toml(recipe(model, **{**FIELDS, **changed})))
-    processes = start(path, folder / "two", 2)
-    metrics = folder / "two" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not (metrics.exists() and '"loss"' in metrics.read_text()):
-        time.sleep(0.01)
-    return path, processes
-
-
-def test_two_processes_train_as_one_does(letters_model, tmp_path, monkeypatch, one_thread):
-    """The same prompts and random numbers; the two are stopped by a signal to one, and resumed."""
+def test_two_processes_train_like_one(letters_model, tmp_path, monkeypatch, one_thread):
+    """A signal to one rank stops both; torchrun resumes the run."""
     monkeypatch.syspath_prepend(str(TESTS))
-    path, processes = started(letters_model, tmp_path)
+    num_steps = 5
+    fields = {
+        "optim__lr": 3e-5,
+        "train__steps": num_steps,
+        "train__eval_every": num_steps,
+        "train__save_every": 1,
+        "train__keep_checkpoints": num_steps + 1,
+    }
+    processes = start_two_ranks(letters_model, tmp_path, **fields)
     processes[1].send_signal(signal.SIGTERM)
-    train(recipe(letters_model, **FIELDS), tmp_path / "one")
-    first = ends_of(processes)
+    train(recipe(letters_model, **fields), tmp_path / "one")
+    first = results_of(*processes)
     last = max(line["step"] for line in read_metrics(tmp_path / "two"))
     assert [code for code, _, _ in first] == [0, 128 + signal.SIGTERM], first
-    assert "stopped by SIGTERM" in first[1][2] and 1 <= last < STEPS
+    assert "stopped by SIGTERM" in first[1][2] and 1 <= last < num_steps
     assert (tmp_path / "two/checkpoints/latest").read_text().strip() == f"step_{last:06d}"
+    assert first[1][1] == ""  # only the first rank prints
 
-    second = ends_of(start(path, tmp_path / "two", 2, "--resume"))
-    assert [code for code, _, _ in second] == [0, 0], second
-    # only the first rank speaks and writes
-    assert f"train {STEPS}/{STEPS}" in second[0][1] and second[1][1] == ""
-    for step in range(1, STEPS + 1):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "turnfast"]
+    arguments = ["train", str(tmp_path / "letters.toml"), "--run-dir", str(tmp_path / "two")]
+    second = subprocess.run(
+        [sys.executable, "-m", *torchrun, *arguments, "--resume"],
+        env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=240,
+    )  # fmt: skip
+    assert second.returncode == 0 and f"train {num_steps}/{num_steps}" in second.stdout, second
+    for step in range(1, num_steps + 1):
         one, two = weights_of(tmp_path / "one", step), weights_of(tmp_path / "two", step)
         assert max(float((two[name] - one[name]).abs().max()) for name in one) <= 1e-6, step
     lines = [training_lines(tmp_path / name) for name in ("one", "two")]
@@ -503,53 +523,25 @@ def test_two_processes_train_as_one_does(letters_model, tmp_path, monkeypatch, o
         for name in ("loss", "grad_norm", "reward/outcome", "reward/turn"):
             assert both[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
     evaluated = [line for line in read_metrics(tmp_path / "two") if "eval/rollouts" in line]
-    assert [(line["step"], line["eval/rollouts"]) for line in evaluated] == [(0, 2), (STEPS, 2)]
+    found = [(line["step"], line["eval/rollouts"]) for line in evaluated]
+    assert found == [(0, 2), (num_steps, 2)]
 
 
-def torchrun(config: Path, run_dir: Path, *words: str) -> subprocess.Popen:
-    """Two ranks of torchrun's own making: its variables, its store, its signals."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [*launch, "-m", "turnfast", "train", str(config), "--run-dir", str(run_dir), *words],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=config.parent,
-    )
-
-
-def test_torchrun_trains_as_one_process_does(letters_model, tmp_path, monkeypatch, one_thread):
-    monkeypatch.syspath_prepend(str(TESTS))
-    fields = {**FIELDS, "train__steps": 2, "train__eval_every": 0}
-    path = tmp_path / "letters.toml"
-    path.write_text(to_toml(recipe(letters_model, **fields)))
-    process = torchrun(path, tmp_path / "two")
-    train(recipe(letters_model, **fields), tmp_path / "one")
-    ((code, out, err),) = ends_of([process])
-    assert code == 0 and "train 2/2" in out, err
-    one, two = weights_of(tmp_path / "one", 2), weights_of(tmp_path / "two", 2)
-    assert max(float((two[name] - one[name]).abs().max()) for name in one) <= 1e-6
-    lines = [training_lines(tmp_path / name) for name in ("one", "two")]
-    assert [line["rollouts"] for line in lines[1]] == [line["rollouts"] for line in lines[0]]
-    assert lines[1][-1]["loss"] == pytest.approx(lines[0][-1]["loss"], rel=1e-4, abs=1e-6)
-
-
-def test_a_rank_that_is_gone_stops_the_others(letters_model, tmp_path):
-    _, processes = started(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
+def test_a_killed_rank_ends_the_others(letters_model, tmp_path):
+    processes = start_two_ranks(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
     processes[1].kill()
-    (code, _, err), _ = ends_of(processes)
+    (code, _, err), _ = results_of(*processes)
     assert code == 1 and "rank 0 of 2 lost another rank" in err
     assert "Traceback" not in err
 
 
-def test_uneven_prompts_are_refused_by_all_ranks(letters_model, tmp_path):
+def test_all_ranks_refuse_a_number_of_prompts_that_they_cannot_share(letters_model, tmp_path):
     config = recipe(letters_model, rollout__prompts_per_step=3)
 
-    def opened(ranks: Ranks) -> None:
+    def open_and_close(ranks: Ranks) -> None:
         with open_run(config, tmp_path / "run", ranks=ranks):
             pass
 
-    for error in on_ranks(2, opened):
+    for error in on_ranks(2, open_and_close):
         assert isinstance(error, ConfigError)
-        assert "3 prompts cannot be dealt evenly to 2 ranks" in str(error)
+        assert str(error).startswith("rollout.prompts_per_step: 3")

@@ -1,4 +1,4 @@
-"""The KL term against a frozen reference: its figure, its gradient and its pull."""
+"""The KL term against a frozen reference: its value, its gradient and its effect."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from turnfast.model.tiny import write_tiny_model
 from turnfast.packing.pack import pack
 from turnfast.update.learner import Learner
 from turnfast.update.reference import open_reference, with_reference
-from turnfast.update.update import needs_every_token, update
+from turnfast.update.update import update
 
 TEMPERATURE = 0.8
 KL = LossConfig(kl_coef=0.3)
 
 
-def moved(policy: Policy, seed: int = 0) -> None:
+def perturb(policy: Policy, seed: int = 0) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -38,12 +38,11 @@ def step_of(policy: Policy, reference: Policy, budget: int = 4096, seed: int = 1
     return batches, [t for group in groups for t in group.trajectories]
 
 
-def test_no_coefficient_no_reference(policy):
+def test_without_a_kl_term_there_is_no_reference(policy):
     assert open_reference(LossConfig(), ModelConfig(), policy) is None
-    assert needs_every_token(KL) and not needs_every_token(LossConfig())
 
 
-def test_a_soft_cap_is_the_reference_s_own(policy):
+def test_the_reference_uses_its_own_soft_cap(policy):
     batches, trajectories = step_of(policy, replace(policy, softcap=2.0))
     found = torch.cat([batch.ref_logprobs_N for batch in batches])
     with torch.no_grad():
@@ -52,10 +51,10 @@ def test_a_soft_cap_is_the_reference_s_own(policy):
 
 
 @pytest.mark.parametrize("budget", [48, 4096])
-def test_figure_and_gradient_are_those_of_k3(policy, budget):
+def test_value_and_gradient_match_k3(policy, budget):
     reference = open_reference(KL, ModelConfig(), policy)
     assert reference is not None and not any(p.requires_grad for p in reference.model.parameters())
-    moved(policy)
+    perturb(policy)
     batches, trajectories = step_of(policy, reference, budget)
     gradients, kls = [], []
     for config in (KL, LossConfig()):
@@ -85,10 +84,10 @@ def test_figure_and_gradient_are_those_of_k3(policy, budget):
             assert torch.allclose(with_kl - without, parameter.grad, atol=2e-6, rtol=1e-3)
 
 
-def test_the_term_pulls_the_policy_back(policy):
+def test_the_kl_term_moves_the_policy_to_the_reference(policy):
     reference = open_reference(KL, ModelConfig(), policy)
     assert reference is not None
-    moved(policy)
+    perturb(policy)
     batches, _ = step_of(policy, reference)
     strong = LossConfig(kl_coef=50.0)
     optimizer = optimizer_of(policy, lr=1e-2)
@@ -108,14 +107,14 @@ def test_another_model_can_be_the_reference(policy, tmp_path):
     there = LossConfig(kl_coef=0.1, reference=str(folder))
     reference = open_reference(there, ModelConfig(), policy)
     assert reference is not None and reference.folder == folder
-    with pytest.raises(ConfigError, match=r"loss\.reference: there is no folder"):
+    with pytest.raises(ConfigError, match=r"loss\.reference: no folder"):
         open_reference(there.model_copy(update={"reference": "/no/such"}), ModelConfig(), policy)
-    write_tiny_model(tmp_path / "foreign", ["a b c"] * 9, seed=0, vocab_size=290, layers=1)
-    foreign = there.model_copy(update={"reference": str(tmp_path / "foreign")})
+    write_tiny_model(tmp_path / "vocabulary", ["a b c"] * 9, seed=0, vocab_size=290, layers=1)
+    foreign = there.model_copy(update={"reference": str(tmp_path / "vocabulary")})
     with pytest.raises(ConfigError, match=r"loss\.reference: .* has a vocabulary of"):
         open_reference(foreign, ModelConfig(), policy)
 
 
-def test_a_reference_that_is_never_looked_at_is_refused():
+def test_a_reference_without_a_kl_term_is_refused():
     with pytest.raises(ConfigError, match=r"loss\.reference: 'other' is never looked at"):
         build_config({"loss": {"reference": "other"}})

@@ -1,4 +1,4 @@
-"""Whole runs with a critic or a reference, on a model that samples for itself."""
+"""Whole runs with a critic or a reference, with the local sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALONE = {"rollout__prompts_per_step": 16, "rollout__group_size": 1}
 
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
-def test_a_critic_raises_the_reward_without_groups(letters_model, tmp_path, rule):
+def test_rules_with_a_critic_raise_the_reward_in_groups_of_one(letters_model, tmp_path, rule):
     config = recipe(
         letters_model, credit__rule=rule, credit__options={"whiten": True}, **ALONE, **LONG,
         train__tokens_per_microbatch=512,
@@ -32,7 +32,7 @@ def test_a_critic_raises_the_reward_without_groups(letters_model, tmp_path, rule
     assert fmean(rewards[-4:]) > fmean(rewards[:4]) + 0.15, rewards
     assert all(line["value_loss"] >= 0 and "nonfinite" not in line for line in lines)
     assert lines[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
-    # values learn what the early states are worth
+    # the critic learns the value of early states
     assert lines[-1]["value"] > 0.3
     assert all(line["tokens_trained"] == line["tokens_sampled"] for line in lines)
     assert all(line["zero_signal_groups"] == 0.0 for line in lines)
@@ -41,7 +41,7 @@ def test_a_critic_raises_the_reward_without_groups(letters_model, tmp_path, rule
     assert first["rule"] == rule and first["rollouts"][0]["turns"][0]["advantage"] is not None
 
 
-def test_a_critic_survives_a_stop(letters_model, tmp_path):
+def test_a_resumed_run_with_a_critic_equals_an_uninterrupted_run(letters_model, tmp_path):
     def run(name: str, *, steps: int, resume: bool = False) -> Path:
         train(
             recipe(letters_model, credit__rule="mt_ppo", train__steps=steps),
@@ -59,7 +59,7 @@ def test_a_critic_survives_a_stop(letters_model, tmp_path):
     assert logged(straight) == logged(legs)
 
 
-def test_resume_with_a_critic_that_was_never_saved_is_refused(letters_model, tmp_path, capsys):
+def test_resume_with_a_critic_that_was_not_saved_is_refused(letters_model, tmp_path, capsys):
     train(recipe(letters_model, train__steps=1), tmp_path / "run")
     text = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "again.toml").write_text(text)
@@ -67,10 +67,10 @@ def test_resume_with_a_critic_that_was_never_saved_is_refused(letters_model, tmp
         ["train", str(tmp_path / "again.toml"), "--run-dir", str(tmp_path / "run"), "--resume",
          "--credit.rule", "mt_ppo", "--train.steps", "2"]
     )  # fmt: skip
-    assert code and "no critic that fits" in capsys.readouterr().err
+    assert code and "no matching critic" in capsys.readouterr().err
 
 
-def test_a_reference_is_measured_from_the_start_of_the_run(letters_model, tmp_path):
+def test_a_resumed_run_keeps_the_reference_of_its_start(letters_model, tmp_path):
     kl = {"loss__kl_coef": 0.1}
     train(recipe(letters_model, **kl), tmp_path / "straight")
     lines = training_lines(tmp_path / "straight")
@@ -81,8 +81,8 @@ def test_a_reference_is_measured_from_the_start_of_the_run(letters_model, tmp_pa
     assert weights(tmp_path / "legs", 4) == weights(tmp_path / "straight", 4)
 
 
-def test_masked_rollouts_are_counted_and_cost_nothing(letters_model, tmp_path):
-    # turns of two tokens never end by themselves: everything is cut off
+def test_masked_rollouts_are_counted_but_not_failed(letters_model, tmp_path):
+    # turns of two tokens have no end token: all are cut off
     changed = {"rollout__overlong": "mask", "rollout__max_new_tokens": 2, "train__steps": 1}
     train(recipe(letters_model, **changed), tmp_path / "run")
     (line,) = training_lines(tmp_path / "run")
@@ -103,7 +103,7 @@ def test_masked_rollouts_are_counted_and_cost_nothing(letters_model, tmp_path):
         ({"rollout": {"overlong": "drop"}}, r"rollout\.overlong"),
     ],
 )
-def test_pairs_that_cannot_work(tree, words):
+def test_conflicting_fields_are_refused(tree, words):
     with pytest.raises(ConfigError, match=words):
         build_config(tree)
     build_config({"credit": {"rule": "turn_ppo"}, "loss": {"ratio": "turn"}})

@@ -1,4 +1,4 @@
-"""One step's update against plain autograd on one sequence at a time."""
+"""Updates against plain autograd on one sequence at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from turnfast.packing.pack import Packed, pack
 from turnfast.types import Group, Status, Trajectory
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
-from turnfast.update.update import Update, update
+from turnfast.update.update import Update, needs_every_token, update
 
 TEMPERATURE = 0.8
 
@@ -39,22 +39,22 @@ def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
 
 
 def plain_logprobs(model, trajectory: Trajectory, softcap: float | None = None) -> torch.Tensor:
-    """Log-probs of the sampled ids, by the model's own forward on this sequence alone."""
+    """Log-probs of the sampled ids, from the model's own forward pass on this sequence."""
     ids: list[int] = []
-    places: list[int] = []
+    positions: list[int] = []
     for turn in trajectory.turns:
         ids += turn.prompt_ids
-        places += range(len(ids), len(ids) + len(turn.sampled_ids))
+        positions += range(len(ids), len(ids) + len(turn.sampled_ids))
         ids += turn.sampled_ids
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logprobs = torch.log_softmax(logits.float() / TEMPERATURE, dim=-1)
-    return torch.stack([logprobs[place - 1, ids[place]] for place in places])
+    return torch.stack([logprobs[position - 1, ids[position]] for position in positions])
 
 
 def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor, float]:
-    """The formula of the paper, term by term, and the largest ratio."""
+    """The loss of the paper, term by term, and the largest ratio."""
     count = sum(trajectory.num_sampled for trajectory, _ in sequences)
     total = torch.zeros(())
     largest = 0.0
@@ -73,13 +73,13 @@ def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor,
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         objective = torch.minimum(ratio * advantage, clipped * advantage)
         if config.dual_clip is not None:
-            held = torch.maximum(objective, config.dual_clip * advantage)
-            objective = torch.where(advantage < 0, held, objective)
+            bounded = torch.maximum(objective, config.dual_clip * advantage)
+            objective = torch.where(advantage < 0, bounded, objective)
         if config.kind == "cispo":
             objective = ratio.detach().clamp(max=1 + config.clip_high) * advantage * logprobs
         if config.is_cap is not None:
-            drawn = torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
-            objective = objective * (before - drawn).exp().clamp(max=config.is_cap)
+            sampler = torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
+            objective = objective * (before - sampler).exp().clamp(max=config.is_cap)
         total = total - objective.sum() / count
         largest = max(largest, float(ratio.detach().max()))
     return total, largest
@@ -109,8 +109,8 @@ def name_of(config: LossConfig) -> str:
 
 @pytest.mark.parametrize("config", RULES, ids=name_of)
 @pytest.mark.parametrize("budget", [48, 4096])
-def test_updates_are_plain_autograd(policy, config, budget):
-    """The first update is on policy, the second sees the first one's log-probs as old."""
+def test_updates_match_plain_autograd(policy, config, budget):
+    """The first update is on policy; its log-probs are the old ones of the second."""
     packed, sequences = packed_step(seed=1, budget=budget)
     assert (len(packed.batches) > 1) == (budget == 48)
     optimizer = optimizer_of(policy)
@@ -134,19 +134,19 @@ def test_updates_are_plain_autograd(policy, config, budget):
         loss, largest = plain_loss(model, sequences, old if number else None, config)
         loss.backward()
         assert differences(model, optimizer.gradients[number]) <= 1e-6
-        # the second one may well be clipped away whole where the clip is tight
+        # a tight clip may remove the whole second gradient
         assert number or max(float(g.abs().max()) for g in optimizer.gradients[0]) > 1e-3
     assert done.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert done.ratio_max == pytest.approx(largest, rel=1e-4) and done.ratio_max > 1.01
 
-    drawn = [x for trajectory, _ in sequences for turn in trajectory.turns for x in turn.logprobs]
-    gap = (torch.cat(old) - torch.tensor(drawn)).abs()
+    sampler = [x for trajectory, _ in sequences for turn in trajectory.turns for x in turn.logprobs]
+    gap = (torch.cat(old) - torch.tensor(sampler)).abs()
     assert done.logprob_gap == pytest.approx(float(gap.mean()), rel=1e-4)
     assert done.logprob_gap_max == pytest.approx(float(gap.max()), rel=1e-4)
     assert done.logprob.value == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
 
 
-def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
+def test_the_loss_uses_the_soft_cap_of_the_model(policy):
     capped = replace(policy, softcap=2.0)
     packed, sequences = packed_step(seed=1)
     optimizer = optimizer_of(capped)
@@ -160,7 +160,7 @@ def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
         parameter.data.copy_(value)
     logprobs = [plain_logprobs(policy.model, t, softcap=2.0) for t, _ in sequences]
     assert done.logprob.value == pytest.approx(float(torch.cat(logprobs).detach().mean()), rel=1e-4)
-    gains = [
+    objectives = [
         row[k] * x
         for (trajectory, row), values in zip(sequences, logprobs, strict=True)
         for k, x in zip(
@@ -170,15 +170,15 @@ def test_the_soft_cap_of_a_model_is_in_its_loss(policy):
         )
     ]
     policy.model.zero_grad()
-    (-torch.stack(gains).mean()).backward()
+    (-torch.stack(objectives).mean()).backward()
     assert differences(policy.model, optimizer.gradients[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
-def test_reused_logprobs_are_the_old_ones_of_every_update(policy, ratio):
+def test_reused_log_probs_are_the_old_ones_of_every_update(policy, ratio):
     config = LossConfig(ratio=ratio, old_logprobs="sampler", max_logprob_gap=100.0)
     packed, sequences = packed_step(seed=1)
-    drawn = [torch.tensor([x for turn in t.turns for x in turn.logprobs]) for t, _ in sequences]
+    sampler = [torch.tensor([x for turn in t.turns for x in turn.logprobs]) for t, _ in sequences]
     optimizer = optimizer_of(policy)
     update(
         Learner(policy=policy, optimizer=optimizer),
@@ -192,7 +192,7 @@ def test_reused_logprobs_are_the_old_ones_of_every_update(policy, ratio):
         for parameter, value in zip(policy.model.parameters(), weights, strict=True):
             parameter.data.copy_(value)
         policy.model.zero_grad()
-        loss, largest = plain_loss(policy.model, sequences, drawn, config)
+        loss, largest = plain_loss(policy.model, sequences, sampler, config)
         loss.backward()
         assert largest > 1.1
         assert differences(policy.model, optimizer.gradients[number]) <= 1e-6
@@ -215,7 +215,43 @@ def test_log_probs_that_differ_too_much_are_refused(policy):
     assert f"by {gap:.3g} on average, more than 0.1" in str(caught.value)
 
 
-def test_an_update_trains_what_a_sampler_has_left_in_eval_mode(policy):
+def test_the_clip_fraction_is_the_share_of_clipped_tokens(policy):
+    config = LossConfig(clip_low=0.1, clip_high=0.2)
+    packed, sequences = packed_step(seed=1)
+    optimizer = optimizer_of(policy, lr=5e-4)
+    learner = Learner(policy=policy, optimizer=optimizer)
+    done = update(learner, packed.batches, config, temperature=TEMPERATURE, num_updates=2)
+    logprobs = []
+    for weights in optimizer.weights:
+        for parameter, value in zip(policy.model.parameters(), weights, strict=True):
+            parameter.data.copy_(value)
+        with torch.no_grad():
+            logprobs.append(torch.cat([plain_logprobs(policy.model, t) for t, _ in sequences]))
+    ratio_N = (logprobs[1] - logprobs[0]).exp()
+    advantage_N = torch.tensor(
+        [row[k] for t, row in sequences for k, turn in enumerate(t.turns) for _ in turn.sampled_ids]
+    )
+    clipped_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.9) & (advantage_N < 0))
+    expected = float(clipped_N.double().mean())
+    assert 0.1 < expected < 0.9
+    assert done.clip_fraction.value == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LossConfig(), False),
+        (LossConfig(ratio="turn", is_cap=2.0), False),
+        (LossConfig(ratio="sequence"), True),
+        (LossConfig(entropy_coef=-0.1), True),
+        (LossConfig(kl_coef=0.1), True),
+    ],
+)
+def test_only_some_losses_need_tokens_without_advantage(config, expected):
+    assert needs_every_token(config) == expected
+
+
+def test_an_update_sets_the_model_to_train_mode(policy):
     policy.model.eval()
     packed, _ = packed_step(seed=2)
     update(Learner(policy=policy, optimizer=optimizer_of(policy)), packed.batches, LossConfig())
@@ -231,7 +267,7 @@ def test_the_first_update_is_on_policy(policy):
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
-def test_the_cut_into_micro_batches_changes_nothing(policy, normalizer):
+def test_the_split_into_micro_batches_does_not_change_the_gradient(policy, normalizer):
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
     gradients = []
     for budget in (48, 80, 4096):
@@ -247,7 +283,7 @@ def test_the_cut_into_micro_batches_changes_nothing(policy, normalizer):
 
 def test_a_step_without_signal_changes_nothing(policy):
     groups = make_groups(4, flat=True)
-    # one turn each, so that every return is the same
+    # one turn each, so that all returns are equal
     groups = [
         Group(
             task=group.task,
@@ -276,7 +312,7 @@ def test_a_step_without_signal_changes_nothing(policy):
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_what_is_no_number_changes_no_weight(policy, where):
+def test_values_that_are_not_finite_change_no_weight(policy, where):
     packed, _ = packed_step(seed=5)
     optimizer = optimizer_of(policy)
     update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
@@ -296,8 +332,8 @@ def test_what_is_no_number_changes_no_weight(policy, where):
     update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
 
 
-class Apart(RecordingOptimizer):
-    """The head's gradient is made anew in every micro-batch, and added up by autograd."""
+class AutogradSum(RecordingOptimizer):
+    """Autograd computes and sums the head's gradient of each micro-batch."""
 
     def grad_sum(self, parameter):
         return None
@@ -319,15 +355,14 @@ def step_of(optimizer_class, batches, *, tied: bool, dtype: torch.dtype) -> list
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_microbatches_add_to_one_head_gradient(tied, dtype):
+def test_micro_batches_share_one_head_gradient(tied, dtype):
     many, one = (packed_step(seed=1, budget=budget)[0].batches for budget in (32, 4096))
     assert len(many) >= 3 and len(one) == 1
-    place = 0 if tied else -1
-    found, apart = (
-        step_of(kind, many, tied=tied, dtype=dtype) for kind in (RecordingOptimizer, Apart)
-    )
-    rounded, head_VD = apart.pop(place), found.pop(place)
-    assert all(map(torch.equal, found, apart))
+    place = 0 if tied else -1  # of the head among the parameters
+    kinds = (RecordingOptimizer, AutogradSum)
+    found, expected = (step_of(kind, many, tied=tied, dtype=dtype) for kind in kinds)
+    rounded, head_VD = expected.pop(place), found.pop(place)
+    assert all(map(torch.equal, found, expected))
     assert rounded.abs().max() > 1e-3
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     assert (head_VD - rounded).norm() <= bound * rounded.norm()
@@ -338,8 +373,8 @@ def test_microbatches_add_to_one_head_gradient(tied, dtype):
             assert (a - b).abs().max() <= 1e-6
 
 
-def test_many_small_bf16_micro_batches_are_as_good_as_a_large_one():
-    """Against float64, the error of the sum is that of the passes, however many there are."""
+def test_many_small_bf16_micro_batches_are_as_accurate_as_a_large_one():
+    """Error against float64."""
     groups = [group for seed in range(40) for group in make_groups(seed)]
     credits = assign_credits(groups, "mt_grpo")
     many, one = (
@@ -358,7 +393,7 @@ def test_many_small_bf16_micro_batches_are_as_good_as_a_large_one():
 
 
 def gradients_of(batches, dtype: torch.dtype) -> list[torch.Tensor]:
-    """What AdamW is given for the layers below the head, of a model with bf16 weights."""
+    """The gradients that AdamW receives for the layers below the head of a bf16 model."""
     config = Qwen2Config(**{**SMALL, "vocab_size": 300}, tie_word_embeddings=False)
     policy = policy_of(config)
     policy.model.to(torch.bfloat16).to(dtype)
@@ -368,8 +403,8 @@ def gradients_of(batches, dtype: torch.dtype) -> list[torch.Tensor]:
             hidden_TD = hidden_states(policy, batch)
             logits_NV = hidden_TD[batch.rows_N] @ policy.head_VD.T
             logprobs_N = logits_NV.log_softmax(-1).gather(1, batch.targets_N[:, None]).squeeze(1)
-            gains_N = batch.advantages_K[batch.turns_N.long()].double() * logprobs_N
-            (-(batch.weights_N.double() * gains_N).sum()).backward()
+            objective_N = batch.advantages_K[batch.turns_N.long()].double() * logprobs_N
+            (-(batch.weights_N.double() * objective_N).sum()).backward()
         return [p.grad for p in policy.model.base_model.layers.parameters()]
     optimizer = Optimizer(policy.model.parameters(), OptimConfig(grad_clip=1e9))
     with adamw_gradients() as steps:
@@ -382,8 +417,7 @@ def gradients_of(batches, dtype: torch.dtype) -> list[torch.Tensor]:
     ]
 
 
-def test_a_tied_embedding_gives_the_rows_of_its_tokens(policy):
-    """And no [V, D] of its own; outside an update it is as it was."""
+def test_a_tied_embedding_has_a_sparse_gradient_within_an_update(policy):
     packed, _ = packed_step(seed=1)
     embedding = policy.model.get_input_embeddings()
     assert embedding.weight is policy.head_VD and len(packed.batches) == 2

@@ -1,4 +1,4 @@
-"""Whole runs on the letters environment, and what of a run must come out the same again."""
+"""Whole runs in the letters environment, and the outputs that must be reproducible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LETTERS = {
 
 
 def recipe(model: Path | str, base: dict = LETTERS, **changed: object) -> Config:
-    """The base recipe with dotted fields changed, `train__steps=2`."""
+    """The base recipe with changed fields: `train__steps=2` sets `train.steps`."""
     tree = {section: dict(fields) for section, fields in base.items()}
     tree["model"] = {"path": str(model), **tree.get("model", {})}
     for name, value in changed.items():
@@ -43,13 +43,13 @@ def recipe(model: Path | str, base: dict = LETTERS, **changed: object) -> Config
 
 
 def stop_after(count: int) -> Callable[[], bool]:
-    """A should_stop that says yes from the `count`-th question on."""
-    asked = iter(range(count))
-    return lambda: next(asked, None) is None
+    """A `should_stop` that is true after `count` calls."""
+    calls = iter(range(count))
+    return lambda: next(calls, None) is None
 
 
 def training_lines(run_dir: Path) -> list[dict]:
-    """The metrics of the optimizer steps, without those of the evaluations."""
+    """The metrics of the training steps, without the evaluations."""
     return [line for line in read_metrics(run_dir) if "loss" in line]
 
 
@@ -61,16 +61,16 @@ def weights(run_dir: Path, step: int) -> str:
 
 
 def logged(run_dir: Path) -> list:
-    """Every line of metrics and rollouts, without the seconds."""
+    """All lines of metrics and rollouts, without times."""
     lines = [run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl"]
-    return [_timeless([json.loads(line) for line in file.open()]) for file in lines]
+    return [_without_times([json.loads(line) for line in file.open()]) for file in lines]
 
 
-def _timeless(node):
+def _without_times(node):
     if isinstance(node, dict):
         return {
-            key: _timeless(value)
+            key: _without_times(value)
             for key, value in node.items()
             if not key.startswith(("time/", "rollout/")) and key != "time_s"
         }
-    return [_timeless(value) for value in node] if isinstance(node, list) else node
+    return [_without_times(value) for value in node] if isinstance(node, list) else node
