@@ -234,6 +234,14 @@ class Mine(ToolEnv):
     def tasks(self, split):
         return []
 
+class Open(Bare):
+    def __init__(self, **options):
+        self.options = options
+
+class Closed(Open):
+    def __init__(self, size: int):
+        super().__init__(size=size)
+
 class Taskless(ToolEnv):
     pass
 
@@ -254,6 +262,7 @@ def test_options_are_passed_to_the_class_and_its_base(folder):
     assert isinstance(env, ToolEnv) and not env.reasoning
     bare = load_env("mine:Bare", {"size": 3})
     assert (bare.tasks("train"), bare.rewards) == ([], ())
+    assert load_env("mine:Closed", {"size": 1}).options == {"size": 1}
     with pytest.raises(ValueError, match=r"^depth 6 is too deep$"):  # the class's own fault
         load_env("mine:Mine", {"depth": 6})
 
@@ -267,6 +276,7 @@ def test_options_are_passed_to_the_class_and_its_base(folder):
         ("mine:Bare", {}, "env.options.size: this option is required"),
         ("mine:Bare", {"size": "3"}, "env.options.size: .*integer"),
         ("mine:Bare", {"size": 3, "sharee": 1.0}, "env.options.sharee: .*did you mean 'share'"),
+        ("mine:Closed", {"size": 1, "name": "x"}, "env.options.name: no such option"),
         ("mine:Taskless", {}, r"mine:Taskless must define tasks\(self, split\)"),
         ("mine:Forgetful", {}, r"has no tools; does __init__ call super\(\).__init__"),
         ("mine:Min", {}, "has no 'Min'; did you mean 'Mine'"),

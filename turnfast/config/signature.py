@@ -21,24 +21,26 @@ def parameters_of(make: Callable[..., Any]) -> list[Parameter]:
     """The parameters of a function or constructor, without `self`, with resolved annotations.
 
     If a constructor takes `**options`, the parameters of the base class's constructor are added,
-    and so on. A last parameter of kind VAR_KEYWORD means that any other name is accepted.
+    and so on. If the last base class takes `**options` too, they are the last parameter: any name
+    is accepted.
     """
     if not isinstance(make, type):
         return _resolved(make if inspect.isroutine(make) else make.__call__)
     found: dict[str, Parameter] = {}
+    open_ended: list[Parameter] = []
     for cls in inspect.getmro(make):
         init = vars(cls).get("__init__")
-        if init is None:
+        if init is None or init is object.__init__:
             continue
-        open_ended = None
-        for parameter in [] if init is object.__init__ else _resolved(init)[1:]:
+        open_ended = []
+        for parameter in _resolved(init)[1:]:
             if parameter.kind is parameter.VAR_KEYWORD:
-                open_ended = parameter
+                open_ended = [parameter]
             elif parameter.kind is not parameter.VAR_POSITIONAL:
                 found.setdefault(parameter.name, parameter)
-        if open_ended is None:
-            return list(found.values())
-    return [*found.values(), open_ended]
+        if not open_ended:
+            break
+    return [*found.values(), *open_ended]
 
 
 def arguments_model(
