@@ -1,4 +1,4 @@
-"""An adapter: what it trains, what is kept of it, and what samplers and readers get of it."""
+"""LoRA adapters: gradients, checkpoints, and the merged weights for samplers."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ from turnfast.update.update import update
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FORM = LoraConfig(r=4, lora_alpha=8)
+CONFIG = LoraConfig(r=4, lora_alpha=8)
 RUN = {"model__lora": {"r": 4, "lora_alpha": 8}, "loss__kl_coef": 0.05}
 IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture
 def adapted(policy: Policy) -> Policy:
-    add_adapter(policy.model, FORM, seed=0)
+    add_adapter(policy.model, CONFIG, seed=0)
     return policy
 
 
-def moved(policy: Policy, seed: int = 0) -> None:
-    """As if trained: B is no longer 0."""
+def perturb_adapter(policy: Policy, seed: int = 0) -> None:
+    """Change the adapter as training does: B is no longer 0."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -73,7 +73,7 @@ def batches_of(budget: int = 4096):
     return packed.batches, [t for group in groups for t in group.trajectories]
 
 
-def saved(policy: Policy, folder: Path) -> Path:
+def save(policy: Policy, folder: Path) -> Path:
     return save_checkpoint(folder, 1, training_state(policy), progress={}, keep=1)
 
 
@@ -87,22 +87,22 @@ def plain_policy(folder: Path) -> Policy:
     return load_policy(ModelConfig(), folder, torch.device("cpu"))
 
 
-def test_it_starts_as_the_model_whatever_the_seed(policy, tiny_folder):
+def test_adapter_starts_as_the_base_model_for_any_seed(policy, tiny_folder):
     before = logits(policy.model)
-    add_adapter(policy.model, FORM, seed=0)
+    add_adapter(policy.model, CONFIG, seed=0)
     assert torch.equal(logits(policy.model), before)
     again, other = plain_policy(tiny_folder), plain_policy(tiny_folder)
     state = torch.random.get_rng_state()
-    add_adapter(again.model, FORM, seed=0)
-    add_adapter(other.model, FORM, seed=1)
+    add_adapter(again.model, CONFIG, seed=0)
+    add_adapter(other.model, CONFIG, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
     ours = dict(policy.model.named_parameters())
     assert all(torch.equal(ours[name], p) for name, p in again.model.named_parameters())
     assert any(not torch.equal(ours[name], p) for name, p in other.model.named_parameters())
 
 
-def test_the_reference_is_the_base_itself(adapted, tiny_folder):
-    moved(adapted)
+def test_reference_is_the_base_model(adapted, tiny_folder):
+    perturb_adapter(adapted)
     kl = LossConfig(kl_coef=0.3)
     reference = open_reference(kl, ModelConfig(), adapted)
     assert reference is adapted
@@ -113,22 +113,22 @@ def test_the_reference_is_the_base_itself(adapted, tiny_folder):
     assert all(
         torch.equal(a.ref_logprobs_N, b.ref_logprobs_N) for a, b in zip(found, wanted, strict=True)
     )
-    # and the policy is the adapted one again, with gradients
+    # the adapter is enabled again
     assert not torch.equal(logits(adapted.model), logits(base.model))
     assert sum(p.requires_grad for p in adapted.model.parameters()) == 2 * 7 * 2
 
 
-def test_a_folder_as_reference_is_loaded_without_an_adapter(adapted, tiny_folder):
-    moved(adapted)
+def test_reference_folder_is_loaded_without_an_adapter(adapted, tiny_folder):
+    perturb_adapter(adapted)
     kl = LossConfig(kl_coef=0.3, reference=str(tiny_folder))
-    reference = open_reference(kl, ModelConfig(lora=FORM), adapted)
+    reference = open_reference(kl, ModelConfig(lora=CONFIG), adapted)
     assert reference is not adapted and not adapted_layers(reference.model)
 
 
 @pytest.mark.parametrize(
     ("targets", "layers"), [((), 14), (("q_proj", "v_proj"), 4), (("1.mlp.up_proj",), 1)]
 )
-def test_a_step_moves_the_adapter_alone(policy, targets, layers):
+def test_a_step_changes_only_the_adapter(policy, targets, layers):
     add_adapter(policy.model, LoraConfig(r=4, target_modules=targets), seed=0)
     assert len(adapted_layers(policy.model)) == layers
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -138,13 +138,13 @@ def test_a_step_moves_the_adapter_alone(policy, targets, layers):
         update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
         assert policy.head_VD.grad is None
     after = dict(policy.model.named_parameters())
-    moved_names = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved_names == {name for name in before if ".lora_" in name}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".lora_" in name}
 
 
-def test_the_gradient_is_that_of_the_merged_weight(adapted):
+def test_gradient_follows_from_the_merged_weight(adapted):
     """dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW of the merged model."""
-    moved(adapted)
+    perturb_adapter(adapted)
     batches, _ = batches_of()
     plain = replace(adapted, model=merged_copy(adapted.model))
     plain.model.requires_grad_(True)
@@ -163,9 +163,9 @@ def test_the_gradient_is_that_of_the_merged_weight(adapted):
             torch.testing.assert_close(gradient, exact, atol=2e-6, rtol=1e-3)
 
 
-def test_the_merged_folder_is_the_adapted_model(adapted, tmp_path):
-    moved(adapted)
-    path = saved(adapted, tmp_path)
+def test_checkpoint_has_the_merged_model(adapted, tmp_path):
+    perturb_adapter(adapted)
+    path = save(adapted, tmp_path)
     wanted = logits(adapted.model)
     plain = AutoModelForCausalLM.from_pretrained(path)
     assert not adapted_layers(plain)
@@ -178,22 +178,24 @@ def test_the_merged_folder_is_the_adapted_model(adapted, tmp_path):
 def test_peft_loads_the_adapter(adapted, tmp_path):
     import peft
 
-    moved(adapted)
-    path = saved(adapted, tmp_path)
+    perturb_adapter(adapted)
+    path = save(adapted, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(adapted.folder)
     theirs = peft.PeftModel.from_pretrained(base, path / "adapter")
     assert torch.equal(logits(theirs.eval()), logits(adapted.model))
 
 
-def test_a_bfloat16_weight_is_rounded_once(tiny_folder):
+def test_merged_bfloat16_weights_are_rounded_once(tiny_folder):
     policy = load_policy(ModelConfig(dtype="bfloat16"), tiny_folder, torch.device("cpu"))
-    add_adapter(policy.model, FORM, seed=0)
-    moved(policy)
+    add_adapter(policy.model, CONFIG, seed=0)
+    perturb_adapter(policy)
     found = dict(merged(policy.model, policy.model.named_parameters()))
+    copied = merged_copy(policy.model).state_dict()
     for name, layer in adapted_layers(policy.model).items():
         A, B = (x["default"].weight.double() for x in (layer.lora_A, layer.lora_B))
         exact = layer.base_layer.weight.double() + 2 * B @ A
         assert torch.equal(found[f"{name}.weight"], exact.to(torch.bfloat16))
+        assert torch.equal(copied[f"{name}.weight"], exact.to(torch.bfloat16))
 
 
 def sampler_of(policy: Policy, *, overlap: bool) -> Sampler:
@@ -202,23 +204,23 @@ def sampler_of(policy: Policy, *, overlap: bool) -> Sampler:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_local_sampler_follows(adapted, overlap):
+def test_local_sampler_uses_the_adapter(adapted, overlap):
     sampler = sampler_of(adapted, overlap=overlap)
     probe = make_probe(len(adapted.head_VD), 128)
     for seed in range(3):
         assert sync_weights(adapted.model, sampler, probe, 1e-4).gap < 1e-4
-        moved(adapted, seed)
+        perturb_adapter(adapted, seed)
 
 
-def test_a_forgotten_merge_is_found(adapted):
+def test_sync_without_merging_is_an_error(adapted):
     sampler = sampler_of(adapted, overlap=True)
     probe = make_probe(len(adapted.head_VD), 128)
-    moved(adapted)
+    perturb_adapter(adapted)
     kept = sampler.load_weights
     with without_adapter(adapted.model):
         base = {n.replace(".base_layer", ""): p for n, p in adapted.model.named_parameters()}
     base = {name: p for name, p in base.items() if ".lora_" not in name}
-    sampler.load_weights = lambda named: kept(base.items())  # what a sync without merging hands
+    sampler.load_weights = lambda named: kept(base.items())
     with pytest.raises(SyncError, match="differ from the trainer's"):
         sync_weights(adapted.model, sampler, probe, 1e-4)
     sampler.load_weights = lambda named: kept(adapted.model.named_parameters())
@@ -226,8 +228,8 @@ def test_a_forgotten_merge_is_found(adapted):
         sync_weights(adapted.model, sampler, probe, 1e-4)
 
 
-def test_a_run_held_to_its_base(letters_model, tmp_path, capsys):
-    """Through the command line: a few steps, their KL, and an evaluation of what they left."""
+def test_train_and_eval(letters_model, tmp_path, capsys):
+    """Train a few steps on the command line and evaluate the checkpoint."""
     toml = tmp_path / "run.toml"
     toml.write_text(to_toml(recipe(letters_model, **RUN)) + "\n")
     run = tmp_path / "run"
@@ -243,26 +245,26 @@ def test_a_run_held_to_its_base(letters_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changed", [{}, {"credit__rule": "mt_ppo"}], ids=["group", "critic"])
-def test_a_stop_changes_nothing(letters_model, tmp_path, changed):
+def test_resumed_run_repeats_bitwise(letters_model, tmp_path, changed):
     train(recipe(letters_model, **RUN, **changed), tmp_path / "straight")
-    train(recipe(letters_model, train__steps=2, **RUN, **changed), tmp_path / "legs")
-    train(recipe(letters_model, **RUN, **changed), tmp_path / "legs", resume=True)
-    assert weights(tmp_path / "straight", 4) == weights(tmp_path / "legs", 4)
+    train(recipe(letters_model, train__steps=2, **RUN, **changed), tmp_path / "resumed")
+    train(recipe(letters_model, **RUN, **changed), tmp_path / "resumed", resume=True)
+    assert weights(tmp_path / "straight", 4) == weights(tmp_path / "resumed", 4)
     name = "checkpoints/step_000004/adapter/adapter_model.safetensors"
-    assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "legs" / name).read_bytes()
-    assert logged(tmp_path / "straight") == logged(tmp_path / "legs")
+    assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+    assert logged(tmp_path / "straight") == logged(tmp_path / "resumed")
 
 
-def test_a_sampler_beside_training_is_given_the_merged_weights(letters_model, tmp_path):
+def test_overlapped_sampler_gets_the_merged_weights(letters_model, tmp_path):
     config = recipe(letters_model, **RUN, train__overlap=True, loss__is_cap=2.0)
     train(config, tmp_path / "run")
     lines = training_lines(tmp_path / "run")
     assert lines[-1]["kl"] > 1e-4 and all(line["sync_gap"] < 1e-4 for line in lines)
 
 
-def test_a_warm_start_leaves_a_whole_model(letters_model, tmp_path, capsys):
+def test_sft_writes_the_merged_model(letters_model, tmp_path, capsys):
     toml = tmp_path / "run.toml"
-    toml.write_text(to_toml(recipe(letters_model, sft__steps=30, sft__lr=1e-3, **RUN)) + "\n")
+    toml.write_text(to_toml(recipe(letters_model, sft__steps=8, sft__lr=2e-2, **RUN)) + "\n")
     assert main(["sft", str(toml), "--run-dir", str(tmp_path / "sft")]) == 0
     lines = training_lines(tmp_path / "sft")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -278,26 +280,26 @@ def test_a_warm_start_leaves_a_whole_model(letters_model, tmp_path, capsys):
     [
         (LoraConfig(r=8, lora_alpha=8), "r = 4 and lora_alpha = 8"),
         (LoraConfig(r=4, lora_alpha=16), "r = 4 and lora_alpha = 8"),
-        (LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",)), "other layers"),
+        (LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",)), "has other layers"),
     ],
 )
-def test_another_adapter_is_refused(adapted, tiny_folder, tmp_path, form, message):
-    path = saved(adapted, tmp_path)
+def test_other_adapter_is_an_error(adapted, tiny_folder, tmp_path, form, message):
+    path = save(adapted, tmp_path)
     other = plain_policy(tiny_folder)
     add_adapter(other.model, form, seed=0)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path, training_state(other))
     with pytest.raises(CheckpointError, match="no matching adapter"):
-        plain = saved(plain_policy(tiny_folder), tmp_path / "plain")
+        plain = save(plain_policy(tiny_folder), tmp_path / "plain")
         load_checkpoint(plain, training_state(adapted))
 
 
-def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
-    path = saved(adapted, tmp_path)
+def test_other_base_model_is_an_error(adapted, letters_model, tiny_folder, tmp_path):
+    path = save(adapted, tmp_path)
     other = plain_policy(tiny_folder)
     with torch.no_grad():
         other.head_VD.add_(1e-3)
-    add_adapter(other.model, FORM, seed=0)
+    add_adapter(other.model, CONFIG, seed=0)
     with pytest.raises(CheckpointError, match=r"another model.*model\.path"):
         load_checkpoint(path, training_state(other))
 
@@ -305,19 +307,19 @@ def test_another_base_is_refused(adapted, letters_model, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("q_proj", "query"), "no linear layer query; there are down_proj, gate_proj, k_proj"),
+        (("q_proj", "query"), "no linear layer query; available: down_proj, gate_proj, k_proj"),
         (("mlp",), "no linear layer mlp"),
         (("embed_tokens",), "no linear layer embed_tokens"),
         (("lm_head",), "lm_head is the output projection"),
     ],
 )
-def test_targets_that_do_not_exist_are_named(policy, targets, message):
+def test_unknown_targets_are_errors(policy, targets, message):
     form = LoraConfig(r=4, target_modules=targets)
     with pytest.raises(ConfigError, match=rf"model\.lora\.target_modules: .*{message}"):
         add_adapter(policy.model, form, seed=0)
 
 
-def test_what_cannot_work_is_refused_by_name(policy, letters_model, monkeypatch, capsys, tmp_path):
+def test_unusable_settings_name_the_field(policy, letters_model, monkeypatch, capsys, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.freeze_head"):
         build_config({"model": {"freeze_head": True, "lora": {"r": 4}}})
     with pytest.raises(ConfigError, match=r"model\.lora\.rank: no such field"):
@@ -330,40 +332,40 @@ def test_what_cannot_work_is_refused_by_name(policy, letters_model, monkeypatch,
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs peft; install turnfast\[lora\]"):
-        add_adapter(policy.model, FORM, seed=0)
+        add_adapter(policy.model, CONFIG, seed=0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
-def test_an_adapter_that_is_rounded_for_the_sampler_needs_a_weight(letters_model, capsys, tmp_path):
+def test_rounded_adapter_needs_an_importance_weight(letters_model, capsys, tmp_path):
     toml = tmp_path / "run.toml"
     toml.write_text(to_toml(recipe(letters_model, **RUN)) + "\n")
     rounded = ["--model.dtype=bfloat16", "--sampler.backend=vllm"]
     for dry in ([], ["--dry-run"]):
-        words = ["train", str(toml), "--run-dir", str(tmp_path / "run"), *dry]
-        assert main([*words, *rounded]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(
+        command = ["train", str(toml), "--run-dir", str(tmp_path / "run"), *dry]
+        assert main([*command, *rounded]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith(
             "turnfast: loss.is_cap: vLLM is given the adapter merged into bfloat"
         )
         assert not (tmp_path / "run").exists()
-    for way_out in (
+    for fix in (
         ["--model.dtype=float32"],
         ["--sampler.backend=local"],
         ["--loss.is-cap=2.0"],
         ["--loss.old-logprobs=sampler"],
         ["--model.lora={r = 0}"],
     ):
-        assert main(["train", str(toml), "--dry-run", *rounded, *way_out]) == 0
+        assert main(["train", str(toml), "--dry-run", *rounded, *fix]) == 0
 
 
-def test_a_recipe_comes_back_as_it_was(tmp_path):
+def test_recipe_round_trip(tmp_path):
     config = build_config({**LETTERS, "model": {"lora": {"r": 8, "target_modules": ["q_proj"]}}})
     (tmp_path / "run.toml").write_text(to_toml(config) + "\n")
     assert load_config(tmp_path / "run.toml") == config
     assert config.model.lora.target_modules == ("q_proj",)
 
 
-def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
+def test_estimate_counts_the_adapter_only(tiny_folder, policy):
     tree = {
         "model": {"path": str(tiny_folder), "dtype": "float32"},
         "rollout": {"max_new_tokens": 32, "max_context": 512},
@@ -374,7 +376,7 @@ def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
     whole = estimate(build_config(tree))
     tree["model"]["lora"] = {"r": 4}
     found = estimate(build_config(tree))
-    add_adapter(policy.model, FORM, seed=0)
+    add_adapter(policy.model, CONFIG, seed=0)
     adapter = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     assert found.gradients == 4 * adapter and found.optimizer == 8 * adapter
     assert found.weights == whole.weights // 2 + 4 * adapter  # no copy for the reference
@@ -391,8 +393,8 @@ def test_the_estimate_knows_what_is_trained(tiny_folder, policy):
     assert estimate(build_config(tree)).weights > 2 * found.weights - 4 * adapter - 1
 
 
-def test_kl_is_that_of_the_two_models(adapted):
-    moved(adapted)
+def test_kl_is_between_adapted_and_base_model(adapted):
+    perturb_adapter(adapted)
     kl = LossConfig(kl_coef=0.3)
     reference = open_reference(kl, ModelConfig(), adapted)
     batches, trajectories = batches_of()
