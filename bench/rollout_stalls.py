@@ -84,47 +84,32 @@ class Clock(ScriptedSampler):
     """A simulated engine: a step takes `step_s` and gives each running request one token."""
 
     def __init__(self, chat: Chat, env: StallingWorld, *, step_s: float, capacity: int) -> None:
-        super().__init__(lambda prompt_ids: (), capacity=capacity)
+        super().__init__(self._answer, pick=self._finished, capacity=capacity)
         self._chat = chat
         self._step_s = step_s
-        self._hops = max(env.training.hops)
-        self._told = env.describe().count("<result>")
-        self._left: dict[int, int] = {}
-        self._replies: dict[int, tuple[int, ...]] = {}
+        self._hops = max(env.hops)
+        self._described = env.describe().count("<result>")
+        self._num_left: dict[int, int] = {}
 
-    def submit(self, request: Request) -> None:
-        super().submit(request)
-        self._replies[request.id] = self._say(request)
-        self._left[request.id] = len(self._replies[request.id])
-
-    def step(self) -> list[Completion]:
+    def _finished(self, waiting: Sequence[Request]) -> list[Request]:
         time.sleep(self._step_s)
-        running = list(self._waiting.values())[: self.capacity]
+        running = waiting[: self.capacity]
         for request in running:
-            self._left[request.id] -= 1
-        done = [request for request in running if not self._left[request.id]]
-        for request in done:
-            del self._waiting[request.id]
-        return [
-            Completion(
-                id=request.id,
-                sampled_ids=self._replies[request.id],
-                logprobs=(0.0,) * len(self._replies[request.id]),
-                finish="stop",
-            )
-            for request in done
-        ]
+            if request.id not in self._num_left:
+                self._num_left[request.id] = len(self._answer(request))
+            self._num_left[request.id] -= 1
+        return [request for request in running if not self._num_left[request.id]]
 
-    def _say(self, request: Request) -> tuple[int, ...]:
+    def _answer(self, request: Request) -> tuple[int, ...]:
         draw = random.Random(request.seed)
         mean, deviation, most = THINKING
         thoughts = " ".join(["ida"] * min(most, round(math.exp(draw.gauss(mean, deviation)))))
         text = self._chat.decode_turn(request.prompt_ids)
         question = text.split("user\n")[1].split("?")[0]
-        said = "<answer>Ida</answer>"
-        if text.count("<result>") - self._told < self._hops:
-            said = f'<tool>{{"name": "search", "args": {{"query": "{question}"}}}}</tool>'
-        return self._chat.encode_turn(f"<reasoning>{thoughts}</reasoning>{said}")
+        answer = "<answer>Ida</answer>"
+        if text.count("<result>") - self._described < self._hops:
+            answer = f'<tool>{{"name": "search", "args": {{"query": "{question}"}}}}</tool>'
+        return self._chat.encode_turn(f"<reasoning>{thoughts}</reasoning>{answer}")
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ def roll(
 ) -> list[Group]:
     """Groups in which every turn is `say` of the whole context, finished in random order."""
     sampler = ScriptedSampler(
-        lambda ids: chat.encode_turn(say(chat.tokenizer.decode(ids))), pick=shuffled(0)
+        lambda request: chat.encode_turn(say(chat.tokenizer.decode(request.prompt_ids))),
+        pick=shuffled(0),
     )
     tasks = env.tasks("train")[:num_tasks]
     limits = {"group_size": group_size, "max_context": max_context, "max_error_share": 0.0}

@@ -1,4 +1,4 @@
-"""What a step trains on: the order of the data, cuts that lose nothing, groups without signal."""
+"""What a step trains on: the order of the data, dropped prompts, groups without signal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from training_runs import recipe, stop_after, training_lines
 from transformers import AutoModelForCausalLM
+from two_turns import forward_logprobs
 
 import turnfast.train
 from turnfast.chat.template import Chat
@@ -23,7 +24,6 @@ from turnfast.rollout.collect import Collector
 from turnfast.rollout.prompts import PromptQueue, open_queue
 from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.scripted import ScriptedSampler
-from turnfast.sampler.sync import teacher_forced_logprobs
 from turnfast.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,37 +32,30 @@ TASKS = [Task(id=f"task {i}", question=f"Number {i}.") for i in range(10)]
 
 
 class Dice(ScriptedSampler):
-    """Replies whose length and ids are drawn from the request's seed, one token per step."""
+    """Replies whose length and ids depend on the request's seed, one token per step."""
 
     def __init__(self, end_id: int) -> None:
-        super().__init__(lambda prompt_ids: (), pick=self._due)
-        self._end_id = end_id
-        self._now = 0
-        self._end: dict[int, int] = {}
+        super().__init__(self.reply, pick=self.finished)
+        self.end_id = end_id
+        self.now = 0
+        self.ends: dict[int, int] = {}
 
     def submit(self, request) -> None:
         super().submit(request)
-        self._end[request.id] = self._now + len(self._ids(request))
+        self.ends[request.id] = self.now + len(self.reply(request))
 
-    def step(self):
-        self._now += 1
-        return super().step()
+    def finished(self, waiting):
+        self.now += 1
+        return [request for request in waiting if self.ends[request.id] <= self.now]
 
-    def _due(self, waiting):
-        return [request for request in waiting if self._end[request.id] <= self._now]
-
-    def _ids(self, request) -> tuple[int, ...]:
+    def reply(self, request) -> tuple[int, ...]:
         draw = random.Random(request.seed)
         length = draw.choice((2, 3, 4, 40))
-        return (*(draw.randrange(10, 250) for _ in range(length - 1)), self._end_id)
-
-    def _complete(self, request):
-        self._reply = lambda prompt_ids: self._ids(request)
-        return super()._complete(request)
+        return (*(draw.randrange(10, 250) for _ in range(length - 1)), self.end_id)
 
 
-class Talk:
-    """One turn or two; paid for the first id's parity, except on the tasks that are `flat`."""
+class OneOrTwoTurns:
+    """Rewards that depend on the text, except on the tasks that are `flat`."""
 
     tools = ()
     native_calls = False
@@ -74,25 +67,25 @@ class Talk:
         return TASKS
 
     def episode(self, task):
-        return Talking(task, task.id in self.flat)
+        return OneOrTwoTurnsEpisode(task.id in self.flat)
 
 
-class Talking:
-    def __init__(self, task: Task, flat: bool) -> None:
-        self._task, self._flat, self._said = task, flat, []
+class OneOrTwoTurnsEpisode:
+    def __init__(self, flat: bool) -> None:
+        self._flat, self._texts = flat, []
 
     async def start(self):
-        return [{"role": "user", "content": self._task.question}]
+        return [{"role": "user", "content": "Go."}]
 
     async def step(self, text: str) -> Step:
-        self._said.append(text)
-        if len(self._said) == 1 and len(text) % 2:
+        self._texts.append(text)
+        if len(self._texts) == 1 and len(text) % 2:
             return Step(messages=({"role": "user", "content": "Go on."},))
         return Step(done=True)
 
     async def finish(self) -> Outcome:
-        said = "".join(self._said)
-        return Outcome(reward=0.0 if self._flat else float(sum(map(ord, said)) % 7))
+        text = "".join(self._texts)
+        return Outcome(reward=0.0 if self._flat else float(sum(map(ord, text)) % 7))
 
 
 def config_of(**rollout) -> Config:
@@ -102,7 +95,7 @@ def config_of(**rollout) -> Config:
 
 def collector_of(chat: Chat, config: Config, env=None, state=None, **options) -> Collector:
     setup = RolloutSetup(
-        env=env or Talk(),
+        env=env or OneOrTwoTurns(),
         chat=chat,
         sampler=Dice(chat.end_id),
         config=config.rollout,
@@ -122,19 +115,17 @@ def longest(group) -> int:
     return max(t.num_sampled for t in group.trajectories)
 
 
-# --- the order of the data ------------------------------------------------------------------------
-
-
 def test_every_pass_takes_every_task_once():
     prompts = PromptQueue(TASKS, seed=3).take()
     passes = [[next(prompts) for _ in TASKS] for _ in range(4)]
-    assert all(sorted(p.task.id for p in one) == sorted(t.id for t in TASKS) for one in passes)
-    assert [p.place for one in passes for p in one] == list(range(40))
-    assert len({tuple(p.task.id for p in one) for one in passes}) == 4
-    assert not any(p.must_finish for one in passes for p in one)
+    for each in passes:
+        assert sorted(p.task.id for p in each) == sorted(task.id for task in TASKS)
+    assert [p.place for each in passes for p in each] == list(range(40))
+    assert len({tuple(p.task.id for p in each) for each in passes}) == 4
+    assert not any(p.must_finish for each in passes for p in each)
 
 
-def test_what_is_given_back_comes_first_and_must_be_finished():
+def test_prompts_that_were_put_back_come_first_and_must_finish():
     queue = PromptQueue(TASKS, seed=3)
     taken = [next(queue.take()) for _ in range(6)]
     queue.put_back([taken[4], taken[1]])
@@ -148,46 +139,42 @@ def test_what_is_given_back_comes_first_and_must_be_finished():
         assert [p.task for p in following[:2]] == [taken[1].task, taken[4].task]
 
 
-def test_a_checkpoint_that_does_not_say_where_the_data_stands():
+def test_a_checkpoint_without_a_data_position():
     assert open_queue(TASKS, 0, {"step": 3}, done=12).state() == {"position": 12, "returned": []}
 
 
-# --- early cut ------------------------------------------------------------------------------------
-
-
-def test_a_cut_loses_nothing_and_changes_no_sample(chat):
-    """Over many steps: each prompt trained once per pass, with the very draws it has uncut."""
+def test_dropping_loses_no_prompt_and_changes_no_sample(chat):
+    """Each prompt is trained once per pass, with the samples it has without dropping."""
     num_steps = 40
-    with collector_of(chat, config_of()) as whole:
-        steps = [whole.collect(step).groups for step in range(1, num_steps + 10)]
-    uncut = dict(enumerate(group for groups in steps for group in groups))
+    with collector_of(chat, config_of()) as collector:
+        steps = [collector.collect(step).groups for step in range(1, num_steps + 10)]
+    by_place = dict(enumerate(group for groups in steps for group in groups))
 
-    with collector_of(chat, config_of(oversample=0.5)) as cut:
-        gathered = [cut.collect(step) for step in range(1, num_steps + 1)]
-        data = cut.state(num_steps)["data"]
-    trained = [group for one in gathered for group in one.groups]
-    dropped = [prompt.place for one in gathered for prompt in one.dropped]
-    assert len(dropped) == len(set(dropped)) >= num_steps / 2  # cut often, and no prompt twice
-    assert all(4 <= len(one.groups) <= 6 for one in gathered)
+    with collector_of(chat, config_of(oversample=0.5)) as collector:
+        collected = [collector.collect(step) for step in range(1, num_steps + 1)]
+        data = collector.state(num_steps)["data"]
+    trained = [group for each in collected for group in each.groups]
+    dropped = [prompt.place for each in collected for prompt in each.dropped]
+    assert len(dropped) == len(set(dropped)) >= num_steps / 2  # often, and no prompt twice
+    assert all(4 <= len(each.groups) <= 6 for each in collected)
 
     places = [place for place in range(data["position"]) if place not in data["returned"]]
-    assert Counter(map(drawn, trained)) == Counter(drawn(uncut[place]) for place in places)
+    assert Counter(map(drawn, trained)) == Counter(drawn(by_place[place]) for place in places)
     counts = Counter(group.task.id for group in trained)
     assert max(counts.values()) - min(counts.values()) <= 1 + len(data["returned"])
-    # the first step alone is what a cut without a queue would train on: too short
-    everything = fmean(map(longest, trained))
-    assert fmean(map(longest, gathered[0].groups)) < 0.8 * everything
-    assert everything == pytest.approx(fmean(longest(uncut[p]) for p in places))
+    # the first step alone has too many short rollouts, all steps together do not
+    mean_longest = fmean(map(longest, trained))
+    assert fmean(map(longest, collected[0].groups)) < 0.8 * mean_longest
+    assert mean_longest == pytest.approx(fmean(longest(by_place[p]) for p in places))
 
 
-def test_a_cut_run_goes_on_from_its_state(chat):
+def test_a_collector_resumes_from_its_state(chat):
     config = config_of(oversample=0.5)
     with collector_of(chat, config) as straight:
         expected = [[drawn(g) for g in straight.collect(step).groups] for step in range(1, 7)]
     with collector_of(chat, config) as first:
         legs = [[drawn(g) for g in first.collect(step).groups] for step in range(1, 4)]
-        # what was collected after the checkpoint does not count
-        first.collect(4)
+        first.collect(4)  # after the checkpoint, so it does not count
         data = first.state(3)["data"]
     assert data["returned"]
     with collector_of(chat, config, state=data, first_step=4) as second:
@@ -195,45 +182,42 @@ def test_a_cut_run_goes_on_from_its_state(chat):
     assert legs == expected
 
 
-# --- groups without signal ------------------------------------------------------------------------
-
 FLAT = tuple(task.id for task in TASKS[:7])
 
 
 def test_groups_without_signal_are_replaced(chat):
     order = list(islice(PromptQueue(TASKS, 0).take(), 30))
-    with collector_of(chat, config_of(refill_waves=6), Talk(FLAT)) as collector:
-        gathered = collector.collect(1)
+    with collector_of(chat, config_of(refill_waves=6), OneOrTwoTurns(FLAT)) as collector:
+        collected = collector.collect(1)
         data = collector.state(1)["data"]
-    signal = [len({t.outcome for t in group.trajectories}) > 1 for group in gathered.groups]
-    assert sum(signal) == 4 and signal[-1]  # as few prompts as hold four with a signal
-    assert gathered.num_refilled == len(signal) - 4 > 0
-    assert [g.task for g in gathered.groups] == [p.task for p in order[: len(signal)]]
+    signal = [len({t.outcome for t in group.trajectories}) > 1 for group in collected.groups]
+    assert sum(signal) == 4 and signal[-1]  # no more prompts than needed for four with signal
+    assert collected.num_refilled == len(signal) - 4 > 0
+    assert [g.task for g in collected.groups] == [p.task for p in order[: len(signal)]]
     assert data == {"position": len(signal), "returned": []}
 
 
 @pytest.mark.parametrize("waves", [0, 1, 3])
-def test_replacements_have_a_bound(chat, waves):
-    everything = Talk(tuple(task.id for task in TASKS))
-    with collector_of(chat, config_of(refill_waves=waves), everything) as collector:
-        gathered = collector.collect(1)
-    assert len(gathered.groups) == 4 * (1 + waves)
-    assert gathered.num_refilled == 4 * waves and not gathered.dropped
+def test_replacements_are_limited(chat, waves):
+    env = OneOrTwoTurns(tuple(task.id for task in TASKS))
+    with collector_of(chat, config_of(refill_waves=waves), env) as collector:
+        collected = collector.collect(1)
+    assert len(collected.groups) == 4 * (1 + waves)
+    assert collected.num_refilled == 4 * waves and not collected.dropped
 
 
-def test_a_cut_and_replacements_together(chat):
-    with collector_of(chat, config_of(refill_waves=6, oversample=0.5), Talk(FLAT)) as collector:
-        gathered = [collector.collect(step) for step in range(1, 9)]
+def test_dropping_and_replacements_together(chat):
+    config = config_of(refill_waves=6, oversample=0.5)
+    with collector_of(chat, config, OneOrTwoTurns(FLAT)) as collector:
+        collected = [collector.collect(step) for step in range(1, 9)]
         data = collector.state(8)["data"]
-    for one in gathered:
-        assert sum(len({t.outcome for t in g.trajectories}) > 1 for g in one.groups) >= 4
-    dropped = [prompt.place for one in gathered for prompt in one.dropped]
+    for each in collected:
+        assert sum(len({t.outcome for t in g.trajectories}) > 1 for g in each.groups) >= 4
+    dropped = [prompt.place for each in collected for prompt in each.dropped]
     assert len(dropped) == len(set(dropped)) > 0
-    num_groups = sum(len(one.groups) for one in gathered)
+    num_groups = sum(len(each.groups) for each in collected)
     assert num_groups == data["position"] - len(data["returned"])
 
-
-# --- through the loop -----------------------------------------------------------------------------
 
 KEPT = {"train__eval_every": 0, "train__save_every": 1, "train__keep_checkpoints": 9}
 OVERLAPPED = {**KEPT, "train__overlap": True, "loss__is_cap": 2.0}
@@ -244,15 +228,15 @@ def weights_after(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def test_a_cut_run_on_two_legs_is_the_run_on_one(letters_model, tmp_path):
-    """Two slots for nine rollouts: groups end one after the other, and some are dropped."""
+def test_a_resumed_run_that_drops_prompts_equals_an_uninterrupted_one(letters_model, tmp_path):
+    """Two slots for nine rollouts: groups finish one after the other, and some are dropped."""
     changes = {**KEPT, "rollout__oversample": 0.5, "sampler__max_sequences": 2}
     train(recipe(letters_model, **changes), tmp_path / "straight")
     assert sum(line["groups_dropped"] for line in training_lines(tmp_path / "straight")) >= 3
-    legs = tmp_path / "legs"
-    train(recipe(letters_model, **changes, train__steps=2), legs)
-    train(recipe(letters_model, **changes), legs, resume=True)
-    expected, found = weights_after(tmp_path / "straight", 4), weights_after(legs, 4)
+    resumed = tmp_path / "resumed"
+    train(recipe(letters_model, **changes, train__steps=2), resumed)
+    train(recipe(letters_model, **changes), resumed, resume=True)
+    expected, found = weights_after(tmp_path / "straight", 4), weights_after(resumed, 4)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -263,19 +247,19 @@ def test_overlap_needs_an_importance_weight(letters_model):
 
 @pytest.fixture
 def packed_groups(monkeypatch) -> list:
-    """The groups of every step, as the loop hands them to `trainable_rows`."""
-    seen = []
+    """The groups of every step, as training passes them to `trainable_rows`."""
+    packed = []
     trainable_rows = turnfast.train.trainable_rows
 
-    def noting(groups, credits):
-        seen.append(groups)
+    def record(groups, credits):
+        packed.append(groups)
         return trainable_rows(groups, credits)
 
-    monkeypatch.setattr(turnfast.train, "trainable_rows", noting)
-    return seen
+    monkeypatch.setattr(turnfast.train, "trainable_rows", record)
+    return packed
 
 
-def test_overlapped_rollouts_are_of_the_weights_of_one_step_before(
+def test_overlapped_rollouts_use_the_weights_of_the_previous_step(
     letters_model, tmp_path, packed_groups
 ):
     train(recipe(letters_model, **OVERLAPPED), tmp_path / "run")
@@ -293,14 +277,14 @@ def test_overlapped_rollouts_are_of_the_weights_of_one_step_before(
                 for turn in trajectory.turns:
                     ids += turn.prompt_ids + turn.sampled_ids
                     start = len(ids) - len(turn.sampled_ids)
-                    ours = teacher_forced_logprobs(policy, ids, start)
+                    ours = forward_logprobs(policy, ids, start)
                     worst = max(worst, float((ours - torch.tensor(turn.logprobs)).abs().max()))
         return worst
 
     assert gap(1, 0) <= 1e-4
     for step in (2, 3, 4):
-        assert gap(step, step - 2) <= 1e-4  # the weights before the last sync
-        assert gap(step, step - 1) > 1e-2  # not those that are trained
+        assert gap(step, step - 2) <= 1e-4  # before the last sync
+        assert gap(step, step - 1) > 1e-2  # the trained ones
     lines = training_lines(tmp_path / "run")
     assert lines[0]["logprob_gap/max"] <= 1e-4
     assert all(line["logprob_gap/max"] > 1e-3 for line in lines[1:])
@@ -323,7 +307,7 @@ def test_training_with_overlap_learns(letters_model, tmp_path):
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + 0.3
 
 
-def test_a_stop_redoes_the_step_that_was_rolled_out_ahead(letters_model, tmp_path, packed_groups):
+def test_resume_repeats_the_step_that_was_rolled_out_ahead(letters_model, tmp_path, packed_groups):
     run_dir = tmp_path / "run"
 
     def after_two_steps() -> bool:
@@ -338,7 +322,7 @@ def test_a_stop_redoes_the_step_that_was_rolled_out_ahead(letters_model, tmp_pat
     assert tasks[:4] == tasks[4:]  # no prompt is lost or trained twice
 
 
-def test_an_error_in_the_training_ends_the_rollout_ahead(letters_model, tmp_path, monkeypatch):
+def test_an_error_in_training_ends_the_rollout_ahead(letters_model, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no such gradient")
 
@@ -354,7 +338,7 @@ def test_an_error_in_the_training_ends_the_rollout_ahead(letters_model, tmp_path
         train(config, tmp_path / "run")
 
 
-def test_a_stop_while_the_collector_rolls_out(chat):
+def test_a_stop_during_the_rollout(chat):
     with (
         collector_of(chat, config_of(), should_stop=stop_after(5)) as collector,
         pytest.raises(Interrupted),

@@ -24,7 +24,7 @@ from turnfast.config.recipe import build_config, load_config
 from turnfast.doctor.memory import HEAD_CHUNK_BYTES, estimate, verdict
 from turnfast.errors import ConfigError
 from turnfast.model.tiny import write_tiny_model
-from turnfast.sampler.vllm import CPU_CACHE_BYTES
+from turnfast.sampler.vllm_start import CPU_CACHE_BYTES
 
 # The estimate of training memory is within this share of the measured peak.
 TOLERANCE = 0.3

@@ -65,8 +65,8 @@ class Recorder(ScriptedSampler):
         self.prompts.append(self._chat.tokenizer.decode(request.prompt_ids))
         super().submit(request)
 
-    def _answer(self, prompt_ids):
-        return self._chat.encode_turn(self._say(self._chat.tokenizer.decode(prompt_ids)))
+    def _answer(self, request):
+        return self._chat.encode_turn(self._say(self._chat.tokenizer.decode(request.prompt_ids)))
 
 
 class Workshop(ToolEnv):
@@ -748,25 +748,21 @@ def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
 def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes):
     """From the sampler's requests and answers to the micro-batches, nothing is encoded anew."""
 
-    def reply(prompt_ids):
-        draw = random.Random(f"{seed} {prompt_ids}")
+    def reply(request):
+        draw = random.Random(f"{seed} {request.prompt_ids}")
         body = [draw.randrange(3, 300) for _ in range(draw.randrange(0, 6))]
         return body + [chat.end_id] * (draw.random() < 0.8 or not body)
 
-    def score(prompt_ids, sampled_ids):
-        return [-0.25 * (1 + i + len(prompt_ids) % 7) for i in range(len(sampled_ids))]
-
     sampled = []
 
-    class Noting(ScriptedSampler):
-        def step(self):
-            asked = dict(self._waiting)
-            done = super().step()
-            sampled.extend((asked[c.id].prompt_ids, c.sampled_ids, c.logprobs) for c in done)
-            return done
+    def score(request, sampled_ids):
+        prompt_ids = request.prompt_ids
+        logprobs = [-0.25 * (1 + i + len(prompt_ids) % 7) for i in range(len(sampled_ids))]
+        sampled.append((prompt_ids, sampled_ids, logprobs))
+        return logprobs
 
     env = Babel(replies)
-    sampler = Noting(reply, score=score, pick=shuffled(seed))
+    sampler = ScriptedSampler(reply, score=score, pick=shuffled(seed))
     limits = {**LIMITS, "max_turns": 3, "seed": seed}
     groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
     credits = [

@@ -1,4 +1,4 @@
-"""The choice of a sampler, the scripted one, and the slot table of the local one."""
+"""The choice of a sampler, the scripted sampler, and the slot table of the local one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from two_turns import finish_all, request
 
 from turnfast.config.schema import SamplerConfig
 from turnfast.errors import ConfigError
 from turnfast.model import Policy
-from turnfast.sampler import Request, choose_backend
+from turnfast.sampler import choose_backend
 from turnfast.sampler.open import open_sampler
 from turnfast.sampler.scripted import ScriptedSampler, newest, oldest, shuffled
 from turnfast.sampler.slots import MIN_COPY, SlotTable
-
-
-def request(id: int, prompt_ids: tuple[int, ...], max_new_tokens: int = 8) -> Request:
-    return Request(
-        id=id, prompt_ids=prompt_ids, max_new_tokens=max_new_tokens, temperature=1.0, seed=id
-    )
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():
@@ -37,14 +32,14 @@ def test_importing_the_package_loads_neither_torch_nor_vllm():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_missing_vllm_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_missing_vllm_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_backend(SamplerConfig(backend="auto")) == "local"
     with pytest.raises(ConfigError, match=r"sampler\.backend: 'vllm'.*turnfast\[vllm\]"):
         choose_backend(SamplerConfig(backend="vllm"))
 
 
-def test_vllm_is_refused_beside_the_triton_interpreter(monkeypatch: pytest.MonkeyPatch):
+def test_vllm_is_refused_with_the_triton_interpreter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend(SamplerConfig(backend="auto")) == "local"
@@ -96,21 +91,19 @@ def test_a_context_that_no_memory_holds_is_refused():
 @pytest.mark.parametrize(
     ("pick", "order"), [(oldest, [0, 1, 2]), (newest, [2, 1, 0]), (shuffled(3), None)]
 )
-def test_scripted_completes_in_the_order_asked_for(pick, order):
-    sampler = ScriptedSampler(lambda prompt_ids: [prompt_ids[-1] + 1, 2], pick=pick)
+def test_scripted_completes_in_the_given_order(pick, order):
+    sampler = ScriptedSampler(lambda request: [request.prompt_ids[-1] + 1, 2], pick=pick)
     for i in range(3):
         sampler.submit(request(i, (5, 10 + i)))
-    seen = []
-    while sampler.num_pending:
-        (completion,) = sampler.step()
+    done = finish_all(sampler)
+    for completion in done.values():
         assert completion.sampled_ids == (11 + completion.id, 2)
         assert completion.finish == "stop" and len(completion.logprobs) == 2
-        seen.append(completion.id)
-    assert sorted(seen) == [0, 1, 2] and order in (None, seen)
+    assert sorted(done) == [0, 1, 2] and order in (None, list(done))
 
 
 def test_scripted_cuts_and_aborts():
-    sampler = ScriptedSampler(lambda prompt_ids: range(100), max_context=20)
+    sampler = ScriptedSampler(lambda request: range(100), max_context=20)
     sampler.submit(request(0, (1,), max_new_tokens=3))
     sampler.submit(request(1, tuple(range(15)), max_new_tokens=50))
     sampler.submit(request(2, (1,)))
@@ -122,7 +115,7 @@ def test_scripted_cuts_and_aborts():
 
 
 class TestSlotTable:
-    def test_next_turn_goes_on_in_its_slot(self):
+    def test_the_next_turn_continues_in_its_slot(self):
         table = SlotTable(4, 64)
         first = table.place(range(30))
         assert first is not None and (first.slot, first.cached) == (0, 0)
@@ -140,18 +133,18 @@ class TestSlotTable:
         assert [p.cached for p in placements if p] == [0, *[MIN_COPY + 3] * 3]
         assert table.place(prompt) is None
 
-    def test_nothing_is_reused_after_forget(self):
+    def test_nothing_is_reused_after_clear(self):
         table = SlotTable(2, 64)
         table.place(range(40))
         table.release(0)
-        table.forget()
+        table.clear()
         again = table.place(range(40))
         assert again is not None and again.cached == 0 and again.source is None
 
     @settings(max_examples=200, deadline=None)
     @given(st.data())
-    def test_what_it_calls_cached_is_what_the_cache_holds(self, data: st.DataObject):
-        """A model of the cache itself: columns are written and copied as the forward does it."""
+    def test_cached_tokens_are_in_the_cache(self, data: st.DataObject):
+        """Against a model of the cache, which is written and copied as in the forward."""
         num_slots, capacity = data.draw(st.integers(1, 5)), 48
         table, cache = SlotTable(num_slots, capacity), -np.ones((num_slots, capacity), dtype=int)
         busy: set[int] = set()
@@ -176,15 +169,13 @@ class TestSlotTable:
                 writes.append((placement.slot, placement.cached, prompt[placement.cached :]))
                 if placement.source is not None:
                     copies.append((placement.source, placement.slot, placement.cached))
-                copies = [*copies]
             for slot, start, tokens in writes:
                 cache[slot, start : start + len(tokens)] = tokens
             for source, target, length in copies:
                 cache[target, :length] = cache[source, :length]
             table.unpin()
             for slot in busy:
-                length = table.length(slot)
-                np.testing.assert_array_equal(cache[slot, :length], table._ids[slot, :length])
+                np.testing.assert_array_equal(cache[slot, : table.length(slot)], table.tokens(slot))
             for slot in data.draw(st.sets(st.sampled_from(sorted(busy)))) if busy else ():
                 busy.remove(slot)
                 table.release(slot)

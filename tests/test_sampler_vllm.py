@@ -1,4 +1,4 @@
-"""The vLLM engine in this process, and weight sync into it. Run in a pytest process of its own."""
+"""The vLLM engine in this process, and weight sync into it; needs its own pytest process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
-from two_turns import VOCAB, finish_all, request, tiny_qwen3, two_turns, worst_gap
+from two_turns import (
+    VOCAB,
+    WithOtherLoad,
+    finish_all,
+    request,
+    tiny_qwen3,
+    train_one_step,
+    two_turns,
+    without,
+    worst_gap,
+)
 
 from turnfast.config.schema import LoraConfig, SamplerConfig
 from turnfast.errors import SyncError
@@ -70,7 +80,7 @@ def engine(folder: Path) -> Iterator:
     rng, numbers = torch.random.get_rng_state(), random.getstate()
     threads = torch.get_num_threads()
     sampler = open_sampler(config, policy, stop_ids=(STOP,), max_context=CONTEXT)
-    # the engine seeds and pins what it can reach; none of that may show in the trainer
+    # the engine seeds generators and pins threads; the trainer must not notice
     assert torch.equal(rng, torch.random.get_rng_state()) and numbers == random.getstate()
     torch.set_num_threads(threads + 1)
     assert torch.get_num_threads() == threads + 1
@@ -87,7 +97,7 @@ def sampler(engine, trainer):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="asks for more memory than a CPU has")
-def test_an_engine_that_gets_no_memory_is_one_line_with_the_way_out(letters_model):
+def test_lack_of_memory_is_reported_in_one_line(letters_model):
     recipe = ["demo", "--env.name=calculator", "--env.options={}", f"--model.path={letters_model}"]
     done = subprocess.run(
         [sys.executable, "-m", "turnfast", "eval", *recipe, "--sampler.backend=vllm"],
@@ -97,22 +107,14 @@ def test_an_engine_that_gets_no_memory_is_one_line_with_the_way_out(letters_mode
         timeout=300,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("turnfast: sampler.backend: vLLM lacks memory to start; change")
-    assert "VLLM_CPU_KVCACHE_SPACE" in told and "rollout.max_context = 256" in told
-    assert "Error: Available memory on" in told
-
-
-def train_one_step(model: Qwen3ForCausalLM, lr: float = 3e-4) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    ids = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    model.zero_grad()
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("turnfast: sampler.backend: vLLM lacks memory to start; change")
+    assert "VLLM_CPU_KVCACHE_SPACE" in line and "rollout.max_context = 256" in line
+    assert "Error: Available memory on" in line
 
 
 def raw_load(sampler, named_weights) -> None:
-    """vLLM's own load, without the check that every tensor was replaced."""
+    """vLLM's own load, which keeps the prefix cache and checks nothing."""
     named = list(named_weights)
     sampler._engine.apply_model(lambda model: model.load_weights(iter(named)))
 
@@ -135,30 +137,29 @@ def test_logprobs_of_whole_trajectories_with_prefix_hits(sampler, trainer):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
 def test_logprobs_are_those_of_the_temperature(sampler, trainer, temperature):
-    asked = {0: request(0, range(2, 90), temperature=temperature)}
-    asked[1] = request(1, range(5, 50))  # another temperature in the same batch
-    for one in asked.values():
-        sampler.submit(one)
+    requests = {0: request(0, range(2, 90), temperature=temperature)}
+    requests[1] = request(1, range(5, 50))  # another temperature in the same batch
+    for each in requests.values():
+        sampler.submit(each)
     done = finish_all(sampler)
-    assert worst_gap(trainer, {i: (asked[i], done[i]) for i in asked}) <= TOLERANCE
+    assert worst_gap(trainer, {i: (requests[i], done[i]) for i in requests}) <= TOLERANCE
 
 
 def test_stop_id_is_kept_and_nothing_else_stops(sampler, trainer):
     with torch.no_grad():
-        trainer.model.norm.weight.zero_()  # even odds for every id: the stop id comes up
+        trainer.model.norm.weight.zero_()  # the same probability for every id
     sampler.load_weights(trainer.named_parameters())
     for i in range(60):
         sampler.submit(request(i, range(2, 20), max_new_tokens=60))
     done = finish_all(sampler)
-    stopped = [c for c in done.values() if c.finish == "stop"]
-    assert 0 < len(stopped) < 60
+    assert 0 < sum(completion.finish == "stop" for completion in done.values()) < 60
     for completion in done.values():
-        ended = completion.sampled_ids[-1] == STOP
-        assert ended == (completion.finish == "stop") and STOP not in completion.sampled_ids[:-1]
-        assert ended or len(completion.sampled_ids) == 60
+        stopped = completion.sampled_ids[-1] == STOP
+        assert stopped == (completion.finish == "stop") and STOP not in completion.sampled_ids[:-1]
+        assert stopped or len(completion.sampled_ids) == 60
 
 
-def test_context_is_never_left(sampler):
+def test_max_context_is_respected(sampler):
     sampler.submit(request(0, [5] * (CONTEXT - 1)))
     sampler.submit(request(1, [5] * (CONTEXT - 10), max_new_tokens=100))
     done = finish_all(sampler)
@@ -169,14 +170,14 @@ def test_context_is_never_left(sampler):
 
 
 def test_more_prompt_tokens_than_one_step_takes(sampler):
-    """Seeded prompts that do not fit into one engine step wait for the next, whole."""
+    """Seeded prompts that do not fit into one engine step wait for the next one."""
     prompts = {i: [(7 * i + j) % VOCAB for j in range(240)] for i in range(64)}
     for i, prompt_ids in prompts.items():
         sampler.submit(request(i, prompt_ids, max_new_tokens=2))
     assert finish_all(sampler).keys() == prompts.keys()
 
 
-def test_abort_leaves_the_others_alone(sampler):
+def test_abort_does_not_change_other_requests(sampler):
     sampler.submit(request(1, range(10, 60)))
     expected = finish_all(sampler)[1]
     for i in range(3):
@@ -191,9 +192,9 @@ def test_abort_leaves_the_others_alone(sampler):
     assert sampler.step() == []
 
 
-def test_weights_are_not_loaded_under_running_requests(sampler, trainer):
+def test_requests_in_flight_are_refused(sampler, trainer):
     sampler.submit(request(0, range(10, 60)))
-    with pytest.raises(RuntimeError, match="1 requests are in flight"):
+    with pytest.raises(SyncError, match="1 requests are in flight"):
         sampler.load_weights(trainer.named_parameters())
     sampler.abort([0])
 
@@ -209,8 +210,8 @@ def test_steps_and_syncs(sampler, trainer, probe):
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 
 
-def test_rollouts_in_a_thread_beside_training(sampler, trainer, probe):
-    """What overlap needs: weights of its own, and an engine that another thread may step."""
+def test_sampling_in_a_thread_while_training(sampler, trainer, probe):
+    """As `train.overlap` does."""
     before = copy.deepcopy(trainer)
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(two_turns, sampler, range(24))
@@ -222,7 +223,7 @@ def test_rollouts_in_a_thread_beside_training(sampler, trainer, probe):
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 
 
-def test_an_adapter_arrives_merged(sampler, trainer, probe):
+def test_an_adapter_is_loaded_merged(sampler, trainer, probe):
     pytest.importorskip("peft")
     add_adapter(trainer, LoraConfig(r=4), seed=0)
     for _ in range(2):
@@ -234,69 +235,49 @@ def test_an_adapter_arrives_merged(sampler, trainer, probe):
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 
 
-def test_a_skipped_sync_is_caught(sampler, trainer, monkeypatch, probe):
+def test_ignored_weights_are_detected(sampler, trainer, probe):
     sync_weights(trainer, sampler, probe, TOLERANCE)
+    old = copy.deepcopy(trainer)
     train_one_step(trainer)
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler, "load_weights", lambda named: sampler._engine.reset_prefix_cache())
-        with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
-            sync_weights(trainer, sampler, probe, TOLERANCE)
+    faulty = WithOtherLoad(sampler, lambda named: sampler.load_weights(old.named_parameters()))
+    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
+        sync_weights(trainer, faulty, probe, TOLERANCE)
     sync_weights(trainer, sampler, probe, TOLERANCE)
 
 
-def test_a_tensor_that_never_arrives_is_refused_by_name(sampler, trainer, monkeypatch, probe):
-    take = sampler.load_weights
-    for dropped, fused in [
+def test_a_missing_tensor_is_named(sampler, trainer, probe):
+    for name, fused in [
         ("model.layers.2.self_attn.k_proj.weight", "qkv_proj"),
         ("model.layers.0.mlp.up_proj.weight", "gate_up_proj"),
         ("model.layers.1.self_attn.q_norm.weight", "q_norm"),
         ("model.embed_tokens.weight", "embed_tokens"),
     ]:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                sampler,
-                "load_weights",
-                lambda named, dropped=dropped: take((n, t) for n, t in named if n != dropped),
-            )
-            with pytest.raises(SyncError, match=f"1 of its parameters: .*{fused}"):
-                sync_weights(trainer, sampler, probe, TOLERANCE)
+        with pytest.raises(SyncError, match=f"1 of its parameters: .*{fused}"):
+            sync_weights(trainer, without(sampler, name), probe, TOLERANCE)
         sampler.load_weights(trainer.named_parameters())
 
 
-def test_a_dropped_matrix_is_felt_by_the_probe_alone(sampler, trainer, probe):
-    """Where the engine keeps an old tensor that passes for a new one."""
+def test_the_probe_detects_every_old_matrix(sampler, trainer, probe):
+    """Also where the engine gets an old tensor under the right name."""
     old = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
     train_one_step(trainer)
     new = dict(trainer.named_parameters())
     for name in new:
         mixed = {**new, name: old[name]}
         sampler.load_weights(mixed.items())
-        # gains (norms) move the log-probs least; rounding is below 5e-6 on a CPU
+        # the gains of norms change the log-probs least; rounding is below 5e-6 on a CPU
         least = TOLERANCE if "norm" not in name else TOLERANCE / 10
         assert compare(trainer, sampler, probe)[0] > least, name
+    name = "model.layers.1.mlp.down_proj.weight"
+    mixed = {**new, name: old[name]}
+    faulty = WithOtherLoad(sampler, lambda named: sampler.load_weights(mixed.items()))
     with pytest.raises(SyncError, match="differ"):
-        sync_weights(
-            trainer, _Stubborn(sampler, old, "model.layers.1.mlp.down_proj.weight"), probe, 1e-4
-        )
+        sync_weights(trainer, faulty, probe, 1e-4)
 
 
-class _Stubborn:
-    """The real engine, with one tensor that always comes back as it was."""
-
-    def __init__(self, sampler, old, name) -> None:
-        self._sampler, self._old, self._name = sampler, old, name
-
-    def __getattr__(self, attribute):
-        return getattr(self._sampler, attribute)
-
-    def load_weights(self, named_weights):
-        named = dict(named_weights)
-        self._sampler.load_weights({**named, self._name: self._old[self._name]}.items())
-
-
-def test_a_stale_prefix_cache_is_caught(sampler, trainer, monkeypatch, probe):
+def test_a_stale_prefix_cache_is_detected(sampler, trainer, monkeypatch, probe):
     sync_weights(trainer, sampler, probe, TOLERANCE)
-    # the probe's blocks are really hit, so a cache that outlives the weights would be used
+    # the probe hits the cache, so a stale one would be used
     assert min(c.cached_tokens for c in compare(trainer, sampler, probe)[1]) >= 32
     train_one_step(trainer)
     raw_load(sampler, trainer.named_parameters())
@@ -308,7 +289,7 @@ def test_a_stale_prefix_cache_is_caught(sampler, trainer, monkeypatch, probe):
     assert sync_weights(trainer, sampler, probe, TOLERANCE).gap <= TOLERANCE
 
 
-def test_a_cache_that_refuses_to_be_dropped_is_an_error(sampler, trainer, monkeypatch, probe):
+def test_a_failed_reset_of_the_prefix_cache_is_an_error(sampler, trainer, monkeypatch, probe):
     monkeypatch.setattr(sampler._engine, "reset_prefix_cache", lambda: False)
     with pytest.raises(SyncError, match="prefix cache"):
         sync_weights(trainer, sampler, probe, TOLERANCE)

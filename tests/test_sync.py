@@ -1,6 +1,6 @@
-"""Weight sync into the local sampler, and the faults that the probe must find.
+"""Weight sync into the local sampler, and the faults that the probe must detect.
 
-The same faults against the real engine are in test_sampler_vllm.py.
+test_sampler_vllm.py tests the same faults with the real engine.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
-from two_turns import VOCAB, tiny_qwen3
+from two_turns import (
+    VOCAB,
+    WithOtherLoad,
+    finish_all,
+    forward_logprobs,
+    request,
+    tiny_qwen3,
+    train_one_step,
+    without,
+)
 
-from turnfast.errors import SyncError
+from turnfast.errors import ConfigError, SyncError
 from turnfast.model import default_tolerance
-from turnfast.sampler import Request
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.sampler.sync import (
@@ -25,7 +33,6 @@ from turnfast.sampler.sync import (
     make_probe,
     sync_after_step,
     sync_weights,
-    teacher_forced_logprobs,
 )
 
 CONTEXT, TOLERANCE = 256, 1e-4
@@ -42,57 +49,47 @@ def trainer() -> Qwen3ForCausalLM:
     return tiny_qwen3(head_dim=16)
 
 
-def own_sampler(model: torch.nn.Module) -> LocalSampler:
+def sampler_of(model: torch.nn.Module) -> LocalSampler:
     return LocalSampler(model, stop_ids=(1,), num_slots=32, max_context=CONTEXT)
 
 
-def train_one_step(model: Qwen3ForCausalLM, seed: int = 0, lr: float = 3e-4) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    ids = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(seed))
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    model.zero_grad()
-
-
-def warm(sampler: LocalSampler, probe: Probe) -> list[int]:
-    """Ask for the probe's prompts once more, and say how much of them was not cached."""
+def uncached_tokens(sampler: LocalSampler, probe: Probe) -> list[int]:
+    """Sample after the probe's prompts; how many of their tokens were not cached."""
     for i, prompt_ids in enumerate(probe.prompts):
-        sampler.submit(
-            Request(id=i, prompt_ids=prompt_ids, max_new_tokens=1, temperature=0.0, seed=0)
-        )
-    done = []
-    while sampler.num_pending:
-        done += sampler.step()
+        sampler.submit(request(i, prompt_ids, max_new_tokens=1))
+    done = finish_all(sampler).values()
     return [len(probe.prompts[0]) - completion.cached_tokens for completion in done]
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_steps_and_syncs(trainer, shared, probe):
-    sampler = own_sampler(trainer if shared else copy.deepcopy(trainer))
+    sampler = sampler_of(trainer if shared else copy.deepcopy(trainer))
     for seed in range(3):
         report = sync_weights(trainer, sampler, probe, TOLERANCE)
         assert report.gap <= 1e-5 and report.num_tokens >= len(probe.prompts) and report.time_s > 0
-        assert warm(sampler, probe) == [1] * len(probe.prompts)
+        assert uncached_tokens(sampler, probe) == [1] * len(probe.prompts)
         train_one_step(trainer, seed)
 
 
-def test_a_skipped_sync_is_caught(trainer, monkeypatch, probe):
-    sampler = own_sampler(copy.deepcopy(trainer))
-    sync_weights(trainer, sampler, probe, TOLERANCE)
-    train_one_step(trainer)
-
-    def drop_caches_only(named_weights):
-        sampler._slots.forget()
-
-    monkeypatch.setattr(sampler, "load_weights", drop_caches_only)
-    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
-        sync_weights(trainer, sampler, probe, TOLERANCE)
-
-
-def test_a_shared_module_needs_no_probe_after_a_step(trainer):
-    sampler = own_sampler(trainer)
+@pytest.mark.parametrize("after_step", [False, True])
+def test_ignored_weights_are_detected(trainer, after_step):
+    old = copy.deepcopy(trainer)
+    sampler = sampler_of(old)
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
-    assert warm(sampler, PROBE) == [1] * len(PROBE.prompts)
+    train_one_step(trainer)
+    # loading its own weights only drops the caches
+    faulty = WithOtherLoad(sampler, lambda named: sampler.load_weights(old.named_parameters()))
+    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
+        if after_step:
+            sync_after_step(trainer, faulty, PROBE, TOLERANCE, probed=True)
+        else:
+            sync_weights(trainer, faulty, PROBE, TOLERANCE)
+
+
+def test_a_shared_module_is_not_probed_after_a_step(trainer):
+    sampler = sampler_of(trainer)
+    sync_weights(trainer, sampler, PROBE, TOLERANCE)
+    assert uncached_tokens(sampler, PROBE) == [1] * len(PROBE.prompts)
     for seed in range(2):
         train_one_step(trainer, seed)
         report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
@@ -101,26 +98,16 @@ def test_a_shared_module_needs_no_probe_after_a_step(trainer):
         assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
 
 
-def test_a_copy_is_probed_after_a_step_if_asked(trainer, monkeypatch):
-    sampler = own_sampler(copy.deepcopy(trainer))
+@pytest.mark.parametrize(("probed", "num_tokens"), [(True, 4), (False, 0)])
+def test_a_copy_gets_the_weights_after_a_step(trainer, probed, num_tokens):
+    sampler = sampler_of(copy.deepcopy(trainer))
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
     train_one_step(trainer)
-    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
-    assert report.num_tokens == 4 and report.gap <= 1e-5
-    train_one_step(trainer, seed=1)
-    monkeypatch.setattr(sampler, "load_weights", lambda named_weights: sampler._slots.forget())
-    with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
-        sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
-
-
-def test_without_a_probe_the_weights_are_handed_over_all_the_same(trainer):
-    sampler = own_sampler(copy.deepcopy(trainer))
-    sync_weights(trainer, sampler, PROBE, TOLERANCE)
-    train_one_step(trainer)
-    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
-    assert report.num_tokens == 0 and report.gap == 0.0
+    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=probed)
+    assert report.num_tokens == num_tokens and report.gap <= 1e-5
     gap, completions = compare(trainer, sampler, PROBE)
-    assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
+    assert gap <= 1e-5
+    assert probed or all(c.cached_tokens == 0 for c in completions)
 
 
 @pytest.mark.parametrize(
@@ -142,119 +129,108 @@ def test_tokens_of_other_weights_are_refused(dtype, mean, largest, refused):
         check_logprob_gap(mean, largest, tolerance=tolerance, dtype=dtype)
 
 
-def test_a_shared_module_with_requests_in_flight_is_refused(trainer):
-    sampler = own_sampler(trainer)
-    sampler.submit(Request(id=0, prompt_ids=(5, 6), max_new_tokens=3, temperature=1.0, seed=0))
-    with pytest.raises(SyncError, match="1 requests are in flight"):
-        sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
-
-
-def test_every_dropped_matrix_is_felt_by_the_probe(trainer, probe):
-    """The probe alone, without the sampler's own check of completeness."""
+def test_the_probe_detects_every_old_matrix(trainer, probe):
+    """Also without the sampler's own check for missing tensors."""
     old = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
     train_one_step(trainer)
-    served = copy.deepcopy(trainer)
-    sampler = own_sampler(served)
-    for name, tensor in served.named_parameters():
+    copied = copy.deepcopy(trainer)
+    sampler = sampler_of(copied)
+    for name, tensor in copied.named_parameters():
         new = tensor.detach().clone()
         tensor.data.copy_(old[name])
-        sampler.load_weights(served.named_parameters())
-        # rounding alone is below 2e-6; gains (norms) move the log-probs least
+        sampler.load_weights(copied.named_parameters())
+        # rounding alone is below 2e-6; the gains of norms change the log-probs least
         assert compare(trainer, sampler, probe)[0] > (1e-5 if "norm" in name else TOLERANCE), name
         tensor.data.copy_(new)
     assert sync_weights(trainer, sampler, probe, TOLERANCE).gap < 2e-6
 
 
-def test_a_dropped_tensor_is_refused_by_name(trainer, monkeypatch, probe):
-    sampler = own_sampler(copy.deepcopy(trainer))
-    take = sampler.load_weights
-    dropped = "model.layers.2.self_attn.k_norm.weight"
-    monkeypatch.setattr(
-        sampler, "load_weights", lambda named: take((n, t) for n, t in named if n != dropped)
-    )
+def test_a_missing_tensor_is_named(trainer, probe):
+    name = "model.layers.2.self_attn.k_norm.weight"
+    sampler = without(sampler_of(copy.deepcopy(trainer)), name)
     with pytest.raises(SyncError, match=r"layers\.2\.self_attn\.k_norm"):
         sync_weights(trainer, sampler, probe, TOLERANCE)
 
 
-def test_a_stale_prefix_cache_is_caught(trainer, monkeypatch, probe):
-    """The weights are shared, so all that can be stale are cached keys and values."""
-    sampler = own_sampler(trainer)
+@pytest.mark.parametrize("evicted", [False, True])
+def test_a_stale_prefix_cache_is_detected(trainer, evicted, probe):
+    """The weights are shared, so only cached keys and values can be stale."""
+    sampler = sampler_of(trainer)
     sync_weights(trainer, sampler, probe, TOLERANCE)
-    assert warm(sampler, probe) == [1] * len(probe.prompts)
+    assert uncached_tokens(sampler, probe) == [1] * len(probe.prompts)
+    if evicted:  # by twice as many requests as slots
+        for i in range(64):
+            sampler.submit(request(i, range(2 + i, 40 + i), max_new_tokens=1))
+        finish_all(sampler)
     train_one_step(trainer)
-    monkeypatch.setattr(sampler._slots, "forget", lambda: None)
-    gap, completions = compare(trainer, sampler, probe)
-    assert gap > 10 * TOLERANCE
-    assert {c.cached_tokens for c in completions} == {len(probe.prompts[0]) - 1}
+    if not evicted:
+        gap, completions = compare(trainer, sampler, probe)
+        assert gap > 10 * TOLERANCE
+        assert {c.cached_tokens for c in completions} == {len(probe.prompts[0]) - 1}
+    faulty = WithOtherLoad(sampler, lambda named: None)
     with pytest.raises(SyncError, match="prefix cache"):
-        sync_weights(trainer, sampler, probe, TOLERANCE)
+        sync_weights(trainer, faulty, probe, TOLERANCE)
 
 
-def test_a_stale_cache_is_caught_even_where_the_probe_was_evicted(trainer, monkeypatch, probe):
-    sampler = own_sampler(trainer)
-    sync_weights(trainer, sampler, probe, TOLERANCE)
-    for i in range(64):  # twice the slots: nothing of the probe is left
-        prompt_ids = tuple(range(2 + i, 40 + i))
-        sampler.submit(
-            Request(id=i, prompt_ids=prompt_ids, max_new_tokens=1, temperature=0.0, seed=0)
-        )
-    while sampler.num_pending:
-        sampler.step()
-    train_one_step(trainer)
-    monkeypatch.setattr(sampler._slots, "forget", lambda: None)
-    with pytest.raises(SyncError, match="prefix cache"):
-        sync_weights(trainer, sampler, probe, TOLERANCE)
-
-
-def test_values_that_are_not_numbers_are_caught(trainer, probe):
-    sampler = own_sampler(trainer)
+def test_nan_weights_are_detected(trainer, probe):
+    sampler = sampler_of(trainer)
     with torch.no_grad():
         trainer.model.norm.weight[3] = float("nan")
     with pytest.raises(SyncError, match="by nan"):
         sync_weights(trainer, sampler, probe, TOLERANCE)
 
 
-def test_requests_in_flight_are_refused(trainer, probe):
-    sampler = own_sampler(trainer)
-    sampler.submit(Request(id=0, prompt_ids=(5, 6), max_new_tokens=3, temperature=1.0, seed=0))
+@pytest.mark.parametrize("after_step", [False, True])
+def test_requests_in_flight_are_refused(trainer, after_step):
+    sampler = sampler_of(trainer)
+    sampler.submit(request(0, (5, 6)))
     with pytest.raises(SyncError, match="1 requests are in flight"):
-        sync_weights(trainer, sampler, probe, TOLERANCE)
+        if after_step:
+            sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
+        else:
+            sync_weights(trainer, sampler, PROBE, TOLERANCE)
 
 
-def test_a_sampler_without_the_weights_fails(trainer, probe):
+def test_a_sampler_without_the_weights_is_detected(trainer, probe):
     with pytest.raises(SyncError, match="differ"):
-        sync_weights(trainer, ScriptedSampler(lambda prompt_ids: [1]), probe, TOLERANCE)
+        sync_weights(trainer, ScriptedSampler(lambda request: [1]), probe, TOLERANCE)
 
 
-def test_sync_leaves_the_trainer_as_it_was(trainer, probe):
+def test_sync_does_not_change_the_trainer(trainer, probe):
     trainer.train()
     before = {name: tensor.clone() for name, tensor in trainer.named_parameters()}
     state = torch.random.get_rng_state()
-    sync_weights(trainer, own_sampler(copy.deepcopy(trainer)), probe, TOLERANCE)
+    sync_weights(trainer, sampler_of(copy.deepcopy(trainer)), probe, TOLERANCE)
     assert trainer.training and torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.named_parameters())
 
 
-def test_teacher_forced_logprobs_are_the_plain_forward(trainer):
-    ids = list(range(5, 45))
-    ours = teacher_forced_logprobs(trainer, ids, start=30, temperature=0.7)
-    with torch.no_grad():
-        logprobs = torch.log_softmax(trainer(input_ids=torch.tensor([ids])).logits[0] / 0.7, -1)
-    assert ours.shape == (10,)
-    for n, position in enumerate(range(30, 40)):
-        assert ours[n].item() == pytest.approx(
-            logprobs[position - 1, ids[position]].item(), abs=1e-6
-        )
+def test_the_gap_is_to_the_plain_forward(trainer):
+    """The sampler shifts one log-prob of one row by 0.25."""
+    rows = {prompt_ids: i for i, prompt_ids in enumerate(PROBE.prompts)}
+    replies = [(7 + i, 9 + i, 1)[: 1 + i % 3] for i in range(len(rows))]
+
+    def score(request, sampled_ids):
+        row = rows[request.prompt_ids]
+        logprobs = forward_logprobs(
+            trainer, request.prompt_ids + sampled_ids, len(request.prompt_ids)
+        ).tolist()
+        return [x + 0.25 * (row == 5 and k == 2) for k, x in enumerate(logprobs)]
+
+    sampler = ScriptedSampler(lambda request: replies[rows[request.prompt_ids]], score=score)
+    gap, completions = compare(trainer, sampler, PROBE)
+    assert gap == pytest.approx(0.25, abs=1e-5)
+    assert [completion.sampled_ids for completion in completions] == replies
 
 
-def test_the_probe_touches_every_id_of_a_small_vocabulary():
+def test_the_probe_has_every_id_of_a_small_vocabulary():
     assert {i for prompt in PROBE.prompts for i in prompt} == set(range(VOCAB))
     assert len({len(prompt) for prompt in PROBE.prompts}) == 1
     assert make_probe(VOCAB, CONTEXT, seed=0) == PROBE != make_probe(VOCAB, CONTEXT, seed=1)
     assert sum(map(len, PROBE.short.prompts)) + 8 <= sum(map(len, PROBE.prompts)) / 7
     small = make_probe(10, 20)
     assert {len(prompt) for prompt in small.prompts} == {12}
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_context: 8 tokens are too few"):
         make_probe(VOCAB, 8)
 
 

@@ -1,15 +1,14 @@
-"""Trajectories of two turns through any sampler, for the tests of each."""
+"""Trajectories of two turns through any sampler, checked against plain forwards."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from turnfast.sampler import Completion, Request, Sampler
-from turnfast.sampler.sync import teacher_forced_logprobs
 
 VOCAB = 600
 
@@ -32,6 +31,33 @@ def tiny_qwen3(head_dim: int, **fields) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def train_one_step(model: Qwen3ForCausalLM, seed: int = 0, lr: float = 3e-4) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    ids = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(seed))
+    ids = ids.to(model.device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+class WithOtherLoad:
+    """A sampler whose `load_weights` is replaced."""
+
+    def __init__(self, sampler: Sampler, load: Callable[[Iterable], None]) -> None:
+        self._sampler = sampler
+        self.load_weights = load
+
+    def __getattr__(self, name: str):
+        return getattr(self._sampler, name)
+
+
+def without(sampler: Sampler, name: str) -> WithOtherLoad:
+    """A sampler to which one tensor is never passed."""
+    return WithOtherLoad(
+        sampler, lambda named: sampler.load_weights((n, t) for n, t in named if n != name)
+    )
+
+
 def request(id: int, prompt_ids: Sequence[int], **changes) -> Request:
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1000 + id, **changes}
     return Request(id=id, prompt_ids=tuple(prompt_ids), **options)
@@ -47,7 +73,7 @@ def finish_all(sampler: Sampler) -> dict[int, Completion]:
 def two_turns(
     sampler: Sampler, order: Sequence[int]
 ) -> dict[tuple[int, int], tuple[Request, Completion]]:
-    """24 trajectories, 4 to a prompt; a second turn starts as soon as its first one has ended."""
+    """24 trajectories, 4 per prompt; a second turn starts when its first one has finished."""
     rng = random.Random(7)
     system = [rng.randrange(2, VOCAB) for _ in range(40)]
     prompts = [
@@ -72,13 +98,22 @@ def two_turns(
     return played
 
 
+@torch.no_grad()
+def forward_logprobs(
+    model: torch.nn.Module, ids: Sequence[int], start: int, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probs of ids[start:] by one plain forward, float32 on the CPU."""
+    ids_T = torch.tensor(ids, device=next(model.parameters()).device)
+    logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+    logprobs_TV = torch.log_softmax(logits_TV[start - 1 : -1] / temperature, dim=-1)
+    return logprobs_TV.gather(1, ids_T[start:, None]).squeeze(1).cpu()
+
+
 def worst_gap(model: torch.nn.Module, played) -> float:
-    """Largest |log-prob of the sampler - that of the model's plain forward| over all samples."""
+    """Largest |log-prob of the sampler - log-prob of the forward| over all samples."""
     gap = 0.0
     for before, completion in played.values():
         ids = before.prompt_ids + completion.sampled_ids
-        ours = teacher_forced_logprobs(
-            model, ids, len(before.prompt_ids), before.temperature or 1.0
-        )
-        gap = max(gap, (ours.cpu() - torch.tensor(completion.logprobs)).abs().max().item())
+        ours = forward_logprobs(model, ids, len(before.prompt_ids), before.temperature or 1.0)
+        gap = max(gap, (ours - torch.tensor(completion.logprobs)).abs().max().item())
     return gap

@@ -27,6 +27,7 @@ from turnfast.envs import load_env
 from turnfast.model.tiny import write_tiny_model
 from turnfast.rollout.groups import rollout_tasks
 from turnfast.rollout.setup import RolloutSetup
+from turnfast.sampler import Request
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.types import Credit, Group
 
@@ -110,13 +111,14 @@ def record(
 
 
 class _Agent:
-    """Maps context ids to reply ids; the same context gets a different reply each time."""
+    """Replies to requests; the same prompt gets another reply each time."""
 
     def __init__(self, chat: Chat, seed: int, thoughts: int) -> None:
         self._chat, self._seed, self._thoughts = chat, seed, thoughts
         self._asked: dict[tuple[int, ...], int] = {}
 
-    def __call__(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def __call__(self, request: Request) -> tuple[int, ...]:
+        prompt_ids = request.prompt_ids
         self._asked[prompt_ids] = self._asked.get(prompt_ids, 0) + 1
         draw = random.Random(f"{self._seed}:{self._asked[prompt_ids]}:{prompt_ids}")
         text = self._chat.decode_turn(prompt_ids)

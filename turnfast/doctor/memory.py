@@ -33,8 +33,8 @@ from ..model import (
 from ..model.folder import architecture_of
 from ..model.lora import add_adapter
 from ..sampler import choose_backend
-from ..sampler.ragged import cache_bytes_per_token
-from ..sampler.vllm import cpu_cache_bytes
+from ..sampler.cache import cache_bytes_per_token
+from ..sampler.vllm_start import cpu_cache_bytes
 from ..update.adamw import DTYPES, WORKSPACE, WORKSPACE_BYTES
 from .checks import refuse_rounded_adapter
 

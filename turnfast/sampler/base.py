@@ -1,6 +1,6 @@
-"""What a sampler is: requests of token ids in, completions of token ids and log-probs out.
+"""The interface of a sampler: requests of token ids in, completions with log-probabilities out.
 
-It is stepped by hand so that trajectories advance independently: while one waits for its tool,
+The rollout steps it by hand, so trajectories advance independently: while one waits for its tool,
 `step` keeps generating for the others.
 """
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One turn to sample. `temperature` 0 is greedy. The same seed and prompt give the same ids,
-    whatever else is in flight."""
+    """One turn to sample; `temperature` 0 is greedy. The samples depend only on the prompt, the
+    limits and the seed, not on other requests."""
 
     id: int
     prompt_ids: tuple[int, ...]
@@ -30,8 +30,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """Sampled ids (end-of-turn token included when drawn) and their log-probs under the sampling
-    distribution: temperature applied, natural log. Greedy ids have those of temperature 1."""
+    """A finished request.
+
+    Attributes:
+        sampled_ids: with the stop id, if one was drawn.
+        logprobs: natural log, under the sampling distribution with its temperature; greedy samples
+            have those of temperature 1.
+        cached_tokens: prompt tokens whose keys and values were reused.
+    """
 
     id: int
     sampled_ids: tuple[int, ...]
@@ -41,18 +47,20 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """An engine with weights of its own. Not thread-safe; one owner steps it."""
+    """An engine with model weights. It is not thread-safe."""
 
     def submit(self, request: Request) -> None: ...
 
     def abort(self, ids: Sequence[int]) -> None: ...
 
     def step(self) -> list[Completion]:
-        """Advance every running request by at least one token; the finished ones are returned."""
+        """Advance every running request by at least one token and return the finished ones."""
         ...
 
     @property
-    def num_pending(self) -> int: ...
+    def num_pending(self) -> int:
+        """Requests that are running or waiting."""
+        ...
 
     @property
     def capacity(self) -> int:
@@ -61,24 +69,24 @@ class Sampler(Protocol):
 
     @property
     def asleep(self) -> bool:
-        """True between `sleep` and the next `load_weights`, where sleeping does anything."""
+        """True between `sleep` and the next `load_weights`, if the engine can sleep."""
         ...
 
     def shares(self, model: torch.nn.Module) -> bool:
-        """Whether it samples with this very module, so that its weights cannot be others."""
+        """Whether it samples with this very module and not with a copy of its weights."""
         ...
 
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights in place, by Hugging Face parameter name, and drop every cache that
-        was computed with the old ones."""
+        """Replace all weights in place, by Hugging Face parameter name, and drop every cache that
+        was computed with the old ones. Ends sleep.
+
+        Raises:
+            SyncError: requests are in flight, or the names are not those of the model.
+        """
         ...
 
     def sleep(self) -> None:
-        """Free what the trainer could use meanwhile; nothing on CPU."""
-        ...
-
-    def wake(self) -> None:
-        """Undo `sleep`; weights are undefined until `load_weights`."""
+        """Free device memory for the trainer until `load_weights`; does nothing on a CPU."""
         ...
 
     def close(self) -> None: ...

@@ -1,12 +1,11 @@
-"""The sampler without an engine: plain torch, a Hugging Face causal model, continuous batching.
+"""The sampler in plain torch: a Hugging Face causal model with continuous batching.
 
-It samples with the trainer's own module, so there is no second copy of the weights. Each step is
-one forward: the prompts of newly admitted requests and one token of every running request share it.
+It samples with the trainer's module, so there is no second copy of the weights. Each step is one
+forward over the prompts of newly admitted requests and one token of every running request.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,25 +15,18 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SyncError
 from ..model.lora import adapted_layers
 from ..types import Finish
 from .base import Completion, Request
-from .ragged import (
-    ATTENTION_NAME,
-    Copy,
-    KVCache,
-    Segment,
-    StepPlan,
-    cache_bytes_per_token,
-    ragged_attention,
-)
+from .cache import KVCache
+from .ragged import ATTENTION_NAME, Copy, Segment, StepPlan, ragged_attention
 from .slots import SlotTable
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, ragged_attention)
 
 MAX_PROMPT_TOKENS = 16384
-"""Prompt tokens admitted to one forward (the first request is admitted whatever its length)."""
+"""Prompt tokens per forward; the first request is admitted whatever its length."""
 
 
 @dataclass(slots=True)
@@ -50,14 +42,16 @@ class _Running:
 class LocalSampler:
     """Continuous batching over a fixed number of cache slots.
 
-    Requests leave when they are done and waiting ones take their place in the next step. Keys and
-    values of a shared prefix are reused, within a trajectory and between rollouts of one prompt.
+    A waiting request takes the slot of a finished one in the next step. Keys and values of a shared
+    prefix are reused, within a trajectory and between the rollouts of one prompt.
 
     Args:
-        model: shared with the trainer; a step leaves it in eval mode.
+        model: usually the trainer's; a step leaves it in eval mode.
         stop_ids: a request ends when it draws one of these; the id stays in `sampled_ids`.
         num_slots: requests that run at the same time.
         max_context: prompt and sampled tokens of one request together.
+    Raises:
+        ConfigError: the model does not use transformers' attention interface.
     """
 
     def __init__(
@@ -100,12 +94,12 @@ class LocalSampler:
         self._waiting.append(request)
 
     def abort(self, ids: Sequence[int]) -> None:
-        gone = set(ids)
-        self._waiting = deque(r for r in self._waiting if r.id not in gone)
+        aborted = set(ids)
+        self._waiting = deque(r for r in self._waiting if r.id not in aborted)
         for row in self._running:
-            if row.request.id in gone:
+            if row.request.id in aborted:
                 self._slots.release(row.slot)
-        self._running = [row for row in self._running if row.request.id not in gone]
+        self._running = [row for row in self._running if row.request.id not in aborted]
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
@@ -142,38 +136,34 @@ class LocalSampler:
         return self._model is model
 
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy the tensors that are not the model's own already, and forget every cached token."""
+        """Copy the tensors that are not the model's own, and discard the cache."""
         if self.num_pending:
-            raise RuntimeError(f"{self.num_pending} requests are in flight while weights change")
+            raise SyncError(f"{self.num_pending} requests are in flight while weights change")
+        self._slots.clear()
         if adapted_layers(self._model):
-            # the trainer's own module: only that has an adapter, and what is handed is it, merged
-            self._slots.forget()
-            return
+            return  # only the trainer's module has an adapter, and it is sampled with directly
         own = dict(self._model.named_parameters(remove_duplicate=False))
-        handed: set[int] = set()
+        loaded: set[int] = set()
         with torch.no_grad():
             for name, tensor in named_weights:
                 if name not in own:
-                    raise KeyError(f"the sampler's model has no parameter {name!r}")
-                handed.add(own[name].data_ptr())
+                    raise SyncError(f"the sampler's model has no parameter {name!r}")
+                loaded.add(own[name].data_ptr())
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
-        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in handed]
+        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]
         if missing:
-            raise RuntimeError(f"no values for {len(missing)} parameters: {', '.join(missing[:4])}")
-        self._slots.forget()
+            raise SyncError(
+                f"the sampler got no values for {len(missing)} parameters: {', '.join(missing[:4])}"
+            )
 
     def sleep(self) -> None:
         if self._device.type == "cuda":
-            self._cache.layers.clear()
-            self._slots.forget()
-
-    def wake(self) -> None:
-        pass
+            self.close()
 
     def close(self) -> None:
         self._cache.layers.clear()
-        self._slots.forget()
+        self._slots.clear()
 
     def _feed_last_token(self, row: _Running) -> Segment:
         position = self._slots.length(row.slot)
@@ -231,28 +221,19 @@ class LocalSampler:
         return "length" if context_full or num_sampled >= row.request.max_new_tokens else None
 
 
-def slots_that_fit(model: Any, max_context: int, gpu_memory: float) -> int:
-    """How many requests of `max_context` tokens the cache may hold: on a GPU in a share of its
-    memory, on a CPU in half of the machine's (where only pages in use count)."""
-    parameter = next(model.parameters())
-    if parameter.device.type == "cuda":
-        total = torch.cuda.get_device_properties(parameter.device).total_memory
-        memory_bytes = int(total * gpu_memory)
-    else:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return memory_bytes // (max_context * cache_bytes_per_token(model.config, parameter.dtype))
-
-
 def draw(
     logits_RV: torch.Tensor,
     temperatures: Sequence[float],
     generators: Sequence[torch.Generator | None],
 ) -> tuple[list[int], list[float]]:
-    """One token per row by the exponential race, argmax(p / Exp(1)), and its log-probability.
+    """Sample one token per row by the exponential race, argmax(p / Exp(1)).
 
-    The noise of a row comes from its own generator alone, and the winner leads by a margin that
-    does not shrink with the vocabulary: rounding noise of another batch composition does not flip
-    it. A row without a generator is greedy, its log-probability is that of temperature 1.
+    The noise of a row depends on its own generator only. The winner's margin does not shrink with
+    the size of the vocabulary, so rounding differences between batches do not change the sample. A
+    row without a generator is greedy and reports the log-probability of temperature 1.
+
+    Returns:
+        The ids and their log-probabilities.
     """
     divisors = [1.0 if g is None else t for t, g in zip(temperatures, generators, strict=True)]
     logits = logits_RV.float()
@@ -286,8 +267,8 @@ def _completion(row: _Running, finish: Finish) -> Completion:
 
 @contextmanager
 def _sampling_mode(model: Any) -> Iterator[None]:
-    # the trainer's own attention comes back after every forward; not its mode, which costs a walk
-    # over all modules each time: `update` sees to that
+    # `update` restores the training mode: switching it here after every forward would cost a walk
+    # over all modules
     attention = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION_NAME
     if model.training:

@@ -11,8 +11,10 @@ from ..model import Policy, check_context_length
 from ..model.lora import merged_copy
 from .backend import choose_backend
 from .base import Sampler
-from .local import LocalSampler, slots_that_fit
-from .vllm import EngineOptions, VllmSampler
+from .cache import slots_that_fit
+from .local import LocalSampler
+from .vllm import VllmSampler
+from .vllm_start import EngineOptions
 
 log = logging.getLogger(__name__)
 

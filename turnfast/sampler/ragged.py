@@ -1,11 +1,11 @@
-"""Attention of the local sampler: one flat row of tokens, each with its own slot of the cache.
+"""Attention of the local sampler over one flat row of tokens from many requests.
 
-A step feeds T tokens of many requests as one row [1, T] without padding, so the linear layers see
-only real tokens. `StepPlan` says where each of them belongs; `ragged_attention` is what Hugging
-Face models call in place of their own attention (registered under `ATTENTION_NAME`).
+A step feeds T tokens of many requests as one row [1, T] without padding, so the linear layers
+compute only real tokens. `StepPlan` holds the slot and position of each token; `ragged_attention`
+replaces the attention of Hugging Face models (registered under `ATTENTION_NAME`).
 
-The flat order is: first the requests that feed a single token (R of them), then the others, one
-after the other. For two decoding requests and a prompt of three tokens::
+The flat order: first the requests that feed a single token (R of them), then the others. For two
+decoding requests and a prompt of three tokens::
 
     tokens   [41, 17,   5, 6, 7]
     slots    [ 0,  2,   1, 1, 1]       position in the slot  [9, 4,  0, 1, 2]
@@ -13,24 +13,22 @@ after the other. For two decoding requests and a prompt of three tokens::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PretrainedConfig
 
 from ..errors import ConfigError
+from .cache import KVCache
 
 ATTENTION_NAME = "turnfast_ragged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """The tokens that one request feeds in this step: positions `start` to `stop` of its slot."""
+    """Tokens that one request feeds in this step: positions `start` to `stop` of its slot."""
 
     slot: int
     start: int
@@ -39,56 +37,20 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """The first `length` tokens of slot `source`, to be copied into the slots `targets`."""
+    """A copy of the first `length` tokens of slot `source` into the slots `targets`."""
 
     source: int
     length: int
     targets: tuple[int, ...]
 
 
-def cache_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of all layers for one token."""
-    text: Any = config.get_text_config()
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * num_heads * size * dtype.itemsize
-
-
-@dataclass(slots=True)
-class KVCache:
-    """Keys and values of every layer, [slots, heads, capacity, head size], made when first used.
-
-    Zeroed, not empty: a masked position still enters the arithmetic, and 0 · NaN is NaN.
-    """
-
-    num_slots: int
-    capacity: int
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def layer(
-        self, index: int, key_THD: torch.Tensor, value_THD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if index not in self.layers:
-            self.layers[index] = (self._zeros_like(key_THD), self._zeros_like(value_THD))
-        return self.layers[index]
-
-    def _zeros_like(self, sample_THD: torch.Tensor) -> torch.Tensor:
-        _, num_heads, size = sample_THD.shape
-        shape = (self.num_slots, num_heads, self.capacity, size)
-        if sample_THD.device.type != "cpu":
-            return sample_THD.new_zeros(shape)
-        # NumPy's zero pages take no memory until they are written, torch writes them at once
-        size_bytes = math.prod(shape) * sample_THD.element_size()
-        raw = torch.from_numpy(np.zeros(size_bytes, dtype=np.uint8))
-        return raw.view(sample_THD.dtype).view(shape)
-
-
 class StepPlan:
     """Index tensors of one forward, shared by all layers.
 
     Args:
-        singles: segments of one token, sorted by slot; blocks: the longer ones.
-        copies: in order; each runs after this step's tokens are written and before attention.
+        singles: segments of one token, sorted by slot.
+        blocks: the longer segments.
+        copies: run in order, after this step's tokens are written and before attention.
     """
 
     def __init__(
@@ -105,10 +67,9 @@ class StepPlan:
         self.positions_T = torch.tensor(
             [p for s in segments for p in range(s.start, s.stop)], device=device
         )
-        slots_T = torch.tensor(
+        self.slots_T = torch.tensor(
             [s.slot for s in segments for _ in range(s.start, s.stop)], device=device
         )
-        self.slots_T = slots_T
         self.writes: dict[int, torch.Tensor] = {}
         sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
         self.last_tokens = sizes.cumsum(0) - 1
@@ -127,9 +88,9 @@ class StepPlan:
     ) -> torch.Tensor:
         """Write this step's keys and values into the cache and attend; returns [T, heads, D]."""
         keys, values = self.cache.layer(layer, key_THD, value_THD)
-        where = self._where(keys.shape[1])
-        keys.flatten(0, 2).index_copy_(0, where, key_THD.flatten(0, 1))
-        values.flatten(0, 2).index_copy_(0, where, value_THD.flatten(0, 1))
+        rows = self._cache_rows(keys.shape[1])
+        keys.flatten(0, 2).index_copy_(0, rows, key_THD.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, rows, value_THD.flatten(0, 1))
         for copy, targets in self.copies:
             keys[targets, :, : copy.length] = keys[copy.source, :, : copy.length]
             values[targets, :, : copy.length] = values[copy.source, :, : copy.length]
@@ -142,20 +103,21 @@ class StepPlan:
             parts.append(self.blocks.attend(part, keys, values, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _where(self, num_heads: int) -> torch.Tensor:
+    def _cache_rows(self, num_heads: int) -> torch.Tensor:
+        """Where each token and head lies in the cache, flattened over slots, heads and tokens."""
         if num_heads not in self.writes:
             heads = torch.arange(num_heads, device=self.slots_T.device)
-            rows = self.slots_T[:, None] * num_heads + heads
-            where = rows * self.cache.capacity + self.positions_T[:, None]
-            self.writes[num_heads] = where.flatten()
+            heads_TH = self.slots_T[:, None] * num_heads + heads
+            rows_TH = heads_TH * self.cache.capacity + self.positions_T[:, None]
+            self.writes[num_heads] = rows_TH.flatten()
         return self.writes[num_heads]
 
 
 class _Singles:
-    """Rows with one query each, attending to their whole slot.
+    """Attention of segments with one query each, to all tokens of their slot.
 
-    No key is repeated for the query heads that share it, and while most slots are in use the cache
-    is read in place, holes included.
+    Keys are not repeated for the query heads that share them. While at least half of the slots are
+    in use, the cache is read in place, unused slots included.
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
@@ -194,7 +156,8 @@ class _Singles:
                 query_RHD[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             ).squeeze(2)
         else:
-            # with a mask, CUDA's fast kernels take no shared heads: make them queries of one head
+            # CUDA's fast kernels do not support a mask with shared key heads: make the query heads
+            # of one key head queries of one head
             shared = num_heads // keys.shape[1]
             out = scaled_dot_product_attention(
                 query_RHD.unflatten(1, (-1, shared)),
@@ -219,7 +182,7 @@ class _Singles:
 
 
 class _Blocks:
-    """Rows with several queries each (prompts), padded to the longest for attention only."""
+    """Attention of segments with several queries each (prompts), padded to the longest."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
@@ -230,7 +193,7 @@ class _Blocks:
         real = offsets < sizes[:, None]
         self.flat = real.flatten().nonzero().squeeze(1)
         starts = torch.tensor([s.start for s in segments], device=device)
-        # a padded query sees what the last real one sees, so that no row of the softmax is empty
+        # a padded query sees what the last real one sees: an empty softmax row would be NaN
         self.positions = starts[:, None] + torch.minimum(offsets, sizes[:, None] - 1)
         self.masks: dict[int | None, torch.Tensor] = {}
 
@@ -260,10 +223,10 @@ class _Blocks:
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         if window not in self.masks:
             columns = torch.arange(self.longest, device=self.positions.device)
-            here = self.positions[:, :, None]
-            seen = columns <= here
+            positions = self.positions[:, :, None]
+            seen = columns <= positions
             if window is not None:
-                seen &= columns > here - window
+                seen &= columns > positions - window
             self.masks[window] = _additive(seen, dtype)[:, None]
         return self.masks[window]
 
@@ -279,15 +242,12 @@ def ragged_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    step_plan: StepPlan | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that Hugging Face models call, [1, heads, T, D] in, [1, T, heads, D]
-    out.
+    """Attention function for transformers' interface: [1, heads, T, D] in, [1, T, heads, D] out.
 
+    Args:
+        options: `step_plan` from the sampler, `scaling` and `sliding_window` from the model.
     Raises:
         ConfigError: the model's attention needs something that is not computed here.
     """
@@ -296,18 +256,19 @@ def ragged_attention(
             raise ConfigError(
                 f"sampler.backend: the local sampler's attention has no {name!r}; set it to 'vllm'"
             )
-    if step_plan is None:
+    plan = options.get("step_plan")
+    if plan is None:
         raise ConfigError(
             f"sampler.backend: {type(module).__name__} does not pass keyword arguments to its "
             "attention, which the local sampler needs; set it to 'vllm'"
         )
     layer: Any = module.layer_idx
-    out = step_plan.attend(
+    out = plan.attend(
         layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scaling,
-        sliding_window,
+        options.get("scaling"),
+        options.get("sliding_window"),
     )
     return out.unsqueeze(0), None

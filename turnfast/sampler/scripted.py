@@ -1,7 +1,8 @@
-"""A sampler that says what it is told, for tests and demonstrations: no model, any order."""
+"""A sampler whose completions are computed by a function, for tests and demonstrations."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -11,8 +12,8 @@ from .base import Completion, Request
 if TYPE_CHECKING:
     import torch
 
-Reply = Callable[[tuple[int, ...]], Sequence[int]]
-Score = Callable[[tuple[int, ...], tuple[int, ...]], Sequence[float]]
+Reply = Callable[[Request], Sequence[int]]
+Score = Callable[[Request, tuple[int, ...]], Sequence[float]]
 Pick = Callable[[Sequence[Request]], Sequence[Request]]
 
 
@@ -29,35 +30,35 @@ def newest(waiting: Sequence[Request]) -> Sequence[Request]:
 
 
 def shuffled(seed: int) -> Pick:
-    """One request per step, drawn at random."""
+    """One random request per step."""
     generator = random.Random(seed)
     return lambda waiting: [generator.choice(waiting)]
 
 
-def even_odds(prompt_ids: tuple[int, ...], sampled_ids: tuple[int, ...]) -> Sequence[float]:
-    return [-0.6931471805599453] * len(sampled_ids)
+def log_half(request: Request, sampled_ids: tuple[int, ...]) -> Sequence[float]:
+    return [math.log(0.5)] * len(sampled_ids)
 
 
 class ScriptedSampler:
-    """Answers each prompt by a function of its ids.
+    """Completes each request by a function of it.
 
     Args:
-        reply: prompt ids -> sampled ids, the end-of-turn id included; cut at `max_new_tokens`.
-        score: log-probabilities of the sampled ids; by default each is log 1/2.
-        pick: which of the waiting requests (in order of submission) a step completes.
+        reply: sampled ids of a request, with the end-of-turn id; cut at `max_new_tokens`.
+        score: log-probabilities of the sampled ids; log 1/2 each by default.
+        pick: the requests that a step completes, out of those waiting in order of submission.
         max_context: prompt and sampled tokens of one request together.
-        capacity: requests it claims to run at the same time.
+        capacity: what it reports as `capacity`.
 
     Example::
 
-        sampler = ScriptedSampler(lambda prompt_ids: [prompt_ids[-1] + 1, 2], pick=newest)
+        sampler = ScriptedSampler(lambda request: [request.prompt_ids[-1] + 1, 2], pick=newest)
     """
 
     def __init__(
         self,
         reply: Reply,
         *,
-        score: Score = even_odds,
+        score: Score = log_half,
         pick: Pick = everything,
         max_context: int = 1 << 30,
         capacity: int = 1 << 30,
@@ -68,7 +69,6 @@ class ScriptedSampler:
         self._max_context = max_context
         self.capacity = capacity
         self._waiting: dict[int, Request] = {}
-        self.num_loads = 0
 
     @property
     def num_pending(self) -> int:
@@ -99,27 +99,21 @@ class ScriptedSampler:
         return False
 
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Count the call; there is nothing to load."""
-        for _ in named_weights:
-            pass
-        self.num_loads += 1
+        """Nothing; it has no weights."""
 
     def sleep(self) -> None:
-        pass
-
-    def wake(self) -> None:
         pass
 
     def close(self) -> None:
         pass
 
     def _complete(self, request: Request) -> Completion:
-        reply = tuple(self._reply(request.prompt_ids))
-        room = min(request.max_new_tokens, self._max_context - len(request.prompt_ids))
-        sampled_ids = reply[:room]
+        reply = tuple(self._reply(request))
+        limit = min(request.max_new_tokens, self._max_context - len(request.prompt_ids))
+        sampled_ids = reply[:limit]
         return Completion(
             id=request.id,
             sampled_ids=sampled_ids,
-            logprobs=tuple(self._score(request.prompt_ids, sampled_ids)),
-            finish="length" if len(reply) > room else "stop",
+            logprobs=tuple(self._score(request, sampled_ids)),
+            finish="length" if len(reply) > limit else "stop",
         )

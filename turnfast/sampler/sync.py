@@ -1,22 +1,21 @@
-"""New weights into the sampler, and proof that it samples with them.
+"""Load new weights into the sampler, and check that it samples with them.
 
-Every failure of this hand-over that others have met is silent: the engine answers, with the weights
-of yesterday or with keys and values computed by them. So no sync goes unproven:
+An engine with old weights, or with keys and values computed by them, still answers, so every sync
+is checked:
 
-- A run starts with a probe: the engine continues fixed prompts, and its log-probabilities are
-  compared with the trainer's own of the same ids.
-- After a step the proof costs nothing. The pass that computes the next gradient gives the trainer's
-  log-probability of every token that was sampled since; if these are not the sampler's, the run
-  ends before anything is learned from them (`check_logprob_gap`).
-- Where that pass does not come, or not with the same weights (an evaluation, rollouts that are a
-  step ahead), a short probe takes its place.
+- At the start of a run a probe: the engine continues fixed prompts, and its log-probabilities are
+  compared with the trainer's for the same ids.
+- After a step, by the next step's tokens. The pass that computes their gradient yields the
+  trainer's log-probability of every sampled token; if these differ from the sampler's, the run ends
+  before the update (`check_logprob_gap`).
+- Where that pass is missing or uses other weights (before an evaluation, with `train.overlap`), by
+  a short probe.
 
-A sampler that samples with the trainer's own module needs no proof after the first.
+A sampler that uses the trainer's own module is probed once, at the start.
 
-What no comparison can see: a tensor that none of the tokens feels, such as the embedding row of an
-id that does not occur, and a change smaller than the tolerance (a bfloat16 policy at lr 1e-6 moves
-less per step than two bfloat16 forwards differ). Against these the samplers themselves refuse an
-incomplete set of tensors: see `VllmSampler.load_weights`.
+No comparison detects a tensor that none of the tokens uses, such as the embedding of an absent id,
+or a change below the tolerance (at lr 1e-6 a bfloat16 policy changes less per step than two
+bfloat16 forwards differ). Therefore `load_weights` itself refuses an incomplete set of tensors.
 """
 
 from __future__ import annotations
@@ -29,36 +28,36 @@ from typing import Any
 
 import torch
 
-from ..errors import SyncError
+from ..errors import ConfigError, SyncError
 from ..metrics.reduce import Max, Metric
 from ..model.lora import merged
 from . import Completion, Request, Sampler
 
 NUM_PROMPTS = 8
 PROMPT_TOKENS = 80
-"""Two blocks of vLLM's prefix cache at least, so that stale blocks would be used."""
+"""At least two blocks of vLLM's prefix cache, so that the probe would use stale blocks."""
 NEW_TOKENS = 8
 
 SHORT_PROMPTS = 2
 SHORT_TOKENS = 40
-"""A whole block of vLLM's prefix cache, and the token behind it that is always computed."""
+"""More than one block of vLLM's prefix cache: the token after the block is always computed."""
 SHORT_NEW_TOKENS = 2
 PROBE_ID = -1
 
 MEAN_SHARE, LARGEST_SHARE = 0.2, 10.0
-"""What the mean and the largest gap of a step's tokens may be, over the probe's tolerance."""
+"""Allowed mean and largest gap of a step's tokens, over the probe's tolerance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Prompts of equal length that the engine continues greedily after every sync."""
+    """Prompts of equal length that the engine continues greedily after a sync."""
 
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int = NEW_TOKENS
 
     @property
     def short(self) -> Probe:
-        """The beginnings of some of its prompts, an eighth of its tokens."""
+        """A probe with an eighth of the tokens."""
         return Probe(
             prompts=tuple(prompt_ids[:SHORT_TOKENS] for prompt_ids in self.prompts[:SHORT_PROMPTS]),
             max_new_tokens=SHORT_NEW_TOKENS,
@@ -67,10 +66,12 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """Attributes:
-    gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens; 0 without any.
-    num_tokens: how many of these were compared; without any the next step's tokens are the proof.
-    time_s: the whole sync, probe included.
+    """The result of a sync.
+
+    Attributes:
+        gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens, 0 without any.
+        num_tokens: the number of compared tokens; 0 if the next step's tokens are the check.
+        time_s: of the whole sync, probe included.
     """
 
     gap: float
@@ -83,10 +84,13 @@ class SyncReport:
 
 
 def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:
-    """Prompts that touch as many different ids as they have tokens, shuffled by `seed`."""
+    """Prompts with as many different ids as possible, shuffled by `seed`."""
     length = min(PROMPT_TOKENS, max_context - NEW_TOKENS)
     if length < 1:
-        raise ValueError(f"max_context {max_context} leaves no room for a probe")
+        raise ConfigError(
+            f"rollout.max_context: {max_context} tokens are too few for the probe of the sampler's "
+            f"weights; set it to {NEW_TOKENS + 1} or more"
+        )
     generator = random.Random(seed)
     ids: list[int] = []
     while len(ids) < NUM_PROMPTS * length:
@@ -99,11 +103,10 @@ def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:
 def sync_weights(
     model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
 ) -> SyncReport:
-    """Push the model's parameters into the sampler, with an adapter the merged ones, and compare
-    the two on the probe.
+    """Load the model's parameters, with an adapter merged, into the sampler and run the probe.
 
-    While the sampler is awake it is asked for one prompt of the probe before the push, so that a
-    prefix cache which survives the push is hit, and found.
+    A sampler that is awake first answers one prompt of the probe, so that a prefix cache which is
+    not dropped causes a cache hit in the probe.
 
     Raises:
         SyncError: the sampler refused the tensors, still uses its old prefix cache, or differs by
@@ -117,10 +120,10 @@ def sync_weights(
     cached = max(completion.cached_tokens for completion in completions)
     if cached:
         raise SyncError(
-            f"after the new weights were loaded, {cached} tokens of the probe came from the prefix "
-            "cache: they were computed with the old weights, and so would be the rollouts' tokens"
+            f"after new weights were loaded, {cached} tokens of the probe came from the prefix "
+            "cache, which was computed with the old weights"
         )
-    _refuse_gap(gap, tolerance, "on the probe")
+    _check_gap(gap, tolerance, "on the probe")
     num_tokens = sum(len(completion.sampled_ids) for completion in completions)
     return SyncReport(gap=gap, num_tokens=num_tokens, time_s=time.perf_counter() - begin)
 
@@ -128,11 +131,11 @@ def sync_weights(
 def sync_after_step(
     model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float, *, probed: bool
 ) -> SyncReport:
-    """Push the model's parameters into the sampler after a step.
+    """Load the model's parameters into the sampler after a step.
 
     Args:
-        probed: use the short form of a probe that has passed whole; else what is sampled next must
-            go through `check_logprob_gap` before it is trained on.
+        probed: run the short probe. Otherwise the next samples must pass `check_logprob_gap` before
+            they are trained on.
     Raises:
         SyncError: see `sync_weights`.
     """
@@ -146,33 +149,21 @@ def sync_after_step(
 def check_logprob_gap(
     mean_gap: float, largest_gap: float, *, tolerance: float, dtype: torch.dtype
 ) -> None:
-    """Refuse sampled tokens that are not of the trainer's weights.
+    """Refuse sampled tokens that were not sampled with the trainer's weights.
 
-    The tolerance is of the largest gap of the probe's few tokens. The mean over all that were
-    sampled may be a fifth of it. The largest of so many is further out: in float32 it may be ten
-    times the tolerance; in lower precision it says nothing, as rounding alone moves single tokens
-    of small probability far.
+    The tolerance is for the largest gap of the probe's few tokens. The mean over all sampled tokens
+    may be a fifth of it. The largest of so many tokens may be ten times the tolerance in float32;
+    in lower precision it is not checked, as rounding alone moves improbable tokens far.
 
     Args:
         mean_gap, largest_gap: |log-prob(sampler) - log-prob(trainer)| over all tokens sampled since
             the last sync, at the sampling temperature.
     Raises:
-        SyncError: before anything was learned from them.
+        SyncError: a gap is too large or not a number.
     """
-    _refuse_gap(mean_gap, MEAN_SHARE * tolerance, "on average over the tokens of this step")
+    _check_gap(mean_gap, MEAN_SHARE * tolerance, "on average over the tokens of this step")
     if dtype == torch.float32:
-        _refuse_gap(largest_gap, LARGEST_SHARE * tolerance, "on a token of this step")
-
-
-def _refuse_gap(gap: float, tolerance: float, where: str) -> None:
-    if not gap <= tolerance:  # also when it is not a number
-        raise SyncError(
-            f"the sampler's log-probs differ from the trainer's by {gap:.3g} {where} "
-            f"(allowed: {tolerance:.3g}): it does not sample with the weights that were trained. "
-            "Likely: a tensor was not handed over or was ignored by the engine; keys and values of "
-            "the old weights are still cached; engine and trainer compute in different precision "
-            "(then raise sampler.probe_tolerance)"
-        )
+        _check_gap(largest_gap, LARGEST_SHARE * tolerance, "on a token of this step")
 
 
 def compare(
@@ -182,43 +173,31 @@ def compare(
     completions = _continue(sampler, probe.prompts, max_new_tokens=probe.max_new_tokens)
     rows = [p + c.sampled_ids for p, c in zip(probe.prompts, completions, strict=True)]
     start = len(probe.prompts[0])
-    gap = 0.0
-    for ours, completion in zip(_logprobs(model, rows, start, 1.0), completions, strict=True):
+    gaps = []
+    for ours, completion in zip(_logprobs(model, rows, start), completions, strict=True):
         theirs = torch.tensor(completion.logprobs, device=ours.device)
-        worst = (ours[: len(theirs)] - theirs).abs().max()
-        gap = float("nan") if worst.isnan() else max(gap, float(worst))
-        if worst.isnan():
-            break
-    return gap, completions
+        gaps.append((ours[: len(theirs)] - theirs).abs().max())
+    return float(torch.stack(gaps).max()), completions  # NaN if any is
+
+
+def _check_gap(gap: float, tolerance: float, where: str) -> None:
+    if not gap <= tolerance:  # also true for NaN
+        raise SyncError(
+            f"the sampler's log-probs differ from the trainer's by {gap:.3g} {where} "
+            f"(allowed: {tolerance:.3g}): it does not sample with the trained weights. Likely: the "
+            "engine ignored a tensor; keys and values of the old weights are still cached; engine "
+            "and trainer compute in different precision (then raise sampler.probe_tolerance)"
+        )
 
 
 def _load(model: torch.nn.Module, sampler: Sampler) -> None:
-    sampler.wake()
-    try:
-        sampler.load_weights(merged(model, model.named_parameters()))
-    except (KeyError, ValueError, RuntimeError) as error:
-        text = error.args[0] if error.args else type(error).__name__
-        raise SyncError(f"the sampler could not take the new weights: {text}") from error
-
-
-def teacher_forced_logprobs(
-    model: torch.nn.Module, ids: Sequence[int], start: int, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-probs of ids[start:], each given all before it, by the plain forward of the model.
-
-    Args:
-        start: at least 1; the first id that is scored.
-    Returns:
-        float32 [len(ids) - start], natural log.
-    """
-    return _logprobs(model, [tuple(ids)], start, temperature)[0]
+    sampler.load_weights(merged(model, model.named_parameters()))
 
 
 @torch.no_grad()
-def _logprobs(
-    model: Any, rows: Sequence[Sequence[int]], start: int, temperature: float
-) -> torch.Tensor:
-    # padded on the right, where no real token of a causal model looks
+def _logprobs(model: Any, rows: Sequence[Sequence[int]], start: int) -> torch.Tensor:
+    """Log-probs of row[start:] for each row, float32 [rows, longest row - start]."""
+    # padding on the right is not seen by the tokens of a causal model
     longest = max(len(row) for row in rows)
     padded = [list(row) + [0] * (longest - len(row)) for row in rows]
     device = next(model.parameters()).device
@@ -232,7 +211,7 @@ def _logprobs(
     finally:
         if was_training:
             model.train()
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs.gather(2, ids[:, start:, None]).squeeze(2)
 
 
