@@ -184,9 +184,9 @@ def test_missing_files_and_conflicting_options(files, tmp_path):
     cases = (
         ({**files, "corpus": absent}, f"{absent}: No such file"),
         ({**files, "questions": str(tmp_path)}, "Is a directory"),
-        ({"corpus": files["corpus"]}, "env.options.questions: this option must be given"),
-        ({"questions": same}, "env.options.corpus: this option must be given"),
-        ({}, "env.options.questions: this option must be given"),
+        ({"corpus": files["corpus"]}, "env.options.questions: this option is required"),
+        ({"questions": same}, "env.options.corpus: this option is required"),
+        ({}, "env.options.questions: this option is required"),
         ({**files, "eval_questions": same}, "8 ids or questions are also in the training file"),
         ({**files, "eval_share": 1.0}, "env.options.eval_share: "),
         ({**files, "dataset": "hotpot_qa"}, "give either dataset or questions"),

@@ -90,7 +90,7 @@ class SearchEnv(ToolEnv):
         else:
             missing = "questions" if questions is None else "corpus"
             raise ConfigError(
-                f"env.options.{missing}: this option must be given; "
+                f"env.options.{missing}: this option is required; "
                 "env 'search' needs questions and corpus, or dataset"
             )
         self._top_k = top_k
