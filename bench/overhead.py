@@ -44,6 +44,7 @@ import turnfast.tools.run
 import turnfast.train
 from turnfast.cli import stop_on_signals
 from turnfast.config.recipe import load_config
+from turnfast.envs.load import open_env
 from turnfast.metrics.stopwatch import Stopwatch
 from turnfast.model.tiny import write_tiny_model
 from turnfast.rundir.directory import read_metrics
@@ -129,7 +130,7 @@ def main() -> None:
 def made(options: argparse.Namespace, fields: Sequence[str], folder: Path) -> Path:
     """Create the random model, and warm-start it if requested."""
     layers, width = map(int, options.random.split("x"))
-    corpus = turnfast.run.open_env(load_config(options.recipe, fields)).corpus()  # type: ignore[attr-defined]
+    corpus = open_env(load_config(options.recipe, fields).env).corpus()  # type: ignore[attr-defined]
     model = write_tiny_model(folder / "random", corpus, seed=0, layers=layers, width=width)
     if not options.warm_start:
         return model

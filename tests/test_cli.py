@@ -129,6 +129,8 @@ def test_commands_that_only_print(words, text, capsys):
         (["train", "small.toml", "--env.name", "lokup"], "did you mean 'lookup'?"),
         (["train", "small.toml", "--env.name", "leters:Letters"], "no module 'leters'"),
         (["train", "small.toml", "--env.name", "letters:letters"], "did you mean 'Letters'?"),
+        (["train", "demo", "--env.name", "lookupp"], "did you mean 'lookup'?"),
+        (["train", "demo", "--env.options.hop", "2"], "did you mean 'hops'?"),
         (["train", "small.toml", "--env.options.wait", "1"], "did you mean 'wait_s'?"),
         (["train", "small.toml", "--env.options.wait_s", "x"], "env.options.wait_s: "),
         (["train", "small.toml", "--credit.rule", "mtgrpo"], "did you mean 'mt_grpo'?"),
@@ -154,6 +156,8 @@ def test_commands_that_only_print(words, text, capsys):
 def test_mistakes_exit_with_code_2_and_name_the_cause(run, recipe, words, text):
     code, errors = run(*words)
     assert code == 2 and text in errors and "Traceback" not in errors
+    if words[:1] == ["train"]:
+        assert run("train", "--dry-run", *words[1:]) == (code, errors)
     assert not Path("runs").exists() or not list(Path("runs").rglob("config.toml"))
 
 
@@ -175,7 +179,7 @@ def test_a_mistake_in_the_file_names_the_file(run, here):
     [
         ('{"title": "Ulm"}', None, "corpus.jsonl:2: field 'text' is missing; found: title"),
         ('{"title": "Ulm", ', None, "corpus.jsonl:2: not JSON: "),
-        ("[1]", None, "corpus.jsonl:2: a list instead of an object"),
+        ("[1]", None, "corpus.jsonl:2: expected an object, got a list"),
         (None, '{"id": "1", "question": "Who?"}', "questions.jsonl:2: field 'answers' is missing"),
         (None, "who?", "questions.jsonl:2: not JSON: "),
     ],
@@ -249,7 +253,7 @@ def world(here, monkeypatch, request):
     ],
     indirect=["world"],
 )
-@pytest.mark.parametrize("more", [[]])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_an_environment_that_cannot_start(run, recipe, world, text, more):
     code, errors = run("train", recipe, "--env.name", "world:World", *more)
     assert code == 2 and text in errors and errors.count("\n") == 1
@@ -298,11 +302,11 @@ def test_other_exceptions_are_one_line_with_type_text_and_place(run, recipe, wor
     [
         ("    async def step(self, text): return 1 / 0", "ZeroDivisionError: division by zero (wo"),
         ("    async def step(self, text): raise SystemExit(3)", "SystemExit: 3 (world.py:2"),
-        ("    async def step(self, text): return None", "step() gave None, expected Step"),
+        ("    async def step(self, text): return None", "step() returned None, expected Step"),
         ("    async def step(self, text): return Step(reward=float('nan'))", "turn reward is nan"),
         ("    async def step(self, text): return Step(messages=('no',))", "the message 'no'; each"),
         ("    async def start(self): return [{'role': 'user'}]", "the message {'role': 'user'}"),
-        ("    async def finish(self): return 1.0", "finish() gave 1.0, expected Outcome"),
+        ("    async def finish(self): return 1.0", "finish() returned 1.0, expected Outcome"),
         ("    async def finish(self): return Outcome(reward=None)", "outcome is None"),
     ],
     indirect=["world"],
@@ -396,7 +400,7 @@ def test_sft_train_eval_and_report(recipe, capsys):
     assert main(["train", recipe, "--run-dir", "runs/small-sft", "--resume"]) == 2
     assert "holds a run of `turnfast sft`" in capsys.readouterr().err
     assert main(["eval", recipe, "--model.path", "runs/small"]) == 2
-    assert "give one of runs/small/checkpoints/step_*" in capsys.readouterr().err
+    assert "use one of runs/small/checkpoints/step_*" in capsys.readouterr().err
 
     assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 2
     assert "--resume" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The memory estimate of a dry run against what a step really takes, and what it leaves alone."""
+"""The memory estimate against measured peaks, and the checks of a dry run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from turnfast.kernels.loss_head import cpp
 
 from turnfast.cli import main
 from turnfast.config.recipe import build_config, load_config
-from turnfast.doctor.memory import HEAD_CHUNK_BYTES, estimate, verdict
+from turnfast.doctor.checks import check_training
+from turnfast.doctor.memory import HEAD_CHUNK_BYTES, SamplerMemory, estimate, verdict
 from turnfast.errors import ConfigError
 from turnfast.model.tiny import write_tiny_model
 from turnfast.sampler.vllm_start import CPU_CACHE_BYTES
@@ -155,7 +156,7 @@ def test_every_family_is_counted(architecture, tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.gradients == 4 * found.parameters and found.optimizer == 2 * found.gradients
-    assert found.sampler_awake == 2 * 2 * 2 * 8 * 4 * 512 * 8
+    assert found.sampler.awake == 2 * 2 * 2 * 8 * 4 * 512 * 8
     doubled = estimate(build_config(recipe(tmp_path, train={"tokens_per_microbatch": 12288})))
     # the loss of a share is the masks of the tree tiles, which are kept up to a limit
     assert 1.5 < doubled.activations / found.activations < 2.1
@@ -178,37 +179,40 @@ def test_the_sampler_counts_as_it_is(folder, monkeypatch):
         estimate(build_config(recipe(folder, train={"overlap": overlap}, loss={"is_cap": 2.0})))
         for overlap in (False, True)
     )
-    assert beside.sampler_awake == plain.sampler_awake + plain.weights
-    assert beside.sampler_asleep == beside.sampler_awake
+    assert beside.sampler.awake == plain.sampler.awake + plain.weights
+    assert beside.sampler.asleep == beside.sampler.awake
     monkeypatch.setattr("turnfast.doctor.memory.choose_backend", lambda config: "vllm")
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     tree = recipe(folder)
     tree["sampler"]["max_sequences"] = 10**6
-    assert estimate(build_config(tree)).sampler_awake == plain.weights + CPU_CACHE_BYTES
+    assert estimate(build_config(tree)).sampler.awake == plain.weights + CPU_CACHE_BYTES
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    assert estimate(build_config(tree)).sampler_awake == plain.weights + (3 << 30)
+    assert estimate(build_config(tree)).sampler.awake == plain.weights + (3 << 30)
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "text"),
     [
-        ({}, r"fits in 0\.5 GiB of 1\.0 GiB"),
+        ({}, r"fits: 0\.5 GiB of 1\.0 GiB"),
         ({"activations": 1 << 31}, r"does not fit: 2\.4 GiB of 1\.0 .*tokens_per_microbatch"),
-        ({"optimizer": 1 << 31}, r"does not fit: 2\.5 GiB .*lora\.r, or optim\.state"),
-        ({"sampler_awake": 1 << 31}, r"does not fit: 2\.1 GiB .*sampler\.max_sequences"),
-        ({"machine": None}, r"needs 0\.5 GiB; .* not known"),
+        ({"optimizer": 1 << 31}, r"does not fit: 2\.5 GiB .*lora\.r, or set optim\.state"),
+        ({"awake": 1 << 31}, r"does not fit: 2\.1 GiB .*sampler\.max_sequences"),
+        ({"machine": None}, r"needs 0\.5 GiB; .* unknown"),
     ],
 )
-def test_the_verdict(folder, changed, said):
-    parts = dict.fromkeys(("weights", "gradients", "activations", "loss_head"), 1 << 27)
-    none = dict.fromkeys(("optimizer", "workspace", "sampler_awake", "sampler_asleep", "merged"), 0)
+def test_the_verdict(folder, changed, text):
+    sizes = dict.fromkeys(("weights", "gradients", "activations", "loss_head"), 1 << 27)
+    sizes |= dict.fromkeys(("optimizer", "workspace", "merged"), 0)
+    awake = changed.pop("awake", 0)
+    sampler = SamplerMemory(backend="local", sequences=8, awake=awake, asleep=0)
     found = replace(
-        estimate(build_config(recipe(folder))), **{**parts, **none, "machine": 1 << 30, **changed}
+        estimate(build_config(recipe(folder))),
+        **{**sizes, "sampler": sampler, "machine": 1 << 30, **changed},
     )
-    assert re.fullmatch(said + ".*", verdict(found))
+    assert re.fullmatch(text + ".*", verdict(found))
 
 
-def test_its_figures_of_other_rooms_are_theirs():
+def test_the_chunk_sizes_are_those_of_the_loss_head():
     triton_head = pytest.importorskip("turnfast.kernels.loss_head.triton.head")
     assert {"cpu": cpp.LARGE_BYTES, "cuda": triton_head.WORKSPACE_BYTES} == HEAD_CHUNK_BYTES
 
@@ -240,56 +244,79 @@ def test_the_shipped_search_recipes_fit_a_gpu_of_80_gb(name, path, tmp_path):
 def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "demo", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "token budget  16,384" in shown and "training, at most" in shown
-    assert re.match(r"fits in [0-9.]+ GiB of |does not fit: ", shown.splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("token budget  16,384")
+    assert re.match(r"fits: [0-9.]+ GiB of |does not fit: ", lines[-1])
     assert list(tmp_path.iterdir()) == []
     assert torch.is_grad_enabled()
 
 
-def test_a_dry_run_finds_what_cannot_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "demo", "--dry-run", "--model.path", "./missing"]) == 2
-    assert "model.path" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"model\.path.*no model's config"):
-        estimate(build_config(recipe(tmp_path)))
-
-
 @pytest.mark.parametrize(
-    ("package", "flags", "said"),
+    ("package", "flags", "text"),
     [
         ("liger_kernel", ["--model.liger", "true"], "model.liger: liger-kernel is not installed"),
-        ("", ["--loss.impl", "triton"], "loss.impl"),
+        ("peft", ["--model.lora.r", "4"], "model.lora.r: an adapter needs peft"),
+        ("vllm", ["--sampler.backend", "vllm"], "sampler.backend: 'vllm'"),
     ],
 )
-def test_a_dry_run_misses_what_a_run_would(package, flags, said, monkeypatch, capsys):
+def test_a_missing_package_is_found_by_a_dry_run(package, flags, text, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",
         lambda name, *more: None if name == package else find(name, *more),
     )
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["train", "demo", "--dry-run", "--train.device", "cpu", *flags]) == 2
-    assert said in capsys.readouterr().err
+    assert text in capsys.readouterr().err
 
 
-def test_a_dry_run_reads_the_chat_template(folder, tmp_path, capsys):
-    words = ["train", "demo", "--dry-run", "--model.path"]
-    assert main([*words, str(folder)]) == 0
-    shutil.copytree(folder, tmp_path / "model")
-    for path in (tmp_path / "model").glob("chat_template*"):
+def remove_template(model: Path) -> None:
+    for path in model.glob("chat_template*"):
         path.unlink()
-    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings = model / "tokenizer_config.json"
     document = json.loads(settings.read_text())
     document.pop("chat_template", None)
     settings.write_text(json.dumps(document))
+
+
+def remove_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def shorten_positions(model: Path) -> None:
+    document = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(document | {"max_position_embeddings": 255}))
+
+
+def make_gptj(model: Path) -> None:
+    """Turn the model into a GPT-J, which has attention code of its own."""
+    document = {"model_type": "gptj", "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+    (model / "config.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (remove_template, "chat template"),
+        (remove_config, "cannot be loaded as a model"),
+        (shorten_positions, "rollout.max_context: 256 tokens"),
+        (make_gptj, "gptj does not use transformers' attention interface"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_found_by_a_dry_run(
+    damage, text, folder, tmp_path, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    words = ["train", "demo", "--dry-run", "--model.path", str(model)]
+    assert main(words) == 0
+    damage(model)
     capsys.readouterr()
-    assert main([*words, str(tmp_path / "model")]) == 2
-    assert "chat template" in capsys.readouterr().err
+    assert main(words) == 2
+    assert text in capsys.readouterr().err
 
 
-def test_rows_beyond_the_model_are_refused_with_both_numbers(folder):
+def test_rows_longer_than_the_model_are_refused_with_both_numbers(folder):
     tree = recipe(folder)
     tree["rollout"]["max_context"] = 513
     with pytest.raises(ConfigError, match=r"rollout\.max_context: 513 .* = 512"):
-        estimate(build_config(tree))
+        check_training(build_config(tree))

@@ -1,9 +1,10 @@
-"""The warm start: its gradient is that of the negative log-likelihood, and it learns."""
+"""Supervised fine-tuning: its gradient is that of the negative log-likelihood, and it learns."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ from turnfast.packing.pack import batch_of
 from turnfast.packing.rows import Rows, rows_of
 from turnfast.rundir.checkpoint import newest_complete
 from turnfast.rundir.directory import read_metrics
-from turnfast.sft import demonstration_turns, sft, warm_start
+from turnfast.sft import (
+    demonstration_rows,
+    demonstration_turns,
+    sft_batches,
+    sft_optimizer,
+    warm_start,
+)
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
@@ -39,8 +46,8 @@ SHORT = Demonstration(
 )
 
 
-class Shown:
-    """An environment that is nothing but demonstrations."""
+class Demonstrations:
+    """An environment that has demonstrations and no tasks."""
 
     tools = ()
     native_calls = False
@@ -62,14 +69,14 @@ class Shown:
 
 
 def rows_for(chat, *demonstrations: Demonstration) -> Rows:
-    shown = [demonstration_turns(chat, one) for one in demonstrations]
-    return rows_of(shown, [1.0] * sum(map(len, shown)))
+    turns = [demonstration_turns(chat, one) for one in demonstrations]
+    return rows_of(turns, [1.0] * sum(map(len, turns)))
 
 
-def test_targets_are_the_assistants_words_and_ends(chat):
+def test_targets_are_the_assistants_tokens(chat):
     row = rows_for(chat, TALK)
-    said = [chat.encode_turn("<tool>Ulm</tool>"), chat.encode_turn("Ida")]
-    assert len(row) == 1 and row.targets_N.tolist() == [*said[0], *said[1]]
+    replies = [chat.encode_turn("<tool>Ulm</tool>"), chat.encode_turn("Ida")]
+    assert len(row) == 1 and row.targets_N.tolist() == [*replies[0], *replies[1]]
     assert row.tokens_T[row.states_N[:-1] + 1].tolist() == row.targets_N[:-1].tolist()
     short = rows_for(chat, SHORT)
     assert chat.decode_turn(short.targets_N.tolist()) == "é𝄞" and short.targets_N[-1] == chat.end_id
@@ -115,38 +122,24 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
     assert max(float(g.abs().max()) for g in gradients) > 1e-2
 
 
+def tune(policy, env, chat, config: SftConfig, *, seed: int = 0) -> list[float]:
+    """The loss of every step."""
+    rows = demonstration_rows(policy, env, chat, config, seed=seed)
+    batches = sft_batches(rows, config, seed=seed, device="cpu")
+    learner = Learner(policy=policy, optimizer=sft_optimizer(policy, config))
+    steps = islice(batches, config.steps)
+    return [-update(learner, [batch], LossConfig()).logprob.value for batch in steps]
+
+
 def test_loss_falls_and_the_same_seed_gives_the_same_steps(policy, chat):
     start = {name: value.clone() for name, value in policy.model.state_dict().items()}
     config = SftConfig(steps=25, lr=1e-2, batch_tokens=64)
     runs = []
     for _ in range(2):
         policy.model.load_state_dict(start)
-        losses: list[float] = []
-        sft(
-            policy,
-            Shown(TALK, SHORT),
-            chat,
-            config,
-            seed=4,
-            report=lambda step, done, losses=losses: losses.append(-done.logprob.value),
-        )
-        runs.append(losses)
+        runs.append(tune(policy, Demonstrations(TALK, SHORT), chat, config, seed=4))
     assert runs[0] == runs[1] and len(runs[0]) == 25
     assert sum(runs[0][-5:]) < 0.5 * sum(runs[0][:5])
-
-
-def test_a_stop_is_heard(policy, chat):
-    steps: list[int] = []
-    sft(
-        policy,
-        Shown(TALK),
-        chat,
-        SftConfig(steps=50),
-        seed=0,
-        report=lambda step, done: steps.append(step),
-        should_stop=lambda: len(steps) == 3,
-    )
-    assert steps == [1, 2, 3]
 
 
 def recipe(model: Path, **sections):
@@ -165,13 +158,13 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run_dir)]
 
 
-def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_path):
+def test_a_resumed_run_equals_one_without_a_stop(tiny_folder, tmp_path):
     whole = warm_start(recipe(tiny_folder), tmp_path / "whole")
     assert whole == tmp_path / "whole" / "model"
     assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 9))
 
-    run_dir = tmp_path / "legs"
-    for count in (0, 4, 2):  # before the first step, on the way, and soon after
+    run_dir = tmp_path / "resumed"
+    for count in (0, 4, 2):  # steps until the stop
         asked = iter(range(count))
         kept = warm_start(
             recipe(tiny_folder),
@@ -181,7 +174,7 @@ def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_pat
         )
         assert kept.parent == run_dir / "checkpoints" and not (run_dir / "model").exists()
     assert kept.name == "step_000006"
-    shutil.rmtree(kept)  # as if the process had been killed: goes on from the one before
+    shutil.rmtree(kept)  # continue from the checkpoint before it
     assert warm_start(recipe(tiny_folder), run_dir, resume=True) == run_dir / "model"
     assert losses(run_dir) == losses(tmp_path / "whole")
     files = [folder / "model" / "model.safetensors" for folder in (run_dir, tmp_path / "whole")]
@@ -193,7 +186,7 @@ def test_a_resumed_warm_start_is_the_one_that_never_stopped(tiny_folder, tmp_pat
         warm_start(recipe(tiny_folder), run_dir)
 
 
-def test_a_fault_leaves_the_steps_before_it(tiny_folder, tmp_path):
+def test_a_failed_step_leaves_a_checkpoint_of_the_steps_before(tiny_folder, tmp_path):
     diverging = {"steps": 8, "lr": 1e37, "batch_tokens": 64}
     with pytest.raises(TrainingError, match="gradient norm nan"):
         warm_start(recipe(tiny_folder, sft=diverging), tmp_path)
@@ -205,17 +198,17 @@ def test_a_fault_leaves_the_steps_before_it(tiny_folder, tmp_path):
     ("env", "text"),
     [
         (object(), "object has no method demonstrations"),
-        (Shown(), r"Shown.demonstrations\(0\) is empty"),
-        (Shown(Demonstration(messages=())), "needs a prompt"),
+        (Demonstrations(), r"Demonstrations.demonstrations\(0\) is empty"),
+        (Demonstrations(Demonstration(messages=())), "needs a prompt"),
         (
-            Shown(Demonstration(messages=({"role": "assistant", "content": "I begin"},))),
+            Demonstrations(Demonstration(messages=({"role": "assistant", "content": "I begin"},))),
             "needs a prompt",
         ),
     ],
 )
-def test_what_cannot_be_tuned_on_is_refused(policy, chat, env, text):
+def test_an_environment_without_demonstrations_is_refused(policy, chat, env, text):
     with pytest.raises(ConfigError, match=text):
-        sft(policy, env, chat, SftConfig(steps=1), seed=0)
+        demonstration_rows(policy, env, chat, SftConfig(), seed=0)
 
 
 def write_lines(path: Path, *lines: object) -> str:
@@ -224,24 +217,16 @@ def write_lines(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def test_a_file_of_conversations_is_tuned_on_as_the_environments_own(policy, chat, tmp_path):
+def test_a_file_and_the_environment_give_the_same_rows(policy, chat, tmp_path):
     data = write_lines(
         tmp_path / "talks.jsonl", *({"messages": list(shown.messages)} for shown in (TALK, SHORT))
     )
-    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    figures = []
-    for env, file in ((Shown(TALK, SHORT), ""), (object(), data)):
-        policy.model.load_state_dict(start)
-        config = SftConfig(steps=3, lr=1e-2, batch_tokens=64, data=file)
-        sft(
-            policy,
-            env,
-            chat,
-            config,
-            seed=1,
-            report=lambda _, done: figures.append(done.logprob.value),
-        )
-    assert figures[:3] == figures[3:] and len(set(figures)) == 3
+    own, file = (
+        demonstration_rows(policy, env, chat, SftConfig(data=path), seed=1)
+        for env, path in ((Demonstrations(TALK, SHORT), ""), (object(), data))
+    )
+    assert own.tokens_T.tolist() == file.tokens_T.tolist()
+    assert own.targets_N.tolist() == file.targets_N.tolist()
 
 
 USER = {"role": "user", "content": "Who?"}
@@ -262,40 +247,43 @@ USER = {"role": "user", "content": "Who?"}
         ({"messages": [USER]}, "a demonstration needs a prompt"),
     ],
 )
-def test_a_line_that_is_no_conversation_is_named(policy, chat, tmp_path, line, text):
+def test_an_invalid_line_is_named(policy, chat, tmp_path, line, text):
     data = write_lines(tmp_path / "talks.jsonl", {"messages": list(TALK.messages)}, "", line)
     with pytest.raises(ConfigError, match=rf"^{data}:3: {text}"):
-        sft(policy, object(), chat, SftConfig(steps=1, data=data), seed=0)
+        demonstration_rows(policy, object(), chat, SftConfig(data=data), seed=0)
 
 
-def test_files_without_conversations_are_named(policy, chat, tmp_path):
-    config = SftConfig(steps=1, data=str(tmp_path / "absent.jsonl"))
-    with pytest.raises(ConfigError, match=r"absent\.jsonl: No such file"):
-        sft(policy, object(), chat, config, seed=0)
-    config = SftConfig(steps=1, data=write_lines(tmp_path / "empty.jsonl"))
-    with pytest.raises(ConfigError, match=r"sft\.data: .*empty\.jsonl holds no conversations"):
-        sft(policy, object(), chat, config, seed=0)
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [(None, r"talks\.jsonl: No such file"), ([""], r"sft\.data: .*talks\.jsonl holds no conv")],
+)
+def test_a_file_without_conversations_is_named(policy, chat, tmp_path, lines, text):
+    path = tmp_path / "talks.jsonl"
+    if lines is not None:
+        write_lines(path, *lines)
+    with pytest.raises(ConfigError, match=text):
+        demonstration_rows(policy, object(), chat, SftConfig(data=str(path)), seed=0)
 
 
-def test_a_demonstration_that_does_not_fit_is_refused_with_the_numbers(policy, chat):
-    length = len(rows_for(chat, TALK).tokens_T)
-    config = SftConfig(steps=1, batch_tokens=length - 1)
+def test_a_demonstration_that_is_too_long_is_refused_with_the_numbers(policy, chat):
+    env, length = Demonstrations(SHORT, TALK), len(rows_for(chat, TALK).tokens_T)
     with pytest.raises(ConfigError) as caught:
-        sft(policy, Shown(SHORT, TALK), chat, config, seed=0)
+        demonstration_rows(policy, env, chat, SftConfig(batch_tokens=length - 1), seed=0)
     assert str(caught.value).startswith(
-        f"sft.batch_tokens: {length - 1} cannot hold the {length} tokens of "
-        "Shown.demonstrations(0)[1]; "
+        f"sft.batch_tokens: {length - 1} is less than the {length} tokens of "
+        "Demonstrations.demonstrations(0)[1]; "
     )
-    sft(policy, Shown(SHORT, TALK), chat, SftConfig(steps=1, batch_tokens=length), seed=0)
+    config = SftConfig(steps=3, batch_tokens=length)
+    assert len(tune(policy, env, chat, config)) == 3
 
-    most = policy.model.config.max_position_embeddings
-    long = Demonstration(messages=(USER, {"role": "assistant", "content": "Ida " * most}))
+    positions = policy.model.config.max_position_embeddings
+    long = Demonstration(messages=(USER, {"role": "assistant", "content": "Ida " * positions}))
     length = len(rows_for(chat, long).tokens_T)
-    told = rf"a row of {length} tokens, but .* max_position_embeddings = {most}"
-    with pytest.raises(ConfigError, match=told):
-        sft(policy, Shown(long), chat, SftConfig(steps=1), seed=0)
+    text = rf"has {length} tokens, but .* max_position_embeddings = {positions}"
+    with pytest.raises(ConfigError, match=text):
+        demonstration_rows(policy, Demonstrations(long), chat, SftConfig(), seed=0)
 
 
-def test_the_defaults_leave_a_trained_model_a_model():
-    """What the built-in model is tuned with would ruin a large one in a few steps."""
+def test_the_default_rate_suits_a_pretrained_model():
+    """A rate for the built-in model would ruin a pretrained one in a few steps."""
     assert SftConfig().lr <= 2e-5 < load_config("demo").sft.lr

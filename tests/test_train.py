@@ -257,7 +257,7 @@ def test_an_environment_without_evaluation_or_training_tasks(letters_model, tmp_
     train(config, tmp_path / "run")
     assert lines_of(tmp_path / "run") == [(1, "train")]
     monkeypatch.setattr("letters.WORDS", ())
-    with pytest.raises(ConfigError, match="no tasks in its split 'train'"):
+    with pytest.raises(ConfigError, match="no tasks in split 'train'"):
         train(config, tmp_path / "none")
 
 

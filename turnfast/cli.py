@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the recipe and estimate its memory; load no weights, write nothing",
+        help="check the recipe and estimate the memory of a run; load no weights",
     )
     sub = command("sft", _sft, "supervised fine-tuning on demonstrations, before train")
     sub.add_argument("--run-dir", type=Path, help="default: runs/<recipe>-sft")
@@ -146,12 +146,11 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace, flags: list[str]) -> int:
     config = load_config(arguments.recipe, flags)
     if arguments.dry_run:
-        from .doctor.checks import preflight
+        from .doctor.checks import check_training
         from .doctor.memory import describe, estimate
 
-        found = estimate(config)
-        preflight(config)
-        print(describe(config, found))
+        check_training(config)
+        print(describe(config, estimate(config)))
         return 0
     run_dir = arguments.run_dir or Path("runs") / Path(arguments.recipe).stem
     from .train import train

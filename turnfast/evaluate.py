@@ -1,4 +1,4 @@
-"""Rollouts that nothing is learned from: greedy on held-out tasks, or drawn as in training."""
+"""Evaluation: one rollout per task, without training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config.schema import Config
-from .envs import Split, tasks_of
-from .envs.load import open_env
+from .doctor.checks import check_rollouts
+from .envs import Split
 from .errors import ConfigError
 from .metrics.reduce import Metric, values_of
 from .metrics.rollouts import summarise
-from .model import load_policy, pick_device
 from .parallel.ranks import ALONE, Ranks
 from .rollout.groups import rollout_tasks
 from .rollout.setup import RolloutSetup
-from .run import open_model_folder, open_rollouts
+from .run import open_policy, open_rollouts
 from .rundir.directory import plain_group
 from .rundir.jsonl import append_lines, to_strict
 from .types import Group
@@ -51,19 +50,19 @@ def evaluate(
 def evaluate_model(
     config: Config, out: Path | None, *, split: Split = "eval", sampled: bool = False
 ) -> str:
-    """Evaluate `model.path` without a run; the figures as one line of JSON.
+    """Evaluate `model.path`; returns the metrics as one line of JSON.
 
+    Args:
+        out: the rollouts are written to this file, as JSON lines.
     Raises:
-        ConfigError: the text names the field and the way out.
+        ConfigError: names the field and the fix.
         RolloutError: more than `rollout.max_error_share` of the rollouts failed.
     """
-    env = open_env(config)
-    tasks_of(env, split, name=config.env.name)
+    env = check_rollouts(config, split=split)
     if out is not None:
         _check_writable(out)
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
-        folder = open_model_folder(config, env, Path(scratch))
-        policy = load_policy(config.model, folder, pick_device(config.train.device))
+        policy = open_policy(config, env, Path(scratch))
         setup = open_rollouts(config, policy, env)
         try:
             metrics, groups = evaluate(setup, config.train.eval_tasks, split=split, sampled=sampled)
@@ -75,7 +74,6 @@ def evaluate_model(
 
 
 def _check_writable(out: Path) -> None:
-    """Before an hour of rollouts, not after it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()

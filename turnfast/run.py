@@ -1,8 +1,7 @@
-"""What a run holds open, put together from a recipe: model, environment, engine, optimizer."""
+"""The parts of a training run, opened in order: environment, model, optimizer, sampler."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,20 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from .chat.base import ChatInterface
 from .chat.open import open_chat
-from .config.schema import VALUE_RULES, Config, ModelConfig
-from .credit import check_rule
-from .doctor.checks import refuse_rounded_adapter, refuse_uneven
-from .envs import Demonstrator, Env, tasks_of
-from .envs.load import open_env
+from .config.schema import VALUE_RULES, Config
+from .doctor.checks import check_training, corpus_of
+from .envs import Env
+from .envs.base import tool_schemas
 from .errors import ConfigError
-from .model import (
-    Policy,
-    default_tolerance,
-    load_policy,
-    pick_device,
-)
+from .model import Policy, default_tolerance, load_policy, pick_device
 from .model.folder import model_folder
 from .model.lora import add_adapter
 from .parallel.ranks import ALONE, Ranks
@@ -35,25 +27,27 @@ from .rundir.directory import RunDir, read_metrics
 from .sampler.open import open_sampler
 from .sampler.sync import Probe, make_probe
 from .update.critic import Critic
+from .update.learner import Learner
 from .update.optimizer import Optimizer
 from .update.reference import open_reference
-from .update.update import check_impl
-
-GARBAGE_THRESHOLD = 20_000
-"""Objects made and not freed before young ones are searched for cycles; Python's own is 700."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A training run in progress; the steps before `first_step` are done, and so is the evaluation
-    that was due after them if `evaluated` says so."""
+    """A training run in progress.
+
+    Attributes:
+        setup: environment, chat interface and sampler.
+        reference: the policy of the KL term, None without one.
+        probe, tolerance: compare the sampler's log-probs with the trainer's after a weight sync.
+        first_step: the steps before it are done.
+        evaluated: the evaluation due after step `first_step - 1` is done, too.
+    """
 
     config: Config
     directory: RunDir
-    policy: Policy
+    learner: Learner
     setup: RolloutSetup
-    optimizer: Optimizer
-    critic: Critic | None
     reference: Policy | None
     probe: Probe
     tolerance: float
@@ -67,92 +61,88 @@ class Run:
 def open_run(
     config: Config, run_dir: Path, *, resume: bool = False, ranks: Ranks = ALONE
 ) -> Iterator[Run]:
-    """Start a run, or go on from the newest whole checkpoint of an earlier one.
+    """Start a run, or with `resume` continue from its newest complete checkpoint.
 
-    Everything that can be wrong with the recipe is found before the run directory is made. Where
-    there are several ranks the first one makes and writes it.
+    The recipe is checked before the run directory is created. Rank 0 writes the directory.
 
     Raises:
-        ConfigError: the text names the field and the way out.
+        ConfigError: names the field and the fix.
     """
-    check_rule(config.credit.rule, config.credit.options, num_ranks=ranks.size)
-    refuse_uneven(config.rollout, ranks)
-    env = open_env(config)
-    train_tasks = tasks_of(env, "train", name=config.env.name)
-    device = pick_device(config.train.device)
-    refuse_rounded_adapter(config, device)
-    with ExitStack() as opened:
+    env = check_training(config, num_ranks=ranks.size)
+    with ExitStack() as stack:
         with ranks.share_errors():
             directory = RunDir(path=run_dir, writes=ranks.is_leader)
             if ranks.is_leader:
-                directory = opened.enter_context(RunDir.create(run_dir, config, resume=resume))
+                directory = stack.enter_context(RunDir.create(run_dir, config, resume=resume))
                 open_model_folder(config, env, run_dir)
         with ranks.share_errors():
-            policy = load_policy(config.model, open_model_folder(config, env, run_dir), device)
-            add_adapter(policy.model, config.model.lora, seed=config.train.seed)
-            check_impl(config.loss, device, policy.model.dtype)
-        # the first word between GPUs, before the engine says which network they have
-        ranks.all_reduce([torch.zeros(1, device=device)])
+            policy = open_policy(config, env, run_dir)
+        # initialise NCCL before vLLM sets NCCL_SOCKET_IFNAME
+        ranks.all_reduce([torch.zeros(1, device=policy.device)])
         with ranks.share_errors():
-            optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
-            critic = None
-            if config.credit.rule in VALUE_RULES:
-                critic = Critic(policy, config.critic, config.optim, ranks=ranks)
+            learner = open_learner(config, policy, ranks)
             reference = open_reference(config.loss, config.model, policy)
-            done, state = 0, {}
-            if resume:
-                done, state = restore(directory, policy, optimizer, critic)
+            done, state = restore(directory, learner) if resume else (0, {})
             prompts = open_queue(
-                train_tasks,
+                env.tasks("train"),
                 config.train.seed,
                 state,
                 done=done * config.rollout.prompts_per_step,
                 ranks=ranks,
             )
             setup = open_rollouts(config, policy, env, overlap=config.train.overlap)
-            opened.callback(setup.sampler.close)
+            stack.callback(setup.sampler.close)
         ranks.check_equal_weights(policy.model.parameters())
-        # what is there now stays: to walk all of torch for garbage takes a quarter of a second
-        gc.freeze()
-        opened.callback(gc.unfreeze)
-        # and what a step makes is nearly all freed without its help: let it look less often
-        opened.callback(gc.set_threshold, *gc.get_threshold())
-        gc.set_threshold(GARBAGE_THRESHOLD, 10, 10)
         yield Run(
             config=config,
             directory=directory,
-            policy=policy,
+            learner=learner,
             setup=setup,
-            optimizer=optimizer,
-            critic=critic,
             reference=reference,
             probe=make_probe(policy.model.config.vocab_size, config.rollout.max_context),
             tolerance=config.sampler.probe_tolerance
             or default_tolerance(policy.model.dtype, policy.device.type),
             prompts=prompts,
             first_step=done + 1,
-            evaluated=ranks.all_gather(_is_evaluated(directory, done, config))[0],
+            evaluated=ranks.gather(_is_evaluated(directory, done, config))[0],
             ranks=ranks,
         )
 
 
 def open_model_folder(config: Config, env: Env, run_dir: Path) -> Path:
-    """The recipe's model; the tiny one learns its tokenizer from the environment's corpus."""
-    corpus = env.corpus if isinstance(env, Demonstrator) else None
-    return model_folder(config, run_dir, corpus, token_cut=getattr(env, "token_cut", None))
+    """Return the folder of the recipe's model; see `model_folder`."""
+    return model_folder(
+        config.model.path,
+        run_dir,
+        corpus_of(env),
+        seed=config.train.seed,
+        max_context=config.rollout.max_context,
+        token_cut=getattr(env, "token_cut", None),
+    )
 
 
-def open_env_chat(config: ModelConfig, policy: Policy, env: Env) -> ChatInterface:
-    """The chat interface of a policy, with the tools of its environment."""
-    schemas = [tool.schema for tool in env.tools] if env.native_calls else []
-    return open_chat(config, policy.tokenizer, schemas)
+def open_policy(config: Config, env: Env, run_dir: Path) -> Policy:
+    """Load the recipe's model with its adapter, if it has one."""
+    device = pick_device(config.train.device)
+    policy = load_policy(config.model, open_model_folder(config, env, run_dir), device)
+    add_adapter(policy.model, config.model.lora, seed=config.train.seed)
+    return policy
+
+
+def open_learner(config: Config, policy: Policy, ranks: Ranks) -> Learner:
+    """Make the optimizer of a policy, and the critic that some credit rules need."""
+    optimizer = Optimizer(policy.model.parameters(), config.optim, ranks=ranks)
+    critic = None
+    if config.credit.rule in VALUE_RULES:
+        critic = Critic(policy, config.critic, config.optim, ranks=ranks)
+    return Learner(policy=policy, optimizer=optimizer, critic=critic)
 
 
 def open_rollouts(
     config: Config, policy: Policy, env: Env, *, overlap: bool = False
 ) -> RolloutSetup:
     """Open the chat interface and the sampler of a policy; the caller closes the sampler."""
-    chat = open_env_chat(config.model, policy, env)
+    chat = open_chat(config.model, policy.tokenizer, tool_schemas(env))
     sampler = open_sampler(
         config.sampler,
         policy,
@@ -171,13 +161,23 @@ def open_rollouts(
     )
 
 
+def training_state(learner: Learner) -> TrainingState:
+    """What a checkpoint of a learner holds."""
+    return TrainingState(
+        model=learner.policy.model,
+        optimizer=learner.optimizer,
+        tokenizer=learner.policy.tokenizer,
+        critic=learner.critic,
+    )
+
+
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and after the last one, is done after this."""
+    """Whether something done every `every` steps, and after the last one, follows this step."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
-    """False also for an evaluation that a stop or a failure cut short."""
+    """Whether the evaluation after a step is not due, or done and logged."""
     if step and not is_due(step, config.train.eval_every, config.train.steps):
         return True
     lines = read_metrics(directory.metrics) if directory.metrics.exists() else []
@@ -186,31 +186,26 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
 
 
 def restore(
-    directory: RunDir,
-    policy: Policy,
-    optimizer: Optimizer,
-    critic: Critic | None = None,
-    *,
-    kind: Literal["train", "sft"] = "train",
+    directory: RunDir, learner: Learner, *, kind: Literal["train", "sft"] = "train"
 ) -> tuple[int, Mapping[str, Any]]:
-    """Put the newest whole checkpoint in place; the step that the run goes on after, 0 without a
-    checkpoint, and the state that was saved with it.
+    """Load the newest complete checkpoint and drop the log lines of later steps.
 
+    Returns:
+        The step of the checkpoint, 0 without one, and the state that was saved with it.
     Raises:
-        ConfigError: the checkpoint is of the other kind of run.
+        ConfigError: the checkpoint belongs to the other command.
         CheckpointError: it does not fit the model, the optimizer or the critic.
     """
     newest = newest_complete(directory.checkpoints)
     if newest is None:
         directory.rewind(-1)
         return 0, {}
-    training = TrainingState(model=policy.model, optimizer=optimizer, critic=critic)
-    state = load_checkpoint(newest, training)
+    state = load_checkpoint(newest, training_state(learner))
     found = state.get("kind", kind)
     if found != kind:
         raise ConfigError(
-            f"{directory.path}: holds a run of `turnfast {found}`; give another --run-dir, and to "
-            f"go on from its weights --model.path {newest}"
+            f"{directory.path}: holds a run of `turnfast {found}`; give another --run-dir. To "
+            f"start from its weights, set --model.path {newest}"
         )
     step = int(state["step"])
     directory.rewind(step)

@@ -22,12 +22,11 @@ from .parallel.ranks import open_ranks
 from .report import write_report
 from .report.console import Progress
 from .rollout.collect import Collector
-from .run import Run, is_due, open_run
-from .rundir.checkpoint import TrainingState, save_checkpoint
+from .run import Run, is_due, open_run, training_state
+from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
 from .sampler.sync import check_logprob_gap, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
-from .update.learner import Learner
 from .update.memory import explain_out_of_memory, smaller_microbatches
 from .update.reference import with_reference
 from .update.update import Gap, TrainingError, Update, needs_every_token, update
@@ -64,8 +63,8 @@ def train(
             ranks=run.ranks,
         ) as collector,
     ):
-        synced_by = (run.policy.model, run.setup.sampler, run.probe, run.tolerance)
-        clock = Stopwatch(synchronize=run.policy.synchronize)
+        synced_by = (run.learner.policy.model, run.setup.sampler, run.probe, run.tolerance)
+        clock = Stopwatch(synchronize=run.learner.policy.synchronize)
         done = run.first_step - 1
         try:
             with ranks.share_errors():
@@ -92,7 +91,7 @@ def train(
                 with clock.phase("sync"), ranks.share_errors():
                     evaluated = is_due(step, config.train.eval_every, config.train.steps)
                     synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
-                ranks.check_equal_weights(run.policy.model.parameters())
+                ranks.check_equal_weights(run.learner.policy.model.parameters())
                 times = clock.lap()
                 metrics = {
                     **summarise(groups, credits),
@@ -127,7 +126,7 @@ def _progress(run: Run) -> Progress:
     steps = run.config.train.steps
     show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
     show.note(
-        f"sampler  {choose_backend(run.config.sampler)} on {run.policy.device.type}, "
+        f"sampler  {choose_backend(run.config.sampler)} on {run.learner.policy.device.type}, "
         f"{run.setup.sampler.capacity} rollouts at a time"
     )
     return show
@@ -135,10 +134,10 @@ def _progress(run: Run) -> Progress:
 
 def _credit(run: Run, groups: Sequence[Group]) -> list[Credit]:
     config, values = run.config, None
-    if run.critic is not None:
+    if run.learner.critic is not None:
         with explain_out_of_memory(OutOfMemory, _memory_advice(config)):
-            values = run.critic.values(
-                run.policy,
+            values = run.learner.critic.values(
+                run.learner.policy,
                 groups,
                 tokens_per_microbatch=config.train.tokens_per_microbatch,
                 share_prefixes=config.train.share_prefixes,
@@ -154,9 +153,9 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packe
         constant=config.rollout.max_new_tokens * config.env.max_turns,
         share_prefixes=config.train.share_prefixes,
         # the critic learns from tokens without an advantage too
-        drop_idle=not needs_every_token(config.loss) and run.critic is None,
+        drop_idle=not needs_every_token(config.loss) and run.learner.critic is None,
         whole_trajectories=config.loss.ratio == "sequence",
-        attention_span=attention_span_of(run.policy.model),
+        attention_span=attention_span_of(run.learner.policy.model),
     )
     with ranks.share_errors():
         own_rows = trainable_rows(groups, credits)
@@ -166,7 +165,7 @@ def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packe
             rows,
             budget=config.train.tokens_per_microbatch,
             options=options,
-            device=run.policy.device,
+            device=run.learner.policy.device,
             rank=ranks.rank,
             num_ranks=ranks.size,
         )
@@ -180,7 +179,7 @@ def _update(run: Run, packed: Packed) -> Update:
         with run.ranks.share_errors(), explain_out_of_memory(OutOfMemory, advice):
             batches = with_reference(batches, run.reference, loss, temperature=temperature)
     return update(
-        Learner(policy=run.policy, optimizer=run.optimizer, critic=run.critic),
+        run.learner,
         batches,
         loss,
         temperature=temperature,
@@ -204,7 +203,7 @@ def _proof(run: Run) -> Callable[[Gap], None]:
     if run.config.train.overlap:  # they are of the weights before it, and a probe has proven it
         return lambda gap: None
     return lambda gap: check_logprob_gap(
-        gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.policy.model.dtype
+        gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.learner.policy.model.dtype
     )
 
 
@@ -231,12 +230,7 @@ def _save(run: Run, collector: Collector, step: int) -> None:
             save_checkpoint(
                 run.directory.checkpoints,
                 step,
-                TrainingState(
-                    model=run.policy.model,
-                    optimizer=run.optimizer,
-                    tokenizer=run.policy.tokenizer,
-                    critic=run.critic,
-                ),
+                training_state(run.learner),
                 progress=progress,
                 keep=run.config.train.keep_checkpoints,
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ..tools import MalformedCall, Tool, ToolCall, ToolError, ToolResult
 from ..types import Message, Task
@@ -141,3 +141,8 @@ class Demonstrator(Protocol):
         An attribute `token_cut`, a regular expression, matches pieces that no token may cross.
         """
         ...
+
+
+def tool_schemas(env: Env) -> list[dict[str, Any]]:
+    """The JSON schemas of the tools that the chat template offers to the model."""
+    return [tool.schema for tool in env.tools] if env.native_calls else []

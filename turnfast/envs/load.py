@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config.schema import Config, RewardConfig
+from ..config.schema import EnvConfig, RewardConfig
 from ..config.signature import check_options, suggest
 from ..errors import ConfigError
 from ..types import Task
@@ -87,14 +87,14 @@ def load_env(
     return env
 
 
-def open_env(config: Config) -> Env:
-    """`load_env` with the fields of a run configuration."""
+def open_env(config: EnvConfig) -> Env:
+    """`load_env` with the fields of a recipe."""
     return load_env(
-        config.env.name,
-        config.env.options,
-        rewards=config.env.rewards,
-        max_turns=config.env.max_turns,
-        tool_timeout_s=config.env.tool_timeout_s,
+        config.name,
+        config.options,
+        rewards=config.rewards,
+        max_turns=config.max_turns,
+        tool_timeout_s=config.tool_timeout_s,
     )
 
 
