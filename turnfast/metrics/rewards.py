@@ -21,10 +21,10 @@ SIGNIFICANT = 3.0
 
 
 def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, Metric]:
-    """The metrics of one step, under the names of metrics.jsonl; turns count from 1.
+    """Return the reward and credit metrics of one step, under the names of metrics.jsonl.
 
     Returns:
-        reward_std/turn_1, …: over the rollouts that have a reward for that turn.
+        reward_std/turn_1, …: over the rollouts that have a reward for the turn; counts from 1.
         advantage/turn_1, …, advantage_std/turn_1, …: over all trained turns of that index.
         reached/turn_1, …: share of rollouts with at least that many turns.
         tool_call_rate: share of rollouts with at least one attempted call.

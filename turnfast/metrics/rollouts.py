@@ -20,18 +20,20 @@ STATUSES = (
     "reward_error",
     "timeout",
 )
+"""The names of status/…: `overlong` is masked, `reward_error` is any fault of a reward."""
 CUTS = {
     "context": Status.CONTEXT_FULL,
     "length": Status.LENGTH,
     "turns": Status.MAX_TURNS,
     "time": Status.TIMEOUT,
 }
+"""The names of cut/…, each with the status it counts."""
 
 
 def summarise(
     groups: Sequence[Group], credits: Sequence[Credit] | None = None, *, prefix: str = ""
 ) -> dict[str, Metric]:
-    """The metrics of one step's rollouts, under the names of metrics.jsonl.
+    """Return the metrics of one step's rollouts, under the names of metrics.jsonl.
 
     Means leave out failed rollouts: a fault of the environment is not a worse policy. `failed` and
     `status/…` are shares of all rollouts. A mean over nothing is NaN.
@@ -39,6 +41,7 @@ def summarise(
     Args:
         credits: one per group; without them the last two metrics are left out.
         prefix: put before every name (`"eval/"`).
+
     Returns:
         reward/outcome: mean per rollout.
         reward/turn: mean per rollout of the sum over its turns.

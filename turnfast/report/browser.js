@@ -12,7 +12,7 @@
 
   const MINUS = "\u2212";
   const fixed = (value, digits) => value.toFixed(digits).replace("-", MINUS);
-  const signed = (value) => (value > 0 ? "+" : "") + fixed(value, 2);
+  const signed = (value) => Math.abs(value) < 0.005 ? "0.00" : (value > 0 ? "+" : "") + fixed(value, 2);
   const short = (value) => {
     const size = Math.abs(value);
     if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(1).replace("-", MINUS);

@@ -51,7 +51,7 @@ def curves(lines: Lines) -> list[Chart]:
         ),
         _chart(
             "Advantage standard deviation by turn",
-            "Over all trained turns; at 0 the turn gives no gradient.",
+            "Over all trained turns of that index; at 0 all have the same advantage.",
             _turn_series(lines, "advantage_std"),
         ),
         _chart(
