@@ -31,6 +31,7 @@ from turnfast.config.recipe import to_toml
 from turnfast.config.schema import CriticConfig, LossConfig, ModelConfig, OptimConfig
 from turnfast.credit import assign_credits
 from turnfast.errors import ConfigError, RankError, SyncError, TrainingError
+from turnfast.metrics.reduce import reduce_metrics, to_plain, values_of
 from turnfast.model import Policy, load_policy
 from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack, pack_step, trainable_rows
@@ -185,6 +186,9 @@ def test_steps_on_several_ranks_match_one_rank(tiny_folder, size, options, one_t
             assert (ours.value_loss is not None) == bool(options.get("with_critic"))
             if ours.value_loss is not None:
                 assert ours.value_loss == pytest.approx(expected.value_loss, rel=1e-4)
+    for k, expected in enumerate(alone.updates):
+        reduced = reduce_metrics([to_plain(stepped.updates[k].metrics()) for stepped in together])
+        assert reduced == pytest.approx(values_of(expected.metrics()), rel=1e-3, abs=1e-5)
 
 
 def test_in_place_sums_are_reduced_over_the_ranks(one_thread):
@@ -520,7 +524,7 @@ def test_two_processes_train_like_one(letters_model, tmp_path, monkeypatch, one_
     for alone, both in zip(*lines, strict=True):
         for name in ("step", "rollouts", "tokens_sampled", "tokens_trained"):
             assert both[name] == alone[name], name
-        for name in ("loss", "grad_norm", "reward/outcome", "reward/turn"):
+        for name in ("loss", "grad_norm", "reward/outcome", "reward/turn", "entropy", "logprob"):
             assert both[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
     evaluated = [line for line in read_metrics(tmp_path / "two") if "eval/rollouts" in line]
     found = [(line["step"], line["eval/rollouts"]) for line in evaluated]
