@@ -1,6 +1,7 @@
 """The C++ loss head: every instruction set is as accurate as the reference.
 
-Products of bf16 pairs round E to 8 bits, so gradients of those instruction sets get 2e-3 more.
+Products of bf16 pairs round E to 8 bits, so gradients of those instruction sets may be off by 2e-3
+more. With an entropy term or a soft cap they are computed from log E, where terms can cancel.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ cases = loss_cases.cases(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=cases, chunk=st.sampled_from([None, 7]))
 def test_every_option_is_as_accurate_as_the_reference(case: Case, chunk: int | None) -> None:
-    assert_as_accurate_as_reference(case, "cpp", chunk_tokens=chunk)
+    slack = 0.0
+    if KERNELS[0] in PAIRED and case.hidden.dtype == BF16:
+        slack = 2e-2 if case.rule.entropy_coef or case.softcap else 2e-3
+    assert_as_accurate_as_reference(case, "cpp", slack, chunk_tokens=chunk)
 
 
 @pytest.mark.parametrize(("N", "V"), [(1, 1500), (63, 1500), (507, 1500), (63, 50257)])
