@@ -8,7 +8,7 @@
     dx = dz @ W, dW = dz^T @ x, the terms of y added separately
 
 S excludes the target, so 1 - p_y = S / Z keeps its relative precision for confident tokens.
-Memory: two [C, V] buffers in float32; C is the larger of 64 tokens and 64 MiB per buffer.
+Memory: two [C, V] buffers in float32 of about 64 MiB, with at least 64 and at most 2,048 tokens.
 """
 
 from __future__ import annotations
