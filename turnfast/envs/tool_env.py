@@ -68,10 +68,9 @@ from ..tools import (
 from ..types import Message, Task
 from .base import CallResult, Outcome, PlayedTurn, Reward, Split, Step
 from .rewards import functions
-from .rewards.answers import exact_match, f1, read_answer
+from .rewards.answers import exact_match, f1, format_score, read_answer, tags_score
 
 CallFormat = Literal["xml", "native"]
-TOO_MANY_CALLS = "too many calls in one turn"
 
 
 class ToolEnv:
@@ -91,7 +90,6 @@ class ToolEnv:
         ConfigError: a weight for a reward that does not exist.
     """
 
-    name: str = ""
     max_turns: int = 4
     tool_timeout_s: float = 10.0
 
@@ -125,8 +123,8 @@ class ToolEnv:
                 return (*super().default_rewards(), short)
         """
         style = {"native": self.native_calls, "reasoning": self.reasoning}
-        mean_format = partial(functions.mean_format, **style)
-        mean_tags = partial(functions.mean_tags, **style)
+        mean_format = partial(functions.mean_over_turns, format_score, **style)
+        mean_tags = partial(functions.mean_over_turns, tags_score, **style)
         on_call = partial(Reward, on="call", inline=True)
         on_answer = partial(Reward, on="answer", inline=True)
         return (
@@ -238,7 +236,7 @@ class ToolEpisode:
         ]
         # a single call needs no asyncio task, and can finish before the engine's next step
         results = await asyncio.gather(*running) if len(running) > 1 else [await running[0]]
-        excess = MalformedCall(reason=f"{TOO_MANY_CALLS}, the limit is {env.max_calls}")
+        excess = MalformedCall(reason=f"too many calls in one turn, the limit is {env.max_calls}")
         error = ToolError(kind="malformed", text=excess.reason)
         calls = [CallResult(call=c, result=r) for c, r in zip(attempts, results, strict=False)]
         calls += [CallResult(call=excess, result=error)] * bool(attempts[env.max_calls :])

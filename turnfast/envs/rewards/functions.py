@@ -5,7 +5,7 @@ They are the default rewards of `ToolEnv`, and `[[env.rewards]]` selects them by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...types import Task
 from ..base import PlayedTurn
@@ -79,16 +79,11 @@ def turn_tags(
     return answers.tags_score(turns[-1].text, native=native, reasoning=reasoning)
 
 
-def mean_format(task: Task, turns: Sequence[PlayedTurn], *, native: bool, reasoning: bool) -> float:
-    """Mean `format_score` over all turns."""
-    scores = [answers.format_score(t.text, native=native, reasoning=reasoning) for t in turns]
-    return answers.mean(scores)
-
-
-def mean_tags(task: Task, turns: Sequence[PlayedTurn], *, native: bool, reasoning: bool) -> float:
-    """Mean `tags_score` over all turns."""
-    scores = [answers.tags_score(t.text, native=native, reasoning=reasoning) for t in turns]
-    return answers.mean(scores)
+def mean_over_turns(
+    score: Callable[..., float], task: Task, turns: Sequence[PlayedTurn], **style: bool
+) -> float:
+    """Mean of `format_score` or `tags_score` over all turns."""
+    return answers.mean([score(turn.text, **style) for turn in turns])
 
 
 def successful_results(turn: PlayedTurn) -> list[str]:
