@@ -1,4 +1,4 @@
-"""Rollouts with a scripted sampler: order, faults, deadlines, stops, and token identity."""
+"""Rollouts with a scripted sampler: order, faults, deadlines, stops, limits and token identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from by_script import roll_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from templates import DROPS_REASONING
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
@@ -26,8 +27,9 @@ from turnfast.metrics.rollouts import summarise
 from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.rollout.groups import collect_groups
-from turnfast.rollout.schedule import Prompt, Quota
+from turnfast.rollout.schedule import Prompt, Quota, RolloutScheduler
 from turnfast.rollout.setup import RolloutSetup
+from turnfast.sampler.awaited import AwaitedSampler
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
     ScriptedSampler,
@@ -36,7 +38,7 @@ from turnfast.sampler.scripted import (
     oldest,
     shuffled,
 )
-from turnfast.types import Credit
+from turnfast.types import Credit, Status, Trajectory
 
 LIMITS = dict(group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60)
 ANSWER = "<answer>done</answer>"
@@ -52,7 +54,7 @@ def task(name: str) -> Task:
 
 
 class Recorder(ScriptedSampler):
-    """Notes every request, and what was asked in it."""
+    """Records every request and its decoded prompt."""
 
     def __init__(self, chat: Chat, say, *, pick=everything) -> None:
         self.requests = []
@@ -70,7 +72,7 @@ class Recorder(ScriptedSampler):
 
 
 class Workshop(ToolEnv):
-    """Tools that work, and tools with every fault there is."""
+    """Tools that work and tools that fail in every way."""
 
     def __init__(self, **options) -> None:
         super().__init__(instructions="", max_result_chars=1000, **options)
@@ -82,35 +84,35 @@ class Workshop(ToolEnv):
 
     @tool
     def echo(self, text: str) -> str:
-        """Say it again."""
+        """Return the text."""
         return text
 
     @tool
     async def wait(self) -> str:
-        """Until the gate opens."""
+        """Wait for the gate."""
         assert self.gate is not None
         await self.gate.wait()
         return "open"
 
     @tool
     def hang(self) -> str:
-        """Hold a thread."""
+        """Block a thread."""
         self.release.wait(30)
         return "late"
 
     @tool
     def crash(self) -> str:
         """Raise."""
-        raise ZeroDivisionError("the drill broke")
+        raise ZeroDivisionError("broken")
 
     @tool
     def flood(self) -> str:
-        """Too much of everything."""
+        """Return too much text."""
         return "x" * 5000
 
     @tool
     def garbled(self) -> str:
-        """Not UTF-8."""
+        """Return invalid UTF-8."""
         return b"\xff\xfe".decode("utf-8", errors="surrogateescape")
 
 
@@ -122,25 +124,22 @@ def workshop():
     env.release.set()
 
 
-def work(chat, workshop, sampler, **changed):
+def roll_out_workshop(chat, workshop, sampler, **changed):
     """Both tasks, at most four turns each."""
     tasks = workshop.tasks("train")
     return roll_out(workshop, chat, sampler, tasks, **{**LIMITS, "max_turns": 4, **changed})
 
 
-def timeless(groups):
+def without_times(groups):
     return [
         replace(group, trajectories=tuple(replace(t, time_s=0.0) for t in group.trajectories))
         for group in groups
     ]
 
 
-# --- order ----------------------------------------------------------------------------------------
-
-
 def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
-    """The tool of `a` returns only after `b` has asked for its fourth turn: in lock step that would
-    never come."""
+    """The tool of `a` returns only after the fourth request of `b`, which lock step would never
+    reach."""
     workshop.gate = asyncio.Event()
 
     def say(prompt: str) -> str:
@@ -152,7 +151,7 @@ def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
         return call("echo", text="b")
 
     sampler = Recorder(chat, say)
-    groups = work(chat, workshop, sampler, seed=0, group_size=1)
+    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
     order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
     assert order == ["a", "b", "b", "b", "b", "a"]
     assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
@@ -160,23 +159,23 @@ def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
 
 
 @pytest.mark.parametrize("pick", [everything, oldest, newest, shuffled(1), shuffled(2)])
-def test_same_groups_whatever_finishes_first(chat, workshop, pick):
+def test_the_order_of_completion_does_not_change_the_groups(chat, workshop, pick):
     def say(prompt: str) -> str:
         depth = prompt.count("assistant")
         return ANSWER if depth > 2 else call("echo", text=f"{depth} {len(prompt)}")
 
     def play(pick):
         sampler = Recorder(chat, say, pick=pick)
-        groups = work(chat, workshop, sampler, seed=3)
+        groups = roll_out_workshop(chat, workshop, sampler, seed=3)
         seeds = {(request.prompt_ids, request.seed) for request in sampler.requests}
         assert sampler.num_pending == 0
-        return timeless(groups), seeds
+        return without_times(groups), seeds
 
     assert play(pick) == play(everything)
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 16])
-def test_same_samples_in_batches_of_any_size(tiny_folder, chat, workshop, num_slots):
+def test_the_batch_size_does_not_change_the_samples(tiny_folder, chat, workshop, num_slots):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
 
     def play(slots: int):
@@ -190,11 +189,11 @@ def test_same_samples_in_batches_of_any_size(tiny_folder, chat, workshop, num_sl
 
     samples = play(num_slots)
     assert samples == play(8)
-    assert len({str(sample) for sample in samples}) == 4  # every rollout has draws of its own
+    assert len({str(sample) for sample in samples}) == 4  # different in every rollout
 
 
-def test_every_request_has_a_seed_of_its_own(chat, workshop):
-    """Also when a task comes twice, which small data sets do in one step."""
+def test_every_request_has_its_own_seed(chat, workshop):
+    """Also when a step contains a task twice, as with small data sets."""
     sampler = Recorder(chat, lambda prompt: call("echo", text="x"))
     tasks = [task("a"), task("b"), task("a")]
     roll_out(workshop, chat, sampler, tasks, max_turns=2, seed=0, **LIMITS)
@@ -208,21 +207,18 @@ def test_every_request_has_a_seed_of_its_own(chat, workshop):
     assert not set(seeds) & {request.seed for request in other.requests}
 
 
-# --- faults of tools ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "error"),
     [
-        ("crash", "ZeroDivisionError: the drill broke"),
+        ("crash", "ZeroDivisionError: broken"),
         ("hang", "gave no result in 0.05 s"),
         ("flood", "5000 characters, the limit is 1000"),
         ("garbled", "invalid UTF-8"),
         ("nothing", "no such tool"),
     ],
 )
-def test_a_faulty_tool_ends_its_own_call(chat, workshop, name, told):
-    """The agent reads the error in its next prompt; its neighbour sees nothing of it."""
+def test_a_failed_tool_ends_its_own_call(chat, workshop, name, error):
+    """The agent sees the error in its next prompt; other trajectories do not."""
     workshop.set_limits(max_turns=4, tool_timeout_s=0.05)
 
     def say(prompt: str) -> str:
@@ -231,22 +227,19 @@ def test_a_faulty_tool_ends_its_own_call(chat, workshop, name, told):
         return call(name) if "task a" in prompt else call("echo", text="fine")
 
     sampler = Recorder(chat, say)
-    groups = work(chat, workshop, sampler, seed=0, group_size=1)
-    (broken,), (whole,) = (group.trajectories for group in groups)
-    assert broken.status == whole.status == "finished"
-    assert (broken.turns[0].tool_calls, broken.turns[0].tool_successes) == (1, 0)
-    assert (whole.turns[0].tool_calls, whole.turns[0].tool_successes) == (1, 1)
-    assert told in broken.turns[0].reply and "Error:" in broken.turns[0].reply
+    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
+    (failing,), (working,) = (group.trajectories for group in groups)
+    assert failing.status == working.status == "finished"
+    assert (failing.turns[0].tool_calls, failing.turns[0].tool_successes) == (1, 0)
+    assert (working.turns[0].tool_calls, working.turns[0].tool_successes) == (1, 1)
+    assert error in failing.turns[0].reply and "Error:" in failing.turns[0].reply
     second = [p for p in sampler.prompts if "task a" in p][1]
-    assert told in second
-    assert broken.outcome == whole.outcome > 0
-
-
-# --- faults of environments -----------------------------------------------------------------------
+    assert error in second
+    assert failing.outcome == working.outcome > 0
 
 
 class Fragile:
-    """An environment that breaks where it is told to: at `start`, `step` or `finish`."""
+    """An environment that fails at `start`, `step` or `finish` of the tasks in `broken`."""
 
     tools = ()
     native_calls = False
@@ -254,11 +247,13 @@ class Fragile:
     def __init__(self, fault, where: str = "step", broken: tuple[str, ...] = ("b",)) -> None:
         self.fault, self.where, self.broken = fault, where, broken
         self.cancelled = 0
+        self.started: list[str] = []
 
     def tasks(self, split):
         return [task(name) for name in "abcdefgh"]
 
     def episode(self, task):
+        self.started.append(task.id)
         return FragileEpisode(self, task)
 
 
@@ -288,13 +283,13 @@ class FragileEpisode:
 
 
 class Blocking:
-    """An environment of plain functions, in which task `a` blocks until task `b` has gone on."""
+    """Plain functions; task `a` blocks until task `b` has had three turns."""
 
     tools = ()
     native_calls = False
 
-    def __init__(self, patience_s: float = 30.0) -> None:
-        self.gate, self.patience_s = threading.Event(), patience_s
+    def __init__(self, wait_s: float = 30.0) -> None:
+        self.gate, self.wait_s = threading.Event(), wait_s
 
     def tasks(self, split):
         return [task("a"), task("b")]
@@ -312,8 +307,8 @@ class BlockingEpisode:
 
     def step(self, text: str) -> Step:
         self._num_turns += 1
-        if self._task.id == "a" and not self._env.gate.wait(self._env.patience_s):
-            raise ZeroDivisionError("nobody came")
+        if self._task.id == "a" and not self._env.gate.wait(self._env.wait_s):
+            raise ZeroDivisionError("timed out")
         if self._num_turns == 3:
             self._env.gate.set()
         done = self._task.id == "a" or self._num_turns == 3
@@ -336,11 +331,11 @@ def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
 
 
 @pytest.mark.parametrize(
-    ("patience_s", "status", "error"),
-    [(0.0, "error", "ZeroDivisionError: nobody came (test_rollout.py:"), (30.0, "timeout", "0.2")],
+    ("wait_s", "status", "error"),
+    [(0.0, "error", "ZeroDivisionError: timed out (test_rollout.py:"), (30.0, "timeout", "0.2")],
 )
-def test_a_step_that_blocks_for_good_ends_its_own_trajectory(chat, patience_s, status, error):
-    env = Blocking(patience_s)
+def test_a_step_that_blocks_forever_ends_its_own_trajectory(chat, wait_s, status, error):
+    env = Blocking(wait_s)
     limits = {**LIMITS, "max_turns": 4, "trajectory_timeout_s": 0.2, "max_error_share": 1.0}
     groups = roll_out(env, chat, Recorder(chat, lambda prompt: "hm"), [task("a")], **limits)
     env.gate.set()
@@ -360,7 +355,7 @@ async def too_late():
     raise TimeoutError("the wiki did not answer")
 
 
-async def called_off():
+async def cancelled():
     raise asyncio.CancelledError
 
 
@@ -379,13 +374,13 @@ def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=eve
     [
         (broken, "KeyError: 'no such page'"),
         (too_late, "TimeoutError: the wiki did not answer"),
-        (called_off, "CancelledError"),
+        (cancelled, "CancelledError"),
     ],
 )
 def test_an_environment_that_raises_costs_one_trajectory(chat, where, fault, text):
     groups = play_fragile(chat, Fragile(fault, where))
-    lone = groups[1].trajectories[0]
-    assert lone.status == "error" and text in lone.error and lone.failed
+    failed = groups[1].trajectories[0]
+    assert failed.status == "error" and text in failed.error and failed.failed
     assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
@@ -428,16 +423,15 @@ def test_a_turn_without_a_reward_is_no_fault(chat):
     assert not groups[1].trajectories[0].failed
 
 
-def test_an_environment_that_never_ends_is_ended(chat):
-    """It talks on at once and for ever: the limit of turns ends it, and it is scored as it is."""
+def test_max_turns_ends_a_trajectory_and_it_is_scored(chat):
     groups = play_fragile(chat, Fragile(paid("step", 0.5)))
     lone = groups[1].trajectories[0]
     assert (lone.status, len(lone.turns), lone.outcome) == ("max_turns", 2, 1.0)
 
 
-def test_failed_trajectories_are_trained_on_by_nobody(chat):
+def test_failed_trajectories_are_not_trained_on(chat):
     groups = play_fragile(chat, Fragile(broken, "finish"), group_size=2)
-    assert groups[1].trajectories[0].turns  # it had sampled something
+    assert groups[1].trajectories[0].turns
     credits = [Credit(rule="test", advantages=((1.0,), (-1.0,))) for _ in groups]
     packed = pack(groups, credits, budget=512)
     kept = sum(t.num_sampled for g in groups for t in g.trajectories if not t.failed)
@@ -454,9 +448,6 @@ def test_too_many_failures_end_the_run_and_show_the_first(chat):
     assert "task 'c'" in text and "no such page" in text
 
 
-# --- deadlines ------------------------------------------------------------------------------------
-
-
 def test_a_trajectory_has_a_deadline(chat):
     env = Fragile(forever)
     groups = play_fragile(chat, env, trajectory_timeout_s=0.1)
@@ -466,7 +457,7 @@ def test_a_trajectory_has_a_deadline(chat):
     assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
-def test_a_trajectory_whose_sample_does_not_come_is_aborted(chat):
+def test_a_trajectory_whose_request_does_not_finish_times_out(chat):
     never = lambda waiting: [r for r in waiting if "task b" not in chat.decode_turn(r.prompt_ids)]
     groups = play_fragile(chat, Fragile(broken, broken=()), pick=never, trajectory_timeout_s=0.1)
     assert groups[1].trajectories[0].status == "timeout"
@@ -479,8 +470,8 @@ def test_a_step_has_a_deadline(chat):
     assert env.cancelled == 2
 
 
-async def stubborn():
-    """Retries whatever happens, its own cancellation included."""
+async def uncancellable():
+    """Retries after every exception, its own cancellation included."""
     while True:
         try:
             await asyncio.sleep(60)
@@ -488,25 +479,25 @@ async def stubborn():
             continue
 
 
-def test_an_environment_that_will_not_be_called_off_costs_one_trajectory(chat, monkeypatch):
+def test_an_environment_that_ignores_cancellation_costs_one_trajectory(chat, monkeypatch):
     monkeypatch.setattr("turnfast.rollout.schedule.CANCEL_GRACE_S", 0.1)
     monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
-    groups = play_fragile(chat, Fragile(stubborn), trajectory_timeout_s=0.1)
+    groups = play_fragile(chat, Fragile(uncancellable), trajectory_timeout_s=0.1)
     lone = groups[1].trajectories[0]
     assert (lone.status, lone.turns, lone.index) == ("timeout", (), 0)
     assert "ignored cancellation" in lone.error
     assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
-def test_a_stop_does_not_wait_for_an_environment_that_will_not_be_called_off(chat, monkeypatch):
+def test_a_stop_does_not_wait_for_an_environment_that_ignores_cancellation(chat, monkeypatch):
     monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
     asked = iter(range(3))
     with pytest.raises(Interrupted):
-        play_fragile(chat, Fragile(stubborn), should_stop=lambda: next(asked, None) is None)
+        play_fragile(chat, Fragile(uncancellable), should_stop=lambda: next(asked, None) is None)
 
 
-def test_the_clock_of_a_rollout_starts_with_it(chat):
-    """One slot, steps of 50 ms, eight rollouts: the last waits longer than any may take."""
+def test_the_timeout_of_a_rollout_begins_at_its_start(chat):
+    """One slot, steps of 50 ms, eight rollouts: the last one queues for longer than the timeout."""
 
     def slow(waiting):
         time.sleep(0.05)
@@ -521,8 +512,8 @@ def test_the_clock_of_a_rollout_starts_with_it(chat):
     assert max(t.time_s for t in played) < 0.3
 
 
-def test_a_slot_is_free_for_others_while_a_tool_works(chat, workshop):
-    """One slot. The tool of `a` returns only after `b`, which came later, has had its turn."""
+def test_a_slot_is_free_while_a_tool_runs(chat, workshop):
+    """One slot; the tool of `a` returns only after the turn of `b`, which starts later."""
     workshop.gate = asyncio.Event()
 
     def say(prompt: str) -> str:
@@ -533,14 +524,14 @@ def test_a_slot_is_free_for_others_while_a_tool_works(chat, workshop):
 
     sampler = Recorder(chat, say)
     sampler.capacity = 1
-    groups = work(chat, workshop, sampler, seed=0, group_size=1)
+    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
     order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
     assert order == ["a", "b", "a"]
     assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
 
 
-def test_an_async_tool_of_many_awaits_does_not_need_an_engine_step_for_each(chat):
-    """Task b awaits 40 times without waiting, beside one whose sample takes many steps of 20 ms."""
+def test_an_async_tool_with_many_awaits_does_not_need_an_engine_step_for_each(chat):
+    """Task b awaits 40 times without waiting, while a request of a takes many steps of 20 ms."""
     num_steps = 0
 
     async def busy():
@@ -561,7 +552,7 @@ def test_an_async_tool_of_many_awaits_does_not_need_an_engine_step_for_each(chat
     assert slow.time_s > 1.9 and busy_one.time_s < 0.5
 
 
-def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
+def test_a_full_context_ends_the_trajectory(chat, workshop):
     sampler = Recorder(chat, lambda prompt: call("echo", text="more and more of it"))
     limits = {**LIMITS, "max_turns": 50, "group_size": 1, "max_context": 160}
     groups = roll_out(workshop, chat, sampler, [task("a")], **limits)
@@ -572,8 +563,8 @@ def test_a_full_context_ends_a_trajectory_not_a_run(chat, workshop):
 
 
 @pytest.mark.parametrize("left", [3, 20])
-def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
-    """Also when it is the last turn, or the environment is content with what it got."""
+def test_a_turn_that_the_context_cuts_ends_as_context_full(chat, left):
+    """Also when it is the last turn, or the environment says that it is done."""
     prompt = chat.open([{"role": "user", "content": "task a"}]).prompt_ids
     sampler = ScriptedSampler(lambda prompt_ids: [65] * 19 + [chat.end_id])
     limits = {**LIMITS, "max_turns": 1, "group_size": 1, "max_context": len(prompt) + left}
@@ -583,27 +574,24 @@ def test_a_turn_that_the_context_cuts_is_no_ordinary_end(chat, left):
     assert cut.num_sampled == min(left, 20) and not cut.failed and cut.outcome == 1.0
 
 
-@pytest.mark.parametrize("room", [-3, 0])
-def test_a_prompt_that_never_fits_is_an_error(chat, room):
-    """Also one that fills the context to the last token."""
+@pytest.mark.parametrize("left", [-3, 0])
+def test_a_first_prompt_that_does_not_fit_is_an_error(chat, left):
+    """Also one that fills the context exactly."""
     size = len(chat.open([{"role": "user", "content": "task a"}]).prompt_ids)
-    told = rf"prompt has {size} tokens.*max_context = {size + room}"
+    text = rf"prompt has {size} tokens.*max_context = {size + left}"
     sampler = Recorder(chat, lambda prompt: ANSWER)
-    limits = {**LIMITS, "max_turns": 2, "max_context": size + room}
-    with pytest.raises(RolloutError, match=told):
+    limits = {**LIMITS, "max_turns": 2, "max_context": size + left}
+    with pytest.raises(RolloutError, match=text):
         roll_out(Fragile(broken, broken=()), chat, sampler, [task("a")], **limits)
 
 
-# --- stops ----------------------------------------------------------------------------------------
-
-
-def test_a_stop_while_all_wait_for_their_tools(chat):
+def test_a_stop_while_all_trajectories_wait_for_tools(chat):
     env = Fragile(forever, broken=tuple("abcdefgh"))
     begin = time.perf_counter()
     asked = iter(range(3))
     with pytest.raises(Interrupted):
         play_fragile(chat, env, should_stop=lambda: next(asked, None) is None)
-    assert env.cancelled == 8  # nobody is left behind
+    assert env.cancelled == 8
     assert time.perf_counter() - begin < 30
 
 
@@ -618,15 +606,15 @@ def test_a_stop_while_the_sampler_is_busy(chat):
         )
 
 
-def test_a_stop_while_tools_hang_in_threads(chat, workshop):
+def test_a_stop_while_tools_block_threads(chat, workshop):
     asked = iter(range(4))
     sampler = Recorder(chat, lambda prompt: call("hang"))
     with pytest.raises(Interrupted):
-        work(chat, workshop, sampler, should_stop=lambda: next(asked, None) is None)
+        roll_out_workshop(chat, workshop, sampler, should_stop=lambda: next(asked, None) is None)
     assert sampler.num_pending == 0 and len(sampler.requests) == 4
 
 
-def test_a_sampler_that_breaks_ends_the_rollout(chat):
+def test_an_error_of_the_sampler_ends_the_rollout(chat):
     env = Fragile(forever)
 
     def fail(waiting):
@@ -636,9 +624,6 @@ def test_a_sampler_that_breaks_ends_the_rollout(chat):
 
     with pytest.raises(ValueError, match="the engine died"):
         play_fragile(chat, env, pick=fail)
-
-
-# --- what became of the time ---------------------------------------------------------------------
 
 
 def usage_of(chat, env, sampler, size: int):
@@ -655,7 +640,7 @@ def usage_of(chat, env, sampler, size: int):
     return collect_groups(setup, prompts, Quota(wanted=size, most=size)).usage
 
 
-def test_utilisation_is_of_the_slots_there_are_rollouts_for(chat):
+def test_utilisation_counts_the_slots_that_rollouts_could_use(chat):
     """One reply per step: 4, 3, 2, 1 requests, of which two run at a time."""
 
     def usage(capacity: int):
@@ -668,7 +653,7 @@ def test_utilisation_is_of_the_slots_there_are_rollouts_for(chat):
 
 
 @pytest.mark.parametrize(("slow", "tail"), [("ab", True), ("abcdef", False)])
-def test_waiting_for_the_last_is_the_tail(chat, slow, tail):
+def test_the_tail_is_the_time_with_few_rollouts(chat, slow, tail):
     async def doze():
         await asyncio.sleep(0.4)
 
@@ -678,11 +663,8 @@ def test_waiting_for_the_last_is_the_tail(chat, slow, tail):
     assert usage.tail.value >= 0.5 if tail else usage.tail.value <= 0.1
 
 
-# --- identity -------------------------------------------------------------------------------------
-
-
-class Babel:
-    """Answers with random text, special-token look-alikes included."""
+class Replies:
+    """Replies with the given texts."""
 
     tools = ()
     native_calls = False
@@ -694,10 +676,10 @@ class Babel:
         return [task("a"), task("b")]
 
     def episode(self, task):
-        return BabelEpisode(self._replies)
+        return RepliesEpisode(self._replies)
 
 
-class BabelEpisode:
+class RepliesEpisode:
     def __init__(self, replies: list[str]) -> None:
         self._replies = iter(replies)
 
@@ -739,6 +721,99 @@ def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
     return found
 
 
+def test_a_template_that_rewrites_history_restarts_the_context(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = DROPS_REASONING
+    chat = Chat(tokenizer)
+    texts = iter(["<think>hm</think>Ida", "Oslo", "Ulm"])
+    sampler = Recorder(chat, lambda prompt: next(texts))
+    limits = {"group_size": 1, "max_turns": 4, "max_new_tokens": 300, "max_context": 300}
+    env = Replies(["Who?", "Sure?", "Really?"])
+    (group,) = roll_out(env, chat, sampler, [task("a")], **limits)
+    first, second, third = group.trajectories[0].turns
+    assert [turn.restart for turn in (first, second, third)] == [False, True, False]
+    assert [request.prompt_ids for request in sampler.requests] == [
+        first.prompt_ids,
+        second.prompt_ids,
+        second.prompt_ids + second.sampled_ids + third.prompt_ids,
+    ]
+    assert "hm" not in sampler.prompts[1] and "Who?" in sampler.prompts[1]
+    # all that is left of the context, counted once
+    for request in sampler.requests:
+        assert request.max_new_tokens == 300 - len(request.prompt_ids)
+
+
+@pytest.mark.parametrize(("last_is_cut", "status"), [(False, "finished"), (True, "length")])
+def test_a_turn_cut_at_max_new_tokens_is_followed_by_the_next(chat, last_is_cut, status):
+    too_long, short = [65] * 100, [65, chat.end_id]
+    replies = iter([too_long, too_long if last_is_cut else short])
+    sampler = ScriptedSampler(lambda request: next(replies))
+    limits = {**LIMITS, "group_size": 1, "max_turns": 4, "max_new_tokens": 20}
+    (group,) = roll_out(Replies(["Who?", "Go on."]), chat, sampler, [task("a")], **limits)
+    (trajectory,) = group.trajectories
+    first, second = trajectory.turns
+    assert first.finish == "length" and len(first.sampled_ids) == 20
+    assert second.prompt_ids[0] == chat.end_id  # appended, not sampled
+    assert trajectory.status == status and not trajectory.failed
+
+
+def test_rollouts_of_dropped_groups_do_not_start(chat):
+    """One slot: the group of `a` fills the quota while the group of `b` is queued."""
+    env = Fragile(broken, broken=())
+    setup = RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=ScriptedSampler(lambda request: [chat.end_id], capacity=1),
+        config=RolloutConfig(**{**LIMITS, "group_size": 1}),
+        max_turns=1,
+        seed=0,
+    )
+    prompts = iter([Prompt(place=i, task=task(name)) for i, name in enumerate("ab")])
+    collected = collect_groups(setup, prompts, Quota(wanted=1, ahead=1, most=2))
+    assert [group.task.id for group in collected.groups] == ["a"]
+    assert [prompt.task.id for prompt in collected.dropped] == ["b"]
+    assert env.started == ["a"]
+
+
+def test_a_late_end_does_not_replace_a_timeout(monkeypatch):
+    """Rollout 0 ends after the scheduler gave it up, while its group waits for rollout 1."""
+    monkeypatch.setattr("turnfast.rollout.schedule.CANCEL_GRACE_S", 0.5)
+
+    async def run():
+        release = asyncio.Event()
+
+        async def play(prompt, index, deadline):
+            while not release.is_set():
+                try:
+                    await release.wait()
+                except asyncio.CancelledError:
+                    continue
+            return Trajectory(task_id="a", index=index, turns=(), status=Status.FINISHED)
+
+        sampler = ScriptedSampler(lambda request: [], capacity=1)  # one start per update
+        scheduler = RolloutScheduler(
+            iter([Prompt(place=0, task=task("a"))]),
+            Quota(wanted=1, most=1),
+            AwaitedSampler(sampler),
+            play,
+            size=2,
+            counts=lambda group: True,
+            timeout_s=0.05,
+        )
+        await scheduler.update()
+        await asyncio.sleep(0.4)  # so that rollout 1 is given up 0.4 s later than rollout 0
+        while scheduler.num_unfinished == 2:
+            await scheduler.update()
+            await asyncio.sleep(0.01)
+        release.set()
+        while await scheduler.update():
+            await asyncio.sleep(0.01)
+        return scheduler.groups
+
+    (group,) = asyncio.run(run())
+    assert [t.status for t in group.trajectories] == ["timeout", "finished"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     replies=st.lists(REPLY, min_size=1, max_size=4),
@@ -746,7 +821,7 @@ def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
     share_prefixes=st.booleans(),
 )
 def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes):
-    """From the sampler's requests and answers to the micro-batches, nothing is encoded anew."""
+    """Between the sampler and the micro-batches no text is encoded again."""
 
     def reply(request):
         draw = random.Random(f"{seed} {request.prompt_ids}")
@@ -761,7 +836,7 @@ def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes
         sampled.append((prompt_ids, sampled_ids, logprobs))
         return logprobs
 
-    env = Babel(replies)
+    env = Replies(replies)
     sampler = ScriptedSampler(reply, score=score, pick=shuffled(seed))
     limits = {**LIMITS, "max_turns": 3, "seed": seed}
     groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
@@ -782,5 +857,5 @@ def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes
     assert sorted(item[1:] for item in trained) == expected
     trajectories = [t for group in groups for t in group.trajectories]
     for i, trajectory in enumerate(trajectories):
-        told = [target for number, _, target, _ in trained if number == i]
-        assert told == [token for turn in trajectory.turns for token in turn.sampled_ids]
+        targets = [target for number, _, target, _ in trained if number == i]
+        assert targets == [token for turn in trajectory.turns for token in turn.sampled_ids]
