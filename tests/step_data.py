@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import by_hand
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from turnfast.config.schema import OptimConfig
 from turnfast.model import Policy
-from turnfast.types import Group, Status, Task, Trajectory, Turn
+from turnfast.types import Group
 from turnfast.update.optimizer import Optimizer
 
 
@@ -56,7 +57,7 @@ def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
         return tuple(draw.randrange(3, 280) for _ in range(count))
 
     groups = []
-    for name in "ab":
+    for _ in range(2):
         prompt = ids(9)
         rollouts = []
         for index in range(3):
@@ -64,24 +65,14 @@ def make_groups(seed: int, *, flat: bool = False) -> list[Group]:
             for k in range(draw.randrange(1, 4)):
                 sampled = ids(draw.randrange(1, 7))
                 turns.append(
-                    Turn(
+                    by_hand.turn(
                         prompt_ids=prompt if k == 0 else ids(draw.randrange(1, 6)),
                         sampled_ids=sampled,
                         logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
-                        text="",
-                        finish="stop",
                         reward=0.5 if flat else draw.random(),
                     )
                 )
             outcome = 1.0 if flat else draw.random()
-            rollouts.append(
-                Trajectory(
-                    task_id=name,
-                    index=index,
-                    turns=tuple(turns),
-                    status=Status.FINISHED,
-                    outcome=outcome,
-                )
-            )
-        groups.append(Group(task=Task(id=name, question=""), trajectories=tuple(rollouts)))
+            rollouts.append(by_hand.rollout(index, turns, outcome=outcome))
+        groups.append(by_hand.group_of(*rollouts))
     return groups

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import by_hand
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from turnfast.credit import assign_credits
 from turnfast.metrics.reduce import values_of
 from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
-from turnfast.types import Group, Status, Task, Trajectory, Turn
+from turnfast.types import Group, Turn
 from turnfast.update.by_turn import by_turn, drawn_kl
 
 
@@ -22,27 +23,19 @@ def groups_of(seed: int, *, restarts: bool) -> list[Group]:
 
     def turn(k: int) -> Turn:
         ids = tuple(draw.randrange(99) for _ in range(draw.randrange(1, 5)))
-        return Turn(
+        return by_hand.turn(
             prompt_ids=(k, 3),
             sampled_ids=ids,
             logprobs=tuple(-draw.random() for _ in ids),
-            text="",
-            finish="stop",
             reward=draw.random(),
             restart=restarts and k > 0 and draw.random() < 0.5,
         )
 
-    rollouts = tuple(
-        Trajectory(
-            task_id="q",
-            index=i,
-            status=Status.FINISHED,
-            outcome=draw.random(),
-            turns=tuple(turn(k) for k in range(draw.randrange(1, 5))),
-        )
+    rollouts = [
+        by_hand.rollout(i, [turn(k) for k in range(draw.randrange(1, 5))], outcome=draw.random())
         for i in range(6)
-    )
-    return [Group(task=Task(id="q", question=""), trajectories=rollouts)]
+    ]
+    return [by_hand.group_of(*rollouts)]
 
 
 @pytest.mark.parametrize("rule", ["mt_grpo", "mt_ppo"])

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
+from by_hand import group_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnfast.config.schema import VALUE_RULES
 from turnfast.credit import RULES, assign_credit, assign_credits, check_rule
 from turnfast.errors import ConfigError
-from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Trajectory
 
 PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two different numbers become -1 and +1
 PLAIN: dict[str, Any] = {"std": "none"}
@@ -35,23 +37,16 @@ def rollout(
     replies: Sequence[str] | None = None,
 ) -> Trajectory:
     """`ids`: one sampled id per turn; by default all are different."""
-    turns = tuple(
-        Turn(
+    turns = [
+        by_hand.turn(
             prompt_ids=(7,) if k == 0 else (8, k),
             sampled_ids=(ids[k] if ids else 100 * index + k,),
-            logprobs=(-0.1,),
-            text="",
-            finish="stop",
             reply=replies[k] if replies else f"reply {index} {k}",
             reward=reward,
         )
         for k, reward in enumerate(rewards)
-    )
-    return Trajectory(task_id="q", index=index, turns=turns, status=Status(status), outcome=outcome)
-
-
-def group_of(*trajectories: Trajectory) -> Group:
-    return Group(task=Task(id="q", question="?"), trajectories=trajectories)
+    ]
+    return by_hand.rollout(index, turns, status, outcome=outcome)
 
 
 def close(credit: Credit, *rows: Sequence[float]) -> bool:

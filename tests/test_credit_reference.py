@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 
 from turnfast.credit import assign_credits
-from turnfast.types import Group, Status, Task, Trajectory, Turn
+from turnfast.types import Group, Trajectory, Turn
 
 G, L = 6, 4  # rollouts of a group and turns of a rollout, at most
 REPLIES = ("left", "right")
@@ -43,31 +44,19 @@ def make(seed: int, count: int) -> tuple[list[Group], Dense]:
     flat = rng.random(count) < 0.1
     rewards[flat], outcomes[flat] = 0.5, 1.0
     ids, replies = rng.integers(0, 2, (count, G, L)), rng.integers(0, 2, (count, G, L))
+
+    def turn_of(b: int, i: int, k: int) -> Turn:
+        reward = None if np.isnan(rewards[b, i, k]) else float(rewards[b, i, k])
+        reply = REPLIES[replies[b, i, k]]
+        return by_hand.turn(sampled_ids=(int(ids[b, i, k]),), reply=reply, reward=reward)
+
+    def rollout_of(b: int, i: int) -> Trajectory:
+        turns = [turn_of(b, i, k) for k in range(lengths[b, i])]
+        status = "error" if failed[b, i] else "finished"
+        return by_hand.rollout(i, turns, status, outcome=float(outcomes[b, i]))
+
     groups = [
-        Group(
-            task=Task(id=str(b), question=""),
-            trajectories=tuple(
-                Trajectory(
-                    task_id=str(b),
-                    index=i,
-                    status=Status("error" if failed[b, i] else "finished"),
-                    outcome=float(outcomes[b, i]),
-                    turns=tuple(
-                        Turn(
-                            prompt_ids=(9,),
-                            sampled_ids=(int(ids[b, i, k]),),
-                            logprobs=(0.0,),
-                            text="",
-                            finish="stop",
-                            reply=REPLIES[replies[b, i, k]],
-                            reward=None if np.isnan(r := rewards[b, i, k]) else float(r),
-                        )
-                        for k in range(lengths[b, i])
-                    ),
-                )
-                for i in range(int(exists[b].sum()))
-            ),
-        )
+        by_hand.group_of(*(rollout_of(b, i) for i in range(int(exists[b].sum()))))
         for b in range(count)
     ]
     present = exists & ~failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import by_hand
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from turnfast.rundir.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from turnfast.types import Group, Status, Task, Trajectory, Turn
+from turnfast.types import Group, Trajectory
 from turnfast.update.critic import Critic
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
@@ -43,27 +44,17 @@ def make_groups(seed: int) -> list[Group]:
             for k in range(draw.randrange(1, 4)):
                 sampled = ids(0 if k == 1 else 1, 6)
                 turns.append(
-                    Turn(
+                    by_hand.turn(
                         prompt_ids=prompt if k == 0 else ids(1, 5),
                         sampled_ids=sampled,
                         logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
-                        text="",
-                        finish="stop",
                         reward=draw.random(),
                         restart=k > 0 and draw.random() < 0.3,
                     )
                 )
-            failed = (name, index) == ("a", 1)
-            rollouts.append(
-                Trajectory(
-                    task_id=name,
-                    index=index,
-                    turns=tuple(turns),
-                    status=Status.ENVIRONMENT_ERROR if failed else Status.FINISHED,
-                    outcome=draw.random(),
-                )
-            )
-        groups.append(Group(task=Task(id=name, question=""), trajectories=tuple(rollouts)))
+            status = "error" if (name, index) == ("a", 1) else "finished"
+            rollouts.append(by_hand.rollout(index, turns, status, outcome=draw.random()))
+        groups.append(by_hand.group_of(*rollouts))
     return groups
 
 
