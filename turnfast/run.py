@@ -104,7 +104,7 @@ def open_run(
             or default_tolerance(policy.model.dtype, policy.device.type),
             prompts=prompts,
             first_step=done + 1,
-            evaluated=ranks.gather(_is_evaluated(directory, done, config))[0],
+            evaluated=ranks.all_gather(_is_evaluated(directory, done, config))[0],
             ranks=ranks,
         )
 

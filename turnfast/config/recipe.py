@@ -2,8 +2,7 @@
 
     config = load_config("search.toml", ["--loss.clip-high", "0.28"])
 
-The first thing wrong ends the run with a `ConfigError` that names the field, the file or flag it
-came from, and the way out.
+Errors are a `ConfigError` that names the field, the file or flag it comes from, and the fix.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
-from .conflicts import refusals
+from .conflicts import find_conflicts
 from .schema import Config, RewardConfig
 from .signature import suggest
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a shipped one (`demo` for `demo.toml`)."""
+    """The file of a recipe, from its path or the name of a shipped one (`demo` for `demo.toml`)."""
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
@@ -42,14 +42,14 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and lay dotted flags over it.
+    """Read a recipe and override fields with dotted flags.
 
     Args:
         recipe: path of a TOML file, or the name of a shipped recipe.
-        overrides: `["--loss.clip-high", "0.28", "--env.options.hops=2", …]`; a value is read as
-            TOML and, where that fails, as a plain string.
+        overrides: `["--loss.clip-high", "0.28", "--env.options.hops=2", …]`; a value is parsed
+            as TOML or, if that fails, taken as a string.
     Raises:
-        ConfigError: unknown or ill-typed field, impossible pair, unreadable file.
+        ConfigError: unknown field, wrong type, conflict of fields, unreadable file.
     """
     path = recipe_path(str(recipe))
     try:
@@ -67,22 +67,22 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build_config(
     tree: Mapping[str, Any], *, source: str = "config", flags: Collection[str] = ()
 ) -> Config:
-    """Check a nested mapping, field by field and then the pairs of them.
+    """Make a `Config` from nested mappings; checks every field, then conflicts between fields.
 
     Raises:
-        ConfigError: a line for everything wrong, with `source`, or the flag that set the field.
+        ConfigError: one line per mistake, with `source` or the flag that set the field.
     """
     try:
         config = Config.model_validate(_lists_to_tuples(tree))
     except ValidationError as error:
-        raise _refusal([_explain(item) for item in error.errors()], source, flags) from None
-    wrong = refusals(config)
-    if wrong:
-        raise _refusal(wrong, source, flags)
+        raise _config_error([_explain(item) for item in error.errors()], source, flags) from None
+    conflicts = find_conflicts(config)
+    if conflicts:
+        raise _config_error(conflicts, source, flags)
     return config
 
 
-def _refusal(lines: Sequence[str], source: str, flags: Collection[str]) -> ConfigError:
+def _config_error(lines: Sequence[str], source: str, flags: Collection[str]) -> ConfigError:
     return ConfigError("\n".join(_blame(line, source, flags) for line in lines))
 
 
@@ -92,11 +92,8 @@ def _blame(line: str, source: str, flags: Collection[str]) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The whole recipe as TOML, so that a run directory says what it was run with."""
-    return "\n\n".join(
-        f"[{name}]\n" + "\n".join(_toml_lines(section))
-        for name, section in config.model_dump().items()
-    )
+    """Write the whole recipe as TOML; fields that are None are left out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True)).rstrip("\n")
 
 
 def field_names() -> list[str]:
@@ -105,7 +102,7 @@ def field_names() -> list[str]:
 
 
 def describe_fields() -> list[str]:
-    """One line per field: dotted flag, default, what it can be, and what it is for."""
+    """One line per field: dotted flag, default, choices and description."""
     lines: list[str] = []
     for name, info in _fields(Config):
         default = info.get_default(call_default_factory=True)
@@ -125,7 +122,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _choices(kind: Any) -> str:
-    """`token | turn | sequence` for a field that takes one of several words."""
+    """`token | turn | sequence` for a field with several choices."""
     words = [word for part in (kind, *get_args(kind)) for word in _words(part)]
     return " | ".join(words) if len(words) > 1 else ""
 
@@ -145,7 +142,7 @@ def _explain(item: Any) -> str:
 
 
 def suggest_field(dotted: str) -> str:
-    """The end of a message on an unknown field: those of the same last name, or the nearest."""
+    """End of a message about an unknown field: fields of the same last name, or the nearest."""
     leaf = dotted.rpartition(".")[2].replace("-", "_")
     if dotted.startswith("env.rewards."):
         return suggest(leaf, RewardConfig.model_fields)
@@ -198,29 +195,3 @@ def _lists_to_tuples(node: Any, depth: int = 0) -> Any:
             for key, value in node.items()
         }
     return tuple(node) if isinstance(node, list) else node
-
-
-def _toml_lines(section: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} = {_toml_literal(value)}" for key, value in section.items() if value is not None
-    ]
-
-
-def _toml_literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = "".join(_escape(character) for character in value)
-        return f'"{escaped}"'
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{_toml_literal(str(k))} = {_toml_literal(v)}" for k, v in value.items())
-        return "{" + inner + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_literal(item) for item in value) + "]"
-    return repr(value)
-
-
-def _escape(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    return character if character >= " " and character != "\x7f" else f"\\u{ord(character):04x}"
