@@ -216,7 +216,7 @@ def test_malformed_calls_give_the_reason(text, reason):
 
 def test_calls_keep_their_order_and_reasoning_is_ignored():
     text = (
-        '<reasoning>perhaps <tool>{"name": "no"}</tool></reasoning>'
+        '<reasoning>maybe <tool>{"name": "no"}</tool></reasoning>'
         '<tool>{"name": "one"}</tool> and <tool>{"nam</tool>'
         '<tool_call>{"name": "two", "arguments": {"x": "</tool_call>"}}</tool_call>'
     )
@@ -225,7 +225,7 @@ def test_calls_keep_their_order_and_reasoning_is_ignored():
         MalformedCall(reason="not valid JSON"),
         ToolCall(name="two", arguments={"x": "</tool_call>"}),
     )
-    assert parse_calls("I would use a tool, perhaps.") == ()
+    assert parse_calls("I could use a tool.") == ()
     assert parse_call("nothing") is None
 
 
@@ -270,7 +270,6 @@ def raises(error: BaseException):
         (lambda: raises(NoText()), "raised", "NoText"),
         (lambda: raises(StopIteration()), "raised", "StopIteration"),
         (lambda: raises(SystemExit(3)), "raised", "SystemExit: 3"),
-        (lambda: raises(KeyboardInterrupt()), "raised", "KeyboardInterrupt"),
         (lambda: raises(ValueError("\udcff" + "x" * 999)), "raised", "ValueError: ?" + "x" * 287),
         (lambda: "x" * 20_000, "flood", "the result has 20000 characters, the limit is 16384"),
         (lambda: b"\xff\xfe", "bad_output", "act returned bytes, not text"),
@@ -281,9 +280,6 @@ def raises(error: BaseException):
 )
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_failing_tool_ends_only_its_own_call(act, kind, text, is_async):
-    if is_async and "KeyboardInterrupt" in text:
-        pytest.skip("a KeyboardInterrupt in the event loop comes from the user and ends the run")
-
     def plain() -> str:
         return act()
 
@@ -297,6 +293,11 @@ def test_a_failing_tool_ends_only_its_own_call(act, kind, text, is_async):
     assert text in error.text
     assert len(error.shown) <= 320
     error.shown.encode("utf-8")
+
+
+def test_a_keyboard_interrupt_in_a_thread_ends_only_its_own_call():
+    error = run(tool(name="act")(lambda: raises(KeyboardInterrupt())))
+    assert error == ToolError(kind="raised", text="KeyboardInterrupt")
 
 
 def test_hanging_tools_time_out_and_do_not_delay_others():
