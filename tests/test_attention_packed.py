@@ -1,4 +1,4 @@
-"""Attention over packed rows against torch's own attention over each row, forward and backward."""
+"""Packed attention against torch's attention over each row, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from attention_cases import output_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from turnfast.kernels.attention import PackedRows, packed, packed_attention, pick_backend
+from turnfast.kernels.attention import PackedRows, packed_attention, pick_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = (1, 23, 2, 130, 23, 9, 400)
@@ -24,7 +25,7 @@ def rows_of(lengths, backend, device=CPU) -> PackedRows:
 
 
 def per_row(q, k, v, rows, *, scale, window=0):
-    """The meaning: every row alone, every score computed, in float64."""
+    """Reference: each row alone, all scores, in float64."""
     outputs = []
     for begin, end in pairwise(rows.cu_seqlens.tolist()):
         distance = torch.arange(end - begin, device=q.device)
@@ -36,23 +37,18 @@ def per_row(q, k, v, rows, *, scale, window=0):
     return torch.cat(outputs)
 
 
-def attend(function, qkv, rows, **options):
-    leaves = [x.clone().requires_grad_() for x in qkv]
-    out = function(*leaves, rows, **options)
-    generator = torch.Generator().manual_seed(5)
-    out.backward(torch.randn(out.shape, generator=generator).to(out))
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
-def assert_equal_per_row(rows, *, heads, width, value_width=0, window, dtype, bound, scale=None):
+def random_qkv(rows: PackedRows, *, heads, width, value_width=0, dtype=torch.float32):
     torch.manual_seed(0)
-    T, device = sum(rows.lengths), rows.cu_seqlens.device
+    num_tokens, device = sum(rows.lengths), rows.cu_seqlens.device
     sizes = ((heads[0], width), (heads[1], width), (heads[1], value_width or width))
-    qkv = [torch.randn(H, T, d).to(device, dtype) for H, d in sizes]
-    options = {"scale": scale or width**-0.5, "window": window}
-    got = attend(packed_attention, qkv, rows, **options)
-    truth = attend(per_row, qkv, rows, **options)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
+    return [torch.randn(H, num_tokens, d).to(device, dtype) for H, d in sizes]
+
+
+def assert_equals_per_row(qkv, rows: PackedRows, *, scale=0.2, window=0, bound=1e-5) -> None:
+    options = {"scale": scale, "window": window}
+    found = output_and_gradients(packed_attention, qkv, rows, **options)
+    exact = output_and_gradients(per_row, qkv, rows, **options)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
         error, size = float((a - b).abs().max()), float(b.abs().max())
         assert error <= bound * (1 + size), f"{name}: {error} of {size}"
 
@@ -64,82 +60,69 @@ def assert_equal_per_row(rows, *, heads, width, value_width=0, window, dtype, bo
     window=st.sampled_from([0, 1, 7, 64]),
     value_width=st.sampled_from([0, 12]),
 )
-def test_rectangles_equal_each_row_alone(lengths, heads, window, value_width):
-    assert_equal_per_row(
-        rows_of(lengths, "sdpa"),
-        heads=heads,
-        width=20,
-        value_width=value_width,
-        window=window,
-        dtype=torch.float32,
-        bound=1e-5,
-    )
+def test_sdpa_equals_each_row_alone(lengths, heads, window, value_width):
+    rows = rows_of(lengths, "sdpa")
+    qkv = random_qkv(rows, heads=heads, width=20, value_width=value_width)
+    assert_equals_per_row(qkv, rows, scale=20**-0.5, window=window)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
 @pytest.mark.parametrize("window", [0, 1, 64, 300])
 @pytest.mark.parametrize(("heads", "width"), [((4, 4), 64), ((6, 2), 128), ((7, 1), 96)])
-def test_a_cuda_backend_equals_each_row_alone(backend, window, heads, width):
+def test_cuda_backend_equals_each_row_alone(backend, window, heads, width):
     try:
         pick_backend(CUDA, backend, head_dim=width, window=window)
     except ValueError as error:
         pytest.skip(str(error))
-    assert_equal_per_row(
-        rows_of(LENGTHS, backend, CUDA),
-        heads=heads,
-        width=width,
-        window=window,
-        dtype=torch.bfloat16,
-        bound=2e-2,
-        scale=0.2,
-    )
+    rows = rows_of(LENGTHS, backend, CUDA)
+    qkv = random_qkv(rows, heads=heads, width=width, dtype=torch.bfloat16)
+    assert_equals_per_row(qkv, rows, window=window, bound=2e-2)
 
 
-def of_torch_2_10(
+def varlen_2_10(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
 ):
     assert is_causal and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
-    return over_edges(query, key, value, cu_seq_q, query.shape[-1] ** -0.5, 0)
+    return varlen_reference(query, key, value, cu_seq_q, query.shape[-1] ** -0.5, 0)
 
 
-def of_torch_2_13(
+def varlen_2_13(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
 ):
     assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k and window_size[1] == 0
-    return over_edges(query, key, value, cu_seq_q, scale, window_size[0] + 1)
+    return varlen_reference(query, key, value, cu_seq_q, scale, window_size[0] + 1)
 
 
-def over_edges(q, k, v, edges, scale, window):
-    """What both promise, where their kernels cannot run; grouped heads they do not take as such."""
+def varlen_reference(q, k, v, edges, scale, window):
+    """varlen_attn on the CPU; like torch 2.10 it has no grouped heads."""
     assert q.shape == k.shape == v.shape
     rows = rows_of(edges.diff().tolist(), "varlen")
     return per_row(*(x.transpose(0, 1) for x in (q, k, v)), rows, scale=scale, window=window)
 
 
 @pytest.mark.parametrize(
-    ("operator", "window"), [(of_torch_2_10, 0), (of_torch_2_13, 0), (of_torch_2_13, 7)]
+    ("operator", "window"),
+    [(varlen_2_10, 0), (varlen_2_13, 0), (varlen_2_13, 7)],
 )
-def test_varlen_is_asked_for_what_it_takes(operator, window, monkeypatch):
-    monkeypatch.setattr(packed, "varlen_attn", operator)
-    monkeypatch.setattr(packed, "_VARLEN_TAKES", packed.signature(operator).parameters)
+def test_varlen_arguments_fit_the_torch_version(operator, window, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", operator)
     rows = rows_of((5, 30, 1), "varlen")
-    assert_equal_per_row(
-        rows, heads=(6, 2), width=16, window=window, dtype=torch.float32, bound=1e-5, scale=0.7
-    )
+    assert_equals_per_row(random_qkv(rows, heads=(6, 2), width=16), rows, scale=0.7, window=window)
 
 
-def test_a_torch_without_windows_is_refused_where_the_model_has_one(monkeypatch):
+def test_varlen_needs_a_torch_with_windows_for_a_window(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_2_13)
     assert pick_backend(CUDA, window=7) == "varlen"
-    monkeypatch.setattr(packed, "_VARLEN_TAKES", packed.signature(of_torch_2_10).parameters)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_2_10)
     assert pick_backend(CUDA) == "varlen"
     assert pick_backend(CUDA, window=7) == "sdpa"
     with pytest.raises(ValueError, match=r"'varlen' needs a newer torch for a sliding window"):
         pick_backend(CUDA, "varlen", window=7)
 
 
-def test_values_narrower_than_keys_are_for_sdpa(monkeypatch):
+def test_values_narrower_than_keys_need_sdpa(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert pick_backend(CUDA, head_dim=64) == "flash"
     assert pick_backend(CUDA, head_dim=192, value_dim=128) == "sdpa"
@@ -158,6 +141,6 @@ def test_values_narrower_than_keys_are_for_sdpa(monkeypatch):
         (((4, 5, 8), (2, 5, 8), (2, 5, 6)), "varlen", r"'varlen' needs values as wide as keys"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused_with_the_numbers(shapes, backend, message):
+def test_shapes_that_do_not_match_are_errors(shapes, backend, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*map(torch.zeros, shapes), rows_of((2, 3), backend), scale=1.0)

@@ -1,45 +1,18 @@
-"""Tree attention against every score computed, and models over trees against transformers alone."""
+"""Tree attention against its reference, and models over trees against transformers."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
+from attention_cases import assert_matches_reference, random_rows, tree_rows
 from families import FAMILIES, policy_of, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
-from turnfast.kernels.attention.tree import reference
-from turnfast.kernels.packing.tree import prefix_tree
 
 from turnfast.model import hidden_states
 from turnfast.packing.pack import batch_of
-
-
-def random_rows(seed: int, *, rows: int = 9, vocab: int = 97, longest: int = 60) -> list[list[int]]:
-    """Rows that branch off earlier ones anywhere, some from nothing, some inside others."""
-    draw = random.Random(seed)
-    made: list[list[int]] = []
-    for _ in range(rows):
-        before = draw.choice(made) if made and draw.random() < 0.85 else []
-        keep = before[: draw.randrange(len(before) + 1)]
-        fresh = [draw.randrange(vocab) for _ in range(draw.randrange(1, 1 + longest // 2))]
-        made.append((keep + fresh)[:longest] or [0])
-    return made
-
-
-def tree_rows(rows: list[list[int]], **options) -> TreeRows:
-    tree = prefix_tree(torch.tensor([t for row in rows for t in row]), [len(row) for row in rows])
-    return TreeRows(ends_T=tree.ends_T, positions_T=tree.positions_T, **options)
-
-
-def attend(function, qkv, rows, **options):
-    leaves = [x.clone().requires_grad_() for x in qkv]
-    out = function(*leaves, rows, **options)
-    generator = torch.Generator().manual_seed(5)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype))
-    return [out.detach(), *(x.grad for x in leaves)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,19 +23,11 @@ def attend(function, qkv, rows, **options):
     width=st.sampled_from([8, 20, 32]),
     window=st.sampled_from([0, 1, 7, 64]),
 )
-def test_equals_every_score_computed(seed, size, heads, width, window):
-    rows = tree_rows(random_rows(seed, rows=size[0], longest=size[1]))
-    length = len(rows.ends_T)
+def test_matches_the_reference(seed, size, heads, width, window):
+    rows = tree_rows(random_rows(seed, *size))
     torch.manual_seed(seed)
-    q = torch.randn(heads[0], length, width)
-    k, v = torch.randn(2, heads[1], length, width)
-    options = {"scale": width**-0.5, "window": window}
-    got = attend(tree_attention, (q, k, v), rows, **options)
-    truth = attend(reference, (q.double(), k.double(), v.double()), rows, **options)
-    plain = attend(reference, (q, k, v), rows, **options)
-    for name, a, b, c in zip(("out", "dq", "dk", "dv"), got, truth, plain, strict=True):
-        error, budget = (a - b).abs().max(), 2 * (c - b).abs().max() + 1e-5
-        assert error <= budget, f"{name}: {error} > {budget}"
+    qkv = [torch.randn(H, len(rows.ends_T), width) for H in (heads[0], heads[1], heads[1])]
+    assert_matches_reference(qkv, rows, scale=width**-0.5, window=window)
 
 
 def long_rows() -> TreeRows:
@@ -72,33 +37,29 @@ def long_rows() -> TreeRows:
 
 
 @pytest.mark.parametrize("window", [0, 2080])
-def test_long_rows_equal_every_score_computed(window):
+def test_long_rows_match_the_reference(window):
     rows = long_rows()
     torch.manual_seed(0)
     qkv = [torch.randn(1, len(rows.ends_T), 8) for _ in range(3)]
-    options = {"scale": 8**-0.5, "window": window}
-    got = attend(tree_attention, qkv, rows, **options)
-    truth = attend(reference, [x.double() for x in qkv], rows, **options)
-    for a, b in zip(got, truth, strict=True):
-        assert (a - b).abs().max() < 1e-5
+    assert_matches_reference(qkv, rows, scale=8**-0.5, window=window)
 
 
 @pytest.mark.parametrize(("window", "causal"), [(0, 2), (7, 0), (2080, 0), (2100, 2)])
-def test_tiles_hold_every_token_once_and_few_keys_out_of_the_window(window, causal):
+def test_tiles_cover_each_token_once_and_few_keys_outside_the_window(window, causal):
     rows = long_rows()
     tiles = list(rows.tiles(window))
     assert [tile.first for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
     assert tiles[-1].stop == len(rows.ends_T)
-    # a long stretch is whole where the window holds it and its path
+    # a long stretch is one tile if the window covers it and its path
     whole = [(tile.stop - tile.first, len(tile.queries)) for tile in tiles if tile.causal]
     assert whole == [(2100, 2100), (2060, 2100)][:causal]
     for tile in tiles:
-        # up to three branches meet in a tile, and each sees keys of its own
+        # a tile has up to three branches, each with its own window of keys
         assert len(tile.keys) - len(tile.own) <= 3 * (window or 2100)
         assert tile.causal or len(tile.queries) == len(tile.own) <= 256
 
 
-def test_masks_are_made_once_for_all_layers_that_train():
+def test_masks_are_cached_for_all_layers():
     rows = tree_rows([[1] * 3 + [2] * 200, [1] * 3 + [3] * 200])
     tiles = rows.tiles(0)
     first, *_ = tiles
@@ -106,26 +67,23 @@ def test_masks_are_made_once_for_all_layers_that_train():
     assert tiles.mask(first, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_strangers_do_not_see_each_other():
+def test_tokens_see_only_ancestors():
     rows = tree_rows([[1, 2, 3, 4], [1, 2, 9, 9, 9], [7, 7]])
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 9, 8)
     before = tree_attention(q, k, v, rows, scale=1.0)
     k[:, 4] += 1.0  # the first 9 of the second row
     after = tree_attention(q, k, v, rows, scale=1.0)
-    assert (before != after).any(dim=2).any(dim=1).tolist() == [False] * 4 + [True] * 3 + [
-        False
-    ] * 2
+    changed = (before != after).any(dim=2).any(dim=1)
+    assert changed.tolist() == [False] * 4 + [True] * 3 + [False] * 2
 
 
-def test_long_rows_never_make_a_square_mask():
+def test_long_rows_allocate_no_square_mask():
     length, rows = 6000, tree_rows([[1] * 5000, [1] * 4000 + [2] * 1000])
     q, k, v = torch.randn(3, 1, length, 8)
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
-    class Watch(TorchDispatchMode):
+    class LargestTensor(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
@@ -134,7 +92,7 @@ def test_long_rows_never_make_a_square_mask():
                     largest = max(largest, x.numel())
             return out
 
-    with Watch():
+    with LargestTensor():
         tree_attention(q, k, v, rows, scale=1.0)
     assert largest < length * length / 20
 
@@ -149,17 +107,17 @@ def test_long_rows_never_make_a_square_mask():
         (((3, 5, 8), (2, 5, 8), (2, 5, 8)), r"a multiple of key and value heads"),
     ],
 )
-def test_a_tree_whose_tokens_do_not_match_is_refused_with_the_numbers(backend, shapes, message):
+def test_shapes_that_do_not_match_the_tree_are_errors(backend, shapes, message):
     rows = tree_rows([[1, 2, 3, 4], [1, 2, 9]], backend=backend)
     with pytest.raises(ValueError, match=message):
         tree_attention(*map(torch.zeros, shapes), rows, scale=1.0)
 
 
-def test_a_tree_with_other_positions_or_values_is_refused_with_the_numbers():
+def test_wrong_positions_or_values_are_errors():
     rows = tree_rows([[1, 2, 3, 4], [1, 2, 9]])
     q = torch.zeros(2, 5, 8)
     cut = TreeRows(ends_T=rows.ends_T, positions_T=rows.positions_T[:3])
-    with pytest.raises(ValueError, match="a position for each of 5 ends, got 3"):
+    with pytest.raises(ValueError, match="positions_T: expected 5 entries like ends_T, got 3"):
         tree_attention(q, q, q, cut, scale=1.0)
     on_triton = TreeRows(ends_T=rows.ends_T, positions_T=rows.positions_T, backend="triton")
     with pytest.raises(ValueError, match=r"'triton' needs values as wide as keys.*v \[2, 5, 6\]"):
@@ -167,7 +125,7 @@ def test_a_tree_with_other_positions_or_values_is_refused_with_the_numbers():
     assert tree_attention(q, q, q[..., :6], rows, scale=1.0).shape == (5, 2, 6)
 
 
-def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
+def test_backend_that_cannot_run_is_an_error(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -189,10 +147,10 @@ def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_over_a_tree_equals_the_model_over_each_row(family):
+def test_model_over_a_tree_equals_the_model_over_each_row(family):
     policy = policy_of(FAMILIES[family])
     model = policy.model
-    rows = random_rows(3, rows=12)
+    rows = random_rows(3, 12, 60)
     batch = batch_of(whole_rows(rows), [1.0] * len(rows), "cpu", share_prefixes=True)
     assert len(batch.tokens_T) < sum(len(row) for row in rows)
 

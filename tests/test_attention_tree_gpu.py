@@ -1,17 +1,20 @@
-"""The compiled Triton tree attention on a CUDA device, and a model that trains over trees there."""
+"""Compiled tree attention and gradients of a model over trees, on a CUDA device."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import (
+    assert_matches_reference,
+    output_and_gradients,
+    random_rows,
+    tree_rows,
+)
 from families import whole_rows
 from transformers import AutoModelForCausalLM, Qwen3Config
-from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
-from turnfast.kernels.attention.tree import reference
-from turnfast.kernels.packing.tree import prefix_tree
+from turnfast.kernels.attention import pick_tree_backend, tree_attention
 
 from turnfast.model import ATTENTION, Policy, hidden_states
 from turnfast.packing.pack import batch_of
@@ -19,55 +22,28 @@ from turnfast.packing.pack import batch_of
 pytestmark = pytest.mark.gpu
 
 
-def random_rows(seed: int, count: int, longest: int) -> list[list[int]]:
-    draw = random.Random(seed)
-    made: list[list[int]] = []
-    for _ in range(count):
-        before = draw.choice(made) if made and draw.random() < 0.85 else []
-        keep = before[: draw.randrange(len(before) + 1)]
-        made.append((keep + [draw.randrange(97) for _ in range(1 + longest // 2)])[:longest])
-    return made
-
-
-def attend(function, qkv, rows, **options):
-    leaves = [x.clone().requires_grad_() for x in qkv]
-    out = function(*leaves, rows, **options)
-    generator = torch.Generator(out.device).manual_seed(5)
-    out.backward(torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype))
-    return [out.detach(), *(x.grad for x in leaves)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "width", "window"),
     [((4, 2), 64, 0), ((7, 1), 128, 0), ((2, 2), 128, 300), ((2, 1), 80, 7), ((2, 2), 256, 0)],
 )
-def test_equals_every_score_computed(dtype, heads, width, window):
+def test_matches_the_reference_and_repeats(dtype, heads, width, window):
     if pick_tree_backend(torch.device("cuda"), head_dim=width, dtype=dtype) != "triton":
-        pytest.skip("SDPA attends here")
-    rows = random_rows(1, 12, 700)
-    tree = prefix_tree(torch.tensor([t for row in rows for t in row]), [len(row) for row in rows])
-    layout = TreeRows(
-        ends_T=tree.ends_T.cuda(), positions_T=tree.positions_T.cuda(), backend="triton"
-    )
+        pytest.skip("SDPA is the backend here")
+    rows = tree_rows(random_rows(1, 12, 700), "cuda", backend="triton")
     torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(len(tree.ends_T), h, width, device="cuda", dtype=dtype).transpose(0, 1)
-        for h in (heads[0], heads[1], heads[1])
-    )
+    qkv = [
+        torch.randn(len(rows.ends_T), H, width, device="cuda", dtype=dtype).transpose(0, 1)
+        for H in (heads[0], heads[1], heads[1])
+    ]
     options = {"scale": width**-0.5, "window": window}
-    got = attend(tree_attention, (q, k, v), layout, **options)
-    again = attend(tree_attention, (q, k, v), layout, **options)
-    truth = attend(reference, (q.double(), k.double(), v.double()), layout, **options)
-    plain = attend(reference, (q, k, v), layout, **options)
     floor = 1e-5 if dtype == torch.float32 else 1e-2
-    for name, a, b, c, d in zip(("out", "dq", "dk", "dv"), got, truth, plain, again, strict=True):
-        error, budget = (a - b).abs().max(), 2 * (c - b).abs().max() + floor
-        assert error <= budget, f"{name}: {error} > {budget}"
-        assert torch.equal(a, d), f"{name} does not repeat"
+    first = assert_matches_reference(qkv, rows, **options, floor=floor)
+    again = output_and_gradients(tree_attention, qkv, rows, **options)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_model_over_a_tree_has_the_gradients_of_its_rows():
+def test_model_over_a_tree_has_the_gradients_of_its_rows():
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=97,

@@ -1,4 +1,4 @@
-"""Attention over packed rows, which do not see each other, and over trees of rows that share."""
+"""Attention over packed rows, and over prefix trees of rows with common beginnings."""
 
 from .packed import Backend, PackedRows, packed_attention, pick_backend
 from .tree import TreeBackend, TreeRows, pick_tree_backend, tree_attention

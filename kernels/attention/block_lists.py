@@ -1,9 +1,8 @@
-"""Which blocks of keys a block of queries has to look at, for trees in depth-first order.
+"""Lists of the key blocks that a query block sees, for trees in depth-first order.
 
-Of all pairs of a query block and a key block, most see nothing of each other and are in no list.
-The others are *whole*, every query sees every key and no mask is needed, or *mixed*. In depth-first
-order one number per block decides: with queries [q0, q1] and keys [k0, k1] in front of them, some
-pair sees each other iff max ends[k0..k1] > q0, and all pairs do iff min ends[k0..k1] > q1.
+A pair of blocks without a visible key is in no list. The other pairs are *whole* (every query sees
+every key, no mask needed) or *mixed*. With queries [q0, q1] and keys [k0, k1] before them, some
+query sees some key iff max ends[k0..k1] > q0, and all see all keys iff min ends[k0..k1] > q1.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """Lists in compressed rows: block i's are `items[offsets[i] : offsets[i + 1]]`; all int32."""
+    """Lists in compressed-row form: `items[offsets[i] : offsets[i + 1]]` of block i; int32."""
 
     offsets: Tensor
     items: Tensor
@@ -36,10 +35,10 @@ class BlockLists:
 def block_lists(
     ends_T: Tensor, positions_T: Tensor, block_queries: int, block_keys: int, window: int = 0
 ) -> BlockLists:
-    """The lists of one layout, made where `ends_T` is.
+    """Compute the lists of one layout on the device of `ends_T`.
 
-    Example: two rows of 64 tokens that share 32, blocks of 32. The layout has three blocks. Blocks
-    0, 1 and 2 each see themselves, mixed, and 1 and 2 see block 0, whole; 2 does not see 1.
+    Example: two rows of 64 tokens that share 32, blocks of 32. The layout has three blocks. Each
+    sees itself (mixed), blocks 1 and 2 see block 0 (whole), and 2 does not see 1.
     """
     queries, keys = _spans(len(ends_T), block_queries), _spans(len(ends_T), block_keys)
     q0, q1 = (x.to(ends_T.device)[:, None] for x in queries)
@@ -69,7 +68,7 @@ def _spans(length: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _extremes(values_T: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Largest and smallest value of each block; the last one's missing tokens repeat its last."""
+    """Largest and smallest value of each block; the last block may be shorter."""
     last = values_T[-1:].expand(-len(values_T) % block)
     blocks = torch.cat([values_T, last]).view(-1, block)
     return blocks.amax(1), blocks.amin(1)

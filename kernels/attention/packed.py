@@ -2,56 +2,55 @@
 
     o_t = Σ_s softmax_s(scale · q_t·k_s) v_s     over s ≤ t in the same row, t − s < window
 
-Three ways to compute it, one meaning: flash-attn and torch's `varlen_attn` take the row boundaries
-as they are (CUDA); on the CPU neither has a backward pass, so rows of similar length are gathered
-into small rectangles for SDPA. Row boundaries are always explicit, never inferred from positions.
+Backends: flash-attn and torch's `varlen_attn` take row boundaries (CUDA). On the CPU these have no
+backward pass, so rows of similar length are gathered into rectangles for SDPA. Row boundaries are
+always explicit, never inferred from positions.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import varlen
 
 Backend = Literal["flash", "varlen", "sdpa"]
 
-# Of flash-attn and of the flash kernels behind varlen_attn.
+# The limit of flash-attn and of the kernels of varlen_attn.
 _WIDEST_HEAD = 256
 
-# torch 2.10 has a flag for causal attention, and neither a window nor a scale but 1 / sqrt(d).
-_VARLEN_TAKES = signature(varlen_attn).parameters
-
-# A rectangle may hold this much more than its rows: fewer, larger calls for a little waste.
+# The most padding of a rectangle, relative to its tokens: fewer and larger SDPA calls.
 _MAX_RECTANGLE_WASTE = 0.15
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Row boundaries of one pack and the backend that attends over it.
+    """Row boundaries of one batch, and the attention backend.
 
     Args:
-        cu_seqlens: [S + 1] int32 on the device of the pack; starts with 0, ends with T.
-        lengths: the S row lengths on the host, so that nothing has to be read back from the device.
+        cu_seqlens: [S + 1] int32 from 0 to T, on the device of the batch.
+        lengths: the S row lengths on the host.
+        max_seqlen: the longest row; not used by "sdpa".
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     backend: Backend
-    max_seqlen: int = field(default=0)
+    max_seqlen: int = 0
 
     @cached_property
     def rectangles(self) -> list[tuple[Tensor, Tensor, int, int]]:
-        """(index [B·L] into T, flat positions of real tokens in it, B, L) per rectangle.
+        """Per rectangle: index [B·L] into T, indices of the row tokens in it, B and L.
 
-        The filler of a short row points at the row's first token; causal attention puts it behind
-        every real query of its row, so it is computed and thrown away.
+        Short rows are padded with their first token. The padding comes after all tokens of the row,
+        so with causal attention it changes nothing, and its output is dropped.
         """
         device = self.cu_seqlens.device
         starts = self.cu_seqlens.tolist()
@@ -77,7 +76,7 @@ class PackedRows:
 
     @cached_property
     def restore(self) -> Tensor:
-        """Index that puts the rectangles' real tokens, one after the other, back in pack order."""
+        """Index that restores the order of the batch from the concatenated rectangles."""
         tokens = torch.cat([index[kept] for index, kept, _, _ in self.rectangles])
         return torch.argsort(tokens)
 
@@ -91,19 +90,19 @@ def pick_backend(
     dtype: torch.dtype = torch.bfloat16,
     window: int = 0,
 ) -> Backend:
-    """The attention backend for a device and a model.
+    """Choose the attention backend for a device and a model.
 
     Args:
-        head_dim, dtype: of the model, to be refused here and not in the middle of a step.
-        value_dim: dimensions of a value where they are not those of a key, as in latent attention.
+        head_dim: head dimension of the model, 0 if unknown.
+        value_dim: dimension of the values if it differs from `head_dim` (latent attention).
         window: the model's sliding window, 0 for none.
 
     Raises:
-        ValueError: `wanted` cannot run here, or not this model; the text names what would.
+        ValueError: `wanted` cannot run on this device or with this model.
     """
     if wanted not in ("auto", "flash", "varlen", "sdpa"):
         raise ValueError(f"{wanted!r} is none of 'auto', 'flash', 'varlen', 'sdpa'")
-    both = {
+    common = {
         f"a CUDA device, not {device.type}": device.type != "cuda",
         f"bfloat16 or float16, the model is {str(dtype).removeprefix('torch.')}": (
             dtype not in (torch.bfloat16, torch.float16)
@@ -119,12 +118,12 @@ def pick_backend(
         "flash": {"flash-attn installed": importlib.util.find_spec("flash_attn") is None},
         "varlen": {
             f"a newer torch for a sliding window, varlen_attn of {torch.__version__} has none": (
-                window > 0 and "window_size" not in _VARLEN_TAKES
+                window > 0 and "window_size" not in _varlen_parameters()
             )
         },
     }
     problems: dict[Backend, str] = {
-        name: next((text for text, found in (both | extra).items() if found), "")
+        name: next((text for text, found in (common | extra).items() if found), "")
         for name, extra in own.items()
     }
     problems["sdpa"] = ""
@@ -139,16 +138,18 @@ def pick_backend(
 def packed_attention(
     q_HTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, rows: PackedRows, *, scale: float, window: int = 0
 ) -> Tensor:
-    """Causal attention within each row.
+    """Compute causal attention within each row.
 
     Args:
-        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" values
-            may have a width of their own.
+        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" the
+            width of the values may differ.
         window: 0 for full attention, else a token sees itself and `window - 1` tokens before it.
+
     Returns:
-        [T, H, d], d that of the values.
+        [T, H, d] with the d of the values.
+
     Raises:
-        ValueError: shapes that do not fit each other, or not the rows.
+        ValueError: the shapes do not match each other or the rows.
     """
     check_shapes(q_HTd, k_HTd, v_HTd, sum(rows.lengths), rows.backend)
     if rows.backend == "sdpa":
@@ -161,14 +162,10 @@ def packed_attention(
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, backend: str) -> None:
-    """What every backend takes for granted, and some would read past the end without.
-
-    Raises:
-        ValueError: with the numbers.
-    """
+    """Raise ValueError if the shapes do not match; some backends would read out of bounds."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if any(x.ndim != 3 or x.shape[1] != num_tokens for x in (q, k, v)):
-        raise ValueError(f"expected {num_tokens} tokens, as the layout has, got {shapes}")
+        raise ValueError(f"expected {num_tokens} tokens, as in the layout, got {shapes}")
     if k.shape[0] != v.shape[0] or k.shape[0] == 0 or q.shape[0] % k.shape[0]:
         raise ValueError(f"expected query heads a multiple of key and value heads, got {shapes}")
     if q.shape[2] != k.shape[2]:
@@ -208,17 +205,23 @@ def _flash(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> Te
 
 def _varlen(q, k, v, rows: PackedRows, scale: float, span: tuple[int, int]) -> Tensor:
     if k.shape[1] != q.shape[1]:
-        # repeated heads rather than the operator's own grouping, whose flag came after torch 2.10
+        # torch 2.10 has no grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     edges, longest = rows.cu_seqlens, rows.max_seqlen
     options: dict[str, Any] = {}
-    if "window_size" in _VARLEN_TAKES:
+    parameters = _varlen_parameters()
+    if "window_size" in parameters:
         options["window_size"] = span
     else:
         options["is_causal"] = True
-    if "scale" in _VARLEN_TAKES:
+    if "scale" in parameters:
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
+    out = varlen.varlen_attn(q, k, v, edges, edges, longest, longest, **options)
     return out if isinstance(out, Tensor) else out[0]
+
+
+def _varlen_parameters() -> Mapping[str, Parameter]:
+    # torch 2.10 has only causal attention with a scale of 1 / sqrt(d); later versions have a window
+    return signature(varlen.varlen_attn).parameters

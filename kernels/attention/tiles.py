@@ -1,14 +1,14 @@
-"""How a prefix tree is cut into tiles of queries for SDPA: each attends to one path and to itself.
+"""Cut a prefix tree into tiles of queries for SDPA; the keys of a tile are one path and the tile.
 
-In depth-first order the ancestors of all tokens of a tile [a, b) are those of its first token and
-tokens of the tile: a token before `a` whose subtree reaches into the tile has `a` itself below it::
+In depth-first order the ancestors of the tokens of a tile [a, b) are the ancestors of token `a` and
+tokens of the tile: a subtree that starts before `a` and reaches into the tile contains `a`::
 
     layout   p p p a a b b d c c      tile [3, 7), tokens a a b b: its path is p p p
     depth    0 1 2 3 4 5 6 5 3 4      tile [7, 10), tokens d c c: its path is p p p a a
 
-`c` does not see the `a` of its tile's path, so a tile comes with a mask. A long stretch without a
-branch needs none: it is one causal tile, as the row would be without the tree. Its path is then
-computed again, and thrown away, where it is short beside the stretch.
+`c` does not see the `a` in the path of its tile, so a tile has a mask. A long stretch without a
+branch needs none: it becomes one causal tile, with its path as additional queries. Their output is
+dropped, which costs little if the path is short compared with the stretch.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from torch import Tensor
 
 _QUERIES, _MANY_QUERIES = 128, 256
 _LONG_PATH = 1024
-"""Keys from which on a tile has many queries: the kernel then works on larger blocks, while beside
-a short path it is the tile's own tokens that cost, half of which are masked."""
+"""Number of path keys from which a tile has many queries, for larger blocks in the kernel. With a
+shorter path the tile's own keys cost most, and half of those are masked."""
 _LONG_STRETCH = 2048
-"""Tokens from which on a causal tile is faster than several with masks, though of a path of up to
-half as many it computes an eighth more."""
+"""Number of tokens from which one causal tile is faster than several masked ones. A path of up to
+half as many tokens adds at most an eighth to the work."""
 
 _MOST_KEPT = 1 << 24
-"""Numbers of the masks that are kept for the next layer where no gradient is asked for, 64 MiB in
-float32. Autograd would keep them for every layer anew."""
+"""Most mask elements that are cached for the next layers in a forward without gradient, 64 MiB in
+float32. With gradients masks are always cached, as autograd would keep one copy per layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """The queries [first, stop) and the places of their keys, of which their own come last.
+    """Queries [first, stop) and the indices of their keys; the tile's own tokens are the last keys.
 
     Attributes:
-        causal: the keys are one path from a root downward, each seen by all after it. They are all
-            queries then, of which the last are the tile's.
+        causal: the keys are one path from a root. All keys are then queries, and the last
+            `stop - first` outputs are those of the tile.
     """
 
     first: int
@@ -57,7 +57,7 @@ class Tile:
 
 
 class Tiles:
-    """All tiles of one layout, in its order, for one window (0 for none)."""
+    """All tiles of one layout in order, for one window (0 for none)."""
 
     def __init__(self, ends_T: Tensor, positions_T: Tensor, window: int) -> None:
         self._ends_T, self._positions_T, self._window = ends_T, positions_T, window
@@ -75,7 +75,7 @@ class Tiles:
         return iter(self._tiles)
 
     def mask(self, tile: Tile, dtype: torch.dtype) -> Tensor | None:
-        """[queries, keys], 0 or -inf; None for a causal tile."""
+        """[queries, keys] additive mask, 0 or -inf; None for a causal tile."""
         if tile.causal:
             return None
         if (tile.first, dtype) in self._masks:
@@ -91,7 +91,7 @@ class Tiles:
 def visible(
     ends_T: Tensor, positions_T: Tensor, queries: Tensor, keys: Tensor, window: int
 ) -> Tensor:
-    """[queries, keys] bool, of places in the layout: which keys are ancestors within the window."""
+    """[queries, keys] bool: which keys are ancestors of (or equal to) which query in the window."""
     queries = queries[:, None]
     seen = (keys <= queries) & (queries < ends_T[keys])
     if window:
@@ -100,7 +100,7 @@ def visible(
 
 
 def queries_per_tile(path: int) -> int:
-    """How many queries share the gathered keys of a path of so many tokens."""
+    """The number of queries of a tile whose path has `path` tokens."""
     return _QUERIES if path < _LONG_PATH else _MANY_QUERIES
 
 
@@ -126,7 +126,7 @@ def _cut(ends_T: Tensor, positions_T: Tensor, window: int) -> list[Tile]:
 
 
 def _long_stretches(depths: Sequence[int], window: int) -> dict[int, int]:
-    """Where those begin and stop that are worth a causal tile and see their whole path."""
+    """First and last + 1 token of the unbranched stretches that become causal tiles."""
     found: dict[int, int] = {}
     first = 0
     for t in range(1, len(depths) + 1):

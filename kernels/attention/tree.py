@@ -2,9 +2,9 @@
 
     o_q = Σ_k softmax_k(scale · q_q·k_k) v_k     over k ≤ q < ends[k], depth_q − depth_k < window
 
-The keys of a token are its ancestors and itself. On CUDA a Triton kernel skips the blocks in which
-nobody is anybody's ancestor; elsewhere SDPA attends tile by tile, see tiles.py. No scores and no
-mask of T × T are ever made; the masks of all tiles together have T × depth numbers at most.
+The keys of a token are its ancestors and itself. On CUDA a Triton kernel skips pairs of blocks
+without a visible key; elsewhere SDPA runs tile by tile (tiles.py). There are no T × T scores or
+masks; the masks of all tiles have at most T × depth elements.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -26,18 +25,18 @@ from .tiles import Tiles, visible
 
 TreeBackend = Literal["sdpa", "triton"]
 
-# By bytes of a number: the float32 tiles of 64 dimensions take 161 of the 163 KiB of shared memory
-# that a block has on an A100, those of 128 take 225.
+# By bytes per element. The float32 tiles of 64 dimensions use 161 of the 163 KiB of shared memory
+# per block of an A100, those of 128 dimensions would need 225 KiB.
 _WIDEST_TRITON_HEAD = {2: 256, 4: 64}
 
 
 @dataclass(frozen=True)
 class TreeRows:
-    """Who descends from whom in one pack of token trees, and what attends over it.
+    """The layout of the prefix trees of one batch, and the attention backend.
 
     Args:
-        ends_T: int32 on the device of the pack, the place after the last descendant of each token.
-        positions_T: int64, depth of each token.
+        ends_T: int32 index after the last descendant of each token, on the device of the batch.
+        positions_T: int64 depth of each token.
         backend: from `pick_tree_backend`.
     """
 
@@ -48,18 +47,17 @@ class TreeRows:
     _tiles: dict[int, Tiles] = field(default_factory=dict, repr=False)
 
     def tiles(self, window: int) -> Tiles:
-        """Made once per layout and window, as the block lists are."""
+        """The tiles for SDPA, computed once per window."""
         if window not in self._tiles:
             self._tiles[window] = Tiles(self.ends_T, self.positions_T, window)
         return self._tiles[window]
 
     def block_lists(self, window: int, queries: int, keys: int) -> BlockLists:
-        """Made once per layout, window and block size; all layers of a model share them."""
-        wanted = (window, queries, keys)
-        if wanted not in self._lists:
-            made = block_lists(self.ends_T, self.positions_T, queries, keys, window)
-            self._lists[wanted] = made
-        return self._lists[wanted]
+        """The block lists for Triton, computed once per window and block sizes."""
+        key = (window, queries, keys)
+        if key not in self._lists:
+            self._lists[key] = block_lists(self.ends_T, self.positions_T, queries, keys, window)
+        return self._lists[key]
 
 
 def pick_tree_backend(
@@ -70,15 +68,14 @@ def pick_tree_backend(
     value_dim: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> TreeBackend:
-    """What attends over trees on a device: Triton on CUDA, SDPA in tiles on the CPU.
+    """Choose the backend of tree attention: Triton on CUDA if it can run, else SDPA.
 
     Args:
-        head_dim, dtype: of the model, to be refused here and not in the middle of a step; a
-            head_dim of 0 is unknown.
-        value_dim: dimensions of a value where they are not those of a key, as in latent attention.
+        head_dim: head dimension of the model, 0 if unknown.
+        value_dim: dimension of the values if it differs from `head_dim` (latent attention).
 
     Raises:
-        ValueError: `wanted` cannot run here, or not this model; the text names what would.
+        ValueError: `wanted` cannot run on this device or with this model.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if wanted not in ("auto", "sdpa", "triton"):
@@ -106,47 +103,48 @@ def pick_tree_backend(
 def tree_attention(
     q_HTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, rows: TreeRows, *, scale: float, window: int = 0
 ) -> Tensor:
-    """Attention of every token to its ancestors and itself.
+    """Compute attention of every token to its ancestors and itself.
 
     Args:
-        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" values
-            may have a width of their own.
-        window: 0 for all ancestors, else a token sees itself and its `window - 1` nearest ones.
+        q_HTd: [H, T, d]; k_HTd, v_HTd: [H_kv, T, d] with H a multiple of H_kv. With "sdpa" the
+            width of the values may differ.
+        window: 0 for all ancestors, else a token sees itself and the `window - 1` nearest ones.
+
     Returns:
-        [T, H, d], d that of the values.
+        [T, H, d] with the d of the values.
+
     Raises:
-        ValueError: shapes that do not fit each other, or not the tree.
+        ValueError: the shapes do not match each other or the tree.
     """
     num_tokens = len(rows.ends_T)
     if len(rows.positions_T) != num_tokens:
         raise ValueError(
-            f"expected a position for each of {num_tokens} ends, got {len(rows.positions_T)}"
+            f"positions_T: expected {num_tokens} entries like ends_T, got {len(rows.positions_T)}"
         )
     check_shapes(q_HTd, k_HTd, v_HTd, num_tokens, rows.backend)
     if rows.backend == "sdpa":
         return _sdpa(q_HTd, k_HTd, v_HTd, rows.tiles(window), scale)
-    lists = partial(rows.block_lists, window)
-    apply = importlib.import_module(".triton.forward", __package__).TreeAttention.apply
-    return apply(q_HTd, k_HTd, v_HTd, rows.ends_T, rows.positions_T, lists, scale, window)
+    forward = importlib.import_module(".triton.forward", __package__)
+    return forward.TreeAttention.apply(q_HTd, k_HTd, v_HTd, rows, scale, window)
 
 
 def reference(
     q_HTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, rows: TreeRows, *, scale: float, window: int = 0
 ) -> Tensor:
-    """The specification: every score, float32 or better inside, any device. Memory H·T²."""
+    """Reference: all scores, float32 or better inside, any device. Memory H·T²."""
     group = q_HTd.shape[0] // k_HTd.shape[0]
     wide = torch.promote_types(q_HTd.dtype, torch.float32)
     q, k, v = q_HTd.to(wide), *(x.to(wide).repeat_interleave(group, 0) for x in (k_HTd, v_HTd))
-    place = torch.arange(q.shape[1], device=q.device)
-    seen = visible(rows.ends_T, rows.positions_T, place, place, window)
+    index = torch.arange(q.shape[1], device=q.device)
+    seen = visible(rows.ends_T, rows.positions_T, index, index, window)
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1).to(q_HTd.dtype)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor:
-    # gathered and taken apart once: were it done tile by tile, the backward pass would add up a
-    # gradient of the whole pack for each
-    cut = zip(
+    # one gather for all tiles: with one per tile the backward pass would add a full-size gradient
+    # for each
+    pieces = zip(
         tiles,
         q.index_select(1, tiles.queries).split(tiles.num_queries, dim=1),
         k.index_select(1, tiles.keys).split(tiles.num_keys, dim=1),
@@ -163,6 +161,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> Tensor
             scale=scale,
             enable_gqa=True,
         )[0, :, tile.first - tile.stop :].transpose(0, 1)
-        for tile, q_tile, k_tile, v_tile in cut
+        for tile, q_tile, k_tile, v_tile in pieces
     ]
     return torch.cat(outputs)

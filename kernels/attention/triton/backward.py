@@ -1,25 +1,24 @@
 """Backward kernels of the tree attention; the mathematics is that of forward.py.
 
-    dv_k = Σ_q p_qk do_q,  dk_k = Σ_q ds_qk q_q        a program per (key block, key head)
-    dq_q = Σ_k ds_qk k_k                                a program per (query block, head)
+    dv_k = Σ_q p_qk do_q,  dk_k = Σ_q ds_qk q_q        one program per (key block, key head)
+    dq_q = Σ_k ds_qk k_k                                one program per (query block, head)
     ds = scale · p · (do·v − δ_q),  δ_q = do_q·o_q,  p recomputed from the forward's log-sum-exp
 
-10·M·N·d operations per pair of blocks. Nothing is added atomically: the query heads of a key head
-are a loop, so gradients repeat bitwise.
+10·M·N·d operations per pair of blocks. There are no atomics: a program loops over the query heads
+of its key head, so gradients repeat bitwise.
 """
 
 from __future__ import annotations
 
-# a kernel's launch, kernel[grid](...), has no type of its own
+# pyright has no type for a kernel launch, kernel[grid](...)
 # pyright: reportCallIssue=false, reportArgumentType=false
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..block_lists import BlockLists
 from .blocks import (
     LOG2_E,
     Tile,
@@ -31,6 +30,9 @@ from .blocks import (
     visible,
 )
 
+if TYPE_CHECKING:
+    from ..tree import TreeRows
+
 
 def query_gradient_tile(head_dim: int) -> Tile:
     if head_dim <= 64:
@@ -39,7 +41,7 @@ def query_gradient_tile(head_dim: int) -> Tile:
 
 
 def key_gradient_tile(head_dim: int) -> Tile:
-    # two accumulators of keys x head_dim fill the registers: few queries at a time
+    # two accumulators of keys x head_dim fill the registers, which leaves space for few queries
     if head_dim <= 64:
         return Tile(queries=64, keys=128, warps=8, stages=3)
     return Tile(queries=32, keys=128 if head_dim <= 128 else 64, warps=8, stages=2)
@@ -120,10 +122,10 @@ def key_gradient_blocks(
         inside = m < T
         q_MD = load_tile(q_ptr, m, stride_qt, T, D, EVEN_D, BLOCK_D)
         do_MD = load_tile(do_ptr, m, stride_ot, T, D, EVEN_D, BLOCK_D)
-        # a query that does not exist has p = exp2(0 − inf) = 0
+        # masked queries have p = exp2(0 − inf) = 0
         lse_M = tl.load(lse_ptr + m, mask=inside, other=float("inf"))
         delta_M = tl.load(delta_ptr + m, mask=inside, other=0.0)
-        # keys down, queries across: both products into the accumulators take p and ds as they are
+        # transposed scores: both products into the accumulators use p and ds without a transpose
         score_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION) * (scale * LOG2_E)
         p_NM = tl.exp2(score_NM - lse_M[None, :])
         if MASKED:
@@ -178,19 +180,11 @@ def key_gradient_kernel(
 
 
 def tree_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
-    d_out: Tensor,
-    ends_T: Tensor,
-    positions_T: Tensor,
-    lists: Callable[[int, int], BlockLists],
-    scale: float,
-    window: int,
+    saved: tuple[Tensor, ...], d_out: Tensor, rows: TreeRows, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, of the layouts of q, k, v."""
+    """Compute dq, dk, dv with the shapes of q, k, v; `saved` is q, k, v, out_THD, lse_HT."""
+    q, k, v, out_THD, lse_HT = saved
+    ends_T, positions_T = rows.ends_T, rows.positions_T
     (H, T, D), H_kv = q.shape, k.shape[0]
     d_out = d_out.contiguous()
     delta_HT = (d_out.float() * out_THD.float()).sum(-1).T.contiguous()
@@ -199,7 +193,7 @@ def tree_gradients(
     shared = (T, D, H // H_kv, scale, window, window > 0, padded(D) == D, precision(q))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D, H * D)
     tile = key_gradient_tile(D)
-    blocks = lists(tile.queries, tile.keys)
+    blocks = rows.block_lists(window, tile.queries, tile.keys)
     key_gradient_kernel[(triton.cdiv(T, tile.keys), H_kv)](
         q, k, v, d_out, lse_HT, delta_HT, dk, dv, ends_T, positions_T,
         blocks.whole_queries.items, blocks.whole_queries.offsets,
@@ -208,7 +202,7 @@ def tree_gradients(
         tile.queries, tile.keys, padded(D), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = query_gradient_tile(D)
-    blocks = lists(tile.queries, tile.keys)
+    blocks = rows.block_lists(window, tile.queries, tile.keys)
     query_gradient_kernel[(triton.cdiv(T, tile.queries), H)](
         q, k, v, d_out, lse_HT, delta_HT, dq, ends_T, positions_T,
         blocks.whole_keys.items, blocks.whole_keys.offsets,

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernels of the tree attention share."""
+"""Functions of both the forward and the backward kernels of tree attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tile:
 
 @triton.jit
 def visible(q, k, ends, depth_q, depth_k, window, HAS_WINDOW: tl.constexpr):
-    """Whether a query sees a key, for columns and rows in either order; missing keys end at 0."""
+    """Whether a query sees a key, broadcast over both; masked keys have an end of 0."""
     seen = (k <= q) & (q < ends)
     if HAS_WINDOW:
         seen = seen & (depth_q - depth_k < window)
@@ -35,7 +35,7 @@ def visible(q, k, ends, depth_q, depth_k, window, HAS_WINDOW: tl.constexpr):
 def load_tile(
     ptr, rows, stride_t, T, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[rows, BLOCK_D] of a [T, D] tensor whose last dimension is dense; 0 outside."""
+    """Load [rows, BLOCK_D] of a [T, D] tensor with a contiguous last dimension; 0 outside."""
     d = tl.arange(0, BLOCK_D)
     held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
     return tl.load(ptr + rows[:, None].to(tl.int64) * stride_t + d[None, :], mask=held, other=0.0)
@@ -45,7 +45,7 @@ def load_tile(
 def store_tile(
     ptr, rows, stride_t, tile, T, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `load_tile`, in the dtype of the tensor."""
+    """Store a tile that `load_tile` can load, in the dtype of the tensor."""
     d = tl.arange(0, BLOCK_D)
     held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
     at = rows[:, None].to(tl.int64) * stride_t + d[None, :]
@@ -54,7 +54,7 @@ def store_tile(
 
 @triton.jit
 def load_depth(depth_ptr, rows, T, HAS_WINDOW: tl.constexpr):
-    """Depths of tokens, which only a window asks for."""
+    """Load the depths of tokens, which are needed with a window only."""
     depth = rows
     if HAS_WINDOW:
         depth = tl.load(depth_ptr + rows, mask=rows < T, other=0).to(tl.int32)
@@ -66,5 +66,5 @@ def padded(head_dim: int) -> int:
 
 
 def precision(q: Tensor) -> str:
-    # float32 means float32: with tf32 a tree would not equal the rows it stands for
+    # with tf32 the result for float32 would differ from that of the separate rows
     return "ieee" if q.dtype == torch.float32 else "tf32"

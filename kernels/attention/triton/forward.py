@@ -1,15 +1,15 @@
-"""Attention over a prefix tree on CUDA: blocks that see nothing of each other are never touched.
+"""Tree attention on CUDA; pairs of blocks without a visible key are skipped.
 
-    o_q = Σ_k p_qk v_k,  p_qk = exp(scale·q·k − lse_q)          a program per (query block, head)
+    o_q = Σ_k p_qk v_k,  p_qk = exp(scale·q·k − lse_q)          one program per (query block, head)
 
-With B key blocks of N keys in its list a program of M queries does 4·M·N·B·d operations; it reads
-M·d queries once, and 2·N·B·d keys and values, mostly from L2. The softmax is the running one, in
-base 2; blocks that every query sees whole come first and need no mask.
+With B key blocks of N keys in its list, a program of M queries does 4·M·N·B·d operations. It reads
+M·d queries once, and 2·N·B·d keys and values, mostly from L2. The softmax is online, in base 2.
+Blocks that are visible as a whole come first and need no mask.
 """
 
 from __future__ import annotations
 
-# a kernel's launch, kernel[grid](...), has no type of its own
+# pyright has no type for a kernel launch, kernel[grid](...)
 # pyright: reportCallIssue=false, reportArgumentType=false
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..block_lists import BlockLists
 from .backward import tree_gradients
 from .blocks import (
     LOG2_E,
@@ -58,7 +57,7 @@ def attend_blocks(
             )  # fmt: skip
             score_MN = tl.where(seen, score_MN, float("-inf"))
         new_M = tl.maximum(high_M, tl.max(score_MN, 1))
-        # a query that has seen nothing yet keeps -inf; 0 stands in for it in the differences
+        # a query without a visible key so far has a maximum of -inf: subtract 0 instead
         base_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         p_MN = tl.exp2(score_MN - base_M[:, None])
         shrink_M = tl.exp2(high_M - base_M)
@@ -100,7 +99,7 @@ def forward_kernel(
         stride_kt, stride_vt, T, D, scale, window,
         True, HAS_WINDOW, EVEN_D, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    # every token sees itself; only the missing queries of the last block have a total of 0
+    # every token sees itself: only masked queries of the last block have a total of 0
     total_M = tl.where(m < T, total_M, 1.0)
     out_MD = acc_MD / total_M[:, None]
     store_tile(out_ptr + h * stride_oh, m, stride_ot, out_MD, T, D, EVEN_D, BLOCK_D)
@@ -108,32 +107,29 @@ def forward_kernel(
 
 
 class TreeAttention(torch.autograd.Function):
-    """q [H, T, d], k and v [H_kv, T, d] -> [T, H, d]; `lists(queries, keys)` are the blocks."""
+    """q [H, T, d], k and v [H_kv, T, d] -> [T, H, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, ends_T, positions_T, lists, scale, window):
+    def forward(ctx: Any, q, k, v, rows, scale, window):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         H, T, D = q.shape
         out_THD = q.new_empty(T, H, D)
         lse_HT = q.new_empty(H, T, dtype=torch.float32)
         tile = forward_tile(D)
-        blocks: BlockLists = lists(tile.queries, tile.keys)
+        blocks = rows.block_lists(window, tile.queries, tile.keys)
         forward_kernel[(triton.cdiv(T, tile.queries), H)](
-            q, k, v, out_THD, lse_HT, ends_T, positions_T,
+            q, k, v, out_THD, lse_HT, rows.ends_T, rows.positions_T,
             blocks.whole_keys.items, blocks.whole_keys.offsets,
             blocks.mixed_keys.items, blocks.mixed_keys.offsets,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D, H * D,
             T, D, H // k.shape[0], scale, window, window > 0, padded(D) == D, precision(q),
             tile.queries, tile.keys, padded(D), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out_THD, lse_HT, ends_T, positions_T)
-        ctx.lists, ctx.scale, ctx.window = lists, scale, window
+        ctx.save_for_backward(q, k, v, out_THD, lse_HT)
+        ctx.rows, ctx.scale, ctx.window = rows, scale, window
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, d_out):  # type: ignore[override]
-        q, k, v, out_THD, lse_HT, ends_T, positions_T = ctx.saved_tensors
-        gradients = tree_gradients(
-            q, k, v, out_THD, lse_HT, d_out, ends_T, positions_T, ctx.lists, ctx.scale, ctx.window
-        )
-        return *gradients, None, None, None, None, None
+        gradients = tree_gradients(ctx.saved_tensors, d_out, ctx.rows, ctx.scale, ctx.window)
+        return *gradients, None, None, None
