@@ -1,4 +1,4 @@
-"""Turns, rollouts and groups of which a test writes down only what it is about."""
+"""Turns, rollouts and groups with defaults for everything that a test does not state."""
 
 from __future__ import annotations
 

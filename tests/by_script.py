@@ -1,4 +1,4 @@
-"""Rollouts and episodes in which a script speaks for the agent."""
+"""Rollouts and episodes with scripted turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An environment that pays a random model: rewards for any text, by the letters in it."""
+"""An environment that rewards any text by its letters, so a random model earns rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORDS = ("ulm", "oslo", "ida", "bela", "koru", "arne", "mira", "sorime", "tovel"
 
 
 class Letters:
-    """Args: wait_s: what every answer of the environment takes, in seconds."""
+    """Args: wait_s: seconds that every step of the environment takes."""
 
     tools = ()
     native_calls = False

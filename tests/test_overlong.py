@@ -1,4 +1,4 @@
-"""Rollouts that ran into a limit: trained, set aside, or made to pay turn by turn."""
+"""Rollouts that a token limit ended: trained, masked, or charged per turn."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def config(overlong: str) -> RolloutConfig:
     return RolloutConfig(overlong=overlong, overlong_buffer=50, max_new_tokens=100)
 
 
-def test_train_leaves_all_as_it_is():
+def test_train_changes_nothing():
     assert apply_overlong_rule([GROUP], config("train")) == [GROUP]
 
 
-def test_mask_sets_aside_what_a_limit_cut_off_and_counts_it():
+def test_mask_excludes_cut_rollouts_from_training_and_counts_them():
     (group,) = apply_overlong_rule([GROUP], config("mask"))
-    # a cut turn in the middle is no reason
+    # not if the cut turn is not the last one
     assert [t.masked for t in group.trajectories] == [True, False, True, False, False]
     assert [t.status for t in group.trajectories] == [t.status for t in GROUP.trajectories]
     credit = assign_credit(group, "dr")
-    # the mean is that of the two that count: 1 and 0
+    # the baseline is the mean of the other two, 1 and 0
     assert credit.advantages == ((0.0, 0.0), (0.5, 0.5), (0.0,), (-0.5,), (0.0,))
     packed = pack([group], [credit], budget=999)
     assert packed.num_targets == 100 + 3 + 50
     figures = values_of(summarise([group], [credit]))
     assert figures["status/overlong"] == 2 / 5 and figures["failed"] == 1 / 5
-    # what they earned is still how well the policy does
+    # metrics include their rewards
     assert figures["reward/outcome"] == (5 + 1 + 3 + 0) / 4
     assert diagnose([group], [credit])["advantage/turn_1"].value == 0.0
 
 
-def test_penalty_falls_on_the_turn_that_was_long():
+def test_penalty_is_charged_to_the_long_turn():
     (group,) = apply_overlong_rule([GROUP], config("penalty"))
     rewards = [[turn.reward for turn in t.turns] for t in group.trajectories]
     assert rewards == [[0.5, -1.0], [-1.0, None], [pytest.approx(-0.3)], [None], [None]]
@@ -64,7 +64,7 @@ def test_penalty_falls_on_the_turn_that_was_long():
     assert [t.status for t in group.trajectories] == [t.status for t in GROUP.trajectories]
 
 
-def test_all_cut_off_is_no_signal():
+def test_a_group_of_cut_rollouts_has_no_signal():
     group = Group(task=GROUP.task, trajectories=GROUP.trajectories[:3:2])
     (masked,) = apply_overlong_rule([group], config("mask"))
     credit = assign_credit(masked)

@@ -1,21 +1,20 @@
-"""The nouns of turnfast, one per stage of a training step.
+"""The records of a training step, one per stage.
 
-A step turns tasks into gradients through this chain; each record is complete when it is made and
-is never changed afterwards, the next stage makes a new one::
+Each record is complete when it is made and is never changed; the next stage makes a new one::
 
     Task -> Turn -> Trajectory -> Group -> Credit -> Batch
 
-Token ids are the truth: `Turn.sampled_ids` are the ids the sampler drew, and what is trained is
-exactly those ids. Text is carried along for people and for parsing tool calls, never re-encoded.
+`Turn.sampled_ids` are the ids that the sampler drew, and exactly these ids are trained. Text is
+only for display and for parsing tool calls; it is never encoded again.
 
-Worked example, two rollouts of one question, the first with a tool call::
+Example, one rollout with a tool call::
 
     prompt   <user>Who wrote Ulm?</user><assistant>           7 ids, given by the environment
     turn 0   <tool>{"q": "Ulm"}</tool><end>                   9 ids, sampled  -> advantage A[0][0]
     prompt   <user>Ulm was written by Ida.</user><assistant>  12 ids, given
     turn 1   <answer>Ida</answer><end>                        5 ids, sampled  -> advantage A[0][1]
 
-trains 9 + 5 targets for this trajectory: the loss mask is "who produced the token", nothing else.
+trains 9 + 5 targets: the loss mask selects the sampled tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 Finish = Literal["stop", "length"]
 LARGEST_REWARD = 1e100
-"""Rewards stay below it in size: their squares, summed over a group, are still numbers."""
+"""Bound on |reward|, so that squares summed over a group stay finite."""
 Message = Mapping[str, Any]
-"""One chat message: `role` and `content`, as Hugging Face chat templates take it."""
+"""One chat message with `role` and `content`, as in Hugging Face chat templates."""
 
 
 class Status(StrEnum):
@@ -74,7 +73,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One question for the agent. `data` is whatever the environment needs to score it."""
+    """One question for the agent. `data` is for the environment, for instance to score it."""
 
     id: str
     question: str
@@ -84,19 +83,19 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One turn: what the environment appended, then what the policy sampled.
+    """One turn: ids appended by the environment, then ids sampled by the policy.
 
     Attributes:
         prompt_ids: ids appended by the environment since the previous turn ended (for the first
             turn, or after a `restart`, the whole context).
         sampled_ids: ids drawn by the policy, including the end-of-turn token when it was drawn.
-        logprobs: log-probability of each sampled id under the sampling distribution (natural log).
+        logprobs: natural log-probability of each sampled id under the sampling distribution.
         text: the sampled ids as text, without the end-of-turn token.
-        reply: the environment's answer to this turn, as shown to the agent at the next one.
+        reply: the environment's answer to this turn, which the agent sees in the next one.
         reward: weighted turn reward; None when the environment gave none for this turn.
-        reward_parts: the named, weighted parts of which `reward` is the sum.
+        reward_parts: the weighted parts of `reward` by name.
         tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt.
-        tool_errors: how many of the calls ended in an error, by its kind (`tools.ToolError.kind`).
+        tool_errors: number of failed calls by kind (`tools.ToolError.kind`).
         restart: True when the chat template rewrote earlier turns, so this turn starts a new row.
     """
 
@@ -127,7 +126,7 @@ class Trajectory:
 
     Attributes:
         outcome: weighted outcome reward of the whole trajectory (0.0 when it never answered).
-        metrics: unweighted figures for people (`exact_match`, …), averaged in metrics.jsonl.
+        metrics: unweighted values for the metrics (`exact_match`, …), averaged in metrics.jsonl.
         status: how it ended. A trajectory that failed is counted, but neither trained on nor part
             of a baseline.
         masked: set by `rollout.overlong = "mask"`; treated like a failed one.
@@ -168,27 +167,25 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """All rollouts of one task in one step; the baseline of a trajectory is its group."""
+    """All rollouts of one task in one step; baselines are computed within a group."""
 
     task: Task
     trajectories: tuple[Trajectory, ...]
 
     def __post_init__(self) -> None:
-        strangers = {t.task_id for t in self.trajectories} - {self.task.id}
-        if strangers:
-            raise ValueError(
-                f"Group of task {self.task.id!r} holds rollouts of {sorted(strangers)}"
-            )
+        others = {t.task_id for t in self.trajectories} - {self.task.id}
+        if others:
+            raise ValueError(f"Group of task {self.task.id!r} holds rollouts of {sorted(others)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenCredit:
-    """What a critic adds for one trajectory; every tuple has one entry per sampled token.
+    """Values and advantages per token; every tuple has one entry per sampled token.
 
     Attributes:
-        values: the critic's estimate before the token, as it was when credit was given.
-        targets: what it should have been; None where the critic is not trained.
-        advantages: None where all tokens of a turn carry the turn's.
+        values: the critic's estimate before the token, at the time of credit assignment.
+        targets: the value targets; None where the critic is not trained.
+        advantages: None where all tokens of a turn have the turn's advantage.
     """
 
     values: tuple[float, ...]
@@ -200,8 +197,8 @@ class TokenCredit:
 class Credit:
     """One advantage per turn: `advantages[i][k]` is for turn k of trajectory i of the group.
 
-    `tokens`, one per trajectory, is there for rules with a critic; where these give every token its
-    own advantage, a turn's is the mean of its tokens'.
+    `tokens`, one per trajectory, is set by rules with a critic. If these give every token its own
+    advantage, the turn's is the mean over its tokens.
     """
 
     rule: str
@@ -210,7 +207,7 @@ class Credit:
 
     @property
     def has_signal(self) -> bool:
-        """Whether there is anything to learn; a critic always has."""
+        """Whether the group trains the policy or a critic."""
         return self.tokens is not None or any(a != 0.0 for row in self.advantages for a in row)
 
 

@@ -1,1 +1,1 @@
-"""Play groups of rollouts: one episode, the schedule, the prompts of a step."""
+"""Rollouts: episodes, their schedule, and the prompts of a step."""
