@@ -1,4 +1,4 @@
-"""Tiny random models of the families people train, and rows that look at every hidden state."""
+"""Small random models of common families, and rows that use every hidden state."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ FAMILIES = {
 
 
 def policy_of(config: PretrainedConfig, device: str = "cpu") -> Policy:
-    """A model of random weights, always the same ones; it has no tokenizer."""
+    """Build a model with fixed random weights and no tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
     switch_off_dropout(model)
@@ -107,7 +107,7 @@ def policy_of(config: PretrainedConfig, device: str = "cpu") -> Policy:
 
 
 def whole_rows(rows: Sequence[list[int]]) -> Rows:
-    """Every token of a row predicts the next one, so every hidden state is looked at."""
+    """Rows in which every token predicts the next one, so every hidden state is used."""
     turns = [
         Turn(
             prompt_ids=(row[0],),

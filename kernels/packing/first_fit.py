@@ -1,8 +1,7 @@
-"""Rows that share nothing: which of them are in one micro-batch, and on which rank.
+"""Assign rows without shared prefixes to micro-batches and to ranks.
 
-Micro-batches are filled first-fit decreasing, in C++ where it is built. Both implementations return
-the same lists for the same input, on every machine: ranks that pack the same lengths agree without
-talking to each other.
+Micro-batches are filled first-fit decreasing, in C++ if it is built. Both implementations return
+the same lists on every machine, so ranks that pack the same lengths agree without communication.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Assign rows to micro-batches of at most `budget` tokens each.
 
     First-fit decreasing: rows are placed from the longest to the shortest (equal lengths in their
-    given order), each into the first micro-batch that still has room. At most 11/9 of the smallest
+    given order), each into the first micro-batch with enough space. At most 11/9 of the smallest
     possible number of micro-batches, plus one.
 
     Args:
@@ -28,7 +27,7 @@ def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
         budget: the largest sum of lengths in one micro-batch.
 
     Returns:
-        For each micro-batch the indices of its rows, rising. Every row occurs exactly once; no
+        For each micro-batch the indices of its rows, ascending. Every row occurs exactly once; no
         rows give no micro-batches.
 
     Raises:
@@ -59,7 +58,7 @@ def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[int]:
-    """The bin of each row; the specification that the C++ operator must equal."""
+    """The bin of each row; reference for the C++ operator."""
     bins = [0] * len(lengths)
     rooms: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -73,12 +72,12 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[int]:
 
 
 def spread_rows(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Deal rows to data-parallel ranks, the dearest first, each to the rank with the least so far.
+    """Deal rows to data-parallel ranks, most expensive first, each to the least loaded rank.
 
-    The busiest rank has at most 4/3 of what it has in the best of all ways (Graham, 1969).
+    The largest cost of a rank is at most 4/3 of the optimum (Graham, 1969).
 
     Returns:
-        For each rank the indices of its rows, rising.
+        For each rank the indices of its rows, ascending.
 
     Example: ``spread_rows([7, 5, 1, 3], 2)`` is ``[[0, 2], [1, 3]]``, a cost of 8 for each rank.
     """

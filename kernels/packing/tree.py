@@ -1,7 +1,7 @@
-"""Prefix trees of token rows: what several rows begin with is laid out, and computed, once.
+"""Prefix trees of token rows: tokens that several rows begin with are laid out once.
 
 The layout is depth first: a token is followed by all its descendants. So a subtree is a slice, and
-one number per token, the end of that slice, says who may look at whom::
+one number per token, the end of that slice, defines which tokens see each other::
 
     row 0   p p p a a b b        layout   p p p a a b b d c c
     row 1   p p p a a d          ends    10 . . 8 . 7 . 8 . .     (10 10 10 8 8 7 7 8 10 10)
@@ -112,7 +112,7 @@ def cut_tree(
         attention_span: the number of keys whose attention costs as much as all else on a token.
 
     Returns:
-        For each micro-batch the indices of its rows, rising.
+        For each micro-batch the indices of its rows, ascending.
 
     Raises:
         ValueError: a row longer than the budget.
@@ -168,7 +168,7 @@ def split_over_ranks(
     owners: Sequence[int] | None = None,
     attention_span: int = 4096,
 ) -> list[list[int]]:
-    """Deal the rows of a tree out to data-parallel ranks so that the busiest has least to do.
+    """Distribute the rows of a tree over data-parallel ranks and minimise the largest cost.
 
     Ranks get runs of the tree's order, so what rows share stays on one rank but for one prefix at
     each border. Of all such runs these have the smallest largest cost, tokens and attention.
@@ -179,7 +179,7 @@ def split_over_ranks(
         owners: of each row; rows of one owner stay together. They count as one, at its first row.
 
     Returns:
-        For each rank the indices of its rows, rising; every row occurs exactly once.
+        For each rank the indices of its rows, ascending; every row occurs exactly once.
 
     Example: rows of 10 tokens in two pairs that share 8, two ranks: ``[[0, 1], [2, 3]]``.
     """
@@ -217,7 +217,7 @@ def _filled(
     `cost` is of the first tokens of a row; what rows share counts once.
     """
     runs: list[list[int]] = []
-    run: list[int] = []  # places, rising
+    run: list[int] = []  # places, ascending
 
     def join(place: int) -> int:
         """Put a row to the run; what it costs beyond what the nearest on either side has."""
@@ -241,7 +241,7 @@ def _filled(
 
 
 def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:
-    """The specification that the C++ operator must equal."""
+    """Reference for the C++ operator."""
     num_rows = len(lengths)
     begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     rows = [ids[begin[r] : begin[r + 1]] for r in range(num_rows)]
