@@ -1,4 +1,4 @@
-"""The loop: roll out, give credit, pack, update, sync."""
+"""The training loop: rollout, credit, packing, update, weight sync."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def train(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train until `train.steps`, or until `should_stop`; both leave a checkpoint and a report.
+    """Train until `train.steps` steps are done or `should_stop` returns True.
+
+    Both ends leave a checkpoint and a report.
 
     Raises:
-        RolloutError, OutOfMemory, TrainingError, SyncError: after a checkpoint of the steps that
-            were done. Of several updates in a step, those before the fault are in it, too.
-        ConfigError, TornStep, RankError, CheckpointError: see their rooms; without one.
+        RolloutError, OutOfMemory, TrainingError, SyncError: after a checkpoint of the completed
+            steps. It contains the updates of the failed step that came before the error.
+        ConfigError, TornStep, RankError, CheckpointError: without a checkpoint.
     """
     with (
         open_ranks(timeout_s=2 * config.rollout.step_timeout_s) as ranks,
@@ -84,7 +86,7 @@ def train(
                     packed = _pack(run, groups, credits)
                 with clock.phase("train"):
                     updated = _update(run, packed)
-                # whatever comes now, these weights and data are those after the step
+                # from here on a checkpoint holds the state after this step
                 done = step
                 with clock.phase("rollout"):
                     collector.wait()
@@ -110,7 +112,7 @@ def train(
                 if is_due(step, config.train.save_every, config.train.steps):
                     _save(run, collector, step)
         except Interrupted:
-            # --resume redoes the step in hand: the places of its prompts seed its samples
+            # --resume repeats the interrupted step with the same prompts and seeds
             _save(run, collector, done)
         except FAULTS:
             if done >= run.first_step:
@@ -121,7 +123,7 @@ def train(
 
 
 def _progress(run: Run) -> Progress:
-    # what the other ranks would say is the same
+    # only rank 0 prints
     stream = None if run.ranks.is_leader else io.StringIO()
     steps = run.config.train.steps
     show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
@@ -184,7 +186,7 @@ def _update(run: Run, packed: Packed) -> Update:
         loss,
         temperature=temperature,
         num_updates=run.config.train.updates_per_step,
-        check_gap=_proof(run),
+        check_gap=_gap_check(run),
         memory_advice=advice,
     )
 
@@ -198,9 +200,9 @@ def _memory_advice(config: Config) -> str:
     )
 
 
-def _proof(run: Run) -> Callable[[Gap], None]:
-    """What the sampled tokens must pass before they are learned from: they prove the last sync."""
-    if run.config.train.overlap:  # they are of the weights before it, and a probe has proven it
+def _gap_check(run: Run) -> Callable[[Gap], None]:
+    """The check of the sampled tokens' log-probs, which verifies the last weight sync."""
+    if run.config.train.overlap:  # they come from older weights; a probe has verified the sync
         return lambda gap: None
     return lambda gap: check_logprob_gap(
         gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.learner.policy.model.dtype
