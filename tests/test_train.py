@@ -129,7 +129,7 @@ def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(
 ):
     """The stops fall into evaluations and rollouts, the first, a middle and the last ones."""
     # asked after every engine step, however fast the machine is
-    monkeypatch.setattr("turnfast.sampler.awaited.LOOK_UP_S", 0.0)
+    monkeypatch.setattr("turnfast.sampler.awaited.POLL_SHARE", 0.0)
     run_dir = tmp_path / "run"
     reached = []
     for count in (3, 20, 9, 26, 14, 11, 40, 17, 1, 30, 25, 10**6):
@@ -312,7 +312,7 @@ def test_a_fault_in_a_step_keeps_the_steps_that_were_done(
 
     def load_weights(self, named_weights):
         if fault == "sync" and in_the_third_step():
-            raise RuntimeError("the engine is gone")
+            raise SyncError("the engine is gone")
         take(self, named_weights)
 
     monkeypatch.setattr("turnfast.run.load_policy", load_policy)
