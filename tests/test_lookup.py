@@ -18,7 +18,7 @@ from turnfast.envs import Demonstrator, LookupEnv, contains_answer, load_env
 from turnfast.envs.lookup.demos import malformations
 from turnfast.errors import ConfigError
 from turnfast.model.tiny import write_tiny_model
-from turnfast.tools import ToolError, check_call, parse_call, parse_calls
+from turnfast.tools import ToolError, check_call, parse_calls
 
 SMALL = {"people": 80, "held_out_people": 40, "train_tasks": 600, "eval_tasks": 60}
 SMALL |= {"popular_questions": 20}
@@ -269,8 +269,7 @@ def test_malformed_demonstrations_fail_for_several_reasons(env, conversations):
     assert len(errors) == 5
     for tag in ("tool", "tool_call"):
         for malform in malformations(tag):
-            call = parse_call(malform("author of Sorime"))
-            assert call is not None
+            call, *_ = parse_calls(malform("author of Sorime"))
             assert isinstance(check_call(env.tools, call), ToolError)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Annotated, Literal
 
@@ -25,7 +26,6 @@ from turnfast.tools import (
     ToolError,
     ToolResult,
     deadline,
-    parse_call,
     parse_calls,
     run_tool,
     tool,
@@ -115,27 +115,18 @@ def test_argument_types():
             plan.bind({"day": "2026-01-02", "kind": "air", **bad})
 
 
-def test_functions_without_a_schema_are_errors():
-    with pytest.raises(TypeError, match="the name may contain only"):
-        tool(lambda: "")
-
-    def untyped(x) -> str:
-        return ""
-
-    with pytest.raises(TypeError, match="'x' has no type"):
-        tool(untyped)
-
-    def star(*names: str) -> str:
-        return ""
-
-    with pytest.raises(TypeError, match="names has no schema"):
-        tool(star)
-
-    def positional(x: int, /) -> str:
-        return ""
-
-    with pytest.raises(TypeError, match="positional-only"):
-        tool(positional)
+@pytest.mark.parametrize(
+    ("function", "name", "message"),
+    [
+        (lambda: "", None, "the name may contain only"),
+        (lambda x: "", "f", "'x' has no type"),
+        (lambda *x: "", "f", r"\*x has no schema"),
+        (lambda x, /: "", "f", "'x' is positional-only"),
+    ],
+)
+def test_functions_without_a_schema_are_errors(function, name, message):
+    with pytest.raises(TypeError, match=message):
+        tool(name=name)(function)
 
 
 def test_a_method_is_bound_to_its_instance():
@@ -211,10 +202,10 @@ def test_any_text_is_parsed_and_every_opening_tag_is_an_attempt(text):
     ],
 )
 def test_malformed_calls_give_the_reason(text, reason):
-    assert parse_call(text) == MalformedCall(reason=reason)
+    assert parse_calls(text)[0] == MalformedCall(reason=reason)
 
 
-def test_calls_keep_their_order_and_reasoning_is_ignored():
+def test_the_calls_of_a_turn_keep_their_order_and_reasoning_is_ignored():
     text = (
         '<reasoning>maybe <tool>{"name": "no"}</tool></reasoning>'
         '<tool>{"name": "one"}</tool> and <tool>{"nam</tool>'
@@ -226,16 +217,15 @@ def test_calls_keep_their_order_and_reasoning_is_ignored():
         ToolCall(name="two", arguments={"x": "</tool_call>"}),
     )
     assert parse_calls("I could use a tool.") == ()
-    assert parse_call("nothing") is None
 
 
 # --- running
 
 
-def test_results():
-    assert run(add, a=1) == ToolResult(text="2")
-    empty = ToolResult(text=" \n")
-    assert not empty.success and empty.shown == "No result."
+def test_an_empty_result_is_not_a_success():
+    result, empty = run(add, a=1), ToolResult(text=" \n")
+    assert (result, result.success, result.shown) == (ToolResult(text="2"), True, "2")
+    assert (empty.success, empty.shown) == (False, "No result.")
 
 
 @pytest.mark.parametrize(
@@ -247,8 +237,7 @@ def test_results():
     ],
 )
 def test_errors_before_the_call(text, kind, shown):
-    call = parse_call(text)
-    assert call is not None
+    (call,) = parse_calls(text)
     error = asyncio.run(run_tool([add], call, timeout_s=1))
     assert isinstance(error, ToolError) and not error.success
     assert (error.kind, error.shown) == (kind, shown)
@@ -264,7 +253,7 @@ def raises(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("act", "kind", "text"),
+    ("body", "kind", "text"),
     [
         (lambda: raises(ValueError("no such page")), "raised", "ValueError: no such page"),
         (lambda: raises(NoText()), "raised", "NoText"),
@@ -279,15 +268,12 @@ def raises(error: BaseException):
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_failing_tool_ends_only_its_own_call(act, kind, text, is_async):
-    def plain() -> str:
-        return act()
-
+def test_a_failing_tool_ends_only_its_own_call(body, kind, text, is_async):
     async def coroutine() -> str:
         await asyncio.sleep(0)
-        return act()
+        return body()
 
-    error = run(tool(name="act")(coroutine if is_async else plain))
+    error = run(tool(name="act")(coroutine if is_async else body))
     assert isinstance(error, ToolError)
     assert error.kind == kind
     assert text in error.text
@@ -300,14 +286,22 @@ def test_a_keyboard_interrupt_in_a_thread_ends_only_its_own_call():
     assert error == ToolError(kind="raised", text="KeyboardInterrupt")
 
 
-def test_hanging_tools_time_out_and_do_not_delay_others():
-    release = threading.Event()
+@pytest.fixture
+def hanging() -> Iterator[tuple[Tool, Callable[[], None]]]:
+    """A tool that hangs, and a function that ends all its calls."""
+    event = threading.Event()
 
-    @tool
-    def hang() -> str:
-        release.wait(30)
-        return "late"
+    def end_calls() -> None:
+        event.set()
+        for thread in threading.enumerate():
+            if thread.name == "tool-hang":
+                thread.join(10)
 
+    yield tool(name="hang")(lambda: str(event.wait(60))), end_calls
+    end_calls()
+
+
+def test_hanging_tools_time_out_and_do_not_delay_others(hanging):
     @tool
     async def hang_async() -> str:
         await asyncio.sleep(30)
@@ -316,19 +310,18 @@ def test_hanging_tools_time_out_and_do_not_delay_others():
     async def run_all() -> list[ToolResult | ToolError]:
         calls = [ToolCall(name=name, arguments={}) for name in ["hang", "hang_async"] * 20]
         calls.append(ToolCall(name="add", arguments={"a": 1}))
-        tools = [hang, hang_async, add]
+        tools = [hanging[0], hang_async, add]
         return await asyncio.gather(*(run_tool(tools, call, timeout_s=0.3) for call in calls))
 
     begin = time.perf_counter()
     *errors, result = asyncio.run(run_all())
     elapsed_s = time.perf_counter() - begin
-    release.set()
     assert all(isinstance(error, ToolError) and error.kind == "timeout" for error in errors)
     assert result == ToolResult(text="2")
     assert 0.3 <= elapsed_s < 20.0
 
 
-def test_a_result_in_time_counts_even_if_the_event_loop_was_busy():
+def test_a_result_before_the_deadline_counts_although_the_event_loop_was_blocked():
     async def run_busy() -> ToolResult | ToolError:
         call = asyncio.ensure_future(
             run_tool([add], ToolCall(name="add", arguments={"a": 1}), timeout_s=0.1)
@@ -341,14 +334,14 @@ def test_a_result_in_time_counts_even_if_the_event_loop_was_busy():
 
 
 def test_cancelling_the_caller_cancels_an_async_tool():
-    seen: list[str] = []
+    cancelled = threading.Event()
 
     @tool
     async def wait() -> str:
         try:
             await asyncio.sleep(30)
         finally:
-            seen.append("cancelled")
+            cancelled.set()
         return ""
 
     async def run_cancelled() -> None:
@@ -357,7 +350,7 @@ def test_cancelling_the_caller_cancels_an_async_tool():
 
     with pytest.raises(TimeoutError):
         asyncio.run(run_cancelled())
-    assert seen == ["cancelled"]
+    assert cancelled.is_set()
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -383,24 +376,15 @@ def test_a_tool_sees_the_context_variables_of_its_caller(is_async):
     assert [result.shown for result in results] == [f"one {is_async}", f"two {is_async}"]
 
 
-def test_the_number_of_hanging_threads_is_limited(monkeypatch):
+def test_the_number_of_hanging_threads_is_limited(monkeypatch, hanging):
+    hang, end_calls = hanging
     monkeypatch.setattr(deadline, "MAX_HANGING_THREADS", 3)
-    release = threading.Event()
-
-    @tool
-    def hang() -> str:
-        release.wait(30)
-        return ""
-
     errors = [run(hang, timeout_s=0.02) for _ in range(4)]
     assert [error.shown for error in errors] == [
         *["Error: hang gave no result in 0.02 s"] * 3,
         "Error: 3 earlier calls still hang",
     ]
-    release.set()
-    for thread in threading.enumerate():
-        if thread.name == "tool-hang":
-            thread.join(10)
+    end_calls()
     assert run(add, a=1) == ToolResult(text="2")
 
 

@@ -4,7 +4,7 @@ from .arithmetic import calculate, format_number
 from .background import BackgroundLoop
 from .deadline import Raised, Returned, TimedOut, await_call, call_with_timeout
 from .formats import Attempt, MalformedCall, ToolCall
-from .parse import parse_call, parse_calls, read_calls, strip_reasoning
+from .parse import parse_calls, read_calls, strip_reasoning
 from .run import MAX_RESULT_CHARS, ToolError, ToolResult, check_call, run_tool
 from .search_index import STOP_WORDS, Hit, Passage, SearchIndex
 from .tool import BadArguments, Tool, tool
@@ -31,7 +31,6 @@ __all__ = [
     "call_with_timeout",
     "check_call",
     "format_number",
-    "parse_call",
     "parse_calls",
     "read_calls",
     "run_tool",

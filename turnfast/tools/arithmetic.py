@@ -46,7 +46,7 @@ def calculate(expression: str) -> Fraction:
 
 
 def format_number(value: Fraction) -> str:
-    """Format a number as an integer if it is one, else with 12 significant digits."""
+    """Format an integer exactly and any other number with 12 significant digits."""
     if value.denominator == 1:
         return str(value.numerator)
     try:

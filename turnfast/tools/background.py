@@ -1,7 +1,7 @@
-"""An event loop in a thread of its own, for clients that live longer than one event loop.
+"""An event loop in its own thread, for clients that are used during the whole run.
 
-Every rollout step runs in a new event loop, which stands still while the engine computes. The
-connection to a judge or a tool server is bound to one loop and must continue meanwhile.
+The rollouts of each training step run in a new event loop, which is blocked while the engine
+computes. A connection to a judge or a tool server belongs to one loop, which must keep running.
 """
 
 from __future__ import annotations

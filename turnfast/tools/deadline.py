@@ -1,8 +1,8 @@
-"""Call functions of the user under a deadline, so that a hanging one blocks nothing else.
+"""Call user functions under a deadline, so that a hanging one blocks nothing else.
 
-A plain function runs in a daemon thread of its own. If it hangs, the thread is abandoned: neither
-the event loop, nor other calls, nor the interpreter's exit wait for it. An `async` function runs in
-the caller's event loop and is cancelled at the deadline. It cannot be interrupted unless it awaits,
+A plain function runs in its own daemon thread. If it hangs, the thread is abandoned: the event
+loop, other calls and the exit of the interpreter do not wait for it. An `async` function runs in
+the caller's event loop and is cancelled at the deadline. It can only be cancelled where it awaits,
 so blocking work belongs in a plain function.
 """
 
@@ -36,7 +36,7 @@ class TimedOut:
     """No result within the deadline.
 
     Attributes:
-        num_hanging: if positive, the call was not started, because so many earlier calls hang.
+        num_hanging: if positive, the call was not started, because this many earlier calls hang.
     """
 
     num_hanging: int = 0
@@ -57,7 +57,7 @@ async def call_with_timeout(
         label: name of the thread.
     """
     call = partial(function, *args, **(kwargs or {}))
-    if is_async(function):
+    if _is_async(function):
         running = asyncio.ensure_future(_await_outcome(call))
     else:
         num_hanging = _count_hanging()
@@ -84,7 +84,7 @@ async def await_call(function: Callable[..., Any], *args: Any, label: str) -> An
         BaseException: the error that the function raises.
         RuntimeError: `MAX_HANGING_THREADS` earlier calls hang.
     """
-    if is_async(function):
+    if _is_async(function):
         return await function(*args)
     match await call_with_timeout(function, args, timeout_s=None, label=label):
         case Returned(value=value):
@@ -95,8 +95,8 @@ async def await_call(function: Callable[..., Any], *args: Any, label: str) -> An
             raise RuntimeError(f"{label}: {num_hanging} earlier calls still hang")
 
 
-def is_async(function: Callable[..., Any]) -> bool:
-    """Return whether a function, or the `__call__` of an object, is an `async` function."""
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Return whether a function, or the `__call__` of an object, is `async`."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004
     )
@@ -129,10 +129,9 @@ def _run_in_thread(call: Callable[[], Any], label: str) -> asyncio.Future[Return
     future: asyncio.Future[Returned | Raised] = loop.create_future()
 
     def run() -> None:
-        outcome: Returned | Raised
         try:
-            outcome = Returned(value=context.run(call))
-        except BaseException as error:  # also a SystemExit ends only this call
+            outcome: Returned | Raised = Returned(value=context.run(call))
+        except BaseException as error:  # SystemExit too must end only this call
             outcome = Raised(error=error)
         # If the loop is closed, nothing waits for the outcome.
         with contextlib.suppress(RuntimeError):
@@ -142,12 +141,12 @@ def _run_in_thread(call: Callable[[], Any], label: str) -> asyncio.Future[Return
         if not future.done():
             future.set_result(outcome)
 
-    def note_if_hanging(done: asyncio.Future[Any]) -> None:
+    def count_if_hanging(done: asyncio.Future[Any]) -> None:
         if done.cancelled():
             with _hanging_lock:
                 _hanging.append(thread)
 
     thread = threading.Thread(target=run, name=label, daemon=True)
-    future.add_done_callback(note_if_hanging)
+    future.add_done_callback(count_if_hanging)
     thread.start()
     return future

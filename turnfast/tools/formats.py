@@ -87,7 +87,10 @@ def read_mistral(text: str) -> tuple[list[Attempt], str]:
 
 
 def decode(text: str, start: int = 0) -> tuple[Any, int]:
-    """Return the JSON value at `start` and its end; raise ValueError without one, also for NaN."""
+    """Return the JSON value at `start` and its end; raise ValueError if there is none.
+
+    NaN and Infinity are not JSON.
+    """
     start += len(text[start:]) - len(text[start:].lstrip())
     try:
         return _DECODER.raw_decode(text, start)
@@ -111,8 +114,8 @@ def check_shape(value: Any, key: str, optional: Mapping[str, Any] | None = None)
     if not isinstance(arguments, dict):
         return MalformedCall(reason=f'"{key}" is not an object')
     for other, expected in (optional or {}).items():
-        found = rest.get(other)
-        if found == expected or (isinstance(expected, type) and isinstance(found, expected)):
+        actual = rest.get(other)
+        if actual == expected or (isinstance(expected, type) and isinstance(actual, expected)):
             del rest[other]
     if rest:
         unknown = next(iter(rest))

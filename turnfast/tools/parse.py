@@ -1,6 +1,6 @@
-"""Parse tool calls in the text of a turn. No text raises an error.
+"""Parse the tool calls in the text of a turn; any text is accepted.
 
-Two formats put JSON between tags; both are recognised anywhere in a turn, also mixed::
+Two formats put JSON between tags. Both are recognised anywhere in a turn, even in the same turn::
 
     <tool>{"name": "search", "args": {"query": "Ulm"}}</tool>                  arXiv 2505.11821
     <tool_call>{"name": "search", "arguments": {"query": "Ulm"}}</tool_call>   Qwen, Hermes
@@ -61,12 +61,6 @@ def read_calls(text: str) -> tuple[tuple[Attempt, ...], str]:
     read = read_mistral if TOOL_CALLS in text else read_llama3
     calls, rest = read(text)
     return tuple(calls), rest
-
-
-def parse_call(text: str) -> Attempt | None:
-    """Return the first attempted call of a turn, or None."""
-    calls = parse_calls(text)
-    return calls[0] if calls else None
 
 
 def strip_reasoning(text: str) -> str:

@@ -53,7 +53,7 @@ class ToolError:
 def check_call(
     tools: Sequence[Tool], call: ToolCall | MalformedCall
 ) -> tuple[Tool, dict[str, Any]] | ToolError:
-    """Return the tool and its checked arguments, or the error that the call ends with."""
+    """Return the tool and its checked arguments, or the error of the call."""
     if isinstance(call, MalformedCall):
         return ToolError(kind="malformed", text=call.reason)
     for tool in tools:
@@ -83,7 +83,7 @@ async def run_tool(
         arguments, or if the tool raises, exceeds the deadline or returns anything but valid text.
 
     Example:
-        >>> call = parse_call('<tool>{"name": "search", "args": {"query": "Ulm"}}</tool>')
+        >>> call = ToolCall(name="search", arguments={"query": "Ulm"})
         >>> asyncio.run(run_tool([search], call, timeout_s=10))
         ToolResult(text='Ulm was written by Ida.')
     """
@@ -111,10 +111,8 @@ def _check_output(tool: Tool, value: Any, max_chars: int) -> ToolResult | ToolEr
         kind = type(value).__name__
         return ToolError(kind="bad_output", text=f"{tool.name} returned {kind}, not text")
     if len(value) > max_chars:
-        return ToolError(
-            kind="flood",
-            text=f"the result has {len(value)} characters, the limit is {max_chars}",
-        )
+        text = f"the result has {len(value)} characters, the limit is {max_chars}"
+        return ToolError(kind="flood", text=text)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -27,8 +27,10 @@ MAX_CODE_BYTES = 100_000
 MAX_HOME_BYTES = 64 << 20
 UNSAFE = "I understand that this runs code from a model without a sandbox"
 
-_FIRST_USER_ID = 1 << 30  # systems do not assign user ids from here on
-# Without a user namespace: its root would be the machine's root, which RLIMIT_NPROC does not limit.
+_FIRST_USER_ID = 1 << 30  # systems assign lower user ids only
+# Isolated and without site-packages: only the standard library can be imported.
+_PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-c")
+# No user namespace: root inside it would be the machine's root, which RLIMIT_NPROC does not limit.
 _ROOT_OPTIONS = (
     *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
     *("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"),
@@ -85,12 +87,12 @@ def sandbox_fault() -> str:
 
 
 def require_sandbox(unsafe_without_sandbox: str = "") -> bool:
-    """Return True if a sandbox can be used, and False if the user accepts to run without one.
+    """Return True if a sandbox can be used, and False if the user agrees to run without one.
 
     Args:
-        unsafe_without_sandbox: `UNSAFE` to accept it.
+        unsafe_without_sandbox: `UNSAFE` to agree.
     Raises:
-        SandboxError: no sandbox can be used, and the user does not accept to run without one.
+        SandboxError: no sandbox can be used, and the user has not agreed to run without one.
     """
     fault = sandbox_fault()
     if not fault:
@@ -113,14 +115,10 @@ def run_python(code: str, *, limits: Limits, sandboxed: bool = True) -> Finished
     """
     if len(code.encode()) > MAX_CODE_BYTES:
         raise ValueError(f"the program has more than {MAX_CODE_BYTES} bytes")
-    # Isolated and without site-packages: only the standard library can be imported.
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
-    sandbox = (
-        _sandbox_command(python, limits.processes, as_root=_runs_as_root()) if sandboxed else ()
-    )
+    sandbox = _sandbox_command(limits.processes, as_root=_runs_as_root()) if sandboxed else ()
     with tempfile.TemporaryDirectory(prefix="turnfast-") as folder, tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
-            [*_limit_command(limits), *sandbox, *python, code],
+            [*_limit_command(limits), *sandbox, *_PYTHON, code],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -128,9 +126,9 @@ def run_python(code: str, *, limits: Limits, sandboxed: bool = True) -> Finished
             env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
             start_new_session=True,
         )
-        timed_out = False
         try:
             process.wait(limits.wall_s)
+            timed_out = False
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
@@ -155,11 +153,10 @@ def _runs_as_root() -> bool:
 
 
 def _try_sandbox(*, as_root: bool) -> str:
-    """Run a small program in a sandbox; return what went wrong, or ""."""
-    python = [os.path.realpath(sys.executable), "-I", "-S", "-c"]
+    """Run a small program in a sandbox; return the reason if it fails, else ""."""
     try:
         ended = subprocess.run(
-            [*_sandbox_command(python, 8, as_root=as_root), *python, "print(7)"],
+            [*_sandbox_command(8, as_root=as_root), *_PYTHON, "print(7)"],
             capture_output=True,
             text=True,
             timeout=30,
@@ -171,18 +168,18 @@ def _try_sandbox(*, as_root: bool) -> str:
     return ""
 
 
-def _sandbox_command(python: Sequence[str], processes: int, *, as_root: bool) -> Sequence[str]:
-    """Return the command line before the program: bwrap, and process 1 that starts the program."""
+def _sandbox_command(processes: int, *, as_root: bool) -> Sequence[str]:
+    """Return the command that starts bwrap and its process 1, which starts the program."""
     init = Path(__file__).with_name("sandbox_init.py").read_text(encoding="utf-8")
     user_id = _FIRST_USER_ID + secrets.randbelow(_FIRST_USER_ID) if as_root else -1
-    return [*_bwrap_command(as_root), *python, init, str(processes), str(user_id)]
+    return [*_bwrap_command(as_root), *_PYTHON, init, str(processes), str(user_id)]
 
 
 def _bwrap_command(as_root: bool) -> Sequence[str]:
-    """Return the command line of bwrap before process 1."""
+    """Return the command of bwrap, without the program that it starts."""
     system = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
     bound = dict.fromkeys([*(path for path in system if os.path.exists(path)), sys.base_prefix])
-    # Made with mode 0755, because bwrap creates missing parents for its own user only.
+    # Created explicitly, because bwrap makes missing parents readable for its own user only.
     parents = dict.fromkeys(str(p) for path in bound for p in reversed(Path(path).parents[:-1]))
     return [
         "bwrap",
@@ -197,7 +194,7 @@ def _bwrap_command(as_root: bool) -> Sequence[str]:
 
 
 def _limit_command(limits: Limits) -> Sequence[str]:
-    """Return a command line that sets the limits and then executes the program.
+    """Return a command that sets the limits and then executes the program.
 
     `ulimit` counts memory in KiB and file sizes in blocks of 512 bytes.
     """
@@ -207,7 +204,7 @@ def _limit_command(limits: Limits) -> Sequence[str]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill the process group; in a sandbox, all processes inside end with the first one."""
+    """Kill the process group; the processes in a sandbox end with its process 1."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

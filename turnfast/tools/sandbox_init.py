@@ -3,9 +3,9 @@
 sandbox.py passes the source of this file to an interpreter inside the sandbox. The program can
 neither kill nor outlive process 1.
 
-Against a fork bomb, counting is too slow, so RLIMIT_NPROC holds the number of processes down. The
-kernel counts it per user, per user namespace since Linux 5.14, and does not apply it to root.
-Therefore root's program runs with a user id that no other process on the machine has.
+Counting is too slow to stop a fork bomb, so RLIMIT_NPROC limits the number of processes as well.
+The kernel applies this limit per user (since Linux 5.14 per user namespace), and not to root.
+Therefore, if the trainer runs as root, the program gets a user id that no other process has.
 """
 
 import os
@@ -29,8 +29,8 @@ def main(limit: int, user_id: int, program: list[str]) -> None:
             os.setresgid(user_id, user_id, user_id)
             os.setresuid(user_id, user_id, user_id)
         if user_id >= 0 or limit_is_per_namespace():
-            # One more than allowed, so that exceeding the limit is seen. If process 1 has the same
-            # user, it counts too.
+            # One more than allowed, so that process 1 can count too many. Without a user id of its
+            # own, the program shares the limit with process 1.
             most = limit + (1 if user_id >= 0 else 2)
             resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
         os.execv(program[0], program)

@@ -44,7 +44,7 @@ class Tool:
         parameters: JSON schema of the arguments.
         function: the plain or `async` function, called with keyword arguments.
         arguments: the pydantic model that checks a call: strict types, no unknown names.
-        is_method: True in a class body; accessed on an instance, the tool has `self` bound.
+        is_method: True if `self` is not bound yet; access through an instance binds it.
     """
 
     name: str
