@@ -18,8 +18,6 @@ from turnfast.metrics.reduce import (
     Correlation,
     Max,
     Mean,
-    Names,
-    Same,
     Std,
     Sum,
     reduce_metrics,
@@ -30,7 +28,7 @@ from turnfast.metrics.rewards import diagnose, success_correlations
 from turnfast.metrics.rollouts import summarise
 from turnfast.metrics.stopwatch import Stopwatch
 from turnfast.rollout.overlong import apply_overlong_rule
-from turnfast.types import Credit, Group, Turn
+from turnfast.types import Credit, Group, Trajectory, Turn
 
 
 def turn(reward=None, tokens=3, **fields) -> Turn:
@@ -46,37 +44,33 @@ def over_ranks(*ranks):
 
 
 def test_each_type_has_its_own_reduction():
-    first = {
-        "mean": Mean(6.0, 6),
-        "sum": Sum(10),
-        "max": Max(0.1),
-        "same": Same(2.0),
-        "names": Names(["length", "tool"]),
-    }
-    second = {
-        "mean": Mean(0.0, 2),
-        "sum": Sum(5),
-        "max": Max(0.3),
-        "same": Same(2.0),
-        "names": Names(["format", "tool"]),
-        "only here": Sum(4),
-    }
+    first = {"mean": Mean(6.0, 6), "sum": Sum(10), "max": Max(0.1)}
+    second = {"mean": Mean(0.0, 2), "sum": Sum(5), "max": Max(0.3), "only here": Sum(4)}
     third = {"mean": Mean(0.0, 0), "sum": Sum(0), "max": Max(0.0)}
     assert over_ranks(first, second, third) == {
-        "mean": 0.75,
-        "sum": 15,
-        "max": 0.3,
-        "same": 2.0,
-        "names": ["format", "length", "tool"],
-        "only here": 4,
-    }
+        "mean": 0.75, "sum": 15, "max": 0.3, "only here": 4
+    }  # fmt: skip
     assert over_ranks(first) == values_of(first)
+
+
+def test_negative_correlations_are_those_of_all_ranks():
+    def rank(**columns):
+        return {f"success_correlation/{part}": Correlation(*sums) for part, sums in columns.items()}
+
+    chance, clear = (9, 1.0, 1.0, -0.75), (20, 1.0, 1.0, -0.75)
+    assert over_ranks(rank(b=clear), rank(a=clear, b=clear))["wrong_way"] == ["a", "b"]
+    # neither rank alone has enough rollouts
+    assert "wrong_way" not in over_ranks(rank(a=chance))
+    assert over_ranks(rank(a=chance), rank(a=chance))["wrong_way"] == ["a"]
+    # the clear one of the first rank is outweighed
+    assert "wrong_way" not in over_ranks(rank(a=clear), rank(a=(20, 1.0, 1.0, 0.75)))
 
 
 def test_a_mean_over_nothing():
     assert math.isnan(Mean.of([]).value) and math.isnan(Std.of([]).value)
-    assert over_ranks({"a": Mean(0.0, 0, 0.0)}, {"a": Mean(0.0, 0, 0.0)}) == {"a": 0.0}
-    assert over_ranks({"a": Mean(0.0, 0, 0.0)}, {"a": Mean(3.0, 2, 0.0)}) == {"a": 1.5}
+    empty = {"a": Mean(0.0, 0, 0.0)}
+    assert over_ranks(empty, empty) == {"a": 0.0}
+    assert over_ranks(empty, {"a": Mean(3.0, 2, 0.0)}) == {"a": 1.5}
 
 
 parts = st.lists(st.lists(st.floats(-1e3, 1e3), max_size=9), min_size=1, max_size=4)
@@ -95,24 +89,19 @@ def test_a_spread_far_from_zero_is_not_lost():
     assert found["a"] == pytest.approx(math.sqrt(11 / 4))
 
 
-def make_groups(sizes=(3, 1, 4), seed=0) -> list[Group]:
-    draw = random.Random(seed)
-    groups = []
-    for size in sizes:
-        rollouts = [
-            rollout(
-                i,
-                [
-                    turn(draw.random(), reward_parts={"tool": draw.random()}, tool_calls=1)
-                    for _ in range(draw.randint(1, 3))
-                ],
-                outcome=draw.random(),
-                metrics={"exact_match": float(draw.random() < 0.5)},
-            )
-            for i in range(size)
-        ]
-        groups.append(group_of(*rollouts, rollout(size, [turn(9.0)], "error")))
-    return groups
+def make_groups() -> list[Group]:
+    draw = random.Random(0)
+
+    def scored(index: int) -> Trajectory:
+        parts = [{"tool": draw.random()} for _ in range(draw.randint(1, 3))]
+        turns = [turn(draw.random(), reward_parts=part, tool_calls=1) for part in parts]
+        success = {"exact_match": float(draw.random() < 0.5)}
+        return rollout(index, turns, outcome=draw.random(), metrics=success)
+
+    return [
+        group_of(*map(scored, range(size)), rollout(size, [turn(9.0)], "error"))
+        for size in (3, 1, 4)
+    ]
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -121,70 +110,47 @@ def test_metrics_of_ranks_with_unequal_rollouts_are_those_of_one_rank(cut):
     credits = assign_credits(groups)
 
     def of(part: slice):
-        return {
-            **summarise(groups[part], credits[part]),
-            **diagnose(groups[part], credits[part]),
-        }
+        chosen = groups[part], credits[part]
+        return {**summarise(*chosen), **diagnose(*chosen)}
 
-    whole = values_of(of(slice(None)))
-    assert over_ranks(of(slice(cut)), of(slice(cut, None))) == pytest.approx(whole, abs=1e-9)
-    assert {"advantage_std/turn_2", "success_correlation/tool", "failed"} <= whole.keys()
+    expected = values_of(of(slice(None)))
+    assert over_ranks(of(slice(cut)), of(slice(cut, None))) == pytest.approx(expected, abs=1e-9)
+    assert {"advantage_std/turn_2", "success_correlation/tool", "failed"} <= expected.keys()
 
 
 # --- rollouts -------------------------------------------------------------------------------------
 
 
 def test_summarise_by_hand():
-    a = rollout(
-        0,
-        [turn(0.7, 4, tool_calls=1, tool_successes=1), turn(None, 2)],
-        outcome=1.9,
-        metrics={"exact_match": 1.0, "f1": 1.0},
-    )
-    b = rollout(
-        1,
-        [turn(0.1, 3, tool_calls=2, tool_successes=1, finish="length")],
-        "length",
-        outcome=0.1,
-        metrics={"exact_match": 0.0},
-    )
+    two_turns = [turn(0.7, 4, tool_calls=1, tool_successes=1), turn(None, 2)]
+    a = rollout(0, two_turns, outcome=1.9, metrics={"exact_match": 1.0, "f1": 1.0})
+    cut = [turn(0.1, 3, tool_calls=2, tool_successes=1, finish="length")]
+    b = rollout(1, cut, "length", outcome=0.1, metrics={"exact_match": 0.0})
     c = rollout(2, [turn(9.0, 5)], "error", outcome=7.0, metrics={"exact_match": 1.0})
     credits = [
         Credit(rule="r", advantages=((1.0, 0.0), (0.0,), (0.0,))),
         Credit(rule="r", advantages=((0.0,),)),
     ]
     metrics = values_of(summarise([group_of(a, b, c), group_of(b)], credits))
-    assert metrics == pytest.approx(
-        {
-            "reward/outcome": (1.9 + 0.1 + 0.1) / 3,
-            "reward/turn": (0.7 + 0.1 + 0.1) / 3,
-            "reward/turn_1": (0.7 + 0.1 + 0.1) / 3,
-            "tool_success": (1 + 0.5 + 0.5) / 3,
-            "tool_calls": 5 / 3,
-            "turns": 4 / 3,
-            "truncated": 2 / 4,
-            "exact_match": 1 / 3,
-            "f1": 1.0,
-            "failed": 1 / 4,
-            "status/finished": 1 / 4,
-            "status/max_turns": 0,
-            "status/length": 2 / 4,
-            "status/context_full": 0,
-            "status/overlong": 0,
-            "status/error": 1 / 4,
-            "status/reward_error": 0,
-            "status/timeout": 0,
-            "fault/environment": 1,
-            "cut/context": 0,
-            "cut/length": 2,
-            "cut/turns": 0,
-            "cut/time": 0,
-            "rollouts": 4,
-            "tokens_sampled": 4 + 2 + 3 + 5 + 3,
-            "zero_signal_groups": 0.5,
-            "groups_without_signal": 1,
-        }
-    )
+    assert metrics == pytest.approx({
+        "reward/outcome": (1.9 + 0.1 + 0.1) / 3,
+        "reward/turn": (0.7 + 0.1 + 0.1) / 3,
+        "reward/turn_1": (0.7 + 0.1 + 0.1) / 3,
+        "tool_success": (1 + 0.5 + 0.5) / 3, "tool_calls": 5 / 3,
+        "turns": 4 / 3, "truncated": 2 / 4,
+        "exact_match": 1 / 3, "f1": 1.0,
+        "failed": 1 / 4, "fault/environment": 1,
+        "status/finished": 1 / 4, "status/length": 2 / 4, "status/error": 1 / 4,
+        "status/max_turns": 0, "status/context_full": 0, "status/overlong": 0,
+        "status/reward_error": 0, "status/timeout": 0,
+        "cut/context": 0, "cut/length": 2, "cut/turns": 0, "cut/time": 0,
+        "rollouts": 4, "tokens_sampled": 4 + 2 + 3 + 5 + 3,
+        "zero_signal_groups": 0.5, "groups_without_signal": 1,
+    })  # fmt: skip
+
+
+def named(metrics, *prefixes: str):
+    return {name: value for name, value in metrics.items() if name.startswith(prefixes)}
 
 
 def test_faults_and_tool_errors_are_counted_by_kind():
@@ -193,33 +159,25 @@ def test_faults_and_tool_errors_are_counted_by_kind():
     b = rollout(1, [slow], "judge")
     c = rollout(2, [], "error")
     metrics = values_of(summarise([group_of(a, b, c)]))
-    assert {n: v for n, v in metrics.items() if n.startswith(("fault/", "tool_error/"))} == {
-        "fault/judge": 1,
-        "fault/environment": 1,
-        "tool_error/timeout": 5,
-        "tool_error/raised": 2,
-    }
-    assert not any("fault/" in name for name in summarise([group_of(rollout(0, [turn(1.0)]))]))
+    assert named(metrics, "fault/", "tool_error/") == {
+        "fault/judge": 1, "fault/environment": 1, "tool_error/timeout": 5, "tool_error/raised": 2
+    }  # fmt: skip
+    assert not named(summarise([group_of(rollout(0, [turn(1.0)]))]), "fault/")
 
 
 @pytest.mark.parametrize("overlong", ["train", "mask"])
 def test_cut_rollouts_are_counted_by_limit_whatever_the_overlong_rule(overlong):
     ends = [
-        ("context_full", "length"),
-        ("context_full", "stop"),
-        ("timeout", "length"),
-        ("length", "length"),
-        ("length", "length"),
-        ("max_turns", "stop"),
-        ("error", "length"),
-        ("finished", "stop"),
+        ("context_full", "length"), ("context_full", "stop"), ("timeout", "length"),
+        ("length", "length"), ("length", "length"), ("max_turns", "stop"),
+        ("error", "length"), ("finished", "stop"),
+    ]  # fmt: skip
+    rollouts = [
+        rollout(i, [turn(), turn(finish=finish)], status) for i, (status, finish) in enumerate(ends)
     ]
-    played = group_of(
-        *(rollout(i, [turn(), turn(finish=finish)], s) for i, (s, finish) in enumerate(ends))
-    )
-    (group,) = apply_overlong_rule([played], RolloutConfig(overlong=overlong))
+    (group,) = apply_overlong_rule([group_of(*rollouts)], RolloutConfig(overlong=overlong))
     metrics = values_of(summarise([group]))
-    assert {n: v for n, v in metrics.items() if n.startswith("cut/")} == {
+    assert named(metrics, "cut/") == {
         "cut/context": 2, "cut/length": 2, "cut/turns": 1, "cut/time": 1
     }  # fmt: skip
     assert metrics["failed"] == 2 / 8
@@ -235,9 +193,8 @@ def test_reward_parts_are_summed_over_turns_and_averaged_over_rollouts():
 
 
 def test_prefix_and_no_credits():
-    metrics = values_of(
-        summarise([group_of(rollout(metrics={"exact_match": 1.0}))], prefix="eval/")
-    )
+    group = group_of(rollout(metrics={"exact_match": 1.0}))
+    metrics = values_of(summarise([group], prefix="eval/"))
     assert metrics["eval/exact_match"] == 1.0 and metrics["eval/tool_success"] == 0.0
     assert "eval/zero_signal_groups" not in metrics
     assert all(name.startswith("eval/") for name in metrics)
@@ -252,118 +209,97 @@ def test_means_over_no_rollouts_are_nan(groups):
 # --- rewards and credit ---------------------------------------------------------------------------
 
 
-def played(index, *turns, outcome=0.0, match=None, status="finished"):
+def played(*turns, outcome=0.0, match=None, status="finished") -> Trajectory:
     metrics = {} if match is None else {"exact_match": match}
-    return rollout(index, turns, status, outcome=outcome, metrics=metrics)
+    return rollout(0, turns, status, outcome=outcome, metrics=metrics)
 
 
-def part(reward=None, **parts) -> Turn:
+def part(reward=0.0, **parts) -> Turn:
     return turn(reward, reward_parts=parts)
 
 
 def test_metrics_by_turn_by_hand():
-    groups = [
-        group_of(
-            played(0, turn(1.0, tool_calls=1), turn(None)),
-            played(1, turn(0.0)),
-            played(2, turn(9.0), turn(9.0), turn(9.0), status="error"),
-        )
-    ]
-    credits = [Credit(rule="r", advantages=((2.0, -1.0), (1.0,), (0.0, 0.0, 0.0)))]
-    assert values_of(diagnose(groups, credits)) == pytest.approx(
-        {
-            "reward_std/turn_1": 0.5,
-            "advantage/turn_1": 1.5,
-            "advantage/turn_2": -1.0,
-            "advantage_std/turn_1": 0.5,
-            "advantage_std/turn_2": 0.0,
-            "reached/turn_1": 1.0,
-            "reached/turn_2": 0.5,
-            "tool_call_rate": 0.5,
-        }
+    group = group_of(
+        played(turn(1.0, tool_calls=1), turn(None)),
+        played(turn(0.0)),
+        played(turn(9.0), turn(9.0), turn(9.0), status="error"),
     )
+    credit = Credit(rule="r", advantages=((2.0, -1.0), (1.0,), (0.0, 0.0, 0.0)))
+    assert values_of(diagnose([group], [credit])) == pytest.approx({
+        "reward_std/turn_1": 0.5,
+        "advantage/turn_1": 1.5, "advantage/turn_2": -1.0,
+        "advantage_std/turn_1": 0.5, "advantage_std/turn_2": 0.0,
+        "reached/turn_1": 1.0, "reached/turn_2": 0.5,
+        "tool_call_rate": 0.5,
+    })  # fmt: skip
 
 
 def test_no_valid_rollout_gives_no_metrics():
-    failed = [group_of(played(0, status="error"))]
+    failed = [group_of(played(status="error"))]
     assert diagnose(failed, [Credit(rule="r", advantages=((),))]) == {}
     assert diagnose([], []) == {}
 
 
 def correlations(*groups) -> dict[str, tuple[float, int]]:
-    return {name: (r.value, r.count) for name, r in success_correlations(groups).items()}
+    return {
+        name: (pytest.approx(r.value), r.count) for name, r in success_correlations(groups).items()
+    }
 
 
 def test_correlation_is_within_groups():
-    # pooled, the part seems to help; within each group it goes with failure
-    easy = group_of(
-        played(0, part(5.0, hint=5.0), match=1.0),
-        played(1, part(6.0, hint=6.0), match=0.0),
-        played(2, part(5.0, hint=5.0), match=1.0),
-    )
-    hard = group_of(
-        played(0, part(0.0, hint=0.0), match=1.0),
-        played(1, part(1.0, hint=1.0), match=0.0),
-        played(2, part(1.0, hint=1.0), match=0.0),
-    )
-    assert correlations(easy, hard) == {"hint": (pytest.approx(-1.0), 6)}
+    # pooled, the part seems to help; within each group it increases with failure
+    easy = [(5.0, 1.0), (6.0, 0.0), (5.0, 1.0)]
+    hard = [(0.0, 1.0), (1.0, 0.0), (1.0, 0.0)]
+    groups = [
+        group_of(*(played(part(hint=x), match=y) for x, y in pairs)) for pairs in (easy, hard)
+    ]
+    assert correlations(*groups) == {"hint": (-1.0, 6)}
 
 
 def test_success_is_the_outcome_without_exact_match_and_parts_are_summed_over_turns():
     group = group_of(
-        played(0, part(0.2, tool=0.2), part(0.2, tool=0.2), outcome=1.0),
-        played(1, part(0.2, tool=0.2), outcome=0.5),
-        played(2, part(0.0), outcome=0.0),
+        played(part(tool=0.2), part(tool=0.2), outcome=1.0),
+        played(part(tool=0.2), outcome=0.5),
+        played(part(), outcome=0.0),
     )
-    assert correlations(group)["tool"] == (pytest.approx(1.0), 3)
-    unnamed = group_of(played(0, part(1.0), outcome=1.0), played(1, part(0.0), outcome=0.0))
-    assert correlations(unnamed) == {"turn": (pytest.approx(1.0), 2)}
+    assert correlations(group)["tool"] == (1.0, 3)
+    unnamed = group_of(played(part(1.0), outcome=1.0), played(part(0.0), outcome=0.0))
+    assert correlations(unnamed) == {"turn": (1.0, 2)}
 
 
 def test_a_part_counts_as_zero_in_groups_without_it():
-    first = group_of(played(0, part(), outcome=1.0), played(1, part(), outcome=0.0))
-    second = group_of(played(0, part(1.0, late=1.0), outcome=1.0), played(1, part(), outcome=0.0))
+    first = group_of(played(part(), outcome=1.0), played(part(), outcome=0.0))
+    second = group_of(played(part(late=1.0), outcome=1.0), played(part(), outcome=0.0))
     # x = (0, 0, .5, -.5), y = (.5, -.5, .5, -.5)
-    assert correlations(first, second)["late"] == (pytest.approx(0.5**0.5), 4)
-    assert correlations(second, first)["late"] == (pytest.approx(0.5**0.5), 4)
+    assert correlations(first, second)["late"] == (0.5**0.5, 4)
+    assert correlations(second, first)["late"] == (0.5**0.5, 4)
 
 
 def test_constant_columns_have_no_correlation():
-    equal = group_of(played(0, part(1.0, a=1.0), outcome=1.0), played(1, part(), outcome=1.0))
+    equal = group_of(played(part(a=1.0), outcome=1.0), played(part(), outcome=1.0))
     assert correlations(equal) == {}
-    flat = group_of(played(0, part(1.0, a=1.0), outcome=1.0), played(1, part(1.0, a=1.0)))
+    flat = group_of(played(part(a=1.0), outcome=1.0), played(part(a=1.0)))
     assert correlations(flat) == {}
     assert math.isnan(Correlation.of([0.0, 0.0], [1.0, -1.0]).value)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_part_that_is_not_finite_has_no_correlation(bad):
-    group = group_of(
-        played(0, part(1.0, a=bad, b=1.0), outcome=1.0), played(1, part(0.0, a=0.0), outcome=0.0)
-    )
-    assert correlations(group) == {"b": (pytest.approx(1.0), 2)}
-
-
-def noisy_groups(agreement: float, size: int, seed: int) -> list[Group]:
-    draw = random.Random(seed)
-    groups = []
-    for _ in range(size):
-        rollouts = []
-        for i in range(8):
-            success = float(draw.random() < 0.5)
-            agrees = draw.random() < agreement
-            rollouts.append(
-                played(i, part(0.2, tool=success if agrees else 1 - success), match=success)
-            )
-        groups.append(group_of(*rollouts))
-    return groups
+    group = group_of(played(part(a=bad, b=1.0), outcome=1.0), played(part(a=0.0)))
+    assert correlations(group) == {"b": (1.0, 2)}
 
 
 @pytest.mark.parametrize(("agreement", "listed"), [(0.2, True), (0.5, False), (0.8, False)])
 def test_wrong_way_lists_only_parts_that_correlate_negatively(agreement, listed):
+    def noisy(draw: random.Random) -> Trajectory:
+        success = float(draw.random() < 0.5)
+        agrees = draw.random() < agreement
+        return played(part(0.2, tool=success if agrees else 1 - success), match=success)
+
     times = 0
     for seed in range(40):
-        groups = noisy_groups(agreement, 8, seed)
+        draw = random.Random(seed)
+        groups = [group_of(*(noisy(draw) for _ in range(8))) for _ in range(8)]
         metrics = values_of(diagnose(groups, assign_credits(groups)))
         times += metrics.get("wrong_way") == ["tool"]
     assert times == 40 if listed else times <= 1
@@ -375,14 +311,13 @@ def test_wrong_way_lists_only_parts_that_correlate_negatively(agreement, listed)
 class Clock:
     """A clock that is set by hand."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def test_nested_phases_are_counted_once():
+def test_nested_phases_and_phases_that_raise_are_counted_once():
     clock = Clock()
     watch = Stopwatch(clock=clock)
     with watch.phase("rollout"):
@@ -391,25 +326,15 @@ def test_nested_phases_are_counted_once():
             clock.now += 3
         clock.now += 1
     clock.now += 0.5
-    with watch.phase("save"):
+    with pytest.raises(KeyError), watch.phase("save"):
         clock.now += 4
+        raise KeyError
     assert values_of(watch.lap()) == {
         "time/rollout": 3, "time/score": 3, "time/pack": 0, "time/train": 0, "time/sync": 0,
         "time/save": 4, "time/other": 0.5, "time/step": 10.5,
     }  # fmt: skip
     clock.now += 1
-    assert watch.lap()["time/step"].value == 1
-
-
-def test_a_phase_that_raises_is_counted():
-    clock = Clock()
-    watch = Stopwatch(clock=clock)
-    with pytest.raises(KeyError), watch.phase("train"):
-        clock.now += 2
-        raise KeyError
-    clock.now += 1
-    times = values_of(watch.lap())
-    assert (times["time/train"], times["time/other"]) == (2, 1)
+    assert values_of(watch.lap())["time/other"] == 1
 
 
 def test_the_device_is_synchronised_at_every_phase_change():

@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 TINY = 1e-18
 """A sum of squares below this is zero up to rounding."""
+SIGNIFICANT = 3.0
+"""A correlation further below 0 than this many standard errors is not chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The largest value of any rank."""
+    """The largest value of any rank; also for values that are equal on all ranks."""
 
     value: float
 
@@ -54,40 +56,13 @@ class Max:
 
 
 @dataclass(frozen=True, slots=True)
-class Same:
-    """A value that is equal on all ranks."""
-
-    value: float
-
-    def merge(self, other: Same) -> Same:
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """A set of names; that of several ranks is the union."""
-
-    names: Sequence[str]
-
-    @property
-    def value(self) -> list[str]:
-        return sorted(self.names)
-
-    def merge(self, other: Names) -> Names:
-        return Names(tuple({*self.names, *other.names}))
-
-
-@dataclass(frozen=True, slots=True)
 class Std:
-    """The population standard deviation of the observations of all ranks; NaN without any.
-
-    Attributes:
-        squares: sum of (x - mean)².
-    """
+    """The population standard deviation of the observations of all ranks; NaN without any."""
 
     count: int
     mean: float
     squares: float
+    """Sum of (x - mean)²."""
 
     @classmethod
     def of(cls, values: Collection[float]) -> Std:
@@ -137,6 +112,14 @@ class Correlation:
     def value(self) -> float:
         return self.xy / math.sqrt(self.xx * self.yy) if self.defined else math.nan
 
+    @property
+    def is_negative(self) -> bool:
+        """Whether it is below 0 beyond chance: Fisher's z has a standard error of 1 / √(n - 3)."""
+        if self.count <= 3 or not self.value < 0:
+            return False
+        z = math.atanh(max(self.value, -1 + 1e-9))
+        return z * math.sqrt(self.count - 3) < -SIGNIFICANT
+
     def merge(self, other: Correlation) -> Correlation:
         return Correlation(
             self.count + other.count, self.xx + other.xx, self.yy + other.yy, self.xy + other.xy
@@ -148,13 +131,10 @@ class Reached:
     """The shares of rollouts with at least 1, 2, … turns, as `<name>/turn_1`, `<name>/turn_2`, …
 
     One metric for all turns: a rank without a long rollout counts in the shares of late turns.
-
-    Attributes:
-        counts: rollouts with at least 1, 2, … turns.
-        total: all rollouts.
     """
 
     counts: Sequence[int]
+    """Rollouts with at least 1, 2, … turns."""
     total: int
 
     @property
@@ -166,13 +146,10 @@ class Reached:
         return Reached([a + b for a, b in pairs], self.total + other.total)
 
 
-Metric = Mean | Sum | Max | Same | Names | Std | Correlation | Reached
+Metric = Mean | Sum | Max | Std | Correlation | Reached
 Metrics = Mapping[str, Metric]
 """Metrics of one rank under their names in metrics.jsonl."""
-
-KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Mean, Sum, Max, Same, Names, Std, Correlation, Reached)
-}
+TYPES: dict[str, type[Any]] = {metric.__name__: metric for metric in get_args(Metric)}
 
 
 def to_plain(metrics: Metrics) -> dict[str, list[Any]]:
@@ -183,24 +160,28 @@ def to_plain(metrics: Metrics) -> dict[str, list[Any]]:
 def reduce_metrics(ranks: Sequence[Mapping[str, list[Any]]]) -> dict[str, Any]:
     """Merge the metrics of all ranks, each as `to_plain` returns them, and return their values.
 
-    A metric that some ranks do not have is that of the others.
+    Ranks without a metric do not change it.
     """
     merged: dict[str, Any] = {}
     for plain in ranks:
-        for name, (kind, *fields) in plain.items():
-            metric = KINDS[kind](*fields)
+        for name, (type_name, *fields) in plain.items():
+            metric = TYPES[type_name](*fields)
             merged[name] = merged[name].merge(metric) if name in merged else metric
     return values_of(merged)
 
 
 def values_of(metrics: Metrics) -> dict[str, Any]:
-    """The values of the metrics of one rank under the names of metrics.jsonl."""
+    """The values of the metrics of one rank under the names of metrics.jsonl.
+
+    `wrong_way`: the significantly negative ones of `success_correlation/…`; only if there are any.
+    """
     values: dict[str, Any] = {}
     for name, metric in metrics.items():
-        value = metric.value
-        values |= (
-            {f"{name}/{key}": x for key, x in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        if isinstance(metric, Reached):
+            values |= {f"{name}/{turn}": share for turn, share in metric.value.items()}
+        else:
+            values[name] = metric.value
+    correlations = {n: metric for n, metric in metrics.items() if isinstance(metric, Correlation)}
+    if negative := [name for name, metric in correlations.items() if metric.is_negative]:
+        values["wrong_way"] = sorted(name.partition("/")[2] for name in negative)
     return values

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from ..types import Credit, Group, Trajectory
-from .reduce import TINY, Correlation, Mean, Metric, Names, Reached, Std
+from .reduce import TINY, Correlation, Mean, Metric, Reached, Std
+from .rollouts import by_turn
 
 SUCCESS = "exact_match"
-SIGNIFICANT = 3.0
-"""A correlation further below 0 than this many standard errors is not chance."""
 
 
 def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, Metric]:
@@ -28,14 +27,13 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, Me
         advantage/turn_1, …, advantage_std/turn_1, …: over all trained turns of that index.
         reached/turn_1, …: share of rollouts with at least that many turns.
         tool_call_rate: share of rollouts with at least one attempted call.
-        success_correlation/<part>: see `success_correlations`.
+        success_correlation/<part>: see `success_correlations`; `values_of` derives `wrong_way`.
         value, explained_variance: the critic's mean value, and 1 - var(target - V) / var(target);
             only with a critic, and the latter only if targets vary.
-        wrong_way: names of the parts that correlate negatively with success; only if there are any.
     """
     valid = [t for group in groups for t in group.trajectories if not t.failed]
-    rewards = _columns([[turn.reward for turn in t.turns] for t in valid])
-    advantages = _columns(
+    rewards = by_turn([[turn.reward for turn in t.turns] for t in valid])
+    advantages = by_turn(
         [
             row
             for group, credit in zip(groups, credits, strict=True)
@@ -44,20 +42,17 @@ def diagnose(groups: Sequence[Group], credits: Sequence[Credit]) -> dict[str, Me
         ]
     )
     lengths = [len(t.turns) for t in valid]
-    correlations = success_correlations(groups)
     metrics: dict[str, Metric] = {
         **{f"reward_std/turn_{k}": Std.of(values) for k, values in rewards.items()},
         **{f"advantage/turn_{k}": Mean.of(values) for k, values in advantages.items()},
         **{f"advantage_std/turn_{k}": Std.of(values) for k, values in advantages.items()},
         **_critic_metrics(credits),
-        **{f"success_correlation/{name}": found for name, found in correlations.items()},
+        **{f"success_correlation/{part}": r for part, r in success_correlations(groups).items()},
     }
     if valid:
         longest = range(1, max(lengths) + 1)
         metrics["reached"] = Reached([sum(n >= k for n in lengths) for k in longest], len(valid))
         metrics["tool_call_rate"] = Mean.of([any(u.tool_calls for u in t.turns) for t in valid])
-    if wrong := [name for name, found in correlations.items() if _is_negative(found)]:
-        metrics["wrong_way"] = Names(wrong)
     return metrics
 
 
@@ -103,12 +98,12 @@ def success_correlations(groups: Sequence[Group]) -> dict[str, Correlation]:
             columns[name] += [0.0] * (len(successes) - len(columns[name]))
             columns[name] += _centred([part.get(name, 0.0) for part in parts])
         successes += _centred(success)
-    found = {
+    correlations = {
         name: Correlation.of(columns[name], successes)
         for name in sorted(columns)
         if all(map(math.isfinite, (*columns[name], *successes)))
     }
-    return {name: correlation for name, correlation in found.items() if correlation.defined}
+    return {name: r for name, r in correlations.items() if r.defined}
 
 
 def _turn_parts(trajectory: Trajectory) -> Mapping[str, float]:
@@ -120,24 +115,6 @@ def _turn_parts(trajectory: Trajectory) -> Mapping[str, float]:
     return parts
 
 
-def _is_negative(correlation: Correlation) -> bool:
-    """Whether it is below 0 beyond chance: Fisher's z has a standard error of 1 / sqrt(n - 3)."""
-    if correlation.count <= 3:
-        return False
-    z = math.atanh(min(max(correlation.value, -1 + 1e-9), 0.0))
-    return z * math.sqrt(correlation.count - 3) < -SIGNIFICANT
-
-
 def _centred(values: Sequence[float]) -> list[float]:
     mean = fmean(values)
     return [value - mean for value in values]
-
-
-def _columns(rows: Sequence[Sequence[float | None]]) -> dict[int, list[float]]:
-    """The values of each turn index that has any, without None."""
-    columns: defaultdict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        for k, value in enumerate(row, 1):
-            if value is not None:
-                columns[k].append(value)
-    return dict(sorted(columns.items()))

@@ -11,15 +11,9 @@ from ..types import Credit, Group, Status, Trajectory
 from .reduce import Mean, Metric, Sum
 
 STATUSES = (
-    "finished",
-    "max_turns",
-    "length",
-    "context_full",
-    "overlong",
-    "error",
-    "reward_error",
-    "timeout",
-)
+    "finished", "max_turns", "length", "context_full",
+    "overlong", "error", "reward_error", "timeout",
+)  # fmt: skip
 """The names of status/…: `overlong` is masked, `reward_error` is any fault of a reward."""
 CUTS = {
     "context": Status.CONTEXT_FULL,
@@ -59,32 +53,33 @@ def summarise(
         zero_signal_groups, groups_without_signal: share and number of groups in which every
             advantage is 0.
     """
-    everyone = [trajectory for group in groups for trajectory in group.trajectories]
-    valid = [trajectory for trajectory in everyone if not trajectory.failed]
+    rollouts = [trajectory for group in groups for trajectory in group.trajectories]
+    valid = [trajectory for trajectory in rollouts if not trajectory.failed]
     turns = [turn for trajectory in valid for turn in trajectory.turns]
-    statuses = Counter([_status_name(trajectory) for trajectory in everyone])
-    ends = Counter([trajectory.status for trajectory in everyone])
+    rewards = by_turn([[turn.reward for turn in trajectory.turns] for trajectory in valid])
+    statuses = Counter([_status_name(trajectory) for trajectory in rollouts])
+    ends = Counter([trajectory.status for trajectory in rollouts])
     metrics: dict[str, Metric] = {
         "reward/outcome": Mean.of([t.outcome for t in valid]),
         "reward/turn": Mean(math.fsum([turn.reward or 0.0 for turn in turns]), len(valid)),
-        **_turn_rewards(valid),
+        **{f"reward/turn_{k}": Mean.of(values) for k, values in rewards.items()},
         **_reward_parts(valid),
         "tool_success": Mean.of([t.tool_success for t in valid]),
         "tool_calls": Mean(sum([turn.tool_calls for turn in turns]), len(valid)),
         "turns": Mean(len(turns), len(valid)),
         "truncated": Mean.of([turn.finish == "length" for turn in turns]),
         **_environment_metrics([t.metrics for t in valid]),
-        "failed": Mean(len(everyone) - len(valid), len(everyone)),
-        **{f"status/{name}": Mean(statuses[name], len(everyone)) for name in STATUSES},
+        "failed": Mean(len(rollouts) - len(valid), len(rollouts)),
+        **{f"status/{name}": Mean(statuses[name], len(rollouts)) for name in STATUSES},
         **{f"cut/{name}": Sum(ends[status]) for name, status in CUTS.items()},
-        "rollouts": Sum(len(everyone)),
-        "tokens_sampled": Sum(sum([len(turn.sampled_ids) for t in everyone for turn in t.turns])),
-        **_fault_counts(everyone),
+        "rollouts": Sum(len(rollouts)),
+        "tokens_sampled": Sum(sum([len(turn.sampled_ids) for t in rollouts for turn in t.turns])),
+        **_fault_counts(rollouts),
     }
     if credits is not None:
-        silent = [not credit.has_signal for credit in credits]
-        metrics["zero_signal_groups"] = Mean.of(silent)
-        metrics["groups_without_signal"] = Sum(sum(silent))
+        without_signal = [not credit.has_signal for credit in credits]
+        metrics["zero_signal_groups"] = Mean.of(without_signal)
+        metrics["groups_without_signal"] = Sum(sum(without_signal))
     return {prefix + name: metric for name, metric in metrics.items()}
 
 
@@ -98,23 +93,26 @@ def _fault_name(status: Status) -> str:
     return "environment" if status is Status.ENVIRONMENT_ERROR else status.value
 
 
-def _turn_rewards(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:
+def by_turn(rows: Iterable[Sequence[float | None]]) -> dict[int, list[float]]:
+    """The values of each turn, counted from 1, in rows of one rollout each; None is left out."""
     columns: defaultdict[int, list[float]] = defaultdict(list)
-    for trajectory in rollouts:
-        for k, turn in enumerate(trajectory.turns, 1):
-            if turn.reward is not None:
-                columns[k].append(turn.reward)
-    return {f"reward/turn_{k}": Mean.of(rewards) for k, rewards in columns.items()}
+    for row in rows:
+        for k, value in enumerate(row, 1):
+            if value is not None:
+                columns[k].append(value)
+    return dict(sorted(columns.items()))
 
 
 def _reward_parts(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:
     parts = [[*[turn.reward_parts for turn in t.turns], t.outcome_parts] for t in rollouts]
-    holders = Counter(chain.from_iterable(set().union(*each) for each in parts))
-    totals = dict.fromkeys(holders, 0.0)
+    num_with_part = Counter(chain.from_iterable(set().union(*each) for each in parts))
+    totals = dict.fromkeys(num_with_part, 0.0)
     for part in chain.from_iterable(parts):
         for name, value in part.items():
             totals[name] += value
-    return {f"reward_part/{name}": Mean(total, holders[name]) for name, total in totals.items()}
+    return {
+        f"reward_part/{name}": Mean(total, num_with_part[name]) for name, total in totals.items()
+    }
 
 
 def _fault_counts(rollouts: Sequence[Trajectory]) -> dict[str, Metric]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.schema import LossConfig
 from ..errors import ConfigError, OutOfMemory, TrainingError
 from ..kernels.loss_head.backends import implementation
-from ..metrics.reduce import Max, Mean, Metric, Same
+from ..metrics.reduce import Max, Mean, Metric
 from ..parallel.ranks import Ranks
 from ..types import Batch
 from .by_turn import by_turn, drawn_kl
@@ -59,20 +59,20 @@ class Update:
         """The metrics of the update, under the names of metrics.jsonl."""
         optional = {
             "kl": self.kl,
-            "value_loss": None if self.value_loss is None else Same(self.value_loss),
+            "value_loss": None if self.value_loss is None else Max(self.value_loss),
         }
         return {
-            "loss": Same(self.loss),
+            "loss": Max(self.loss),
             "logprob": self.logprob,
             "entropy": self.entropy,
-            "grad_norm": Same(self.grad_norm),
+            "grad_norm": Max(self.grad_norm),
             "ratio/max": Max(self.ratio_max),
             "clip_fraction": self.clip_fraction,
             **self.by_turn,
             **{name: metric for name, metric in optional.items() if metric is not None},
-            "logprob_gap": Same(self.logprob_gap),
-            "logprob_gap/max": Same(self.logprob_gap_max),
-            "lr": Same(self.lr),
+            "logprob_gap": Max(self.logprob_gap),
+            "logprob_gap/max": Max(self.logprob_gap_max),
+            "lr": Max(self.lr),
         }
 
 
