@@ -21,6 +21,7 @@ import torch
 from harness.timing import arguments, begin, finish, medians_s, sizes
 from turnfast.kernels.packing.tree import prefix_tree
 
+from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
 
@@ -55,12 +56,13 @@ def bench_size(
     distinct = trie_size(groups)
     if not whole.num_tokens == whole.num_distinct == distinct:
         raise SystemExit(f"{whole.num_tokens} tokens packed, but {distinct} are distinct")
-    plain = packed(budget=number * length, share_prefixes=False).batches[0]
+    no_sharing = PackOptions(share_prefixes=False)
+    plain = packed(budget=number * length, options=no_sharing).batches[0]
     lengths = plain.cu_seqlens.diff().tolist()
     calls: dict[str, Callable[[], object]] = {
         "one micro-batch": partial(packed, budget=number * length),
         f"micro-batches of {budget:,}": partial(packed, budget=budget),
-        "the same without sharing": partial(packed, budget=budget, share_prefixes=False),
+        "the same without sharing": partial(packed, budget=budget, options=no_sharing),
         "prefix tree alone": lambda: prefix_tree(plain.tokens_T, lengths),
         FLOOR: lambda: (
             np.fromiter(

@@ -1,13 +1,13 @@
-"""Prefix trees of token rows: tokens that several rows begin with are laid out once.
+"""Prefix trees of token rows: a prefix that several rows share occurs once in the layout.
 
-The layout is depth first: a token is followed by all its descendants. So a subtree is a slice, and
-one number per token, the end of that slice, defines which tokens see each other::
+The layout is depth first: all descendants of a token follow it. A subtree is therefore a slice, and
+the end of this slice, one number per token, defines which tokens see each other::
 
     row 0   p p p a a b b        layout   p p p a a b b d c c
     row 1   p p p a a d          ends    10 . . 8 . 7 . 8 . .     (10 10 10 8 8 7 7 8 10 10)
     row 2   p p p c c            token k is an ancestor of q, or q itself, iff k <= q < ends[k]
 
-Row 1 adds one token to the ten of the layout, row 2 two, where the three rows hold 18.
+The rows have 18 tokens, the layout 10: all of row 0, one more of row 1 and two more of row 2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TypeVar
 
@@ -33,13 +33,13 @@ class PrefixTree:
     """The layout of S rows with T distinct tokens. All tensors are on the host.
 
     Attributes:
-        sources_T: int64, which of the given tokens stands at each place of the layout.
-        positions_T: int64, the depth of each token, which is its position in every row it is in.
-        ends_T: int32, the place after the last descendant of each token.
-        places: int64, for each of the given tokens its place in the layout.
-        order_S: int64, the rows as the layout comes to them.
-        shared_S: int64, `shared_S[i]` tokens of row `order_S[i]` are also those of `order_S[i-1]`;
-            all earlier rows of the order share at most that many with it.
+        sources_T: int64 index in the input of each token of the layout.
+        positions_T: int64 depth of each token, which is its position in all of its rows.
+        ends_T: int32 index in the layout after the last descendant of each token.
+        places: int64 index in the layout of each input token.
+        order_S: int64 indices of the rows in the order of the layout.
+        shared_S: int64, row `order_S[i]` shares its first `shared_S[i]` tokens with row
+            `order_S[i-1]`, and no more than that with any row before.
     """
 
     sources_T: Tensor
@@ -50,19 +50,18 @@ class PrefixTree:
     shared_S: Tensor
 
 
-def prefix_tree(tokens: Tensor, lengths: Sequence[int], *, impl: str = "auto") -> PrefixTree:
-    """The prefix tree of rows, by exact token ids.
+def prefix_tree(tokens: Tensor, lengths: Sequence[int]) -> PrefixTree:
+    """Build the prefix tree of rows, in C++ if it is built.
 
     Args:
-        tokens: int64, the rows one after the other, on the host.
+        tokens: int64, the concatenated rows, on the host.
         lengths: tokens of each row, each at least 1.
-        impl: "auto" (C++ where it is built), "cpp" or "python"; the results are the same.
 
     Raises:
-        ValueError: an empty row, or lengths that are not those of `tokens`.
+        ValueError: an empty row, or lengths that do not match `tokens`.
 
-    Example: rows [5, 6, 7], [5, 6, 8, 9] and [5, 6] give sources (0, 1, 2, 5, 6), that is the
-    layout 5 6 7 8 9 with positions (0, 1, 2, 2, 3) and ends (5, 5, 3, 5, 5).
+    Example: rows [5, 6, 7], [5, 6, 8, 9] and [5, 6] give the layout 5 6 7 8 9 with sources
+    (0, 1, 2, 5, 6), positions (0, 1, 2, 2, 3) and ends (5, 5, 3, 5, 5).
     """
     if tokens.ndim != 1 or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
         raise ValueError(
@@ -73,16 +72,9 @@ def prefix_tree(tokens: Tensor, lengths: Sequence[int], *, impl: str = "auto") -
         raise ValueError(f"lengths: every row needs a token, got {min(lengths)}")
     if sum(lengths) != tokens.numel():
         raise ValueError(f"lengths: expected a sum of {tokens.numel()}, got {sum(lengths)}")
-    if impl not in ("auto", "cpp", "python"):
-        raise ValueError(f"impl: expected 'auto', 'cpp' or 'python', got {impl!r}")
-    if impl == "cpp" and load_error() is not None:
-        raise ValueError(f"impl: 'cpp' is not available here: {load_error()}")
-    if impl != "python" and load_error() is None:
-        made = torch.ops.turnfast.prefix_tree(tokens, list(lengths))
-    else:
-        made = _prefix_tree(tokens.numpy(), list(lengths))
-    names = ("sources_T", "positions_T", "ends_T", "places", "order_S", "shared_S")
-    return PrefixTree(**dict(zip(names, made, strict=True)))
+    build = torch.ops.turnfast.prefix_tree if load_error() is None else reference
+    names = (field.name for field in fields(PrefixTree))
+    return PrefixTree(**dict(zip(names, build(tokens, list(lengths)), strict=True)))
 
 
 def cut_tree(
@@ -95,27 +87,25 @@ def cut_tree(
     batch_cost: int = 256,
     attention_span: int = 4096,
 ) -> list[list[int]]:
-    """Deal the rows of a tree out to micro-batches; what two of them share is in both.
+    """Assign the rows of a tree to micro-batches of at most `budget` distinct tokens each.
 
-    Micro-batches are runs of the tree's order. Among all ways to cut it into runs of at most
-    `budget` distinct tokens this is the cheapest: it costs the repeated prefixes, with their
-    attention, and a constant per micro-batch, so cuts fall between groups before they fall between
-    the rollouts of a group, and there before they fall inside a later turn. Where rows of one owner
-    are to stay together, they are not neighbours in the tree: owners then fill one micro-batch
-    after the other, in the order of their first rows.
+    A micro-batch is a run of neighbours in the tree's order; a prefix that two micro-batches share
+    is repeated. Of all cuts into runs this one has the smallest sum of token and attention costs
+    plus a constant per micro-batch. So it prefers cuts between groups to cuts between the rollouts
+    of a group, and these to cuts at later turns. If an owner has several rows, they need not be
+    neighbours: owners then fill one micro-batch after the other, in the order of their first rows.
 
     Args:
         lengths: tokens of each row. order, shared: as in `PrefixTree`.
-        budget: most distinct tokens in a micro-batch.
-        owners: of each row; rows of one owner stay together, whose distinct tokens fit the budget.
-        batch_cost: what a micro-batch costs besides its tokens, in tokens.
-        attention_span: the number of keys whose attention costs as much as all else on a token.
+        owners: owner of each row; all rows of an owner stay together and must fit the budget.
+        batch_cost: the constant cost of a micro-batch, in tokens.
+        attention_span: the number of keys whose attention costs a token as much as all else.
 
     Returns:
         For each micro-batch the indices of its rows, ascending.
 
     Raises:
-        ValueError: a row longer than the budget.
+        ValueError: a row is longer than the budget.
 
     Example: rows of 10 tokens in two pairs that share 8, budget 12: ``[[0, 1], [2, 3]]``.
     """
@@ -124,10 +114,12 @@ def cut_tree(
             f"lengths: a row of {max(lengths)} tokens is longer than the budget of {budget}"
         )
     if owners is not None and len(set(owners)) < len(owners):
-        return _filled(_owned(order, owners), lengths, order, shared, lambda n: n, budget)
+        units = _places_by_owner(order, owners)
+        return _fill(units, lengths, order, shared, lambda depth: depth, budget)
     cost = partial(path_cost, attention_span=attention_span)
-    # cheapest[i]: cost of the first i rows of the order; a run that starts at i pays for the whole
-    # of its first row, and for what each later one adds
+    # cheapest[i]: smallest cost of the first i rows of the order, first_of_last[i]: start of their
+    # last run. A run costs all tokens of its first row and the new tokens of each later row, which
+    # are differences of running sums; `window` has the starts that can still be the best
     cheapest, first_of_last = [0], [0]
     tokens = costs = 0
     before: list[tuple[int, int]] = []
@@ -140,7 +132,7 @@ def cut_tree(
         while window and before[window[-1]][1] >= before[i][1]:
             window.pop()
         window.append(i)
-        # a run never shrinks when a row is put before it: what is too large stays too large
+        # no later run with this start has fewer tokens: drop it for good
         while tokens - before[window[0]][0] > budget:
             window.popleft()
         first_of_last.append(window[0])
@@ -154,8 +146,10 @@ def cut_tree(
 
 
 def path_cost(depth: Depth, attention_span: int = 4096) -> Depth:
-    """What the first `depth` tokens of a row cost, attention included, in 1 / (2 spans) of a token:
-    token k looks at k keys, and `attention_span` keys cost as much as all else on a token."""
+    """Cost of the first `depth` tokens of a row with attention to all earlier ones.
+
+    The unit is 1 / (2 · attention_span) of the cost of a token without attention.
+    """
     return depth * (2 * attention_span + depth)
 
 
@@ -170,82 +164,83 @@ def split_over_ranks(
 ) -> list[list[int]]:
     """Distribute the rows of a tree over data-parallel ranks and minimise the largest cost.
 
-    Ranks get runs of the tree's order, so what rows share stays on one rank but for one prefix at
-    each border. Of all such runs these have the smallest largest cost, tokens and attention.
+    A rank gets a run of owners in the tree's order, so few prefixes are repeated between ranks. The
+    cost includes attention.
 
     Args:
         lengths: tokens of each row. order, shared: as in `PrefixTree`.
         num_ranks: at least 1; with fewer rows than ranks the last ranks get none.
-        owners: of each row; rows of one owner stay together. They count as one, at its first row.
+        owners: owner of each row; all rows of an owner stay together, in the place of its first.
 
     Returns:
-        For each rank the indices of its rows, ascending; every row occurs exactly once.
+        For each rank the indices of its rows, ascending.
 
     Example: rows of 10 tokens in two pairs that share 8, two ranks: ``[[0, 1], [2, 3]]``.
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks: expected 1 or more, got {num_ranks}")
     cost = partial(path_cost, attention_span=attention_span)
-    units = _owned(order, range(len(order)) if owners is None else owners)
-    runs = partial(_filled, units, lengths, order, shared, cost)
+    units = _places_by_owner(order, range(len(order)) if owners is None else owners)
+    runs = partial(_fill, units, lengths, order, shared, cost)
     low, high = 0, sum(cost(length) for length in lengths)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(runs(middle)) <= num_ranks else (middle + 1, high)
-    dealt = runs(low)
-    return dealt + [[] for _ in range(num_ranks - len(dealt))]
+    rows_by_rank = runs(low)
+    return rows_by_rank + [[] for _ in range(num_ranks - len(rows_by_rank))]
 
 
-def _owned(order: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
-    """Each owner's places in the order, the owners by the first of them."""
+def _places_by_owner(order: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
+    """Indices into `order` of the rows of each owner; owners are sorted by their first index."""
     units: dict[int, list[int]] = {}
     for place, row in enumerate(order):
         units.setdefault(owners[row], []).append(place)
     return list(units.values())
 
 
-def _filled(
+def _fill(
     units: Sequence[Sequence[int]],
     lengths: Sequence[int],
     order: Sequence[int],
     shared: Sequence[int],
     cost: Callable[[int], int],
-    most: int,
+    limit: int,
 ) -> list[list[int]]:
-    """The rows of runs of units that cost at most `most`, but for a unit that alone costs more.
+    """Fill one part after the other with units, up to a cost of `limit`, and return their rows.
 
-    `cost` is of the first tokens of a row; what rows share counts once.
+    A unit above the limit gets its own part. `cost` maps a depth to the cost of a row's tokens up
+    to it; a shared prefix counts once per part.
     """
-    runs: list[list[int]] = []
-    run: list[int] = []  # places, ascending
+    parts: list[list[int]] = []
+    part: list[int] = []  # indices into `order`, ascending
 
-    def join(place: int) -> int:
-        """Put a row to the run; what it costs beyond what the nearest on either side has."""
-        at = bisect(run, place)
-        common = min(shared[run[at - 1] + 1 : place + 1]) if at else 0
-        if at < len(run):
-            common = max(common, min(shared[place + 1 : run[at] + 1]))
-        run.insert(at, place)
+    def add(place: int) -> int:
+        """Add a row to the part and return the cost of its tokens that no neighbour has."""
+        at = bisect(part, place)
+        common = min(shared[part[at - 1] + 1 : place + 1]) if at else 0
+        if at < len(part):
+            common = max(common, min(shared[place + 1 : part[at] + 1]))
+        part.insert(at, place)
         return cost(lengths[order[place]]) - cost(common)
 
-    spent = most
+    total = limit
     for unit in units:
-        added = sum(map(join, unit))
-        if spent + added > most:
-            run, spent = [], 0
-            runs.append([])
-            added = sum(map(join, unit))
-        runs[-1] += [order[place] for place in unit]
-        spent += added
-    return [sorted(each) for each in runs]
+        added = sum(map(add, unit))
+        if total + added > limit:
+            part, total = [], 0
+            parts.append([])
+            added = sum(map(add, unit))
+        parts[-1] += [order[place] for place in unit]
+        total += added
+    return [sorted(rows) for rows in parts]
 
 
-def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:
-    """Reference for the C++ operator."""
-    num_rows = len(lengths)
+def reference(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """Reference for the C++ operator; returns the fields of `PrefixTree`."""
+    ids, num_rows = tokens.numpy(), len(lengths)
     begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     rows = [ids[begin[r] : begin[r + 1]] for r in range(num_rows)]
-    # each row keeps only the tokens that no earlier row has: those from depth shared[r] on
+    # each row keeps only the tokens that no earlier row has, from depth shared[r] on
     parent, shared = [-1] * num_rows, [0] * num_rows
     branches: dict[tuple[int, int, int], int] = {}
     children: list[list[int]] = [[] for _ in range(num_rows)]
@@ -267,8 +262,8 @@ def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:
     sources, positions = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
     ends, start, order = np.empty(num_tokens, np.int32), [0] * num_rows, []
     cursor = 0
-    # depth first: a row's tokens, then what branches off it, deepest first; `unended` is the depth
-    # from which on the row's tokens have their end
+    # depth first: the tokens of a row, then its branches, deepest first; the tokens of the row from
+    # depth `unended` on have their end already
     stack: list[tuple[int, int, int]] = []
     waiting = roots[::-1]
     while stack or waiting:
@@ -296,6 +291,6 @@ def _prefix_tree(ids: np.ndarray, lengths: list[int]) -> tuple[Tensor, ...]:
         if parent[r] >= 0:
             mine[: shared[r]] = places[begin[parent[r]] : begin[parent[r]] + shared[r]]
         mine[shared[r] :] = np.arange(start[r], start[r] + lengths[r] - shared[r])
-    found = (sources, positions, ends, places, np.array(order, np.int64))
-    overlap = np.array([shared[r] for r in order], np.int64)
-    return tuple(torch.from_numpy(x) for x in (*found, overlap))
+    order_S, shared_S = np.array(order, np.int64), np.array([shared[r] for r in order], np.int64)
+    arrays = (sources, positions, ends, places, order_S, shared_S)
+    return tuple(torch.from_numpy(x) for x in arrays)
