@@ -201,8 +201,7 @@ def test_requests_in_flight_are_refused(sampler, trainer):
 
 def test_steps_and_syncs(sampler, trainer, probe):
     for _ in range(3):
-        report = sync_weights(trainer, sampler, probe, TOLERANCE)
-        assert report.gap <= TOLERANCE / 5 and report.num_tokens >= len(probe.prompts)
+        assert sync_weights(trainer, sampler, probe, TOLERANCE) <= TOLERANCE / 5
         sampler.sleep()
         train_one_step(trainer)
     assert worst_gap(trainer, two_turns(sampler, range(24))) > TOLERANCE
@@ -231,7 +230,7 @@ def test_an_adapter_is_loaded_merged(sampler, trainer, probe):
     adapter = [p for p in trainer.parameters() if p.requires_grad]
     assert len(adapter) < len(list(trainer.parameters()))
     assert worst_gap(trainer, two_turns(sampler, range(24))) > TOLERANCE
-    assert sync_weights(trainer, sampler, probe, TOLERANCE).gap <= TOLERANCE
+    assert sync_weights(trainer, sampler, probe, TOLERANCE) <= TOLERANCE
     assert worst_gap(trainer, two_turns(sampler, range(24))) <= TOLERANCE
 
 
@@ -286,7 +285,7 @@ def test_a_stale_prefix_cache_is_detected(sampler, trainer, monkeypatch, probe):
         patch.setattr(sampler._engine, "reset_prefix_cache", lambda: True)
         with pytest.raises(SyncError, match="prefix cache"):
             sync_weights(trainer, sampler, probe, TOLERANCE)
-    assert sync_weights(trainer, sampler, probe, TOLERANCE).gap <= TOLERANCE
+    assert sync_weights(trainer, sampler, probe, TOLERANCE) <= TOLERANCE
 
 
 def test_a_failed_reset_of_the_prefix_cache_is_an_error(sampler, trainer, monkeypatch, probe):
@@ -301,5 +300,5 @@ def test_sleep_frees_memory_and_weights_come_back(sampler, trainer, probe):
     before = torch.cuda.mem_get_info()[0]
     sampler.sleep()
     assert sampler.asleep and torch.cuda.mem_get_info()[0] > before
-    assert sync_weights(trainer, sampler, probe, TOLERANCE).gap <= TOLERANCE
+    assert sync_weights(trainer, sampler, probe, TOLERANCE) <= TOLERANCE
     assert not sampler.asleep

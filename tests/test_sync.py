@@ -65,8 +65,7 @@ def uncached_tokens(sampler: LocalSampler, probe: Probe) -> list[int]:
 def test_steps_and_syncs(trainer, shared, probe):
     sampler = sampler_of(trainer if shared else copy.deepcopy(trainer))
     for seed in range(3):
-        report = sync_weights(trainer, sampler, probe, TOLERANCE)
-        assert report.gap <= 1e-5 and report.num_tokens >= len(probe.prompts) and report.time_s > 0
+        assert sync_weights(trainer, sampler, probe, TOLERANCE) <= 1e-5
         assert uncached_tokens(sampler, probe) == [1] * len(probe.prompts)
         train_one_step(trainer, seed)
 
@@ -92,22 +91,21 @@ def test_a_shared_module_is_not_probed_after_a_step(trainer):
     assert uncached_tokens(sampler, PROBE) == [1] * len(PROBE.prompts)
     for seed in range(2):
         train_one_step(trainer, seed)
-        report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True)
-        assert report.num_tokens == 0 and report.gap == 0.0 < report.time_s
+        assert sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=True) == 0.0
         gap, completions = compare(trainer, sampler, PROBE)
         assert gap <= 1e-5 and all(c.cached_tokens == 0 for c in completions)
 
 
-@pytest.mark.parametrize(("probed", "num_tokens"), [(True, 4), (False, 0)])
-def test_a_copy_gets_the_weights_after_a_step(trainer, probed, num_tokens):
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_copy_gets_the_weights_after_a_step(trainer, probed):
     sampler = sampler_of(copy.deepcopy(trainer))
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
     train_one_step(trainer)
-    report = sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=probed)
-    assert report.num_tokens == num_tokens and report.gap <= 1e-5
+    assert sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=probed) <= 1e-5
     gap, completions = compare(trainer, sampler, PROBE)
     assert gap <= 1e-5
-    assert probed or all(c.cached_tokens == 0 for c in completions)
+    # the cache has the prompts of a short probe, or nothing
+    assert sum(c.cached_tokens > 0 for c in completions) == (2 if probed else 0)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +140,7 @@ def test_the_probe_detects_every_old_matrix(trainer, probe):
         # rounding alone is below 2e-6; the gains of norms change the log-probs least
         assert compare(trainer, sampler, probe)[0] > (1e-5 if "norm" in name else TOLERANCE), name
         tensor.data.copy_(new)
-    assert sync_weights(trainer, sampler, probe, TOLERANCE).gap < 2e-6
+    assert sync_weights(trainer, sampler, probe, TOLERANCE) < 2e-6
 
 
 def test_a_missing_tensor_is_named(trainer, probe):
@@ -226,7 +224,7 @@ def test_the_gap_is_to_the_plain_forward(trainer):
 def test_the_probe_has_every_id_of_a_small_vocabulary():
     assert {i for prompt in PROBE.prompts for i in prompt} == set(range(VOCAB))
     assert len({len(prompt) for prompt in PROBE.prompts}) == 1
-    assert make_probe(VOCAB, CONTEXT, seed=0) == PROBE != make_probe(VOCAB, CONTEXT, seed=1)
+    assert make_probe(VOCAB, CONTEXT) == PROBE
     assert sum(map(len, PROBE.short.prompts)) + 8 <= sum(map(len, PROBE.prompts)) / 7
     small = make_probe(10, 20)
     assert {len(prompt) for prompt in small.prompts} == {12}

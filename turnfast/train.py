@@ -10,7 +10,7 @@ from .config.schema import Config
 from .credit import assign_credits
 from .errors import Interrupted, OutOfMemory, RolloutError, SyncError
 from .evaluate import evaluate
-from .metrics.reduce import Metrics, reduce_metrics, to_plain
+from .metrics.reduce import Max, Metrics, reduce_metrics, to_plain
 from .metrics.rewards import diagnose
 from .metrics.rollouts import summarise
 from .metrics.stopwatch import Stopwatch
@@ -92,7 +92,7 @@ def train(
                     collector.wait()
                 with clock.phase("sync"), ranks.share_errors():
                     evaluated = is_due(step, config.train.eval_every, config.train.steps)
-                    synced = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
+                    gap = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
                 ranks.check_equal_weights(run.learner.policy.model.parameters())
                 times = clock.lap()
                 metrics = {
@@ -101,7 +101,7 @@ def train(
                     **gathered.metrics(),
                     **packed.metrics(),
                     **updated.metrics(),
-                    **synced.metrics(),
+                    "sync_gap": Max(gap),
                     **times,
                 }
                 _log(run, step, metrics, show)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -103,30 +104,26 @@ class LocalSampler:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        segments = [(self._feed_last_token(row), row) for row in self._running]
+        decoding = [(self._feed_last_token(row), row) for row in self._running]
         admitted, copies = self._admit()
-        segments += admitted
-        if not segments:
+        # `StepPlan` needs segments of one token first, by slot
+        fed = sorted(decoding + admitted, key=lambda pair: (pair[0].size > 1, pair[0].slot))
+        if not fed:
             return []
-        singles = [item for item in segments if item[0].stop - item[0].start == 1]
-        blocks = [item for item in segments if item[0].stop - item[0].start > 1]
-        singles.sort(key=lambda item: item[0].slot)
-        ordered = [*singles, *blocks]
-
-        plan = StepPlan(
-            self._cache, [s for s, _ in singles], [s for s, _ in blocks], copies, self._device
-        )
-        tokens = [t for segment, row in ordered for t in self._tokens(segment, row)]
+        segments, rows = zip(*fed, strict=True)
+        tokens = [self._slots.tokens(s.slot)[s.start : s.stop] for s in segments]
+        plan = StepPlan(self._cache, segments, copies, self._device)
         with _sampling_mode(self._model):
             logits_RV = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
+                input_ids=torch.tensor(
+                    np.concatenate(tokens, dtype=np.int64)[None], device=self._device
+                ),
                 position_ids=plan.positions_T[None],
                 use_cache=False,
                 logits_to_keep=plan.last_tokens,
                 step_plan=plan,
             ).logits[0]
         self._slots.unpin()
-        rows = [row for _, row in ordered]
         ids, logprobs = draw(
             logits_RV, [row.request.temperature for row in rows], [row.generator for row in rows]
         )
@@ -192,11 +189,6 @@ class LocalSampler:
             Copy(source=source, length=length, targets=tuple(targets))
             for (source, length), targets in copies.items()
         ]
-
-    def _tokens(self, segment: Segment, row: _Running) -> Sequence[int]:
-        if row.sampled_ids:
-            return row.sampled_ids[-1:]
-        return row.request.prompt_ids[segment.start : segment.stop]
 
     def _record(
         self, rows: Sequence[_Running], ids: Sequence[int], logprobs: Sequence[float]

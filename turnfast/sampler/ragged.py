@@ -1,7 +1,7 @@
 """Attention of the local sampler over one flat row of tokens from many requests.
 
 A step feeds T tokens of many requests as one row [1, T] without padding, so the linear layers
-compute only real tokens. `StepPlan` holds the slot and position of each token; `ragged_attention`
+compute only real tokens. `StepPlan` has the slot and position of each token; `ragged_attention`
 replaces the attention of Hugging Face models (registered under `ATTENTION_NAME`).
 
 The flat order: first the requests that feed a single token (R of them), then the others. For two
@@ -34,6 +34,10 @@ class Segment:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
@@ -48,32 +52,28 @@ class StepPlan:
     """Index tensors of one forward, shared by all layers.
 
     Args:
-        singles: segments of one token, sorted by slot.
-        blocks: the longer segments.
+        segments: first those of one token, sorted by slot, then the others.
         copies: run in order, after this step's tokens are written and before attention.
     """
 
     def __init__(
         self,
         cache: KVCache,
-        singles: Sequence[Segment],
-        blocks: Sequence[Segment],
+        segments: Sequence[Segment],
         copies: Sequence[Copy],
         device: torch.device,
     ) -> None:
         self.cache = cache
         self.copies = [(c, torch.tensor(c.targets, device=device)) for c in copies]
-        segments = [*singles, *blocks]
         self.positions_T = torch.tensor(
             [p for s in segments for p in range(s.start, s.stop)], device=device
         )
         self.slots_T = torch.tensor(
-            [s.slot for s in segments for _ in range(s.start, s.stop)], device=device
+            [s.slot for s in segments for _ in range(s.size)], device=device
         )
-        self.writes: dict[int, torch.Tensor] = {}
-        sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
-        self.last_tokens = sizes.cumsum(0) - 1
-        self.num_singles = len(singles)
+        self.last_tokens = torch.tensor([s.size for s in segments], device=device).cumsum(0) - 1
+        self.num_singles = sum(s.size == 1 for s in segments)
+        singles, blocks = segments[: self.num_singles], segments[self.num_singles :]
         self.singles = _Singles(singles, device) if singles else None
         self.blocks = _Blocks(blocks, device) if blocks else None
 
@@ -88,9 +88,8 @@ class StepPlan:
     ) -> torch.Tensor:
         """Write this step's keys and values into the cache and attend; returns [T, heads, D]."""
         keys, values = self.cache.layer(layer, key_THD, value_THD)
-        rows = self._cache_rows(keys.shape[1])
-        keys.flatten(0, 2).index_copy_(0, rows, key_THD.flatten(0, 1))
-        values.flatten(0, 2).index_copy_(0, rows, value_THD.flatten(0, 1))
+        keys[self.slots_T, :, self.positions_T] = key_THD
+        values[self.slots_T, :, self.positions_T] = value_THD
         for copy, targets in self.copies:
             keys[targets, :, : copy.length] = keys[copy.source, :, : copy.length]
             values[targets, :, : copy.length] = values[copy.source, :, : copy.length]
@@ -101,16 +100,7 @@ class StepPlan:
         if self.blocks:
             part = query_THD[self.num_singles :]
             parts.append(self.blocks.attend(part, keys, values, scale, window))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _cache_rows(self, num_heads: int) -> torch.Tensor:
-        """Where each token and head lies in the cache, flattened over slots, heads and tokens."""
-        if num_heads not in self.writes:
-            heads = torch.arange(num_heads, device=self.slots_T.device)
-            heads_TH = self.slots_T[:, None] * num_heads + heads
-            rows_TH = heads_TH * self.cache.capacity + self.positions_T[:, None]
-            self.writes[num_heads] = rows_TH.flatten()
-        return self.writes[num_heads]
+        return torch.cat(parts)
 
 
 class _Singles:
@@ -122,16 +112,13 @@ class _Singles:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         slots = [s.slot for s in segments]
-        self.span = slots[-1] + 1
-        self.longest = max(s.stop for s in segments)
         self.slots = torch.tensor(slots, device=device)
-        self.in_place = 2 * len(slots) >= self.span
-        self.full = self.span == len(slots)
-        lengths = torch.tensor([s.stop for s in segments], device=device)
-        if self.in_place and not self.full:
-            lengths = lengths.new_ones(self.span).index_copy_(0, self.slots, lengths)
-        self.lengths = lengths
-        self.masks: dict[int | None, torch.Tensor] = {}
+        self.num_read = slots[-1] + 1
+        self.in_place = 2 * len(slots) >= self.num_read
+        positions = torch.tensor([s.start for s in segments], device=device)
+        if self.in_place:
+            positions = positions.new_zeros(self.num_read).index_copy_(0, self.slots, positions)
+        self.masks = _Masks(positions[:, None], max(s.stop for s in segments))
 
     def attend(
         self,
@@ -141,16 +128,14 @@ class _Singles:
         scale: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        num_rows, num_heads, _ = query_RHD.shape
-        keys, values = keys[:, :, : self.longest], values[:, :, : self.longest]
+        mask = self.masks.get(window, query_RHD.dtype)
+        keys, values = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
         if self.in_place:
-            keys, values = keys[: self.span], values[: self.span]
-            if not self.full:
-                spread = query_RHD.new_zeros(self.span, *query_RHD.shape[1:])
-                query_RHD = spread.index_copy_(0, self.slots, query_RHD)
+            keys, values = keys[: self.num_read], values[: self.num_read]
+            spread = query_RHD.new_zeros(self.num_read, *query_RHD.shape[1:])
+            query_RHD = spread.index_copy_(0, self.slots, query_RHD)
         else:
             keys, values = keys.index_select(0, self.slots), values.index_select(0, self.slots)
-        mask = self._mask(window, query_RHD.dtype)
         if query_RHD.device.type == "cpu":
             out = scaled_dot_product_attention(
                 query_RHD[:, :, None], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
@@ -158,7 +143,7 @@ class _Singles:
         else:
             # CUDA's fast kernels do not support a mask with shared key heads: make the query heads
             # of one key head queries of one head
-            shared = num_heads // keys.shape[1]
+            shared = query_RHD.shape[1] // keys.shape[1]
             out = scaled_dot_product_attention(
                 query_RHD.unflatten(1, (-1, shared)),
                 keys,
@@ -166,36 +151,23 @@ class _Singles:
                 attn_mask=mask.expand(-1, -1, shared, -1),
                 scale=scale,
             ).flatten(1, 2)
-        if self.in_place and not self.full:
-            out = out.index_select(0, self.slots)
-        return out[:num_rows]
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        if window not in self.masks:
-            columns = torch.arange(self.longest, device=self.lengths.device)
-            ends = self.lengths[:, None]
-            seen = columns < ends
-            if window is not None:
-                seen &= columns >= ends - window
-            self.masks[window] = _additive(seen, dtype)[:, None, None]
-        return self.masks[window]
+        return out.index_select(0, self.slots) if self.in_place else out
 
 
 class _Blocks:
     """Attention of segments with several queries each (prompts), padded to the longest."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        sizes = torch.tensor([s.stop - s.start for s in segments], device=device)
-        self.width = max(s.stop - s.start for s in segments)
-        self.longest = max(s.stop for s in segments)
+        sizes = torch.tensor([s.size for s in segments], device=device)
+        self.width = max(s.size for s in segments)
         self.slots = torch.tensor([s.slot for s in segments], device=device)
         offsets = torch.arange(self.width, device=device)
         real = offsets < sizes[:, None]
         self.flat = real.flatten().nonzero().squeeze(1)
         starts = torch.tensor([s.start for s in segments], device=device)
         # a padded query sees what the last real one sees: an empty softmax row would be NaN
-        self.positions = starts[:, None] + torch.minimum(offsets, sizes[:, None] - 1)
-        self.masks: dict[int | None, torch.Tensor] = {}
+        positions = starts[:, None] + torch.minimum(offsets, sizes[:, None] - 1)
+        self.masks = _Masks(positions, max(s.stop for s in segments))
 
     def attend(
         self,
@@ -210,30 +182,40 @@ class _Blocks:
         padded.index_copy_(0, self.flat, query_THD)
         shared = num_heads // keys.shape[1]
         query = padded.view(num_rows, self.width, -1, shared, padded.shape[-1])
+        mask = self.masks.get(window, query_THD.dtype)
         out = scaled_dot_product_attention(
             query.permute(0, 2, 3, 1, 4).flatten(2, 3),
-            keys[:, :, : self.longest].index_select(0, self.slots),
-            values[:, :, : self.longest].index_select(0, self.slots),
-            attn_mask=self._mask(window, query_THD.dtype).repeat(1, 1, shared, 1),
+            keys[:, :, : mask.shape[-1]].index_select(0, self.slots),
+            values[:, :, : mask.shape[-1]].index_select(0, self.slots),
+            attn_mask=mask.repeat(1, 1, shared, 1),
             scale=scale,
         )
         out = out.unflatten(2, (shared, self.width)).permute(0, 3, 1, 2, 4)
         return out.reshape(num_rows * self.width, num_heads, -1).index_select(0, self.flat)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+
+class _Masks:
+    """Additive masks [R, 1, Q, keys] by the size of the sliding window.
+
+    Args:
+        positions_RQ: a query at position p sees the keys from p - window + 1 to p.
+        num_keys: the number of keys.
+    """
+
+    def __init__(self, positions_RQ: torch.Tensor, num_keys: int) -> None:
+        self.positions = positions_RQ[:, :, None]
+        self.num_keys = num_keys
+        self.masks: dict[int | None, torch.Tensor] = {}
+
+    def get(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         if window not in self.masks:
-            columns = torch.arange(self.longest, device=self.positions.device)
-            positions = self.positions[:, :, None]
-            seen = columns <= positions
+            columns = torch.arange(self.num_keys, device=self.positions.device)
+            seen = columns <= self.positions
             if window is not None:
-                seen &= columns > positions - window
-            self.masks[window] = _additive(seen, dtype)[:, None]
+                seen &= columns > self.positions - window
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self.masks[window] = zeros.masked_fill_(~seen, float("-inf"))[:, None]
         return self.masks[window]
-
-
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, float("-inf"))
 
 
 def ragged_attention(

@@ -46,7 +46,6 @@ class ScriptedSampler:
         reply: sampled ids of a request, with the end-of-turn id; cut at `max_new_tokens`.
         score: log-probabilities of the sampled ids; log 1/2 each by default.
         pick: the requests that a step completes, out of those waiting in order of submission.
-        max_context: prompt and sampled tokens of one request together.
         capacity: what it reports as `capacity`.
 
     Example::
@@ -60,13 +59,11 @@ class ScriptedSampler:
         *,
         score: Score = log_half,
         pick: Pick = everything,
-        max_context: int = 1 << 30,
         capacity: int = 1 << 30,
     ) -> None:
         self._reply = reply
         self._score = score
         self._pick = pick
-        self._max_context = max_context
         self.capacity = capacity
         self._waiting: dict[int, Request] = {}
 
@@ -99,7 +96,7 @@ class ScriptedSampler:
         return False
 
     def load_weights(self, named_weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Nothing; it has no weights."""
+        """Do nothing: it has no weights."""
 
     def sleep(self) -> None:
         pass
@@ -109,11 +106,10 @@ class ScriptedSampler:
 
     def _complete(self, request: Request) -> Completion:
         reply = tuple(self._reply(request))
-        limit = min(request.max_new_tokens, self._max_context - len(request.prompt_ids))
-        sampled_ids = reply[:limit]
+        sampled_ids = reply[: request.max_new_tokens]
         return Completion(
             id=request.id,
             sampled_ids=sampled_ids,
             logprobs=tuple(self._score(request, sampled_ids)),
-            finish="length" if len(reply) > limit else "stop",
+            finish="stop" if sampled_ids == reply else "length",
         )

@@ -21,7 +21,6 @@ bfloat16 forwards differ). Therefore `load_weights` itself refuses an incomplete
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SyncError
-from ..metrics.reduce import Max, Metric
 from ..model.lora import merged
 from . import Completion, Request, Sampler
 
@@ -64,34 +62,15 @@ class Probe:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """The result of a sync.
-
-    Attributes:
-        gap: largest |log-prob(engine) - log-prob(trainer)| over the probe's tokens, 0 without any.
-        num_tokens: the number of compared tokens; 0 if the next step's tokens are the check.
-        time_s: of the whole sync, probe included.
-    """
-
-    gap: float
-    num_tokens: int
-    time_s: float
-
-    def metrics(self) -> dict[str, Metric]:
-        """The metrics of the sync, under the names of metrics.jsonl."""
-        return {"sync_gap": Max(self.gap)}
-
-
-def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:
-    """Prompts with as many different ids as possible, shuffled by `seed`."""
+def make_probe(vocab_size: int, max_context: int) -> Probe:
+    """Random prompts with as many different ids as possible, the same in every run."""
     length = min(PROMPT_TOKENS, max_context - NEW_TOKENS)
     if length < 1:
         raise ConfigError(
             f"rollout.max_context: {max_context} tokens are too few for the probe of the sampler's "
             f"weights; set it to {NEW_TOKENS + 1} or more"
         )
-    generator = random.Random(seed)
+    generator = random.Random(0)
     ids: list[int] = []
     while len(ids) < NUM_PROMPTS * length:
         ids += generator.sample(range(vocab_size), min(vocab_size, NUM_PROMPTS * length - len(ids)))
@@ -100,19 +79,18 @@ def make_probe(vocab_size: int, max_context: int, seed: int = 0) -> Probe:
     )
 
 
-def sync_weights(
-    model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float
-) -> SyncReport:
+def sync_weights(model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float) -> float:
     """Load the model's parameters, with an adapter merged, into the sampler and run the probe.
 
     A sampler that is awake first answers one prompt of the probe, so that a prefix cache which is
     not dropped causes a cache hit in the probe.
 
+    Returns:
+        The largest |log-prob(sampler) - log-prob(trainer)| over the probe's sampled tokens.
     Raises:
         SyncError: the sampler refused the tensors, still uses its old prefix cache, or differs by
             more than `tolerance`.
     """
-    begin = time.perf_counter()
     if not sampler.asleep:
         _continue(sampler, probe.prompts[:1], max_new_tokens=1)
     _load(model, sampler)
@@ -124,26 +102,26 @@ def sync_weights(
             "cache, which was computed with the old weights"
         )
     _check_gap(gap, tolerance, "on the probe")
-    num_tokens = sum(len(completion.sampled_ids) for completion in completions)
-    return SyncReport(gap=gap, num_tokens=num_tokens, time_s=time.perf_counter() - begin)
+    return gap
 
 
 def sync_after_step(
     model: torch.nn.Module, sampler: Sampler, probe: Probe, tolerance: float, *, probed: bool
-) -> SyncReport:
+) -> float:
     """Load the model's parameters into the sampler after a step.
 
     Args:
         probed: run the short probe. Otherwise the next samples must pass `check_logprob_gap` before
             they are trained on.
+    Returns:
+        The gap of `sync_weights`; 0 without a probe.
     Raises:
         SyncError: see `sync_weights`.
     """
     if probed and not sampler.shares(model):
         return sync_weights(model, sampler, probe.short, tolerance)
-    begin = time.perf_counter()
     _load(model, sampler)
-    return SyncReport(gap=0.0, num_tokens=0, time_s=time.perf_counter() - begin)
+    return 0.0
 
 
 def check_logprob_gap(
