@@ -44,7 +44,7 @@ def write_calls(calls, call_format) -> str:
 
 
 def contains_marker(calls) -> bool:
-    """Whether a call contains text that another format, or the removal of reasoning, reacts to."""
+    """Whether a call contains the markers of another format or of reasoning."""
     text = json.dumps([[c.name, dict(c.arguments)] for c in calls])
     markers = ("<tool", "</tool", "[TOOL_CALLS]", "<|python_tag|>", "<think>", "<reasoning>")
     return any(marker in text for marker in markers)
@@ -53,10 +53,10 @@ def contains_marker(calls) -> bool:
 @given(st.lists(CALLS, min_size=1, max_size=3), st.sampled_from(FORMATS))
 @settings(max_examples=200, deadline=None)
 def test_written_calls_are_parsed(calls, call_format):
-    read, rest = read_calls(write_calls(calls, call_format))
-    assert read
+    attempts, rest = read_calls(write_calls(calls, call_format))
+    assert attempts
     if not contains_marker(calls):
-        assert read == tuple(calls) and not rest.strip()
+        assert attempts == tuple(calls) and not rest.strip()
 
 
 @given(st.lists(CALLS, min_size=1, max_size=2), st.sampled_from(FORMATS), st.data())
@@ -71,55 +71,47 @@ def test_damaged_calls_do_not_raise(calls, call_format, data):
             assert 0 < len(attempt.reason) < 100
 
 
-ULM = ToolCall(name="search", arguments={"query": "Ulm"})
-ROM = ToolCall(name="search", arguments={"query": "Rom"})
+ULM, ROM = (ToolCall(name="search", arguments={"query": query}) for query in ("Ulm", "Rom"))
+LLAMA, LLAMA_ROM = (write_calls([call], "llama3") for call in (ULM, ROM))
+MISTRAL = write_calls([ULM], "mistral")
+NAMED, NAMED_ROM = (f'[TOOL_CALLS]search[ARGS]{{"query": "{query}"}}' for query in ("Ulm", "Rom"))
 
 
 @pytest.mark.parametrize(
-    ("text", "calls"),
+    ("text", "calls", "rest"),
     [
-        # Llama 3: plain, with the tag, with a type, with spaces, several, after reasoning
-        ('{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
-        ('<|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
-        ('{"type": "function", "name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
-        ('\n {"name":"search","parameters":{"query":"Ulm"}} \n', [ULM]),
+        (LLAMA, [ULM], ""),
+        (f"<|python_tag|>{LLAMA}", [ULM], ""),
+        ('{"type": "function", "name": "search", "parameters": {"query": "Ulm"}}', [ULM], ""),
+        ('\n {"name":"search","parameters":{"query":"Ulm"}} \n', [ULM], ""),
+        (f"{LLAMA}; {LLAMA_ROM}", [ULM, ROM], ""),
+        (f'<think>{{"name": "x"}}</think>{LLAMA_ROM}', [ROM], ""),
+        (f"I search. <|python_tag|>{LLAMA}", [ULM], "I search."),
+        (f"{LLAMA} It was Ida.", [ULM], "It was Ida."),
+        (f"Hm. <|python_tag|>{LLAMA} Ida.", [ULM], "Hm. Ida."),
+        (f"{LLAMA}; {LLAMA_ROM} Ida.", [ULM, ROM], "Ida."),
+        (MISTRAL, [ULM], ""),
+        ('[TOOL_CALLS][{"name": "search", "arguments": {"query": "Ulm"}}]', [ULM], ""),
+        (write_calls([ULM, ROM], "mistral"), [ULM, ROM], ""),
+        (NAMED, [ULM], ""),
         (
-            '{"name": "search", "parameters": {"query": "Ulm"}}; '
-            '{"name": "search", "parameters": {"query": "Rom"}}',
+            f'[TOOL_CALLS]search[CALL_ID]a1b2c3d4e[ARGS]{{"query": "Ulm"}}{NAMED_ROM}',
             [ULM, ROM],
+            "",
         ),
-        (
-            '<think>{"name": "x"}</think>{"name": "search", "parameters": {"query": "Rom"}}',
-            [ROM],
-        ),
-        ('I search. <|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}}', [ULM]),
-        # Mistral: both variants, with and without id and space, several
-        (
-            '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}, "id": "a1b2c3d4e"}]',
-            [ULM],
-        ),
-        ('[TOOL_CALLS][{"name": "search", "arguments": {"query": "Ulm"}}]', [ULM]),
-        (
-            '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "Ulm"}}, '
-            '{"name": "search", "arguments": {"query": "Rom"}}]',
-            [ULM, ROM],
-        ),
-        ('[TOOL_CALLS]search[ARGS]{"query": "Ulm"}', [ULM]),
-        (
-            '[TOOL_CALLS]search[CALL_ID]a1b2c3d4e[ARGS]{"query": "Ulm"}'
-            '[TOOL_CALLS]search[ARGS]{"query": "Rom"}',
-            [ULM, ROM],
-        ),
-        ('Let me see.[TOOL_CALLS]search[ARGS]{"query": "Ulm"}', [ULM]),
-        # no call: an answer in JSON, prose, fragments
-        ('{"answer": "Ulm"}', []),
-        ('The call {"name": "search", "parameters": {}} would do.', []),
-        ("{", []),
-        ("[]", []),
+        (f"Let me see.{NAMED} It was Ida.", [ULM], "Let me see. It was Ida."),
+        (f"Hm. {MISTRAL} Ida.", [ULM], "Hm.  Ida."),
+        (f"{NAMED} and {NAMED_ROM}", [ULM, ROM], "and"),
+        # no calls
+        ('{"answer": "Ulm"}', [], '{"answer": "Ulm"}'),
+        (f"The call {LLAMA} is enough.", [], f"The call {LLAMA} is enough."),
+        ("{", [], "{"),
+        ("[]", [], "[]"),
     ],
 )
-def test_variants(text, calls):
-    assert list(parse_calls(text)) == calls
+def test_calls_and_the_text_around_them(text, calls, rest):
+    attempts, outside = read_calls(text)
+    assert (list(attempts), outside.strip()) == (calls, rest)
 
 
 @pytest.mark.parametrize(
@@ -147,39 +139,6 @@ def test_variants(text, calls):
 )
 def test_malformed_calls_give_the_reason(text, reason):
     assert parse_calls(text) == (MalformedCall(reason=reason),)
-
-
-@pytest.mark.parametrize(
-    ("text", "calls", "rest"),
-    [
-        ('{"name": "search", "parameters": {"query": "Ulm"}} It was Ida.', [ULM], "It was Ida."),
-        (
-            'Hm. <|python_tag|>{"name": "search", "parameters": {"query": "Ulm"}} Ida.',
-            [ULM],
-            "Hm. Ida.",
-        ),
-        (
-            '{"name": "search", "parameters": {"query": "Ulm"}}; '
-            '{"name": "search", "parameters": {"query": "Rom"}} Ida.',
-            [ULM, ROM],
-            "Ida.",
-        ),
-        ('[TOOL_CALLS]search[ARGS]{"query": "Ulm"} It was Ida.', [ULM], "It was Ida."),
-        (
-            'Hm. [TOOL_CALLS][{"name": "search", "arguments": {"query": "Ulm"}}] Ida.',
-            [ULM],
-            "Hm.  Ida.",
-        ),
-        (
-            '[TOOL_CALLS]search[ARGS]{"query": "Ulm"} and [TOOL_CALLS]search[ARGS]{"query": "Rom"}',
-            [ULM, ROM],
-            "and",
-        ),
-    ],
-)
-def test_prose_around_calls_is_returned(text, calls, rest):
-    read, found_rest = read_calls(text)
-    assert (list(read), found_rest.strip()) == (calls, rest)
 
 
 def test_calls_written_by_the_tokenizer_of_mistral_are_parsed():
@@ -223,17 +182,10 @@ class Books(ToolEnv):
 @pytest.mark.parametrize("call_format", FORMATS)
 def test_an_environment_runs_and_rewards_calls_in_every_format(call_format):
     env = Books(call_format="native")
-
-    call = f"<think>hm</think>{write_calls([ULM], call_format)}"
-    _, (first, _), outcome = play(env, env.tasks("train")[0], call, "<answer>Ida</answer>")
+    call, answer = write_calls([ULM], call_format), "<answer>Ida</answer>"
+    _, (first, _), outcome = play(env, env.tasks("train")[0], f"<think>hm</think>{call}", answer)
     assert first.messages == ({"role": "tool", "name": "search", "content": "Ulm: by Ida."},)
     assert first.reward == pytest.approx(0.7)
     assert outcome.reward == pytest.approx(1.9)
-
-
-def test_prose_around_a_call_costs_the_format_reward():
-    env = Books(call_format="native")
-
-    call = "Well. " + write_calls([ULM], "mistral")
-    _, _, outcome = play(env, env.tasks("train")[0], call, "<answer>Ida</answer>")
+    _, _, outcome = play(env, env.tasks("train")[0], f"{call} Well.", answer)
     assert outcome.reward_parts["format"] == pytest.approx(0.1)
