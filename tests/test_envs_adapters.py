@@ -14,22 +14,26 @@ from by_script import play, roll
 
 from turnfast.envs import ToolEnv, load_env
 from turnfast.envs.adapters.mcp import McpServer
+from turnfast.envs.rewards.judge import Judge
 from turnfast.errors import ConfigError
 
 SIZES = {"group_size": 2, "num_tasks": 3, "max_context": 6000}
 
 
 @pytest.mark.parametrize(
-    ("package", "make"),
+    ("package", "install", "make"),
     [
-        ("gymnasium", lambda: load_env("gymnasium", {"id": "FrozenLake-v1"})),
-        ("textarena", lambda: load_env("textarena", {"id": "Mastermind-v0"})),
-        ("mcp", lambda: McpServer("python", ["server.py"])),
+        ("gymnasium", "turnfast[adapters]", lambda: load_env("gymnasium", {"id": "FrozenLake-v1"})),
+        ("textarena", "turnfast[adapters]", lambda: load_env("textarena", {"id": "Mastermind-v0"})),
+        ("mcp", "turnfast[adapters]", lambda: McpServer("python", ["server.py"])),
+        ("verifiers", "verifiers<0.4", lambda: load_env("verifiers", {"id": "wordle"})),
+        ("datasets", "turnfast[data]", lambda: load_env("search", {"dataset": "trivia_qa"})),
+        ("openai", "turnfast[judge]", lambda: Judge(base_url="http://h/v1", model="m")),
     ],
 )
-def test_a_missing_package_is_named(monkeypatch, package, make):
+def test_a_missing_package_is_named(monkeypatch, package, install, make):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}.*'turnfast\[adapters\]'"):
+    with pytest.raises(ConfigError, match=f"needs the package {package} .*{re.escape(install)}"):
         make()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +48,15 @@ def files(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def load(options: dict[str, Any]) -> SearchEnv:
+def load(**options: Any) -> SearchEnv:
     env = load_env("search", options)
     assert isinstance(env, SearchEnv)
     return env
 
 
 def test_an_episode(files):
-    env = load(files)
-    task = next(t for s in ("train", "eval") for t in env.tasks(s) if t.id == "q2")
+    env = load(**files)
+    task = next(t for t in (*env.tasks("train"), *env.tasks("eval")) if t.id == "q2")
     assert (task.question, task.answers) == ("Who wrote Ulm?", ("Ida Berg", "Berg"))
 
     call = '<tool>{"name": "search", "args": {"query": "who wrote the novel Ulm"}}</tool>'
@@ -81,7 +79,7 @@ def test_an_episode(files):
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order(files, tmp_path):
     def eval_ids(**options: Any) -> set[str]:
-        env = load({**files, **options})
+        env = load(**{**files, **options})
         train, held_out = ({t.id for t in env.tasks(s)} for s in ("train", "eval"))
         assert not train & held_out and train | held_out == {"q1", "q2", "q3", "q4"}
         return held_out
@@ -103,22 +101,23 @@ def test_every_split_is_a_partition(ids, share, seed):
 
 
 def test_recall_of_the_supporting_titles(files):
-    env = load({**files, "stem": False})
+    env = load(**files, stem=False)
     assert env.recall(1) == 0.5
     assert env.recall(4) == 1.0
     with pytest.raises(ValueError, match="no question has supporting_titles"):
-        load({**files, "questions": write(Path(files["corpus"] + "q"), QUESTIONS[1:])}).recall(1)
+        write(Path(files["questions"]), QUESTIONS[1:])
+        load(**files).recall(1)
 
 
 def test_max_passage_chars_and_top_k(files):
-    env = load({**files, "top_k": 2, "max_passage_chars": 12})
+    env = load(**files, top_k=2, max_passage_chars=12)
     assert env.search("Ida Berg").split("\n") == ["Ida Berg: Id…", "Ulm: Ulm is …"]
 
 
 # --- error messages
 
 GOOD = b'{"id": "a", "question": "Q?", "answers": ["x"]}\n'
-BAD_QUESTIONS = [
+MALFORMED_QUESTIONS = [
     (b"", ": the file contains no questions"),
     (b"\n \n", ": the file contains no questions"),
     (GOOD + b"{\n", ":2: not JSON: .*column"),
@@ -130,46 +129,34 @@ BAD_QUESTIONS = [
     (b'{"id": "a", "answers": ["x"]}', ":1: field 'question' is missing"),
     (b'{"id": "a", "question": "Q?"}', ":1: field 'answers' is missing"),
     (b'{"id": 7, "question": "Q?", "answers": ["x"]}', ":1: 'id' is a number, expected a string"),
-    (
-        b'{"id": "a", "question": null, "answers": ["x"]}',
-        ":1: 'question' is null, expected a st",
-    ),
+    (b'{"id": "a", "question": null, "answers": ["x"]}', ":1: 'question' is null, expected a s"),
     (b'{"id": "a", "question": " ", "answers": ["x"]}', ":1: 'question' is empty"),
-    (
-        b'{"id": "a", "question": "Q?", "answers": "x"}',
-        ":1: 'answers' is a string, expected a li",
-    ),
+    (b'{"id": "a", "question": "Q?", "answers": "x"}', ":1: 'answers' is a string, expected a l"),
     (b'{"id": "a", "question": "Q?", "answers": []}', ":1: 'answers' is empty"),
     (b'{"id": "a", "question": "Q?", "answers": ["x", 2]}', r":1: 'answers\[1\]' is a number"),
     (GOOD[:-2] + b', "supporting_titles": [""]}', r":1: 'supporting_titles\[0\]' is empty"),
     (GOOD + GOOD, ":2: duplicate id 'a', see line 1"),
     (GOOD + b"[" * 100_000, ":2: not JSON"),
 ]
-
-
-@pytest.mark.parametrize(("content", "text"), BAD_QUESTIONS)
-def test_malformed_questions(tmp_path, content, text):
-    path = tmp_path / "questions.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^{path}{text}"):
-        read_questions(path)
+MALFORMED_CORPORA = [
+    (b"", ": the file contains no passages"),
+    (b'{"title": "T", "text": "x"}\n{"title": "T"}', ":2: field 'text' is missing; found: title"),
+    (b'{"text": "x"}', ":1: field 'title' is missing"),
+    (b'{"title": "T", "text": ""}', ":1: 'text' is empty"),
+    (b'{"title": ["T"], "text": "x"}', ":1: 'title' is a list, expected a string"),
+]
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"", ": the file contains no passages"),
-        (b'{"title": "T", "text": "x"}\n{"title": "T"}', ":2: field 'text' is missing; found: ti"),
-        (b'{"text": "x"}', ":1: field 'title' is missing"),
-        (b'{"title": "T", "text": ""}', ":1: 'text' is empty"),
-        (b'{"title": ["T"], "text": "x"}', ":1: 'title' is a list, expected a string"),
-    ],
+    ("read", "content", "message"),
+    [(read_questions, *row) for row in MALFORMED_QUESTIONS]
+    + [(read_corpus, *row) for row in MALFORMED_CORPORA],
 )
-def test_malformed_corpora(tmp_path, content, text):
-    path = tmp_path / "corpus.jsonl"
+def test_malformed_files_are_errors_with_the_line(tmp_path, read, content, message):
+    path = tmp_path / "file.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^{path}{text}"):
-        read_corpus(path)
+    with pytest.raises(ConfigError, match=f"^{path}{message}"):
+        read(path)
 
 
 def test_blank_lines_byte_order_mark_and_crlf_are_accepted(tmp_path):
@@ -179,33 +166,30 @@ def test_blank_lines_byte_order_mark_and_crlf_are_accepted(tmp_path):
 
 
 def test_missing_files_and_conflicting_options(files, tmp_path):
-    absent = str(tmp_path / "absent.jsonl")
-    same = files["questions"]
+    absent, one = str(tmp_path / "absent.jsonl"), write(tmp_path / "one.jsonl", QUESTIONS[:1])
+    questions, corpus = files["questions"], files["corpus"]
     cases = (
         ({**files, "corpus": absent}, f"{absent}: No such file"),
         ({**files, "questions": str(tmp_path)}, "Is a directory"),
-        ({"corpus": files["corpus"]}, "env.options.questions: this option is required"),
-        ({"questions": same}, "env.options.corpus: this option is required"),
+        ({**files, "questions": one}, "one question cannot be split"),
+        ({"corpus": corpus}, "env.options.questions: this option is required"),
+        ({"questions": questions}, "env.options.corpus: this option is required"),
         ({}, "env.options.questions: this option is required"),
-        ({**files, "eval_questions": same}, "8 ids or questions are also in the training file"),
+        ({**files, "eval_questions": questions}, "8 ids or questions are also training questions"),
         ({**files, "eval_share": 1.0}, "env.options.eval_share: "),
-        ({**files, "dataset": "hotpot_qa"}, "give either dataset or questions"),
+        ({**files, "dataset": "hotpot_qa"}, "set either dataset or questions"),
         ({**files, "top_k": 0}, "env.options.top_k: "),
         ({**files, "corpuss": "x"}, "env.options.corpuss: no such option; did you mean 'corpus'"),
         ({"dataset": "hotpotqa"}, "unknown dataset 'hotpotqa'; did you mean 'hotpot_qa'"),
-        (
-            {**files, "questions": write(tmp_path / "one.jsonl", QUESTIONS[:1])},
-            "one question cannot be split",
-        ),
     )
-    for options, text in cases:
-        with pytest.raises(ConfigError, match=text):
-            load_env("search", options)
+    for options, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            load(**options)
 
 
 def test_a_separate_evaluation_file(files, tmp_path):
     row = {"id": "e1", "question": "Where is Ida Berg from?", "answers": ["Oslo"]}
-    env = load({**files, "eval_questions": write(tmp_path / "eval.jsonl", [row])})
+    env = load(**files, eval_questions=write(tmp_path / "eval.jsonl", [row]))
     assert [task.id for task in env.tasks("eval")] == ["e1"]
     assert len(env.tasks("train")) == 4
 
@@ -238,18 +222,22 @@ TRIVIA = [
 ]
 
 
+def save(folder: Path, **splits: list[Any]) -> str:
+    datasets = pytest.importorskip("datasets", reason="needs the data extra (datasets)")
+    rows = {name: datasets.Dataset.from_list(split) for name, split in splits.items()}
+    datasets.DatasetDict(rows).save_to_disk(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("layout", ["save_to_disk", "parquet"])
 def test_hotpot_qa_from_a_local_folder(tmp_path, layout):
     datasets = pytest.importorskip("datasets", reason="needs the data extra (datasets)")
-    train, held_out = (datasets.Dataset.from_list(rows) for rows in (HOTPOT[:2], HOTPOT[2:]))
-    folder = tmp_path / "hotpot"
-    if layout == "save_to_disk":
-        datasets.DatasetDict(train=train, validation=held_out).save_to_disk(folder)
-    else:
-        (folder / "distractor").mkdir(parents=True)
-        train.to_parquet(folder / "distractor" / "train-00000-of-00001.parquet")
-        held_out.to_parquet(folder / "distractor" / "validation-00000-of-00001.parquet")
-    env = load({"dataset": "hotpot_qa", "dataset_path": str(folder), "dataset_rows": 5})
+    folder = save(tmp_path / "saved", train=HOTPOT[:2], validation=HOTPOT[2:])
+    if layout == "parquet":
+        for split, rows in datasets.load_from_disk(folder).items():
+            rows.to_parquet(tmp_path / "files" / f"{split}-00000-of-00001.parquet")
+        folder = str(tmp_path)
+    env = load(dataset="hotpot_qa", dataset_path=folder, dataset_rows=5)
     assert [task.id for task in env.tasks("train")] == ["h0", "h1"]
     assert [task.id for task in env.tasks("eval")] == ["h2"]
     task = env.tasks("train")[0]
@@ -261,57 +249,37 @@ def test_hotpot_qa_from_a_local_folder(tmp_path, layout):
 
 
 def test_trivia_qa_from_a_local_folder(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="needs the data extra (datasets)")
-    rows = datasets.Dataset.from_list(TRIVIA)
-    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "trivia")
-    env = load({"dataset": "trivia_qa", "dataset_path": str(tmp_path / "trivia")})
+    folder = save(tmp_path / "trivia", train=TRIVIA, validation=TRIVIA)
+    options = {"dataset": "trivia_qa", "dataset_path": folder}
+    env = load(**options)
     assert env.tasks("train")[0].answers == ("Ida Berg", "I. Berg")
     assert env.tasks("train")[0].question == "Who wrote Ulm?"
     assert env.index.num_passages == 4  # 301 words, 100 to a passage
 
-    corpus = write(tmp_path / "corpus.jsonl", PASSAGES)
-    env = load({"dataset": "trivia_qa", "dataset_path": str(tmp_path / "trivia"), "corpus": corpus})
-    assert env.index.num_passages == 4
+    env = load(**options, corpus=write(tmp_path / "corpus.jsonl", PASSAGES[:3]))
+    assert env.index.num_passages == 3
     assert env.search("Oslo") == "Ida Berg: Ida Berg was born in Oslo."
-
-    limited = {"dataset": "trivia_qa", "dataset_path": str(tmp_path / "trivia"), "dataset_rows": 1}
-    assert len(load(limited).tasks("train")) == 1
+    assert len(load(**options, dataset_rows=1).tasks("train")) == 1
 
 
 def test_dataset_folders_without_the_expected_data_are_errors(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the data extra (datasets)")
-    rows = datasets.Dataset.from_list(TRIVIA)
-    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "trivia")
-    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "train-only")
-    rows.save_to_disk(tmp_path / "single")
+    uneven = {**HOTPOT[0], "context": {"title": ["Ulm"], "sentences": []}}
+    save(tmp_path / "trivia", train=TRIVIA)
+    save(tmp_path / "uneven", train=[HOTPOT[0], HOTPOT[0], uneven])
+    save(tmp_path / "no-eval", train=HOTPOT)
+    datasets.Dataset.from_list(HOTPOT).save_to_disk(tmp_path / "single")
     (tmp_path / "empty").mkdir()
     cases = {
         "trivia": r"row 0 of .*trivia \(train\) does not have the format of hotpot_qa: KeyError",
-        "train-only": r"train-only has no split 'validation'",
-        "single": r"single is a single Dataset without splits",
+        "uneven": r"row 2 of .*uneven \(train\) does not have the format of .*: ValueError",
+        "no-eval": "no-eval has no split 'validation'",
+        "single": "single is a single Dataset without splits",
         "empty": r"empty contains no train\*.parquet",
     }
     for folder, message in cases.items():
-        dataset = "hotpot_qa" if folder == "trivia" else "trivia_qa"
         with pytest.raises(ConfigError, match=message):
-            load({"dataset": dataset, "dataset_path": str(tmp_path / folder)})
-
-
-def test_a_missing_data_extra_is_an_error():
-    program = """
-import sys
-sys.modules["datasets"] = None
-from turnfast.errors import ConfigError
-from turnfast.envs import load_env
-try:
-    load_env("search", {"dataset": "trivia_qa"})
-except ConfigError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert "pip install 'turnfast[data]'" in done.stdout
+            load(dataset="hotpot_qa", dataset_path=str(tmp_path / folder))
 
 
 # --- real data
@@ -322,9 +290,7 @@ DATA = os.environ.get("TURNFAST_TEST_DATA", "")
 @pytest.mark.skipif(not DATA, reason="needs TURNFAST_TEST_DATA, a folder of real data")
 def test_recall_on_real_hotpot_questions():
     folder = Path(DATA) / "hotpotqa"
-    env = load(
-        {"questions": str(folder / "questions.jsonl"), "corpus": str(folder / "corpus.jsonl")}
-    )
+    env = load(questions=str(folder / "questions.jsonl"), corpus=str(folder / "corpus.jsonl"))
     assert len(env.tasks("train")) + len(env.tasks("eval")) == 100
     assert env.index.num_passages == 994
     recall_1, recall_5 = env.recall(1), env.recall(5)

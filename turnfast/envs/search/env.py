@@ -34,14 +34,14 @@ from .hub import load_split
 
 
 class SearchEnv(ToolEnv):
-    """Questions from files or a Hugging Face data set, and a search tool over a corpus.
+    """Questions from files or a Hugging Face dataset, and a search tool over a corpus.
 
     Args:
         questions: JSONL file of questions. corpus: JSONL file of passages.
         eval_questions: JSONL file of the split "eval"; if None, the share `eval_share` of the
             questions is held out, selected by `seed` and the ids of the questions.
-        dataset: "hotpot_qa" or "trivia_qa" instead of `questions`; its passages are the corpus
-            unless `corpus` is given.
+        dataset: "hotpot_qa" or "trivia_qa" instead of `questions`. Without `corpus`, the passages
+            of the dataset are the corpus.
         dataset_path: local folder or hub name to read the dataset from.
         dataset_rows: maximum number of rows to read per split.
         top_k: passages per search result.
@@ -74,7 +74,7 @@ class SearchEnv(ToolEnv):
         passages: Sequence[Passage] = read_corpus(Path(corpus)) if corpus is not None else ()
         if dataset is not None:
             if questions is not None or eval_questions is not None:
-                raise ConfigError("env.options: give either dataset or questions, not both")
+                raise ConfigError("env.options: set either dataset or questions, not both")
             train = load_split(dataset, "train", path=dataset_path, max_rows=dataset_rows)
             held_out = load_split(dataset, "validation", path=dataset_path, max_rows=dataset_rows)
             self._records = {"train": train.records, "eval": held_out.records}
@@ -118,19 +118,19 @@ class SearchEnv(ToolEnv):
         return "\n".join(self._show(hit) for hit in self.index.search(query, self._top_k))
 
     def recall(self, k: int) -> float:
-        """Return the mean recall of supporting titles at `k` with the question as the query.
+        """Return the mean recall at `k` of the questions' supporting titles.
 
-        The mean is over all questions that have supporting titles. If 1 of 2 supporting titles is
-        among the `k` best passages, the recall of that question is 0.5.
+        The query is the question. If 1 of its 2 supporting titles is among the `k` best passages,
+        its recall is 0.5.
 
         Raises:
             ValueError: no question has supporting titles.
         """
         recalls: list[float] = []
         for record in (*self._records["train"], *self._records["eval"]):
-            if wanted := set(record.supporting_titles):
-                found = {hit.title for hit in self.index.search(record.question, k)}
-                recalls.append(len(wanted & found) / len(wanted))
+            if expected := set(record.supporting_titles):
+                retrieved = {hit.title for hit in self.index.search(record.question, k)}
+                recalls.append(len(expected & retrieved) / len(expected))
         if not recalls:
             raise ValueError("no question has supporting_titles, so recall is undefined")
         return mean(recalls)
@@ -146,6 +146,6 @@ def _check_disjoint(train: Sequence[Record], held_out: Sequence[Record], path: s
     shared |= {record.question for record in train} & {record.question for record in held_out}
     if shared:
         raise ConfigError(
-            f"{path}: {len(shared)} ids or questions are also in the training file, for example "
+            f"{path}: {len(shared)} ids or questions are also training questions, for example "
             f"{min(shared)!r}; remove them from one of the files"
         )

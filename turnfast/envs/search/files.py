@@ -32,8 +32,11 @@ class Record:
 
 
 def read_questions(path: Path) -> list[Record]:
-    """Read a file of questions; raise ConfigError for a missing file, a malformed line or a
-    duplicate id."""
+    """Read a file of questions.
+
+    Raises:
+        ConfigError: the file is missing or empty, a line is malformed or an id occurs twice.
+    """
     records: list[Record] = []
     lines: dict[str, int] = {}
     for number, row in json_objects(path):
@@ -42,9 +45,7 @@ def read_questions(path: Path) -> list[Record]:
             id=_text(row, "id", where),
             question=_text(row, "question", where),
             answers=_texts(row, "answers", where),
-            supporting_titles=_texts(row, "supporting_titles", where)
-            if "supporting_titles" in row
-            else (),
+            supporting_titles=_texts({"supporting_titles": [], **row}, "supporting_titles", where),
         )
         if not record.answers:
             raise ConfigError(f"{where}: 'answers' is empty; give at least one accepted answer")
@@ -58,7 +59,7 @@ def read_questions(path: Path) -> list[Record]:
 
 
 def read_corpus(path: Path) -> list[Passage]:
-    """Read a file of passages; raise ConfigError for a missing file or a malformed line."""
+    """Read a file of passages; raise ConfigError if it is missing, empty or malformed."""
     passages = [
         Passage(
             title=_text(row, "title", f"{path}:{number}", allow_empty=True),
@@ -72,7 +73,11 @@ def read_corpus(path: Path) -> list[Passage]:
 
 
 def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each line's number, from 1, and its JSON object; raise ConfigError for any fault."""
+    """Yield the number (from 1) and the JSON object of each line; skip blank lines.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not a JSON object in UTF-8.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -95,23 +100,23 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _text(row: dict[str, Any], field: str, where: str, *, allow_empty: bool = False) -> str:
-    if field not in row:
-        raise ConfigError(f"{where}: field {field!r} is missing; found: {', '.join(row) or 'none'}")
-    return _checked(row[field], field, where, allow_empty=allow_empty)
+    return _check_text(_value(row, field, where), field, where, allow_empty=allow_empty)
 
 
 def _texts(row: dict[str, Any], field: str, where: str) -> tuple[str, ...]:
-    if field not in row:
-        raise ConfigError(f"{where}: field {field!r} is missing; found: {', '.join(row) or 'none'}")
-    values = row[field]
+    values = _value(row, field, where)
     if not isinstance(values, list):
         raise ConfigError(f"{where}: {field!r} is {_type_name(values)}, expected a list of strings")
-    return tuple(
-        _checked(value, f"{field}[{i}]", where, allow_empty=False) for i, value in enumerate(values)
-    )
+    return tuple(_check_text(value, f"{field}[{i}]", where) for i, value in enumerate(values))
 
 
-def _checked(value: Any, field: str, where: str, *, allow_empty: bool) -> str:
+def _value(row: dict[str, Any], field: str, where: str) -> Any:
+    if field not in row:
+        raise ConfigError(f"{where}: field {field!r} is missing; found: {', '.join(row) or 'none'}")
+    return row[field]
+
+
+def _check_text(value: Any, field: str, where: str, *, allow_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {field!r} is {_type_name(value)}, expected a string")
     if not value.strip() and not allow_empty:
@@ -125,8 +130,7 @@ def _checked(value: Any, field: str, where: str, *, allow_empty: bool) -> str:
 
 def _type_name(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    names |= {int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    return "null" if value is None else names.get(type(value), "a number")
 
 
 def split_records(
@@ -145,13 +149,13 @@ def split_records(
             "add questions, or set eval_questions"
         )
     count = min(max(1, round(share * len(records))), len(records) - 1)
-    by_hash = sorted(records, key=lambda record: _digest(f"{seed}\0{record.id}"))
-    held_out = {record.id for record in by_hash[:count]}
+
+    def digest(record: Record) -> bytes:
+        text = f"{seed}\0{record.id}".encode("utf-8", errors="replace")
+        return hashlib.blake2b(text, digest_size=16).digest()
+
+    held_out = {record.id for record in sorted(records, key=digest)[:count]}
     return {
         "train": tuple(record for record in records if record.id not in held_out),
         "eval": tuple(record for record in records if record.id in held_out),
     }
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=16).digest()

@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A dataset's name and config on the hub, and the functions that read one of its rows."""
+    """Name and config of a dataset on the hub, and the functions that convert its rows."""
 
     hub: str
     config: str
@@ -59,13 +59,13 @@ def load_split(dataset: str, split: str, *, path: str | None, max_rows: int) -> 
     source = SOURCES[dataset]
     records: dict[str, Record] = {}
     passages: dict[Passage, None] = {}
-    for row in itertools.islice(_rows(source, path, split), max_rows):
+    for number, row in enumerate(itertools.islice(_rows(source, path, split), max_rows)):
         try:
             record = source.record(row)
             passages |= dict.fromkeys(source.passages(row))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(
-                f"env.options.dataset: row {len(records)} of {path or source.hub} ({split}) does "
+                f"env.options.dataset: row {number} of {path or source.hub} ({split}) does "
                 f"not have the format of {dataset}: {type(error).__name__}: {error}"
             ) from None
         records.setdefault(record.id, record)
@@ -88,7 +88,7 @@ def _rows(source: Source, path: str | None, split: str) -> Iterable[Row]:
     if (folder / "state.json").is_file():
         raise ConfigError(
             f"env.options.dataset_path: {folder} is a single Dataset without splits; "
-            "save a DatasetDict(train=…, validation=…)"
+            "save a DatasetDict with train and validation"
         )
     files = sorted(str(file) for file in folder.rglob(f"{split}*.parquet"))
     if not files:
