@@ -11,25 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turnfast.config.schema import Config
-from turnfast.report.console import (
-    Progress,
-    closing_table,
-    evaluation_line,
-    open_view,
-    step_line,
-)
+from turnfast.report.console import Progress, closing_table, step_line
 from turnfast.rundir.directory import RunDir
 
 STEP = {
-    "reward/outcome": 1.234,
-    "reward/turn": 0.5,
-    "tool_success": 0.75,
-    "exact_match": 0.5,
-    "logprob_gap": 1.2e-6,
-    "failed": 0.0,
-    "loss": 0.01,
-    "time/step": 1.64,
-}
+    "reward/outcome": 1.234, "reward/turn": 0.5, "tool_success": 0.75, "exact_match": 0.5,
+    "logprob_gap": 1.2e-6, "failed": 0.0, "loss": 0.01, "time/step": 1.64,
+}  # fmt: skip
 EVALS = [
     {"step": 0, "eval/exact_match": 0.04, "eval/tool_success": 0.31},
     {"step": 1, **STEP},
@@ -42,18 +30,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_line_of_a_step():
-    assert step_line(STEP) == (
+@pytest.mark.parametrize(("metrics", "line"), [
+    (
+        STEP,
         "outcome 1.234  turn reward 0.500  tool 0.75  exact match 0.50  log-prob gap 1.2e-06  1.6 s"
-    )
-    assert step_line({"loss": 0.5}) == "loss 0.5000"
-    assert "failed 10%" in step_line({**STEP, "failed": 0.1})
-
-
-def test_null_and_missing_metrics_are_left_out():
-    assert step_line({"reward/outcome": None, "tool_success": 0.5}) == "tool 0.50"
-    assert step_line({}) == ""
-    assert evaluation_line(STEP) == ""
+    ),
+    ({"reward/outcome": 1.0, "failed": 0.1}, "outcome 1.000  failed 10%"),
+    ({"reward/outcome": None, "tool_success": 0.5}, "tool 0.50"),
+    ({"loss": 0.5}, "loss 0.5000"),
+    ({}, ""),
+])  # fmt: skip
+def test_the_line_of_a_step(metrics, line):
+    assert step_line(metrics) == line
 
 
 @given(width=st.integers(0, 100))
@@ -63,7 +51,7 @@ def test_a_narrow_terminal_shows_fewer_metrics(width):
     assert len(text) <= max(width, len("1.6 s"))
 
 
-def test_the_closing_table():
+def test_the_closing_table_of_evaluations():
     assert closing_table(EVALS, Path("runs/a/report.html")) == (
         "eval at step         0         2\n"
         "exact match      0.040     0.910    +0.870\n"
@@ -116,20 +104,19 @@ def test_a_dumb_terminal_shows_plain_lines(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
-def test_a_warm_start(tmp_path, stream):
-    with Progress(tmp_path, 20, done=3, label="warm start", stream=stream) as progress:
+def test_supervised_training_shows_its_loss(tmp_path, stream):
+    with Progress(tmp_path, 20, done=3, label="sft", stream=stream) as progress:
         progress.step(20, {"loss": 0.5, "time/step": 0.1})
     assert "20/20" in stream.getvalue() and "loss 0.5000" in stream.getvalue()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_the_bar_stays_on_one_line(monkeypatch, width):
+def test_the_bar_stays_on_one_line(tmp_path, monkeypatch, width):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
-    view = open_view("train", 300, stream=stream)
-    view.advance(150, step_line(STEP, width=view.width))
-    view.close()
+    with Progress(tmp_path, 300, stream=stream) as progress:
+        progress.step(150, STEP)
     frames = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", stream.getvalue()).splitlines()
     assert all(len(frame) <= width for text in frames for frame in text.split("\r"))
     assert not any(frame.strip() and "/300" not in frame for frame in frames)

@@ -16,11 +16,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from by_hand import group_of, rollout, turn
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import Config
+from turnfast.credit import assign_credits
 from turnfast.errors import ConfigError
 from turnfast.metrics.reduce import values_of
 from turnfast.metrics.rewards import diagnose
@@ -33,134 +35,103 @@ from turnfast.report.page import embed
 from turnfast.report.scales import linear_axis, log_axis, smooth, thin
 from turnfast.report.trajectories import PAGE_LIMIT, TEXT_LIMIT, clip, read_rollouts, visible
 from turnfast.rundir.directory import RunDir, read_metrics
-from turnfast.types import Credit, Group, Status, Task, Trajectory, Turn
+from turnfast.types import Credit, Group, Task, Trajectory
 
 PEOPLE = ("Ida Brandt", "Otto Falk", "Mara Weiss", "Jon Aker", "Selma Rost", "Emil Lind")
 WORKS = ("Ulm", "The Salt Road", "Night Ferry", "A House in Arles", "Nine Bridges")
 
 
-def make_rollout(task: Task, index: int, skill: float, draw_: random.Random) -> Trajectory:
-    called = draw_.random() < 0.3 + 0.7 * skill
-    malformed = not called and draw_.random() < 0.5
-    right = draw_.random() < 0.9 * skill
-    turns = []
-    if called or malformed:
-        call = '{"name": "search", "args": {"query": "' + task.question[8:-1] + '"}}'
-        turns.append(
-            Turn(
-                prompt_ids=(1,) * 60,
-                sampled_ids=(5,) * 38,
-                logprobs=(-0.4,) * 38,
-                text="<reasoning>I have to look this up.</reasoning>"
-                f"<tool>{call[: 30 if malformed else None]}</tool>",
-                reply=f"<result>{task.data['fact']}</result>"
-                if called
-                else "<error>not JSON</error>",
-                finish="stop",
-                reward=0.7 if called else 0.0,
-                reward_parts={"tool_executed": 0.2 * called, "answer_in_result": 0.5 * called},
-                tool_calls=1,
-                tool_successes=int(called),
-            )
-        )
-    answer = task.answers[0] if right else draw_.choice(PEOPLE)
-    turns.append(
-        Turn(
-            prompt_ids=(1,) * 20,
-            sampled_ids=(6,) * 21,
-            logprobs=(-0.2,) * 21,
-            text=f"<reasoning>The result names {answer}.</reasoning><answer>{answer}</answer>",
-            finish="stop",
-        )
+def make_rollout(task: Task, index: int, skill: float, random_: random.Random) -> Trajectory:
+    called = random_.random() < 0.3 + 0.7 * skill
+    answer = task.answers[0] if random_.random() < 0.9 * skill else random_.choice(PEOPLE)
+    search = turn(
+        38,
+        0.7 if called else 0.0,
+        text=f'<tool>{{"name": "search", "args": {{"query": "{task.question}"'
+        + ("}}</tool>" if called else ""),
+        reply=f"<result>{task.answers[0]}</result>" if called else "<error>not JSON</error>",
+        reward_parts={"tool_executed": 0.2 * called, "answer_in_result": 0.5 * called},
+        tool_calls=1,
+        tool_successes=int(called),
     )
     match = float(answer == task.answers[0])
-    failed = draw_.random() < 0.02
-    return Trajectory(
-        task_id=task.id,
-        index=index,
-        turns=tuple(turns),
-        status=Status.TIMEOUT if failed else Status.FINISHED,
+    failed = random_.random() < 0.02
+    return rollout(
+        index,
+        [
+            *[search] * (called or random_.random() < 0.5),
+            turn(21, text=f"<answer>{answer}</answer>"),
+        ],
+        "timeout" if failed else "finished",
         error="tool search: no answer within 10 s" if failed else "",
         outcome=1.5 * match + 0.4,
-        outcome_parts={"answer_in_text": 0.5 * match, "exact_match": match, "format": 0.4},
+        outcome_parts={"exact_match": 1.5 * match, "format": 0.4},
         metrics={"exact_match": match},
     )
 
 
-def make_groups(skill: float, seed: int, count: int = 6) -> tuple[list[Group], list[Credit]]:
-    draw_ = random.Random(seed)
-    groups, credits = [], []
-    for number in range(count):
-        work, person = draw_.choice(WORKS), draw_.choice(PEOPLE)
-        task = Task(
-            id=f"q{seed}-{number}",
-            question=f"Who wrote {work}?",
-            answers=(person,),
-            data={"fact": f"{work} is a novel of 1931 by {person}, a writer from Tromsø."},
-        )
-        group = Group(
-            task=task, trajectories=tuple(make_rollout(task, i, skill, draw_) for i in range(8))
-        )
-        mean = sum(t.outcome for t in group.trajectories) / 8
-        spread = math.sqrt(sum((t.outcome - mean) ** 2 for t in group.trajectories) / 8) + 1e-6
-        groups.append(group)
-        credits.append(
-            Credit(
-                rule="mt_grpo",
-                advantages=tuple(
-                    tuple(
-                        (t.outcome - mean) / spread + (0.3 if k == 0 and len(t.turns) > 1 else 0.0)
-                        for k in range(len(t.turns))
-                    )
-                    for t in group.trajectories
-                ),
-            )
-        )
-    return groups, credits
+def make_groups(skill: float, seed: int, count: int = 6) -> list[Group]:
+    random_ = random.Random(seed)
+    groups = []
+    for _ in range(count):
+        question, answers = f"Who wrote {random_.choice(WORKS)}?", (random_.choice(PEOPLE),)
+        task = Task(id="q", question=question, answers=answers)
+        rollouts = tuple(make_rollout(task, i, skill, random_) for i in range(8))
+        groups.append(Group(task=task, trajectories=rollouts))
+    return groups
 
 
-def make_run(path: Path, steps: int = 120, eval_every: int = 20) -> RunDir:
-    """A run as training writes it, with realistic metrics."""
-    draw_ = random.Random(1)
-    config = build_config({"train": {"steps": steps, "eval_every": eval_every}})
-    run = RunDir.create(path, config)
+def make_run(path: Path, steps: int) -> RunDir:
+    """A run as training writes it, with an evaluation every 20 steps."""
+    random_ = random.Random(1)
+    run = RunDir.create(path, build_config({"train": {"steps": steps, "eval_every": 20}}))
     for step in range(steps + 1):
         skill = 1 / (1 + math.exp(-(step - 0.4 * steps) / (0.08 * steps)))
         if step:
-            groups, credits = make_groups(skill, step)
-            times = {
-                "time/rollout": 0.9 - 0.2 * skill + 0.08 * draw_.random(),
-                "time/score": 0.01,
-                "time/pack": 0.03 + 0.01 * draw_.random(),
-                "time/train": 0.55 + 0.05 * draw_.random(),
-                "time/sync": 0.02,
+            groups = make_groups(skill, step)
+            credits = assign_credits(groups)
+            times_s = {
+                "rollout": 0.9 - 0.2 * skill + 0.08 * random_.random(),
+                "score": 0.01,
+                "pack": 0.03 + 0.01 * random_.random(),
+                "train": 0.55 + 0.05 * random_.random(),
+                "sync": 0.02,
+                "other": 0.008,
             }
-            other = {"time/other": 0.008}
             metrics = {
                 **values_of(summarise(groups, credits)),
                 **values_of(diagnose(groups, credits)),
-                "loss": draw_.gauss(0, 0.02),
-                "entropy": 1.1 - 0.8 * skill + draw_.gauss(0, 0.04),
-                "grad_norm": math.exp(draw_.gauss(-1 - skill, 0.4)),
-                "ratio/max": 1 + abs(draw_.gauss(0, 1e-3)),
-                "logprob_gap": 3e-7 * math.exp(draw_.gauss(0, 0.3)),
-                "logprob_gap/max": 6e-6 * math.exp(draw_.gauss(0, 0.3)),
+                "loss": random_.gauss(0, 0.02),
+                "entropy": 1.1 - 0.8 * skill + random_.gauss(0, 0.04),
+                "grad_norm": math.exp(random_.gauss(-1 - skill, 0.4)),
+                "ratio/max": 1 + abs(random_.gauss(0, 1e-3)),
+                "logprob_gap": 3e-7 * math.exp(random_.gauss(0, 0.3)),
+                "logprob_gap/max": 6e-6 * math.exp(random_.gauss(0, 0.3)),
                 "sync_gap": 4e-7,
-                "tokens": 11_000 + draw_.randrange(900),
-                "tokens_trained": 2_900 + draw_.randrange(300),
-                "padding": 0.0,
-                "shared_prefix": 0.41,
-                **times,
-                **other,
-                "time/step": sum(times.values()) + 0.008,
+                "tokens": 11_000 + random_.randrange(900),
+                "tokens_trained": 2_900 + random_.randrange(300),
+                **{f"time/{phase}": time_s for phase, time_s in times_s.items()},
+                "time/step": sum(times_s.values()),
             }
             run.log(step, metrics)
             run.log_rollouts(step, groups[:4], credits)
-        if step % eval_every == 0:
-            groups, _ = make_groups(skill, 10_000 + step, count=16)
+        if step % 20 == 0:
+            groups = make_groups(skill, 10_000 + step, count=16)
             run.log(step, values_of(summarise(groups, prefix="eval/")))
             run.log_rollouts(step, groups[:4], split="eval")
     return run
+
+
+def logged_run(path: Path, *lines: dict) -> RunDir:
+    """A run that logged these metrics from step 1 on."""
+    run = RunDir.create(path / "run", Config())
+    for step, metrics in enumerate(lines, 1):
+        run.log(step, metrics)
+    return run
+
+
+def report_of(run: RunDir) -> str:
+    return write_report(run.path).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -199,125 +170,90 @@ def run(tmp_path_factory) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def page(run) -> Page:
-    return Page(write_report(run.path).read_text(encoding="utf-8"))
+def text(run) -> str:
+    return report_of(run)
+
+
+@pytest.fixture(scope="module")
+def page(text) -> Page:
+    return Page(text)
 
 
 # --- a whole run ----------------------------------------------------------------------------------
 
 
-def test_the_page_loads_nothing(run, page):
+def test_the_page_loads_nothing_and_runs_only_its_own_script(page, text):
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form"), tag
         assert not {"src", "href", "srcset", "action", "data"} & attributes.keys(), tag
         assert not any(name.startswith("on") for name in attributes)
-    text = (run.path / "report.html").read_text(encoding="utf-8")
     assert "url(" not in text and "@import" not in text
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert policy is not None and policy.startswith("default-src 'none'")
-
-
-def test_failed_rollouts_of_older_runs_are_recognised(tmp_path):
-    path = tmp_path / "rollouts.jsonl"
-    rollouts = [{"status": "reward_error"}, {"status": "finished"}, {"status": "x", "failed": True}]
-    path.write_text(json.dumps({"step": 1, "rollouts": rollouts}) + "\n")
-    (group,) = read_rollouts(path).groups
-    assert [rollout["failed"] for rollout in group["rollouts"]] == [True, False, True]
-
-
-def test_the_content_policy_has_the_hash_of_the_script(page):
-    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}';" in str(policy)
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}';" in policy
 
 
-def test_charts_need_no_script(run):
-    text = (run.path / "report.html").read_text(encoding="utf-8")
+def test_charts_need_no_script(text):
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", text)
     assert titles == [
-        "Exact match",
-        "Tool success",
-        "Reward",
-        "Advantage standard deviation by turn",
-        "Turns reached",
-        "Entropy",
-        "Log-prob gap",
-        "Largest ratio",
-        "Gradient norm",
-        "Time per step",
-        "Throughput",
-        "Unused rollouts",
-    ]
+        "Exact match", "Tool success", "Reward", "Advantage standard deviation by turn",
+        "Turns reached", "Entropy", "Log-prob gap", "Largest ratio", "Gradient norm",
+        "Time per step", "Throughput", "Unused rollouts",
+    ]  # fmt: skip
     assert text.count("<svg viewBox") >= len(titles)
 
 
-def test_every_logged_turn_is_in_the_page(run, page):
-    groups = page.data["groups"]
-    assert len(groups) == 60 * 4 + 4 * 4
-    first = json.loads(run.rollouts.read_text().splitlines()[0])
-    assert groups[0]["question"] == first["question"]
-    for shown, logged in zip(groups[0]["rollouts"], first["rollouts"], strict=True):
-        assert shown["status"] == logged["status"]
-        for turn, source in zip(shown["turns"], logged["turns"], strict=True):
-            assert turn["text"] == source["text"] and turn["reply"] == source["reply"]
-            assert turn["parts"] == pytest.approx(source["reward_parts"])
-            if source["advantage"] is None:
-                assert turn["advantage"] is None
-            else:
-                assert turn["advantage"] == pytest.approx(source["advantage"], rel=1e-4)
+def test_every_logged_rollout_is_in_the_page_with_rounded_numbers(run, page):
+    def rounded(number: str) -> float:
+        return float(f"{float(number):.5g}")
+
+    lines = run.rollouts.read_text().splitlines()
+    assert len(lines) == 60 * 4 + 4 * 4
+    assert page.data["groups"] == [json.loads(line, parse_float=rounded) for line in lines]
 
 
-def test_before_and_after_are_the_first_and_last_evaluation(run):
-    text = (run.path / "report.html").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    evals = [line["eval/exact_match"] for line in lines if "eval/exact_match" in line]
+def test_before_and_after_are_the_first_and_last_evaluation(run, text):
+    values = [
+        line["eval/exact_match"] for line in read_metrics(run.path) if "eval/exact_match" in line
+    ]
     row = re.search(r"<tr><th>exact match</th>(.*?)</tr>", text)
-    assert row and f"<td>{evals[0]:.3f}</td><td><b>{evals[-1]:.3f}</b></td>" in row[1]
+    assert row and f"<td>{values[0]:.3f}</td><td><b>{values[-1]:.3f}</b></td>" in row[1]
 
 
-def test_a_reward_that_correlates_negatively_is_a_warning(tmp_path):
-    run = RunDir.create(tmp_path / "run", Config())
-    for step in range(1, 9):
-        metrics = {
-            "success_correlation/<b>": -0.4 + 0.05 * (step % 2),
-            "success_correlation/hit": 0.6,
-        }
-        run.log(
-            step,
-            {"reward/outcome": 0.5, **metrics, **({"wrong_way": ["<b>"]} if step == 3 else {})},
-        )
+def test_a_reward_that_correlates_negatively_is_a_warning(tmp_path, text):
+    lines = [
+        {"success_correlation/<b>": -0.4 + 0.05 * (step % 2), "success_correlation/hit": 0.6}
+        for step in range(8)
+    ]
+    run = logged_run(tmp_path, *lines[:2], {**lines[2], "wrong_way": ["<b>"]}, *lines[3:])
     assert [(a.part, a.num_negative, a.negative) for a in agreements(read_metrics(run.path))] == [
         ("<b>", 1, True),
         ("hit", 0, False),
     ]
-    text = write_report(run.path).read_text(encoding="utf-8")
-    assert (
-        "Negative correlation with success: <b>&lt;b&gt;</b>." in text and "<td>1 of 8</td>" in text
-    )
+    warned = report_of(run)
+    assert "Negative correlation with success: <b>&lt;b&gt;</b>." in warned
+    assert "<td>1 of 8</td>" in warned
+    assert "No turn reward correlates negatively" in text
+    assert "<tr><th>answer_in_result</th>" in text
 
 
-def test_without_negative_correlation_there_is_no_warning(run):
-    text = (run.path / "report.html").read_text(encoding="utf-8")
-    assert (
-        "No turn reward correlates negatively" in text and "<tr><th>answer_in_result</th>" in text
-    )
+def test_faults_are_listed_by_kind_if_there_are_any(tmp_path, text):
+    faults = {"fault/judge": 2, "tool_error/timeout": 7}
+    faulty = report_of(logged_run(tmp_path, {}, {}, faults, faults))
+    assert "<tr><th>fault/judge</th><td><b>4</b></td><td>2</td></tr>" in faulty
+    timeouts = faulty.index("<th>tool_error/timeout</th><td><b>14</b>")
+    assert timeouts < faulty.index("<th>fault/judge")
+    assert 'id="faults"' not in text
 
 
-def test_faults_are_listed_by_kind_if_there_are_any(run, tmp_path):
-    faulty = RunDir.create(tmp_path / "run", Config())
-    for step in range(1, 5):
-        faults = {"fault/judge": 2, "tool_error/timeout": 7} if step > 2 else {}
-        faulty.log(step, {"reward/outcome": 0.5, "failed": 0.0, **faults})
-    text = write_report(faulty.path).read_text(encoding="utf-8")
-    assert "<tr><th>fault/judge</th><td><b>4</b></td><td>2</td></tr>" in text
-    assert text.index("<th>tool_error/timeout</th><td><b>14</b>") < text.index("<th>fault/judge")
-    assert 'id="faults"' not in write_report(run.path).read_text(encoding="utf-8")
-
-
-def test_one_negative_step_is_not_significant(tmp_path):
-    lines = [{"step": k, "success_correlation/a": r} for k, r in enumerate((0.3, -0.5, 0.1, -0.2))]
-    assert [a.negative for a in agreements(lines)] == [False]
-    assert agreements([{"step": 1, "loss": 1.0}]) == []
+@pytest.mark.parametrize(("values", "negative"), [
+    ((0.3, -0.5, 0.1, -0.2), False),  # too few steps
+    ((-0.3, -0.2, -0.3, -0.2, -0.3), True),
+    ((-0.9, 0.8, -0.9, 0.8, -0.3), False),  # not significant
+])  # fmt: skip
+def test_a_negative_mean_must_be_significant(values, negative):
+    lines = [{"step": k, "success_correlation/a": r} for k, r in enumerate(values)]
+    assert [a.negative for a in agreements(lines)] == [negative]
 
 
 # --- untrusted text -------------------------------------------------------------------------------
@@ -336,28 +272,12 @@ UNTRUSTED = (
 
 
 def untrusted_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
-    run = RunDir.create(path, Config())
-    turn = Turn(
-        prompt_ids=(),
-        sampled_ids=(1,),
-        logprobs=(0.0,),
-        text=text,
-        finish="stop",
-        reply=text,
-        reward_parts={text: 1.0},
-    )
-    trajectory = Trajectory(
-        task_id=text,
-        index=0,
-        turns=(turn,),
-        status=Status.ENVIRONMENT_ERROR,
-        error=text,
-        metrics={text: 1.0},
-    )
-    task = Task(id=text, question=text, answers=(text,))
-    group = Group(task=task, trajectories=(trajectory,))
-    run.log(1, {name: 0.5, "eval/exact_match": 0.5})
-    run.log(2, {name: 0.6, "eval/exact_match": 0.7})
+    values = ((0.5, 0.5), (0.6, 0.7))
+    run = logged_run(path, *({name: x, "eval/exact_match": y} for x, y in values))
+    turns = [turn(text=text, reply=text, reward_parts={text: 1.0})]
+    failed = rollout(0, turns, "error", error=text, metrics={text: 1.0})
+    task = Task(id="q", question=text, answers=(text,))
+    group = Group(task=task, trajectories=(failed,))
     run.log_rollouts(1, [group], [Credit(rule=text, advantages=((0.5,),))])
     return run
 
@@ -367,11 +287,10 @@ def untrusted_run(path: Path, text: str, name: str = "exact_match") -> RunDir:
 @example(text=UNTRUSTED[0])
 @example(text="".join(UNTRUSTED))
 def test_untrusted_text_is_never_markup(tmp_path_factory, text):
-    plain = untrusted_run(tmp_path_factory.mktemp("plain") / "run", "plain", "note")
+    plain = untrusted_run(tmp_path_factory.mktemp("plain"), "plain", "note")
     # with a prefix, as names that begin with "fault/" have a table of their own
-    run = untrusted_run(tmp_path_factory.mktemp("untrusted") / "run", text, "x" + text)
-    expected = Page(write_report(plain.path).read_text(encoding="utf-8"))
-    page = Page(write_report(run.path).read_text(encoding="utf-8"))
+    run = untrusted_run(tmp_path_factory.mktemp("untrusted"), text, "x" + text)
+    expected, page = Page(report_of(plain)), Page(report_of(run))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in expected.tags]
     assert page.scripts[1:] == expected.scripts[1:]
     (group,) = page.data["groups"]
@@ -407,48 +326,42 @@ def test_untrusted_recipe_and_run_name(tmp_path):
         build_config({"model": {"path": "</pre><script>alert(1)</script>"}}),
     )
     run.log(1, {"<i>loss": 0.1})
-    text = write_report(run.path).read_text(encoding="utf-8")
-    page = Page(text)
-    assert len(page.scripts) == 2 and "<i>" not in text and "<b>run" not in text
+    text = report_of(run)
+    assert len(Page(text).scripts) == 2 and "<i>" not in text and "<b>run" not in text
     assert html.escape("</pre><script>alert(1)</script>") in text
 
 
 def test_a_long_turn_is_clipped(tmp_path):
-    run = untrusted_run(tmp_path / "run", "x" * 1_000_000 + "end")
-    path = write_report(run.path)
-    text = Page(path.read_text(encoding="utf-8")).data["groups"][0]["rollouts"][0]["turns"][0][
-        "text"
-    ]
+    page = report_of(untrusted_run(tmp_path, "x" * 1_000_000 + "end"))
+    (group,) = Page(page).data["groups"]
+    text = group["rollouts"][0]["turns"][0]["text"]
     assert f"{1_000_003 - TEXT_LIMIT:,} characters left out" in text and text.endswith("end")
-    assert path.stat().st_size < 500_000
+    assert len(page) < 500_000
     assert clip("x" * TEXT_LIMIT) == "x" * TEXT_LIMIT
 
 
 def test_too_many_rollouts_are_shown_for_evenly_spaced_steps(tmp_path):
-    run = RunDir.create(tmp_path / "run", Config())
-    run.log(1, {})
-    text = "word " * 3_500
-    line = {"split": "train", "question": "?", "rollouts": [{"turns": [{"text": text}]}] * 10}
-    with run.rollouts.open("w") as file:
-        for step in range(100):
-            file.write(json.dumps({"step": step, **line}) + "\n")
-    logged = read_rollouts(run.rollouts)
-    steps = [group["step"] for group in logged.groups]
+    run = logged_run(tmp_path, {})
+    long = [rollout(i, [turn(text="word " * 3_500)]) for i in range(10)]
+    for step in range(100):
+        run.log_rollouts(step, [group_of(*long)])
+    steps = [group["step"] for group in read_rollouts(run.rollouts).groups]
     assert steps[0] == 0 and steps[-1] == 99 and 2 < len(steps) < 100
     assert max(b - a for a, b in itertools.pairwise(steps)) <= 5
-    assert write_report(run.path).stat().st_size < 1.1 * PAGE_LIMIT + 200_000
-    assert f"{len(steps)} of 100 logged steps" in (run.path / "report.html").read_text()
+    text = report_of(run)
+    assert len(text) < 1.1 * PAGE_LIMIT + 200_000
+    assert f"{len(steps)} of 100 logged steps" in text
 
 
 # --- every state of a run -------------------------------------------------------------------------
 
 
 def test_a_run_without_a_step(tmp_path):
-    run = RunDir.create(tmp_path / "run", Config())
+    run = logged_run(tmp_path)
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         write_report(run.path)
     run.metrics.touch()
-    assert "No step has been logged yet" in write_report(run.path).read_text()
+    assert "No step has been logged yet" in report_of(run)
 
 
 @pytest.mark.parametrize("metrics", [
@@ -458,45 +371,18 @@ def test_a_run_without_a_step(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 2])
 def test_unusual_values_give_a_page(tmp_path, metrics, steps):
-    run = RunDir.create(tmp_path / "run", Config())
-    for step in range(1, steps + 1):
-        run.log(step, metrics)
-    Page(write_report(run.path).read_text(encoding="utf-8"))
+    Page(report_of(logged_run(tmp_path, *[metrics] * steps)))
 
 
-def test_a_warm_start_has_a_loss_chart(tmp_path):
-    run = RunDir.create(tmp_path / "run", Config())
-    for step in (1, 2):
-        run.log(step, {"loss": 5.0 / step, "grad_norm": 1.0})
-    assert "<h3>Loss</h3>" in write_report(run.path).read_text()
-
-
-def test_a_run_killed_while_writing_a_line(tmp_path):
+def test_an_incomplete_line_and_a_damaged_or_missing_recipe_still_give_a_report(tmp_path):
     run = make_run(tmp_path / "run", steps=4)
     for path in (run.metrics, run.rollouts):
         path.write_bytes(path.read_bytes()[:-40])
-    assert write_report(run.path).exists()
-
-
-def test_a_missing_or_damaged_recipe_still_gives_a_report(tmp_path):
-    run = make_run(tmp_path / "run", steps=2)
+    assert "<h3>Reward</h3>" in report_of(run)
     (run.path / "config.toml").write_text("[train\n")
-    write_report(run.path)
+    assert "[train" in report_of(run)
     (run.path / "config.toml").unlink()
-    write_report(run.path)
-
-
-def test_rollouts_of_another_shape_are_shown_as_far_as_possible(tmp_path):
-    run = RunDir.create(tmp_path / "run", Config())
-    run.log(1, {"loss": 1.0})
-    odd = [
-        {"step": 1},
-        {"step": 1, "rollouts": [{}, 5, {"turns": [None, {"reward_parts": [1], "text": 7}]}]},
-        {"step": 2, "rollouts": {"a": 1}, "answers": "x", "question": None},
-    ]
-    run.rollouts.write_text("".join(json.dumps(line) + "\n" for line in odd))
-    groups = Page(write_report(run.path).read_text(encoding="utf-8")).data["groups"]
-    assert len(groups) == 3 and groups[1]["rollouts"][1]["turns"][0]["text"] == "7"
+    assert "<h3>Reward</h3>" in report_of(run)
 
 
 def test_metrics_run_directory_report_and_console_load_no_torch():
@@ -567,12 +453,15 @@ def test_tick_labels_are_distinct():
         assert len(set(labels)) == len(labels), labels
 
 
+def chart_of(lines, title: str) -> Chart | None:
+    return next((chart for chart in curves(lines) if chart.title == title), None)
+
+
 def test_reward_by_turn_needs_two_turns():
     lines = [{"step": 1, "reward/turn_1": 0.5}]
-    assert "Reward by turn" not in [chart.title for chart in curves(lines)]
-    lines[0]["reward/turn_2"] = 0.25
-    (chart,) = [chart for chart in curves(lines) if chart.title == "Reward by turn"]
-    assert [series.name for series in chart.series] == ["turn 1", "turn 2"]
+    assert chart_of(lines, "Reward by turn") is None
+    chart = chart_of([{**lines[0], "reward/turn_2": 0.25}], "Reward by turn")
+    assert chart and [series.name for series in chart.series] == ["turn 1", "turn 2"]
 
 
 def test_a_rare_turn_is_drawn_as_marks():
@@ -580,28 +469,31 @@ def test_a_rare_turn_is_drawn_as_marks():
     for step in (3, 4, 19):
         lines[step - 1]["reward/turn_3"] = 0.9
     (chart,) = curves(lines)
-    assert [series.sparse for series in chart.series] == [False, False, True]
     drawn = draw(chart, step_axis(lines), 0)
     assert 'class="line c2"' in drawn and 'class="line c3"' not in drawn
-    assert re.search(r'class="dots c3" d="([^"]+)"', drawn)[1].count("h0") == 3
+    (dots,) = re.findall(r'class="dots c3" d="([^"]+)"', drawn)
+    assert dots.count("h0") == 3 and 'class="dots c2"' not in drawn
 
 
-def test_phases_add_up_to_the_step():
-    lines = [
-        {"step": s, "time/rollout": 1.0, "time/train": 2.0, "time/save": 0.5, "time/step": 3.6}
-        for s in (1, 2)
-    ]
-    (chart,) = [c for c in curves(lines) if c.title == "Time per step"]
-    assert {s.name: round(s.points[0][1], 6) for s in chart.series} == {
-        "rollout": 1.0,
-        "train": 2.0,
-        "other": 0.6,
+def test_a_warm_start_has_a_loss_chart():
+    assert chart_of([{"step": 1, "loss": 5.0}], "Loss")
+    assert not chart_of([{"step": 1, "loss": 5.0, "reward/outcome": 1.0}], "Loss")
+
+
+def test_derived_charts():
+    times_s = {"time/rollout": 1.0, "time/train": 2.0, "time/save": 0.5, "time/step": 4.0}
+    lines = [{"step": s, "tokens": 10, "sync_gap": 0.0, **times_s} for s in (1, 2)]
+    assert {
+        chart.title: {series.name: series.points[0][1] for series in chart.series}
+        for chart in curves([*lines, {"step": 2, "tokens": 7}])
+    } == {
+        "Time per step": {"rollout": 1.0, "train": 2.0, "other": 1.0},
+        "Throughput": {"in the batch": 2.5},
     }
 
 
 def test_a_chart_of_one_point_shows_a_dot():
     series = Series(name="a<b", points=[(3.0, 0.5)], colour=1)
-    text = draw(
-        Chart(title="T<", note="", series=(series,), share=True), step_axis([{"step": 3}]), 0
-    )
+    chart = Chart(title="T<", note="", series=(series,), kind="share")
+    text = draw(chart, step_axis([{"step": 3}]), 0)
     assert 'class="dots' in text and "T&lt;" in text and "a&lt;b" in text

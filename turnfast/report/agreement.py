@@ -18,43 +18,38 @@ SIGNIFICANT = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How one part of the turn rewards correlates with success.
-
-    Attributes:
-        points: the correlation at every step that has one.
-        mean: over those steps.
-        num_negative: number of steps in which it was significantly below 0.
-        negative: the mean is below 0, significantly over the run or in at least one step.
-    """
+    """How one part of the turn rewards correlates with success."""
 
     part: str
     points: Points
-    mean: float
+    """The correlation at every step that has one."""
     num_negative: int
-    negative: bool
+    """Number of steps in which it was significantly below 0."""
+
+    @property
+    def mean(self) -> float:
+        return fmean(value for _, value in self.points)
+
+    @property
+    def negative(self) -> bool:
+        """Whether the mean is below 0, significantly over the run or in at least one step."""
+        values = [value for _, value in self.points]
+        if self.mean >= 0 or self.num_negative:
+            return self.mean < 0
+        return len(values) > 4 and self.mean < -SIGNIFICANT * stdev(values) / math.sqrt(len(values))
 
 
 def agreements(lines: Sequence[Mapping[str, Any]]) -> list[Agreement]:
     """Return the agreement of every part, lowest mean first; empty without turn rewards."""
     names = {name for line in lines for name in line if name.startswith(PREFIX)}
-    found = []
-    for name in names:
-        part, points = name.removeprefix(PREFIX), points_of(lines, name)
-        if not points:
-            continue
-        values = [value for _, value in points]
-        num_negative = sum(part in (line.get("wrong_way") or ()) for line in lines)
-        mean = fmean(values)
-        limit = (
-            SIGNIFICANT * stdev(values) / math.sqrt(len(values)) if len(values) > 4 else math.inf
+    measured = [
+        Agreement(
+            part=part,
+            points=points,
+            num_negative=sum(part in (line.get("wrong_way") or ()) for line in lines),
         )
-        found.append(
-            Agreement(
-                part=part,
-                points=points,
-                mean=mean,
-                num_negative=num_negative,
-                negative=mean < 0 and (num_negative > 0 or mean < -limit),
-            )
-        )
-    return sorted(found, key=lambda agreement: (agreement.mean, agreement.part))
+        for name in names
+        for part in [name.removeprefix(PREFIX)]
+        if (points := points_of(lines, name))
+    ]
+    return sorted(measured, key=lambda agreement: (agreement.mean, agreement.part))

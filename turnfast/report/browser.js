@@ -108,14 +108,14 @@
   }
 
   function turnView(turn, index, largest) {
-    const calls = turn.calls ? `${turn.successes} of ${turn.calls} tool calls` : null;
+    const calls = turn.tool_calls ? `${turn.tool_successes} of ${turn.tool_calls} tool calls` : null;
     const finish = turn.finish === "length" ? el("span", "failed", "cut at the token limit") : null;
-    const head = el("header", "", el("b", "", `Turn ${index + 1}`), el("span", "", turn.tokens === 1 ? "1 token" : `${turn.tokens ?? "?"} tokens`),
+    const head = el("header", "", el("b", "", `Turn ${index + 1}`), el("span", "", turn.tokens === 1 ? "1 token" : `${turn.tokens} tokens`),
       calls && el("span", "", calls), finish);
     const chip = advantage(turn.advantage, largest);
     chip.title = "advantage of this turn";
     head.append(chip);
-    const named = Object.entries(turn.parts);
+    const named = Object.entries(turn.reward_parts);
     const rewards = parts(named.length || turn.reward === null ? named : [["turn reward", turn.reward]]);
     const sampled = el("pre", "sampled", turn.text || " ");
     sampled.dir = "auto";
@@ -135,8 +135,8 @@
       el("span", rollout.failed ? "failed" : "", statusText(rollout)),
       rollout.outcome === null ? null : ` \u00b7 outcome ${fixed(rollout.outcome, 2)}`,
       rollout.error ? el("pre", "reply", rollout.error) : null,
-      parts(Object.entries(rollout.parts)),
-      parts(Object.entries(rollout.metrics).filter(([name]) => !(name in rollout.parts))));
+      parts(Object.entries(rollout.outcome_parts)),
+      parts(Object.entries(rollout.metrics).filter(([name]) => !(name in rollout.outcome_parts))));
     view.append(outcome);
     return view;
   }
@@ -170,7 +170,8 @@
     });
     const question = el("p", "question", group.question);
     question.dir = "auto";
-    const accepted = group.answers.length ? `accepted answers: ${group.answers.join(" \u00b7 ")}` : "";
+    const answers = group.answers.slice(0, 20).join(" \u00b7 ");
+    const accepted = answers ? `accepted answers: ${answers}` : "";
     const rollout = group.rollouts[selected.rollout];
     const note = group.rule && !hasAdvantage(group) ? "All advantages are 0: this group gives no gradient." : "";
     body.replaceChildren(question, el("p", "answers", accepted), note ? el("p", "answers", note) : "",
@@ -178,10 +179,10 @@
     try { history.replaceState(null, "", `#${selected.page}.${selected.group}.${selected.rollout}`); } catch { /* browsers may refuse it for file: pages */ }
   }
 
-  const changePage = (by) => { selected.page = Math.max(0, Math.min(keys.length - 1, selected.page + by)); selected.group = firstGroup(keys[selected.page]); show(); };
-  back.addEventListener("click", () => changePage(-1));
-  next.addEventListener("click", () => changePage(1));
-  steps.addEventListener("change", () => { selected.page = steps.selectedIndex; selected.group = firstGroup(keys[selected.page]); show(); });
+  const showPage = (page) => { selected.page = page; selected.group = firstGroup(keys[page]); show(); };
+  back.addEventListener("click", () => showPage(selected.page - 1));
+  next.addEventListener("click", () => showPage(selected.page + 1));
+  steps.addEventListener("change", () => showPage(steps.selectedIndex));
   groups.addEventListener("change", () => { selected.group = groups.selectedIndex; selected.rollout = 0; show(); });
 
   const place = /^#(\d+)\.(\d+)\.(\d+)$/.exec(location.hash);

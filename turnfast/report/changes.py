@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Source = Literal["eval", "train"]
-PREFIXES: tuple[tuple[Source, str], ...] = (("eval", "eval/"), ("train", ""))
+from .curves import points_of
+
 TITLES = {
     "exact_match": "exact match",
     "tool_success": "tool success",
@@ -18,46 +18,35 @@ TITLES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A metric at two steps; `source` tells whether it is of evaluation or training rollouts."""
+    """A metric at two steps."""
 
-    name: str
     title: str
-    source: Source
-    step_before: int
-    step_after: int
+    step_before: float
     before: float
+    step_after: float
     after: float
 
 
-def before_after(lines: Sequence[Mapping[str, Any]]) -> list[Change]:
+def before_after(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[Change]]:
     """Return the first and last value of each main metric that was measured twice.
 
-    The metrics are those of the evaluations, or of training if there are none.
+    Returns:
+        "eval" and the changes of the evaluations; without any, "train" and those of training.
     """
-    for source, prefix in PREFIXES:
-        changes = [
-            change
-            for name, title in TITLES.items()
-            if (change := _change(lines, prefix + name, title, source))
-        ]
-        if changes:
-            return changes
-    return []
+    changes = _changes(lines, "eval/")
+    return ("eval", changes) if changes else ("train", _changes(lines, ""))
 
 
-def _change(
-    lines: Sequence[Mapping[str, Any]], name: str, title: str, source: Source
-) -> Change | None:
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    if len(points) < 2:
-        return None
-    (step_before, before), (step_after, after) = points[0], points[-1]
-    return Change(
-        name=name,
-        title=title,
-        source=source,
-        step_before=step_before,
-        step_after=step_after,
-        before=before,
-        after=after,
-    )
+def _changes(lines: Sequence[Mapping[str, Any]], prefix: str) -> list[Change]:
+    measured = {title: points_of(lines, prefix + name) for name, title in TITLES.items()}
+    return [
+        Change(
+            title=title,
+            step_before=points[0][0],
+            before=points[0][1],
+            step_after=points[-1][0],
+            after=points[-1][1],
+        )
+        for title, points in measured.items()
+        if len(points) > 1
+    ]

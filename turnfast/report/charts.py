@@ -9,59 +9,50 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .numbers import short
 from .scales import Axis, Points, linear_axis, log_axis, smooth, thin
 
 SMOOTH_FROM = 50
-"""Noisy lines with fewer points are not smoothed."""
+"""Lines with fewer points are not smoothed."""
+
+
+Kind = Literal["linear", "share", "log", "stacked"]
+"""The y axis: "share" is 0 to 1; "log" needs positive values that span more than a decade, and is
+linear otherwise; "stacked" draws areas on top of each other, of series with the same steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One line of a chart.
-
-    Attributes:
-        colour: 1 to 6.
-        noisy: draw a smoothed line on top of a long one.
-        dotted: mark every measurement.
-        sparse: draw marks only, for few steps far apart.
-    """
+    """One line of a chart."""
 
     name: str
     points: Points
     colour: int
-    noisy: bool = False
+    """1 to 6."""
     dotted: bool = False
-    sparse: bool = False
+    """Mark every measurement; other long series are smoothed."""
+    line: bool = True
+    """Connect the points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A set of series over the training step.
-
-    Attributes:
-        note: one sentence below the chart.
-        share: the values are shares; the axis goes from 0 to 1.
-        log: logarithmic axis, if all values are positive and span more than a decade.
-        stacked: areas on top of each other; all series have the same steps.
-    """
+    """A set of series over the training step, with one sentence below it."""
 
     title: str
     note: str
     series: tuple[Series, ...]
-    share: bool = False
-    log: bool = False
-    stacked: bool = False
+    kind: Kind = "linear"
 
 
 def draw(chart: Chart, x: Axis, index: int) -> str:
     """Return the chart as a `<figure>`; `index` is the index of its `hover_data` in the page."""
     y = _y_axis(chart)
-    layers = _stack(chart) if chart.stacked else [s.points for s in chart.series]
+    layers = _stack(chart) if chart.kind == "stacked" else [s.points for s in chart.series]
     shapes = "".join(_grid(x, y))
-    if chart.stacked:
+    if chart.kind == "stacked":
         floor = [(step, 0.0) for step, _ in layers[0]]
         for series, top in zip(chart.series, layers, strict=True):
             shapes += _area(floor, top, series.colour, x, y)
@@ -69,7 +60,7 @@ def draw(chart: Chart, x: Axis, index: int) -> str:
     else:
         # the first series is the main one: it is drawn last, on top
         for series in reversed(chart.series):
-            shapes += _line(series, x, y, chart.log)
+            shapes += _line(series, x, y, smoothed=chart.kind != "log")
     ticks_y = "".join(
         f'<span style="bottom:{_percent(y.share(tick))}">{html.escape(y.label(tick))}</span>'
         for tick in y.ticks
@@ -127,14 +118,14 @@ def short_step(step: float) -> str:
 
 
 def _y_axis(chart: Chart) -> Axis:
-    if chart.share:
+    if chart.kind == "share":
         return linear_axis(0.0, 1.0)
-    layers = _stack(chart)[-1:] if chart.stacked else [s.points for s in chart.series]
+    layers = _stack(chart)[-1:] if chart.kind == "stacked" else [s.points for s in chart.series]
     values = [value for points in layers for _, value in points]
     low, high = min(values), max(values)
-    if chart.log and low > 0 and high > 10 * low:
+    if chart.kind == "log" and low > 0 and high > 10 * low:
         return log_axis(low, high)
-    if chart.stacked or 0 <= low < 0.5 * high:
+    if chart.kind == "stacked" or 0 <= low < 0.5 * high:
         low = 0.0
     if low == high == 0.0:
         high = 1.0
@@ -159,17 +150,16 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     ]
 
 
-def _line(series: Series, x: Axis, y: Axis, log: bool) -> str:
+def _line(series: Series, x: Axis, y: Axis, *, smoothed: bool) -> str:
     points = series.points
-    smoothed = series.noisy and len(points) >= SMOOTH_FROM and not log
     colour = f"c{series.colour}"
     text = ""
-    if smoothed:
+    if smoothed and not series.dotted and len(points) >= SMOOTH_FROM:
         text += f'<path class="line raw {colour}" d="{_path(thin(points), x, y)}"/>'
         points = smooth(points, max(5, len(points) // 20))
-    if not series.sparse:
+    if series.line:
         text += f'<path class="line {colour}" d="{_path(thin(points), x, y)}"/>'
-    if series.dotted or series.sparse or len(points) == 1:
+    if series.dotted or len(points) == 1:
         # lines of length 0 have round ends even when the SVG is stretched; circles do not
         dots = "".join(f"M{_x(step, x)} {_y(value, y)}h0" for step, value in thin(points, 60))
         text += f'<path class="dots {colour}" d="{dots}"/>'

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -23,18 +23,19 @@ from .changes import before_after
 from .numbers import signed
 
 STEP_METRICS = {
-    "reward/outcome": ("outcome", "{:.3f}"),
-    "reward/turn": ("turn reward", "{:.3f}"),
-    "tool_success": ("tool", "{:.2f}"),
-    "exact_match": ("exact match", "{:.2f}"),
-    "logprob_gap": ("log-prob gap", "{:.1e}"),
-    "failed": ("failed", "{:.0%}"),
+    "reward/outcome": "outcome {:.3f}",
+    "reward/turn": "turn reward {:.3f}",
+    "tool_success": "tool {:.2f}",
+    "exact_match": "exact match {:.2f}",
+    "logprob_gap": "log-prob gap {:.1e}",
+    "failed": "failed {:.0%}",
+    "time/step": "{:.1f} s",
 }
-"""Label and format of the metrics of a training step."""
+SFT_METRICS = {"loss": "loss {:.4f}", "time/step": "{:.1f} s"}
 EVAL_METRICS = {
-    "eval/exact_match": "exact match",
-    "eval/tool_success": "tool success",
-    "eval/reward/outcome": "outcome",
+    "eval/exact_match": "exact match {:.3f}",
+    "eval/tool_success": "tool success {:.3f}",
+    "eval/reward/outcome": "outcome {:.3f}",
 }
 PLAIN_WIDTH = 200
 """Characters per line without a terminal."""
@@ -46,67 +47,33 @@ def step_line(metrics: Mapping[str, Any], *, width: int = PLAIN_WIDTH) -> str:
     >>> step_line({"reward/outcome": 1.5, "tool_success": 0.5, "time/step": 1.62})
     'outcome 1.500  tool 0.50  1.6 s'
     """
-    names = STEP_METRICS if "reward/outcome" in metrics else {"loss": ("loss", "{:.4f}")}
-    parts = [
-        f"{label} {form.format(metrics[name])}"
-        for name, (label, form) in names.items()
-        # no failures is the normal case
-        if metrics.get(name) is not None and not (name == "failed" and metrics[name] == 0)
-    ]
-    if metrics.get("time/step") is not None:
-        parts.append(f"{metrics['time/step']:.1f} s")
+    # no failures is the normal case
+    shown = {**metrics, "failed": metrics.get("failed") or None}
+    parts = _format(shown, STEP_METRICS if "reward/outcome" in metrics else SFT_METRICS)
     while len(parts) > 1 and len("  ".join(parts)) > width:
         parts.pop(-2)
     return "  ".join(parts)
 
 
-def evaluation_line(metrics: Mapping[str, Any]) -> str:
-    """Format the metrics of an evaluation; empty without any."""
-    parts = [
-        f"{label} {metrics[name]:.3f}"
-        for name, label in EVAL_METRICS.items()
-        if metrics.get(name) is not None
-    ]
-    return "  ".join(parts)
-
-
 def closing_table(lines: Sequence[Mapping[str, Any]], report: Path | None = None) -> str:
     """Return the table that a run prints last: first and last metrics, and the report's path."""
-    rows = before_after(lines)
-    text = ""
-    if rows:
-        head = f"{rows[0].source} at step"
-        width = max(len(head), *(len(row.title) for row in rows))
-        text = f"{head:<{width}}  {rows[0].step_before:>8}  {rows[0].step_after:>8}\n"
-        for row in rows:
-            change = signed(row.after - row.before, 3)
-            text += f"{row.title:<{width}}  {row.before:8.3f}  {row.after:8.3f}  {change:>8}\n"
+    source, changes = before_after(lines)
+    rows = [
+        (c.title, f"{c.before:.3f}", f"{c.after:.3f}", signed(c.after - c.before, 3))
+        for c in changes
+    ]
+    if changes:
+        rows.insert(
+            0, (f"{source} at step", str(changes[0].step_before), str(changes[0].step_after), "")
+        )
+    width = max((len(title) for title, *_ in rows), default=0)
+    text = "".join(
+        f"{title:<{width}}  {before:>8}  {after:>8}  {change:>8}".rstrip() + "\n"
+        for title, before, after, change in rows
+    )
     if report:
         text += f"\nreport  {report}\n" if rows else f"report  {report}\n"
     return text
-
-
-class View(Protocol):
-    """Where progress is shown."""
-
-    def advance(self, step: int, line: str) -> None: ...
-
-    def print(self, text: str) -> None:
-        """Print a line above the progress."""
-        ...
-
-    def close(self) -> None: ...
-
-    @property
-    def width(self) -> int:
-        """Characters available for the metrics of a step."""
-        ...
-
-
-def open_view(label: str, total: int, *, done: int = 0, stream: TextIO = sys.stdout) -> View:
-    """Return a progress bar if the stream is a terminal, otherwise plain lines."""
-    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return _Bar(label, total, done, stream) if terminal else _Lines(label, total, stream)
 
 
 class Progress:
@@ -116,7 +83,7 @@ class Progress:
         run_dir: the folder of metrics.jsonl and report.html, for the closing table.
         total: the last step.
         done: the steps of earlier runs (with `--resume`).
-        label: what the steps are ("train", "warm start").
+        label: the kind of steps ("train", "sft").
         stream: standard output if None.
     """
 
@@ -129,38 +96,43 @@ class Progress:
         label: str = "train",
         stream: TextIO | None = None,
     ) -> None:
+        stream = stream or sys.stdout
+        terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._run_dir = run_dir
-        self._view = open_view(label, total, done=done, stream=stream or sys.stdout)
+        self._view = _Bar(label, total, done, stream) if terminal else _Lines(label, total, stream)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a training step, of an evaluation or of both."""
         if any(not name.startswith("eval/") and name != "step" for name in metrics):
             self._view.advance(step, step_line(metrics, width=self._view.width))
-        evaluation = evaluation_line(metrics)
+        evaluation = _format(metrics, EVAL_METRICS)
         if evaluation:
-            self.note(f"eval at step {step}: {evaluation}")
+            self.note(f"eval at step {step}: {'  '.join(evaluation)}")
 
     def note(self, text: str) -> None:
         """Print a line above the progress."""
         self._view.print(text)
 
-    def finish(self) -> None:
-        """Stop the bar and print the closing table."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
         self._view.close()
+        if kind is not None:
+            return
         metrics, report = self._run_dir / "metrics.jsonl", self._run_dir / "report.html"
         lines = list(read_lines(metrics)) if metrics.exists() else []
         text = closing_table(lines, report if report.exists() else None)
         if text:
             self._view.print("\n" + text.rstrip("\n"))
 
-    def __enter__(self) -> Progress:
-        return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self._view.close()
+def _format(metrics: Mapping[str, Any], formats: Mapping[str, str]) -> list[str]:
+    return [
+        text.format(metrics[name])
+        for name, text in formats.items()
+        if metrics.get(name) is not None
+    ]
 
 
 class _Lines:
@@ -195,6 +167,7 @@ class _Bar:
 
     @property
     def width(self) -> int:
+        """Characters available for the metrics of a step."""
         return self._bar.console.width - self._other_columns
 
     def advance(self, step: int, line: str) -> None:

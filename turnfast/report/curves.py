@@ -2,157 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .charts import Chart, Series
+from .charts import Chart, Kind, Series
 from .scales import Axis, Points, linear_axis
 
 Lines = Sequence[Mapping[str, Any]]
-PHASES = ("rollout", "train", "score", "pack", "sync", "other")
-MOST_TURNS = 6
-SPARSE_SHARE = 0.3
+PHASES = ("rollout", "train", "score", "pack", "sync")
+MAX_TURNS = 6
+RARE = 0.3
+"""A turn with fewer than this share of the points of the most frequent turn is drawn as marks."""
+NEGLIGIBLE = 0.005
+"""Phases below this share of every step are not drawn."""
 
 
 def curves(lines: Lines) -> list[Chart]:
     """Return the charts for which the run has metrics, in the order of the page."""
+
+    def chart(title: str, note: str, series: Mapping[str, str], kind: Kind = "linear") -> Chart:
+        return Chart(title=title, note=note, series=_series(lines, series), kind=kind)
+
+    def by_turn(title: str, note: str, name: str, kind: Kind = "linear") -> Chart:
+        return Chart(title=title, note=note, series=_turn_series(lines, name), kind=kind)
+
+    # the value of the policy loss has no meaning, only its gradient has
+    has_loss = not any("reward/outcome" in line for line in lines)
+    timed = [line for line in lines if line.get("time/step")]
     charts = [
-        _chart(
+        chart(
             "Exact match",
             "Share of rollouts whose answer equals an accepted one.",
-            [
-                _series(lines, "eval/exact_match", "eval", 1, dotted=True),
-                _series(lines, "exact_match", "train", 2, noisy=True),
-            ],
-            share=True,
+            {"eval/exact_match": "eval", "exact_match": "train"},
+            "share",
         ),
-        _chart(
+        chart(
             "Tool success",
             "Share of tool calls that succeeded, per rollout; 0 for a rollout without calls.",
-            [
-                _series(lines, "eval/tool_success", "eval", 1, dotted=True),
-                _series(lines, "tool_success", "train", 2, noisy=True),
-            ],
-            share=True,
+            {"eval/tool_success": "eval", "tool_success": "train"},
+            "share",
         ),
-        _chart(
+        chart(
             "Reward",
             "Mean per rollout: the outcome reward, and the sum of the turn rewards.",
-            [
-                _series(lines, "reward/outcome", "outcome", 1, noisy=True),
-                _series(lines, "reward/turn", "turns", 2, noisy=True),
-            ],
+            {"reward/outcome": "outcome", "reward/turn": "turns"},
         ),
-        _chart(
-            "Reward by turn",
-            "Mean over the rollouts that reached the turn.",
-            _turn_series(lines, "reward"),
-        ),
-        _chart(
+        by_turn("Reward by turn", "Mean over the rollouts that reached the turn.", "reward"),
+        by_turn(
             "Advantage standard deviation by turn",
             "Over all trained turns of that index; at 0 all have the same advantage.",
-            _turn_series(lines, "advantage_std"),
+            "advantage_std",
         ),
-        _chart(
-            "Turns reached",
-            "Share of rollouts with at least that many turns.",
-            _turn_series(lines, "reached"),
-            share=True,
+        by_turn(
+            "Turns reached", "Share of rollouts with at least that many turns.", "reached", "share"
         ),
-        _chart(
+        chart(
             "Loss",
             "Mean negative log-probability of the demonstration tokens.",
-            # the value of the policy loss has no meaning, only its gradient has
-            []
-            if _has(lines, "reward/outcome")
-            else [_series(lines, "loss", "loss", 1, noisy=True)],
+            {"loss": "loss"} if has_loss else {},
         ),
-        _chart(
+        chart(
             "Entropy",
             "Mean per trained token, in nats. Near 0 the policy no longer explores.",
-            [_series(lines, "entropy", "entropy", 1, noisy=True)],
+            {"entropy": "entropy"},
         ),
-        _chart(
-            "Entropy by turn",
-            "Mean per trained token of the turn, in nats.",
-            _turn_series(lines, "entropy"),
-        ),
-        _chart(
+        by_turn("Entropy by turn", "Mean per trained token of the turn, in nats.", "entropy"),
+        chart(
             "Log-prob gap",
             "|sampler − trainer| per token. A rise means that their probabilities differ.",
-            [
-                _series(lines, "logprob_gap", "mean", 1),
-                _series(lines, "logprob_gap/max", "largest", 2),
-                # 0 if sampler and trainer share the model
-                _series(
-                    [line for line in lines if line.get("sync_gap")], "sync_gap", "after sync", 3
-                ),
-            ],
-            log=True,
+            {"logprob_gap": "mean", "logprob_gap/max": "largest", "sync_gap": "after sync"},
+            "log",
         ),
-        _chart(
-            "Sampler divergence by turn",
-            "KL(sampler ‖ trainer) per token.",
-            _turn_series(lines, "kl_sampler"),
-            log=True,
+        by_turn(
+            "Sampler divergence by turn", "KL(sampler ‖ trainer) per token.", "kl_sampler", "log"
         ),
-        _chart(
+        by_turn(
             "Update divergence by turn",
             "KL(old ‖ new policy) per token, before the last optimizer step.",
-            _turn_series(lines, "kl_old"),
-            log=True,
+            "kl_old",
+            "log",
         ),
-        _chart(
-            "Reference divergence",
-            "KL(policy ‖ reference) per token.",
-            [_series(lines, "kl", "mean", 1, noisy=True)],
-        ),
-        _chart(
+        chart("Reference divergence", "KL(policy ‖ reference) per token.", {"kl": "mean"}),
+        chart(
             "Critic",
             "Share of the variance of the targets that the values explain.",
-            [_series(lines, "explained_variance", "explained variance", 1, noisy=True)],
+            {"explained_variance": "explained variance"},
         ),
-        _chart(
+        chart(
             "Largest ratio",
             "Largest new/old probability ratio of a token, before clipping.",
-            [_series(lines, "ratio/max", "max", 1)],
-            log=True,
+            {"ratio/max": "max"},
+            "log",
         ),
-        _chart(
-            "Gradient norm",
-            "Before clipping.",
-            [_series(lines, "grad_norm", "norm", 1, noisy=True)],
-            log=True,
+        chart("Gradient norm", "Before clipping.", {"grad_norm": "norm"}, "log"),
+        Chart(
+            title="Time per step",
+            note="Seconds in each phase.",
+            series=_phase_series(timed),
+            kind="stacked",
         ),
-        _chart("Time per step", "Seconds in each phase.", _time_series(lines), stacked=True),
-        _chart(
-            "Throughput",
-            "Tokens per second of the whole step time.",
-            [
-                _rate(lines, "tokens", "in the batch", 1),
-                _rate(lines, "tokens_trained", "trained", 2),
-            ],
+        Chart(
+            title="Throughput",
+            note="Tokens per second of the whole step time.",
+            series=_rate_series(timed, {"tokens": "in the batch", "tokens_trained": "trained"}),
         ),
-        _chart(
+        chart(
             "Rollout utilisation",
             "Share of slots in use, of time with the last quarter of the rollouts, and of time in "
             "which all rollouts wait for tools.",
-            [
-                _series(lines, "rollout/utilisation", "slots in use", 1, noisy=True),
-                _series(lines, "rollout/tail", "tail", 2, noisy=True),
-                _series(lines, "rollout/tool_wait", "waiting for tools", 3, noisy=True),
-            ],
-            share=True,
+            {
+                "rollout/utilisation": "slots in use",
+                "rollout/tail": "tail",
+                "rollout/tool_wait": "waiting for tools",
+            },
+            "share",
         ),
-        _chart(
+        chart(
             "Unused rollouts",
             "Groups with equal rewards give no gradient; failed rollouts are not trained on.",
-            [
-                _series(lines, "zero_signal_groups", "groups without signal", 1, noisy=True),
-                _series(lines, "failed", "failed", 2, noisy=True),
-                _series(lines, "truncated", "turns cut at the token limit", 3, noisy=True),
-            ],
+            {
+                "zero_signal_groups": "groups without signal",
+                "failed": "failed",
+                "truncated": "turns cut at the token limit",
+            },
         ),
     ]
     return [chart for chart in charts if chart.series]
@@ -175,63 +148,53 @@ def points_of(lines: Lines, name: str) -> Points:
     ]
 
 
-def _has(lines: Lines, name: str) -> bool:
-    return any(name in line for line in lines)
+def _series(lines: Lines, names: Mapping[str, str]) -> tuple[Series, ...]:
+    """One series for each metric that has values; `names` maps metrics to their titles."""
+    series = []
+    for colour, (name, title) in enumerate(names.items(), 1):
+        points = points_of(lines, name)
+        if name == "sync_gap":  # 0 if sampler and trainer share the model
+            points = [(step, gap) for step, gap in points if gap]
+        if points:
+            dotted = name.startswith("eval/")
+            series.append(Series(name=title, points=points, colour=colour, dotted=dotted))
+    return tuple(series)
 
 
-def _chart(title: str, note: str, series: Iterable[Series | None], **options: bool) -> Chart:
-    kept = tuple(s for s in series if s is not None)
-    return Chart(title=title, note=note, series=kept, **options)
+def _turn_series(lines: Lines, name: str) -> tuple[Series, ...]:
+    turns = range(1, MAX_TURNS + 1)
+    series = _series(lines, {f"{name}/turn_{k}": f"turn {k}" for k in turns})
+    if all(s.colour == 1 for s in series):  # needs a second turn
+        return ()
+    enough = RARE * max(len(s.points) for s in series)
+    return tuple(
+        s if len(s.points) >= enough else replace(s, dotted=True, line=False) for s in series
+    )
 
 
-def _series(
-    lines: Lines, name: str, title: str, colour: int, *, noisy: bool = False, dotted: bool = False
-) -> Series | None:
-    points = points_of(lines, name)
-    if not points:
-        return None
-    return Series(name=title, points=points, colour=colour, noisy=noisy, dotted=dotted)
-
-
-def _turn_series(lines: Lines, name: str) -> list[Series | None]:
-    found = [
-        _series(lines, f"{name}/turn_{k}", f"turn {k}", k, noisy=True)
-        for k in range(1, MOST_TURNS + 1)
-    ]
-    # marks instead of a line for a turn that only a few steps reach
-    most_points = max((len(series.points) for series in found if series), default=0)
-    marked = [s and replace(s, sparse=len(s.points) < SPARSE_SHARE * most_points) for s in found]
-    return marked if any(marked[1:]) else []
-
-
-def _rate(lines: Lines, name: str, title: str, colour: int) -> Series | None:
-    timed = [line for line in lines if line.get("time/step")]
-    points = [
-        (step, count / line["time/step"])
+def _rate_series(timed: Lines, names: Mapping[str, str]) -> tuple[Series, ...]:
+    """Metrics divided by the time of their step."""
+    rates = [
+        {name: x / line["time/step"] for name in names for _, x in points_of([line], name)}
         for line in timed
-        for step, count in points_of([line], name)
     ]
-    return Series(name=title, points=points, colour=colour, noisy=True) if points else None
+    return _series(
+        [{"step": line["step"], **r} for line, r in zip(timed, rates, strict=True)], names
+    )
 
 
-def _time_series(lines: Lines) -> list[Series | None]:
-    timed = [line for line in lines if line.get("time/step")]
-    if not timed:
-        return []
-    # all phases that are not in PHASES are shown as "other"
-    named = [phase for phase in PHASES[:-1] if any(line.get(f"time/{phase}") for line in timed)]
-    columns = {p: [float(line.get(f"time/{p}") or 0.0) for line in timed] for p in named}
-    rest = [
-        max(0.0, line["time/step"] - sum(column[i] for column in columns.values()))
-        for i, line in enumerate(timed)
-    ]
-    if any(value > 0.005 * line["time/step"] for value, line in zip(rest, timed, strict=True)):
-        columns["other"] = rest
-    return [
+def _phase_series(timed: Lines) -> tuple[Series, ...]:
+    """The times of PHASES and the rest of the step as "other", without negligible ones."""
+    columns = {p: [float(line.get(f"time/{p}") or 0.0) for line in timed] for p in PHASES}
+    phases_s = zip(*columns.values(), strict=True)
+    rest_s = [line["time/step"] - sum(t) for line, t in zip(timed, phases_s, strict=True)]
+    columns["other"] = [max(0.0, time_s) for time_s in rest_s]
+    return tuple(
         Series(
             name=phase,
-            points=[(line["step"], value) for line, value in zip(timed, column, strict=True)],
-            colour=PHASES.index(phase) + 1,
+            points=[(line["step"], time_s) for line, time_s in zip(timed, column, strict=True)],
+            colour=colour,
         )
-        for phase, column in columns.items()
-    ]
+        for colour, (phase, column) in enumerate(columns.items(), 1)
+        if any(t > NEGLIGIBLE * line["time/step"] for t, line in zip(column, timed, strict=True))
+    )

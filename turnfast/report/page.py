@@ -33,10 +33,7 @@ def build_page(
     axis = step_axis(lines)
     charts = curves(lines)
     script = _read("browser.js")
-    data = {
-        "charts": [hover_data(chart, axis) for chart in charts],
-        "groups": logged.groups,
-    }
+    data = {"charts": [hover_data(chart, axis) for chart in charts], "groups": logged.groups}
     return Template(_read("page.html")).substitute(
         title=text(f"{name} · turnfast"),
         name=text(name),
@@ -97,20 +94,16 @@ def _facts(recipe: Mapping[str, Any], lines: Lines) -> str:
 
 
 def _changes(lines: Lines) -> str:
-    rows = before_after(lines)
-    if not rows:
+    source, changes = before_after(lines)
+    if not changes:
         return '<p class="empty">The table of changes needs two measurements.</p>'
-    source = "Held-out evaluation" if rows[0].source == "eval" else "Training rollouts"
-    head = (
-        f"<thead><tr><th>{source}</th><th>step {rows[0].step_before}</th>"
-        f"<th>step {rows[0].step_after}</th><th>change</th></tr></thead>"
-    )
-    body = "".join(
-        f"<tr><th>{row.title}</th><td>{row.before:.3f}</td><td><b>{row.after:.3f}</b></td>"
-        f'<td class="{_sign(row.after - row.before)}">{signed(row.after - row.before, 3)}</td></tr>'
-        for row in rows
-    )
-    return f'<table class="changes">{head}<tbody>{body}</tbody></table>'
+    title = "Held-out evaluation" if source == "eval" else "Training rollouts"
+    steps = f"step {changes[0].step_before}", f"step {changes[0].step_after}"
+    rows = [
+        (c.title, f"{c.before:.3f}", f"<b>{c.after:.3f}</b>", _coloured(c.after - c.before, 3))
+        for c in changes
+    ]
+    return _table((title, *steps, "change"), rows, style="changes")
 
 
 def _agreement(lines: Lines) -> str:
@@ -126,71 +119,73 @@ def _agreement(lines: Lines) -> str:
         else '<p class="lead">Correlation with success between rollouts of the same task. '
         "No turn reward correlates negatively.</p>"
     )
-    head = (
-        "<thead><tr><th>turn reward</th><th>mean</th><th></th><th>first</th>"
-        "<th>last</th><th>steps significantly below 0</th></tr></thead>"
-    )
-    body = "".join(
-        f"<tr><th>{text(part.part)}</th>"
-        f'<td class="{_sign(part.mean)}"><b>{signed(part.mean, 2)}</b></td>'
-        f"<td>{sparkline(part.points)}</td>"
-        f"<td>{signed(part.points[0][1], 2)}</td><td>{signed(part.points[-1][1], 2)}</td>"
-        f"<td>{part.num_negative} of {len(part.points)}</td></tr>"
+    head = ("turn reward", "mean", "", "first", "last", "steps significantly below 0")
+    rows = [
+        (
+            text(part.part),
+            f"<b>{_coloured(part.mean, 2)}</b>",
+            sparkline(part.points),
+            signed(part.points[0][1], 2),
+            signed(part.points[-1][1], 2),
+            f"{part.num_negative} of {len(part.points)}",
+        )
         for part in parts
-    )
-    return (
-        '<section aria-labelledby="agreement"><h2 id="agreement">Turn rewards and success</h2>'
-        f'{verdict}<div class="wide"><table class="metrics">{head}<tbody>{body}</tbody></table>'
-        "</div></section>\n"
-    )
+    ]
+    return _section("agreement", "Turn rewards and success", verdict + _table(head, rows))
 
 
 def _faults(lines: Lines) -> str:
     """The table of faults and tool errors by kind; empty for a run without any."""
-    kinds = {
-        name
+    counts = {
+        name: [count for _, count in points_of(lines, name)]
         for name in _numeric_names(lines)
         if name.removeprefix("eval/").startswith(("fault/", "tool_error/"))
     }
-    counts = {name: [count for _, count in points_of(lines, name)] for name in kinds}
-    found = {name: values for name, values in counts.items() if sum(values)}
-    if not found:
+    rows = [
+        (text(name), f"<b>{sum(values):,.0f}</b>", str(sum(value > 0 for value in values)))
+        for name, values in sorted(counts.items(), key=lambda item: (-sum(item[1]), item[0]))
+        if sum(values)
+    ]
+    if not rows:
         return ""
-    rows = "".join(
-        f"<tr><th>{text(name)}</th><td><b>{sum(values):,.0f}</b></td>"
-        f"<td>{sum(value > 0 for value in values)}</td></tr>"
-        for name, values in sorted(found.items(), key=lambda item: (-sum(item[1]), item[0]))
-    )
-    head = "<thead><tr><th>kind</th><th>total</th><th>steps affected</th></tr></thead>"
-    return (
-        '<section aria-labelledby="faults"><h2 id="faults">Faults</h2>'
+    lead = (
         '<p class="lead">fault: failed rollouts by cause, not trained on and in no baseline. '
         "tool_error: failed tool calls by cause.</p>"
-        f'<div class="wide"><table class="metrics">{head}<tbody>{rows}</tbody></table></div>'
-        "</section>\n"
     )
-
-
-def _sign(value: float) -> str:
-    return "up" if value > 0.0005 else "down" if value < -0.0005 else "same"
+    return _section("faults", "Faults", lead + _table(("kind", "total", "steps affected"), rows))
 
 
 def _metrics(lines: Lines) -> str:
-    rows = "".join(
-        _metric_row(name, points_of(lines, name)) for name in sorted(_numeric_names(lines))
+    rows = []
+    for name in sorted(_numeric_names(lines)):
+        points = points_of(lines, name)
+        values = [value for _, value in points]
+        numbers = (values[0], values[-1], min(values), max(values))
+        rows.append((text(name), sparkline(points), *map(short, numbers)))
+    return _table(("metric", "", "first", "last", "min", "max"), rows)
+
+
+def _section(name: str, title: str, body: str) -> str:
+    heading = f'<h2 id="{name}">{title}</h2>'
+    return f'<section aria-labelledby="{name}">{heading}{body}</section>\n'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, style: str = "metrics") -> str:
+    """Cells are HTML; the first one of a row is its heading."""
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    body = "".join(
+        f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for first, *cells in rows
     )
-    head = "<th>metric</th><th></th><th>first</th><th>last</th><th>min</th><th>max</th>"
-    return f"<table class='metrics'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _metric_row(name: str, points: list[tuple[float, float]]) -> str:
-    values = [value for _, value in points]
-    cells = (values[0], values[-1], min(values), max(values))
     return (
-        f"<tr><th>{text(name)}</th><td>{sparkline(points)}</td>"
-        + "".join(f"<td>{short(value)}</td>" for value in cells)
-        + "</tr>"
+        f'<div class="wide"><table class="{style}"><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _coloured(value: float, digits: int) -> str:
+    sign = "up" if value > 0.0005 else "down" if value < -0.0005 else "same"
+    return f'<span class="{sign}">{signed(value, digits)}</span>'
 
 
 def _numeric_names(lines: Lines) -> Iterable[str]:

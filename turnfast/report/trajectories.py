@@ -1,6 +1,6 @@
-"""The logged rollouts in the form that the page shows.
+"""The lines of rollouts.jsonl in the form that the page shows.
 
-All text is untrusted. Every string goes through `visible` and `clip`; page.py and browser.js make
+All text is untrusted. Every string is passed to `visible` and `clip`; page.py and browser.js make
 sure that it is never parsed as markup.
 """
 
@@ -20,9 +20,6 @@ TEXT_LIMIT = 20_000
 """Characters shown of one text."""
 PAGE_LIMIT = 4_000_000
 """Characters of all rollouts of a page, so that browsers open it quickly."""
-
-OLD_FAILURES = ("error", "reward_error", "timeout")
-"""Statuses of failed rollouts in runs that did not log `failed`."""
 
 # control characters except tab and newline, bidirectional marks, lone surrogates
 _INVISIBLE = re.compile(
@@ -48,9 +45,9 @@ def read_rollouts(path: Path) -> Logged:
         return Logged(groups=(), steps_shown=0, steps_logged=0)
     sizes: defaultdict[int, int] = defaultdict(int)
     for line in read_lines(path):
-        sizes[line["step"]] += len(json.dumps(_group(line)))
+        sizes[line["step"]] += len(json.dumps(_shown(line)))
     chosen = _evenly_spaced(sorted(sizes), sum(sizes.values()))
-    groups = tuple(_group(line) for line in read_lines(path) if line["step"] in chosen)
+    groups = tuple(_shown(line) for line in read_lines(path) if line["step"] in chosen)
     return Logged(groups=groups, steps_shown=len(chosen), steps_logged=len(sizes))
 
 
@@ -80,64 +77,14 @@ def _evenly_spaced(steps: Sequence[int], size: int) -> set[int]:
     return {steps[round(index * last / (count - 1))] for index in range(count)}
 
 
-def _group(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "step": line["step"],
-        "split": _text(line.get("split", "")),
-        "question": _text(line.get("question", "")),
-        "answers": [_text(answer) for answer in _items(line.get("answers"))[:20]],
-        "rule": _text(line.get("rule") or ""),
-        "rollouts": [_rollout(item) for item in _records(line.get("rollouts"))],
-    }
-
-
-def _rollout(record: Mapping[str, Any]) -> dict[str, Any]:
-    status = record.get("status", "")
-    return {
-        "index": _number(record.get("index")),
-        "status": _text(status),
-        "failed": record.get("failed", status in OLD_FAILURES) is True,
-        "masked": record.get("masked") is True,
-        "error": _text(record.get("error") or ""),
-        "outcome": _number(record.get("outcome")),
-        "parts": _numbers(record.get("outcome_parts")),
-        "metrics": _numbers(record.get("metrics")),
-        "turns": [_turn(item) for item in _records(record.get("turns"))],
-    }
-
-
-def _turn(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "text": _text(record.get("text", "")),
-        "reply": _text(record.get("reply") or ""),
-        "reward": _number(record.get("reward")),
-        "parts": _numbers(record.get("reward_parts")),
-        "advantage": _number(record.get("advantage")),
-        "finish": _text(record.get("finish", "")),
-        "tokens": _number(record.get("tokens")),
-        "calls": _number(record.get("tool_calls")),
-        "successes": _number(record.get("tool_successes")),
-    }
-
-
-def _text(value: Any) -> str:
-    return visible(clip(str(value)))
-
-
-def _number(value: Any) -> float | int | None:
+def _shown(value: Any) -> Any:
+    """Make all texts safe and short and round all numbers of a JSON value."""
+    if isinstance(value, str):
+        return visible(clip(value))
     if isinstance(value, float):
         return float(f"{value:.5g}")
-    return value if isinstance(value, int) else None
-
-
-def _numbers(value: Any) -> dict[str, float | int | None]:
-    pairs = value.items() if isinstance(value, Mapping) else ()
-    return {_text(name): _number(number) for name, number in pairs}
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _records(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in _items(value) if isinstance(item, Mapping)]
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {_shown(name): _shown(item) for name, item in value.items()}
+    return value
