@@ -1,4 +1,4 @@
-"""The judge reward, against an HTTP server in this process that can also misbehave."""
+"""The judge reward, with a scripted HTTP server as the judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 from turnfast.config.schema import RewardConfig
 from turnfast.envs import Outcome, PlayedTurn, RewardFault, Scorer, Step, Task
 from turnfast.envs.rewards.builtin import load_rewards
-from turnfast.envs.rewards.judge import Judge
 from turnfast.envs.rewards.judge_client import Endpoint, JudgeClient, JudgeError
 from turnfast.errors import ConfigError
 
@@ -31,7 +30,7 @@ def completion(text: str, status: int = 200, **headers: str):
 
 
 class Server:
-    """Answers request n with `reply(n, body)`: (status, headers, body), or None to hang."""
+    """Replies to request n with `reply(n, body)`: (status, headers, body), or None to hang."""
 
     def __init__(self, reply: Callable) -> None:
         server = self
@@ -52,11 +51,9 @@ class Server:
                     server.headers.append({k.lower(): v for k, v in self.headers.items()})
                     server.num_open += 1
                     server.max_open = max(server.max_open, server.num_open)
-                try:
-                    answer = reply(number, body)
-                finally:
-                    with lock:
-                        server.num_open -= 1
+                answer = reply(number, body)
+                with lock:
+                    server.num_open -= 1
                 if answer is None:
                     server.release.wait(60)
                     self.close_connection = True
@@ -131,7 +128,7 @@ def test_the_key_in_the_environment_is_not_sent_to_the_judge(serve, monkeypatch)
     assert server.headers[0]["authorization"] == "Bearer EMPTY"
 
 
-def test_identical_questions_share_a_request_and_answers_are_cached(serve, tmp_path):
+def test_identical_questions_share_a_request_and_replies_are_cached(serve, tmp_path):
     server = serve(lambda number, body: completion(f"answer {number}"))
     path = tmp_path / "cache" / "answers.sqlite"
     client = make_client(server, path)
@@ -144,12 +141,9 @@ def test_identical_questions_share_a_request_and_answers_are_cached(serve, tmp_p
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_transient_errors_are_retried(serve, status):
-    answers = [
-        completion("", status, **{"retry-after-ms": "5"}),
-        (status, {"retry-after-ms": "5"}, b"<html>"),
-        completion("fine"),
-    ]
-    server = serve(lambda number, body: answers[number])
+    soon = {"retry-after-ms": "5"}
+    replies = [completion("", status, **soon), (status, soon, b"<html>"), completion("fine")]
+    server = serve(lambda number, body: replies[number])
     assert ask(make_client(server), "q") == ["fine"] and len(server.bodies) == 3
 
 
@@ -166,19 +160,19 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("answer", UNREADABLE, ids=range(len(UNREADABLE)))
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
-def test_an_unreadable_answer_is_requested_again_and_never_cached(serve, answer, content_type):
+def test_an_unreadable_reply_is_requested_again_and_never_cached(serve, answer, content_type):
     status, headers, body = answer
     bad = (status, {**headers, "content-type": content_type}, body)
     server = serve(lambda number, body: completion("7") if number == 3 else bad)
     client = make_client(server, attempts=3)
     (error,) = ask(client, "q", read=int)
-    assert isinstance(error, JudgeError) and "unreadable answer" in str(error)
+    assert isinstance(error, JudgeError) and "unreadable reply" in str(error)
     assert len(server.bodies) == 3
     assert ask(client, "q", read=int) == [7]
 
 
 @pytest.mark.parametrize(("status", "num_requests"), [(401, 1), (502, 2)])
-def test_a_lasting_error_names_the_status_and_the_body(serve, status, num_requests):
+def test_a_permanent_error_names_the_status_and_the_body(serve, status, num_requests):
     headers = {"content-type": "application/json", "retry-after-ms": "5"}
     body = json.dumps({"error": {"message": "no such key"}}).encode()
     server = serve(lambda number, request: (status, headers, body))
@@ -213,7 +207,7 @@ def judge_reward(server: Server, **options):
 
 
 def score(rewards) -> dict[str, float]:
-    """The reward parts of the outcome of a trajectory with `TURNS`."""
+    """Return the reward parts of the outcome of a trajectory with `TURNS`."""
 
     async def run() -> dict[str, float]:
         scorer = Scorer(rewards, TASK)
@@ -237,9 +231,9 @@ def test_the_judge_as_a_reward(serve):
 @pytest.mark.parametrize(
     "text", ["", "7", "<score>ten</score>", "<score>11</score>", "<score>nan</score>", "<score>"]
 )
-def test_an_answer_without_a_score_is_a_reward_fault(serve, text):
+def test_a_reply_without_a_score_is_a_reward_fault(serve, text):
     rewards = judge_reward(serve(lambda number, body: completion(text)), attempts=2)
-    with pytest.raises(RewardFault, match="unreadable answer") as caught:
+    with pytest.raises(RewardFault, match="unreadable reply") as caught:
         score(rewards)
     assert caught.value.kind == "judge"
 
@@ -251,14 +245,16 @@ def test_the_deadline_of_the_reward_bounds_all_attempts(serve):
     assert caught.value.kind == "timeout"
 
 
-def test_invalid_options_are_named():
-    with pytest.raises(ConfigError, match="api_key_env: the environment variable NO_SUCH_KEY is"):
-        Judge(base_url="http://h/v1", model="m", api_key_env="NO_SUCH_KEY")
-    with pytest.raises(ConfigError, match="low = 3 must be less than high = 3"):
-        Judge(base_url="http://h/v1", model="m", low=3.0, high=3.0)
-    with pytest.raises(ConfigError, match="base_url: 'localhost' must begin with http"):
-        load_rewards(
-            [RewardConfig(function="judge", options={"base_url": "localhost", "model": "m"})]
-        )
-    with pytest.raises(ConfigError, match=r"env.rewards\[0\].options.model: this option is"):
-        load_rewards([RewardConfig(function="judge", options={"base_url": "http://h/v1"})])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env: the environment variable NO_SUCH_KEY is"),
+        ({"low": 3.0, "high": 3.0}, "low = 3 must be less than high = 3"),
+        ({"base_url": "localhost"}, "base_url: 'localhost' must begin with http"),
+        ({"model": None}, r"env.rewards\[0\].options.model: "),
+    ],
+)
+def test_invalid_options_are_named(options, message):
+    options = {"base_url": "http://h/v1", "model": "m", **options}
+    with pytest.raises(ConfigError, match=message):
+        load_rewards([RewardConfig(function="judge", options=options)])

@@ -46,8 +46,10 @@ class Reward:
             malformed ones included; "outcome", the trajectory; "answer", the trajectory if its last
             turn is an answer.
         deadline_s: per call, in seconds.
-        inline: the function takes less than about a millisecond and never waits, so it is called
-            in the event loop. Otherwise a plain function is called in a thread.
+        inline: call the function in the event loop, without a thread and without a deadline. Only
+            for plain functions that take less than a millisecond, as the built-in ones do. A thread
+            costs about 0.3 ms per call, or 6 s per training step for the 20,000 calls of 2,048
+            rollouts with three tool calls and an answer.
     """
 
     name: str

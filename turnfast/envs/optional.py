@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 
 def import_optional(module: str, *, install: str) -> Any:
-    """Import a module; raise ConfigError with the argument for `pip install` if it is missing."""
+    """Import a module; if it is missing, raise ConfigError with `install` as the pip command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

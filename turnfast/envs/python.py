@@ -6,8 +6,7 @@
     user       <result>423</result>
     assistant  <reasoning>…</reasoning><answer>423</answer>
 
-The sandbox and its limits are described in tools/sandbox.py. Without a sandbox the environment is
-not created.
+tools/sandbox.py describes the sandbox and its limits.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .tool_env import ToolEnv
 
 
 class PythonEnv(ToolEnv):
-    """Questions from a file or generated ones on numbers, and a tool that runs Python code.
+    """Questions from a file or generated questions on numbers, and a tool that runs Python code.
 
     Args:
         questions: JSONL file of questions as for env "search"; "" generates `train_tasks` and
@@ -39,9 +38,9 @@ class PythonEnv(ToolEnv):
         seed: seed of the generation or the split.
         wall_s: wall time of one run; must be less than `env.tool_timeout_s`.
         memory_mib: address space of one process.
-        unsafe_without_sandbox: the sentence in the error message, to run code without a sandbox
-            where none is available. The limits still hold, but the code can read files and use
-            the network.
+        unsafe_without_sandbox: the sentence in the error message allows running the code without a
+            sandbox if none is available. The limits still apply, except for the number of
+            processes, but the code can read files and use the network.
         options: options of `ToolEnv`.
     Raises:
         ConfigError: no sandbox is available, or the file is missing or malformed.
@@ -71,14 +70,14 @@ class PythonEnv(ToolEnv):
         if questions:
             records = split_records(read_questions(Path(questions)), share=eval_share, seed=seed)
             self._tasks = {
-                split: tuple(Task(id=r.id, question=r.question, answers=r.answers) for r in chosen)
-                for split, chosen in records.items()
+                split: tuple(Task(id=r.id, question=r.question, answers=r.answers) for r in part)
+                for split, part in records.items()
             }
         else:
             generated = _generate(seed, train_tasks + eval_tasks)
             self._tasks = {
-                "train": _number("train", generated[:train_tasks]),
-                "eval": _number("eval", generated[train_tasks:]),
+                "train": _make_tasks("train", generated[:train_tasks]),
+                "eval": _make_tasks("eval", generated[train_tasks:]),
             }
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -156,7 +155,7 @@ def _generate(seed: int, count: int) -> list[tuple[str, str]]:
     return list(generated.items())
 
 
-def _number(split: str, generated: Sequence[tuple[str, str]]) -> tuple[Task, ...]:
+def _make_tasks(split: str, generated: Sequence[tuple[str, str]]) -> tuple[Task, ...]:
     return tuple(
         Task(id=f"{split}-{i}", question=question, answers=(answer,))
         for i, (question, answer) in enumerate(generated)

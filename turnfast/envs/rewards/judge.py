@@ -6,16 +6,15 @@
     deadline_s = 120
     options = { base_url = "http://localhost:8000/v1", model = "Qwen/Qwen3-32B" }
 
-The judge reads the question, the accepted answers and the conversation, and answers with a score,
-which is rescaled to [0, 1]. If no answer contains a score, the rollout fails with a reward error;
-no default score is used.
+The judge reads the question, the accepted answers and the conversation, and replies with a score,
+which is rescaled to [0, 1]. If no reply contains a score, the rollout fails with a reward error.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -57,10 +56,10 @@ class Judge:
     Args:
         base_url, model: URL of the endpoint up to and including /v1, and the name of the model.
         prompt: template of the request; {question}, {answers}, {answer}, {conversation}, {low} and
-            {high} are filled in. The answer must contain <score>number</score>.
+            {high} are replaced. The reply must contain <score>number</score>.
         low, high: range of the judge's scores.
         api_key_env: environment variable with the API key; "" for a server without one.
-        cache: SQLite file for the answers, so that a repeated run sends no request twice.
+        cache: SQLite file of replies, so that no later run repeats a request.
         max_concurrent, attempts, request_timeout_s, max_tokens, temperature: see `Endpoint`. The
             deadline over all attempts is the reward's `deadline_s`.
     """
@@ -114,31 +113,27 @@ class Judge:
             raise RewardFault("judge", str(error)) from error
 
     def _request(self, task: Task, turns: Sequence[PlayedTurn]) -> str:
-        values: Mapping[str, str] = {
+        lines: list[str] = []
+        for turn in turns:
+            lines.append(f"[assistant] {turn.text}")
+            lines += [f"[{m['role']}] {m['content']}" for m in turn.messages]
+        values = {
             "question": task.question,
             "answers": "\n".join(task.answers) or "none",
             "answer": (read_answer(turns[-1].text) or "") if turns else "",
-            "conversation": "\n".join(_lines(turns)),
+            "conversation": "\n".join(lines),
             "low": f"{self._low:g}",
             "high": f"{self._high:g}",
         }
-        # One pass, so that "{answers}" inside the conversation is not filled in.
+        # One pass, so that "{answers}" inside the conversation is not replaced.
         return _FIELD.sub(lambda match: values[match[1]], self._prompt)
 
     def _read_score(self, text: str) -> float:
-        """Return the last score of an answer, rescaled to [0, 1]; raise ValueError without one."""
-        found = _SCORE.findall(text)
-        if not found or not _NUMBER.fullmatch(found[-1]):
+        """Return the last score in a reply, rescaled to [0, 1]; raise ValueError without one."""
+        scores = _SCORE.findall(text)
+        if not scores or not _NUMBER.fullmatch(scores[-1]):
             raise ValueError(f"no <score>number</score> in {text[-80:]!r}")
-        score = float(found[-1])
+        score = float(scores[-1])
         if not self._low <= score <= self._high:
             raise ValueError(f"the score {score:g} is outside [{self._low:g}, {self._high:g}]")
         return (score - self._low) / (self._high - self._low)
-
-
-def _lines(turns: Sequence[PlayedTurn]) -> list[str]:
-    lines: list[str] = []
-    for turn in turns:
-        lines.append(f"[assistant] {turn.text}")
-        lines += [f"[{m['role']}] {m['content']}" for m in turn.messages]
-    return lines

@@ -1,10 +1,10 @@
-"""Client of a judge model: chat completions with single-flight requests and a cache of answers.
+"""Client of a judge model: chat completions, with shared requests and a cache of replies.
 
     client = JudgeClient(Endpoint(base_url="http://localhost:8000/v1", model="judge"))
     score = await client.ask(messages, read_score)
 
 The requests go through the `openai` package, which retries failed connections, timeouts and the
-statuses 408, 409, 429 and 5xx. They run in an event loop of their own, so they continue while the
+statuses 408, 409, 429 and 5xx. They run in a background event loop, so they continue while the
 trainer's engine computes.
 """
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class JudgeError(Exception):
-    """The request failed or the answer cannot be read."""
+    """The request failed or the reply cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,11 @@ class Endpoint:
     """An OpenAI-compatible endpoint and how to sample from it.
 
     Attributes:
-        base_url: the URL up to and including `/v1`.
-        api_key: the bearer token; "" for a server without authentication.
-        max_concurrent: maximum number of open requests.
-        attempts: maximum number of requests per question, first for the connection and then for an
-            answer that can be read.
+        base_url: URL up to and including `/v1`.
+        api_key: bearer token; "" for a server without authentication.
+        max_concurrent: maximum number of requests at the same time.
+        attempts: maximum number of requests until one succeeds, and of successful requests until a
+            reply can be read.
         request_timeout_s: timeout of one request.
     """
 
@@ -55,10 +55,10 @@ class Endpoint:
 
 
 class JudgeClient:
-    """Asks a judge model. Identical questions share one request, and answers are cached.
+    """Asks a judge model. Identical questions share one request, and replies are cached.
 
     Args:
-        cache: SQLite file for the answers; None keeps them in memory.
+        cache: SQLite file of replies; None keeps them in memory.
     Raises:
         ConfigError: the package `openai` is not installed.
     """
@@ -73,12 +73,12 @@ class JudgeClient:
         self._slots = asyncio.Semaphore(endpoint.max_concurrent)
 
     async def ask(self, messages: Sequence[Message], read: Callable[[str], T]) -> T:
-        """Ask the judge and read its answer.
+        """Ask the judge and return what `read` returns for the text of its reply.
 
         Args:
-            read: maps the text of the answer to the result; raises ValueError if it cannot.
+            read: raises ValueError if it cannot read the text.
         Raises:
-            JudgeError: the request failed, or no answer could be read.
+            JudgeError: the request failed, or no reply could be read.
         """
         return await self._background.run(self._ask(messages, read))
 
@@ -92,7 +92,7 @@ class JudgeClient:
         key = hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=20).hexdigest()
         cached = self._cache.get(key)
         if cached is not None:
-            # An answer cached under another prompt format may not be readable.
+            # It may have been cached by a run that reads replies in another way.
             with contextlib.suppress(ValueError):
                 return read(cached)
         request = self._in_flight.get(key)
@@ -111,21 +111,21 @@ class JudgeClient:
     async def _request_until_readable(
         self, body: dict[str, Any], read: Callable[[str], Any]
     ) -> str:
-        error = ValueError("no request was made")
+        reason = "no request was made"
         for _ in range(self._endpoint.attempts):
             try:
                 text = await self._request(body)
                 read(text)
                 return text
-            except ValueError as unreadable:
-                error = unreadable
-        raise JudgeError(f"{self._endpoint.base_url}: unreadable answer: {error}")
+            except ValueError as error:
+                reason = str(error)
+        raise JudgeError(f"{self._endpoint.base_url}: unreadable reply: {reason}")
 
     async def _request(self, body: dict[str, Any]) -> str:
         """Return the text of one completion; raise ValueError if the reply is not a completion."""
         if self._client is None:
-            # Made here, because its connections belong to this event loop. The package demands
-            # a key and would otherwise send the one in OPENAI_API_KEY to this server.
+            # Created here, because its connections belong to this event loop. Without a key, the
+            # package would send the one in OPENAI_API_KEY to this server.
             self._client = self._openai.AsyncOpenAI(
                 base_url=self._endpoint.base_url,
                 api_key=self._endpoint.api_key or "EMPTY",
@@ -149,7 +149,7 @@ class JudgeClient:
 
 
 class _Cache:
-    """Answers by question; used by the background loop only."""
+    """Replies by request; used in the background loop only."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
