@@ -1,4 +1,4 @@
-"""Rollouts and episodes with scripted turns."""
+"""Rollouts and episodes with scripted turns, and environments of one function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from turnfast.chat.base import ChatInterface
 from turnfast.chat.template import Chat
 from turnfast.config.schema import RolloutConfig
-from turnfast.envs import Env, Outcome, Scorer, Step
+from turnfast.envs import Env, Episode, Outcome, Scorer, Step
 from turnfast.rollout.groups import rollout_tasks
 from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler import Sampler
@@ -17,28 +17,47 @@ from turnfast.tools import await_call
 from turnfast.types import Group, Message, Task
 
 
+class EnvOf:
+    """An environment whose episodes are made by a function of the task."""
+
+    tools = ()
+    native_calls = False
+
+    def __init__(self, episode: Callable[[Task], Episode], tasks: Sequence[Task] = ()) -> None:
+        self.episode = episode
+        self._tasks = tasks
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return self._tasks
+
+
+def setup_of(
+    env: Env, chat: ChatInterface, sampler: Sampler, *, max_turns: int = 4, seed: int = 0, **limits
+) -> RolloutSetup:
+    """`limits` are fields of `RolloutConfig`."""
+    small = {"group_size": 2, "max_new_tokens": 100, "max_context": 2000}
+    return RolloutSetup(
+        env=env,
+        chat=chat,
+        sampler=sampler,
+        config=RolloutConfig(**{**small, **limits}),
+        max_turns=max_turns,
+        seed=seed,
+    )
+
+
 def roll_out(
     env: Env,
     chat: ChatInterface,
     sampler: Sampler,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | None = None,
     *,
-    max_turns: int,
     should_stop: Callable[[], bool] = lambda: False,
     **limits,
 ) -> list[Group]:
-    """Groups of these tasks with seed 0; `limits` are fields of `RolloutConfig`."""
-    sizes = {"max_new_tokens": 100, "max_context": 2000, "trajectory_timeout_s": 120, **limits}
-    seed = sizes.pop("seed", 0)
-    setup = RolloutSetup(
-        env=env,
-        chat=chat,
-        sampler=sampler,
-        config=RolloutConfig(**sizes),
-        max_turns=max_turns,
-        seed=seed,
-    )
-    return rollout_tasks(setup, tasks, should_stop=should_stop)
+    """Groups of these tasks, by default of all training tasks; `limits` as in `setup_of`."""
+    tasks = env.tasks("train") if tasks is None else tasks
+    return rollout_tasks(setup_of(env, chat, sampler, **limits), tasks, should_stop=should_stop)
 
 
 def roll(
@@ -46,10 +65,9 @@ def roll(
     env: Env,
     say: Callable[[str], str],
     *,
-    max_turns: int,
-    group_size: int = 3,
     num_tasks: int = 4,
-    max_context: int = 2000,
+    group_size: int = 3,
+    **limits,
 ) -> list[Group]:
     """Groups in which every turn is `say` of the whole context, finished in random order."""
     sampler = ScriptedSampler(
@@ -57,8 +75,8 @@ def roll(
         pick=shuffled(0),
     )
     tasks = env.tasks("train")[:num_tasks]
-    limits = {"group_size": group_size, "max_context": max_context, "max_error_share": 0.0}
-    return roll_out(env, chat, sampler, tasks, max_turns=max_turns, **limits)
+    limits = {"group_size": group_size, "max_error_share": 0.0, **limits}
+    return roll_out(env, chat, sampler, tasks, **limits)
 
 
 def play(env: Env, task: Task, *texts: str) -> tuple[Sequence[Message], list[Step], Outcome]:

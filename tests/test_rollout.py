@@ -11,14 +11,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from by_script import roll_out
+from by_script import EnvOf, roll_out, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import DROPS_REASONING
+from training_runs import stop_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turnfast.chat.template import Chat
-from turnfast.config.schema import RolloutConfig
 from turnfast.credit import assign_credits
 from turnfast.envs import Outcome, Reward, Step, Task, ToolEnv, tool
 from turnfast.errors import Interrupted, RolloutError
@@ -28,7 +28,6 @@ from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
 from turnfast.rollout.groups import collect_groups
 from turnfast.rollout.schedule import Prompt, Quota, RolloutScheduler
-from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.awaited import AwaitedSampler
 from turnfast.sampler.local import LocalSampler
 from turnfast.sampler.scripted import (
@@ -40,7 +39,6 @@ from turnfast.sampler.scripted import (
 )
 from turnfast.types import Credit, Status, Trajectory
 
-LIMITS = dict(group_size=2, max_new_tokens=64, max_context=480, trajectory_timeout_s=60)
 ANSWER = "<answer>done</answer>"
 
 
@@ -124,12 +122,6 @@ def workshop():
     env.release.set()
 
 
-def roll_out_workshop(chat, workshop, sampler, **changed):
-    """Both tasks, at most four turns each."""
-    tasks = workshop.tasks("train")
-    return roll_out(workshop, chat, sampler, tasks, **{**LIMITS, "max_turns": 4, **changed})
-
-
 def without_times(groups):
     return [
         replace(group, trajectories=tuple(replace(t, time_s=0.0) for t in group.trajectories))
@@ -137,9 +129,10 @@ def without_times(groups):
     ]
 
 
-def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
-    """The tool of `a` returns only after the fourth request of `b`, which lock step would never
-    reach."""
+@pytest.mark.parametrize("capacity", [1, 100])
+def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop, capacity):
+    """The tool of `a` returns only after the fourth request of `b`: with lock step, or with a slot
+    in use while its tool runs, it never would."""
     workshop.gate = asyncio.Event()
 
     def say(prompt: str) -> str:
@@ -151,7 +144,8 @@ def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop):
         return call("echo", text="b")
 
     sampler = Recorder(chat, say)
-    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
+    sampler.capacity = capacity
+    groups = roll_out(workshop, chat, sampler, group_size=1)
     order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
     assert order == ["a", "b", "b", "b", "b", "a"]
     assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
@@ -166,7 +160,7 @@ def test_the_order_of_completion_does_not_change_the_groups(chat, workshop, pick
 
     def play(pick):
         sampler = Recorder(chat, say, pick=pick)
-        groups = roll_out_workshop(chat, workshop, sampler, seed=3)
+        groups = roll_out(workshop, chat, sampler, seed=3)
         seeds = {(request.prompt_ids, request.seed) for request in sampler.requests}
         assert sampler.num_pending == 0
         return without_times(groups), seeds
@@ -181,8 +175,8 @@ def test_the_batch_size_does_not_change_the_samples(tiny_folder, chat, workshop,
     def play(slots: int):
         sampler = LocalSampler(model, stop_ids=chat.stop_ids, num_slots=slots, max_context=480)
         env = Workshop(missing_answer="remind")
-        limits = {**LIMITS, "max_new_tokens": 6, "max_turns": 3, "seed": 5}
-        groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
+        limits = {"max_new_tokens": 6, "max_context": 480, "max_turns": 3, "seed": 5}
+        groups = roll_out(env, chat, sampler, **limits)
         return [
             [turn.sampled_ids for turn in t.turns] for group in groups for t in group.trajectories
         ]
@@ -194,17 +188,16 @@ def test_the_batch_size_does_not_change_the_samples(tiny_folder, chat, workshop,
 
 def test_every_request_has_its_own_seed(chat, workshop):
     """Also when a step contains a task twice, as with small data sets."""
-    sampler = Recorder(chat, lambda prompt: call("echo", text="x"))
-    tasks = [task("a"), task("b"), task("a")]
-    roll_out(workshop, chat, sampler, tasks, max_turns=2, seed=0, **LIMITS)
-    seeds = [request.seed for request in sampler.requests]
+
+    def seeds_of(seed: int) -> list[int]:
+        sampler = Recorder(chat, lambda prompt: call("echo", text="x"))
+        tasks = [task("a"), task("b"), task("a")]
+        roll_out(workshop, chat, sampler, tasks, max_turns=2, seed=seed)
+        return sorted(request.seed for request in sampler.requests)
+
+    seeds = seeds_of(0)
     assert len(seeds) == len(set(seeds)) == 3 * 2 * 2
-    again = Recorder(chat, lambda prompt: call("echo", text="x"))
-    roll_out(workshop, chat, again, tasks, max_turns=2, seed=0, **LIMITS)
-    assert sorted(seeds) == sorted(request.seed for request in again.requests)
-    other = Recorder(chat, lambda prompt: call("echo", text="x"))
-    roll_out(workshop, chat, other, tasks, max_turns=2, seed=1, **LIMITS)
-    assert not set(seeds) & {request.seed for request in other.requests}
+    assert seeds_of(0) == seeds and not set(seeds) & set(seeds_of(1))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +220,7 @@ def test_a_failed_tool_ends_its_own_call(chat, workshop, name, error):
         return call(name) if "task a" in prompt else call("echo", text="fine")
 
     sampler = Recorder(chat, say)
-    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
+    groups = roll_out(workshop, chat, sampler, group_size=1)
     (failing,), (working,) = (group.trajectories for group in groups)
     assert failing.status == working.status == "finished"
     assert (failing.turns[0].tool_calls, failing.turns[0].tool_successes) == (1, 0)
@@ -238,21 +231,17 @@ def test_a_failed_tool_ends_its_own_call(chat, workshop, name, error):
     assert failing.outcome == working.outcome > 0
 
 
-class Fragile:
-    """An environment that fails at `start`, `step` or `finish` of the tasks in `broken`."""
+class Fragile(EnvOf):
+    """Calls `fault` in `start`, `step` or `finish` of the tasks in `broken`."""
 
-    tools = ()
-    native_calls = False
-
-    def __init__(self, fault, where: str = "step", broken: tuple[str, ...] = ("b",)) -> None:
-        self.fault, self.where, self.broken = fault, where, broken
+    def __init__(self, fault=None, where: str = "step", broken: str = "b") -> None:
+        super().__init__(self.start, [task(name) for name in "abcdefgh"])
+        self.fault, self.where = fault, where
+        self.broken = broken if fault else ""
         self.cancelled = 0
         self.started: list[str] = []
 
-    def tasks(self, split):
-        return [task(name) for name in "abcdefgh"]
-
-    def episode(self, task):
+    def start(self, task):
         self.started.append(task.id)
         return FragileEpisode(self, task)
 
@@ -282,20 +271,12 @@ class FragileEpisode:
         return await self._break("finish") or Outcome(reward=1.0)
 
 
-class Blocking:
+class Blocking(EnvOf):
     """Plain functions; task `a` blocks until task `b` has had three turns."""
 
-    tools = ()
-    native_calls = False
-
     def __init__(self, wait_s: float = 30.0) -> None:
+        super().__init__(lambda task: BlockingEpisode(self, task), [task("a"), task("b")])
         self.gate, self.wait_s = threading.Event(), wait_s
-
-    def tasks(self, split):
-        return [task("a"), task("b")]
-
-    def episode(self, task):
-        return BlockingEpisode(self, task)
 
 
 class BlockingEpisode:
@@ -323,8 +304,7 @@ def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
     env = Blocking()
     env.rewards = rewards
     sampler = Recorder(chat, lambda prompt: "hm")
-    limits = {**LIMITS, "max_turns": 4, "group_size": 1}
-    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
+    groups = roll_out(env, chat, sampler, group_size=1)
     (a,), (b,) = (group.trajectories for group in groups)
     assert (a.status, len(a.turns), b.status, len(b.turns)) == ("finished", 1, "finished", 3)
     assert (a.outcome, b.outcome) == (1.0 + len(rewards), 3.0 + len(rewards))
@@ -336,7 +316,7 @@ def test_a_step_that_blocks_delays_its_own_trajectory_alone(chat, rewards):
 )
 def test_a_step_that_blocks_forever_ends_its_own_trajectory(chat, wait_s, status, error):
     env = Blocking(wait_s)
-    limits = {**LIMITS, "max_turns": 4, "trajectory_timeout_s": 0.2, "max_error_share": 1.0}
+    limits = {"trajectory_timeout_s": 0.2, "max_error_share": 1.0}
     groups = roll_out(env, chat, Recorder(chat, lambda prompt: "hm"), [task("a")], **limits)
     env.gate.set()
     for trajectory in groups[0].trajectories:
@@ -359,13 +339,20 @@ async def cancelled():
     raise asyncio.CancelledError
 
 
-def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=everything, **changed):
+def play_fragile(chat, env, *, pick=everything, should_stop=lambda: False, **limits):
     sampler = Recorder(chat, lambda prompt: "hm", pick=pick)
-    limits = {**LIMITS, "max_turns": 2, "group_size": group_size, **changed}
+    limits = {"max_turns": 2, "group_size": 1, **limits}
     try:
-        return roll_out(env, chat, sampler, env.tasks("train"), should_stop=should_stop, **limits)
+        return roll_out(env, chat, sampler, should_stop=should_stop, **limits)
     finally:
         assert sampler.num_pending == 0
+
+
+def trajectory_of_b(groups) -> Trajectory:
+    """The first one; those of the other tasks have finished."""
+    others = [t for i, group in enumerate(groups) if i != 1 for t in group.trajectories]
+    assert {t.status for t in others} == {"finished"}
+    return groups[1].trajectories[0]
 
 
 @pytest.mark.parametrize("where", ["start", "step", "finish"])
@@ -378,10 +365,8 @@ def play_fragile(chat, env, *, group_size=1, should_stop=lambda: False, pick=eve
     ],
 )
 def test_an_environment_that_raises_costs_one_trajectory(chat, where, fault, text):
-    groups = play_fragile(chat, Fragile(fault, where))
-    failed = groups[1].trajectories[0]
+    failed = trajectory_of_b(play_fragile(chat, Fragile(fault, where)))
     assert failed.status == "error" and text in failed.error and failed.failed
-    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
 def paid(where: str, reward):
@@ -405,28 +390,21 @@ def paid(where: str, reward):
 )
 def test_a_reward_that_is_no_number_costs_one_trajectory(chat, where, reward, shown):
     groups = play_fragile(chat, Fragile(paid(where, reward), where), group_size=2)
-    for lone in groups[1].trajectories:
-        assert lone.status.is_reward_fault and lone.outcome == 0.0
-        assert re.search(f"the environment's .* is {shown}; it must be a finite", lone.error)
-        assert all(turn.reward == 1.0 for turn in lone.turns)
-    # counted, in no baseline, and the step goes on
+    for failed in groups[1].trajectories:
+        assert failed.status.is_reward_fault and failed.outcome == 0.0
+        assert re.search(f"the environment's .* is {shown}; it must be a finite", failed.error)
+        assert all(turn.reward == 1.0 for turn in failed.turns)
+    # counted, but not part of a baseline
     credits = assign_credits(groups)
     assert not credits[1].has_signal
     assert values_of(summarise(groups, credits))["status/reward_error"] == 2 / 16
-    with pytest.raises(RolloutError, match=r"2 of 16 .* rollout\.max_error_share"):
-        play_fragile(chat, Fragile(paid(where, reward), where), group_size=2, max_error_share=0.1)
 
 
-def test_a_turn_without_a_reward_is_no_fault(chat):
-    groups = play_fragile(chat, Fragile(paid("step", None)))
-    assert [turn.reward for turn in groups[1].trajectories[0].turns] == [None, None]
-    assert not groups[1].trajectories[0].failed
-
-
-def test_max_turns_ends_a_trajectory_and_it_is_scored(chat):
-    groups = play_fragile(chat, Fragile(paid("step", 0.5)))
-    lone = groups[1].trajectories[0]
-    assert (lone.status, len(lone.turns), lone.outcome) == ("max_turns", 2, 1.0)
+@pytest.mark.parametrize("reward", [None, 0.5])
+def test_max_turns_ends_a_trajectory_and_it_is_scored(chat, reward):
+    ended = trajectory_of_b(play_fragile(chat, Fragile(paid("step", reward))))
+    assert (ended.status, ended.outcome, ended.failed) == ("max_turns", 1.0, False)
+    assert [turn.reward for turn in ended.turns] == [reward, reward]
 
 
 def test_failed_trajectories_are_not_trained_on(chat):
@@ -439,32 +417,27 @@ def test_failed_trajectories_are_not_trained_on(chat):
 
 
 def test_too_many_failures_end_the_run_and_show_the_first(chat):
-    groups = play_fragile(chat, Fragile(broken, broken=("c",)), max_error_share=0.125)
-    assert groups[2].trajectories[0].failed
-    with pytest.raises(RolloutError) as caught:
-        play_fragile(chat, Fragile(broken, broken=("c", "f")), max_error_share=0.125)
-    text = str(caught.value)
-    assert "2 of 8" in text and "rollout.max_error_share = 0.125" in text
-    assert "task 'c'" in text and "no such page" in text
+    play_fragile(chat, Fragile(broken), max_error_share=0.125)
+    first = r"2 of 8 .* rollout\.max_error_share = 0\.125 .* task 'c': KeyError: 'no such page'"
+    with pytest.raises(RolloutError, match=first):
+        play_fragile(chat, Fragile(broken, broken="cf"), max_error_share=0.125)
 
 
 def test_a_trajectory_has_a_deadline(chat):
     env = Fragile(forever)
-    groups = play_fragile(chat, env, trajectory_timeout_s=0.1)
-    lone = groups[1].trajectories[0]
-    assert (lone.status, lone.error) == ("timeout", "no end after 0.1 s")
+    late = trajectory_of_b(play_fragile(chat, env, trajectory_timeout_s=0.1))
+    assert (late.status, late.error) == ("timeout", "no end after 0.1 s")
     assert env.cancelled == 1
-    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
 def test_a_trajectory_whose_request_does_not_finish_times_out(chat):
     never = lambda waiting: [r for r in waiting if "task b" not in chat.decode_turn(r.prompt_ids)]
-    groups = play_fragile(chat, Fragile(broken, broken=()), pick=never, trajectory_timeout_s=0.1)
-    assert groups[1].trajectories[0].status == "timeout"
+    groups = play_fragile(chat, Fragile(), pick=never, trajectory_timeout_s=0.1)
+    assert trajectory_of_b(groups).status == "timeout"
 
 
 def test_a_step_has_a_deadline(chat):
-    env = Fragile(forever, broken=("b", "d"))
+    env = Fragile(forever, broken="bd")
     with pytest.raises(RolloutError, match=r"rollout\.step_timeout_s: 2 of 8 .* after 0\.1 s"):
         play_fragile(chat, env, step_timeout_s=0.1)
     assert env.cancelled == 2
@@ -479,21 +452,41 @@ async def uncancellable():
             continue
 
 
-def test_an_environment_that_ignores_cancellation_costs_one_trajectory(chat, monkeypatch):
+@pytest.fixture
+def short_grace(monkeypatch):
     monkeypatch.setattr("turnfast.rollout.schedule.CANCEL_GRACE_S", 0.1)
     monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
-    groups = play_fragile(chat, Fragile(uncancellable), trajectory_timeout_s=0.1)
-    lone = groups[1].trajectories[0]
-    assert (lone.status, lone.turns, lone.index) == ("timeout", (), 0)
-    assert "ignored cancellation" in lone.error
-    assert all(g.trajectories[0].status == "finished" for i, g in enumerate(groups) if i != 1)
 
 
-def test_a_stop_does_not_wait_for_an_environment_that_ignores_cancellation(chat, monkeypatch):
-    monkeypatch.setattr("turnfast.rollout.groups.CANCEL_GRACE_S", 0.1)
-    asked = iter(range(3))
+@pytest.mark.usefixtures("short_grace")
+def test_an_environment_that_ignores_cancellation_costs_one_trajectory(chat):
+    env = Fragile(uncancellable)
+    late = trajectory_of_b(play_fragile(chat, env, trajectory_timeout_s=0.1))
+    assert (late.status, late.turns, late.index) == ("timeout", (), 0)
+    assert "ignored cancellation" in late.error
+
+
+@pytest.mark.usefixtures("short_grace")
+@pytest.mark.parametrize(
+    ("fault", "broken", "pick"),
+    [
+        pytest.param(forever, "abcdefgh", everything, id="all-wait-for-tools"),
+        pytest.param(None, "", lambda waiting: [], id="the-sampler-is-busy"),
+        pytest.param(uncancellable, "b", everything, id="cancellation-is-ignored"),
+    ],
+)
+def test_a_stop_ends_the_rollout(chat, fault, broken, pick):
+    env = Fragile(fault, broken=broken)
     with pytest.raises(Interrupted):
-        play_fragile(chat, Fragile(uncancellable), should_stop=lambda: next(asked, None) is None)
+        play_fragile(chat, env, pick=pick, should_stop=stop_after(4))
+    assert env.cancelled == (8 if fault is forever else 0)
+
+
+def test_a_stop_while_tools_block_threads(chat, workshop):
+    sampler = Recorder(chat, lambda prompt: call("hang"))
+    with pytest.raises(Interrupted):
+        roll_out(workshop, chat, sampler, should_stop=stop_after(4))
+    assert sampler.num_pending == 0 and len(sampler.requests) == 4
 
 
 def test_the_timeout_of_a_rollout_begins_at_its_start(chat):
@@ -503,31 +496,11 @@ def test_the_timeout_of_a_rollout_begins_at_its_start(chat):
         time.sleep(0.05)
         return waiting[:1]
 
-    sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=slow, capacity=1)
-    env = Fragile(broken, broken=())
-    limits = {**LIMITS, "max_turns": 1, "group_size": 1, "trajectory_timeout_s": 0.3}
-    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
+    sampler = ScriptedSampler(lambda request: [chat.end_id], pick=slow, capacity=1)
+    groups = roll_out(Fragile(), chat, sampler, group_size=1, trajectory_timeout_s=0.3)
     played = [trajectory for group in groups for trajectory in group.trajectories]
     assert [t.status for t in played] == ["finished"] * 8
     assert max(t.time_s for t in played) < 0.3
-
-
-def test_a_slot_is_free_while_a_tool_runs(chat, workshop):
-    """One slot; the tool of `a` returns only after the turn of `b`, which starts later."""
-    workshop.gate = asyncio.Event()
-
-    def say(prompt: str) -> str:
-        if "task b" in prompt:
-            workshop.gate.set()
-            return ANSWER
-        return ANSWER if "open" in prompt else call("wait")
-
-    sampler = Recorder(chat, say)
-    sampler.capacity = 1
-    groups = roll_out_workshop(chat, workshop, sampler, seed=0, group_size=1)
-    order = ["a" if "task a" in prompt else "b" for prompt in sampler.prompts]
-    assert order == ["a", "b", "a"]
-    assert [t.status for group in groups for t in group.trajectories] == ["finished"] * 2
 
 
 def test_an_async_tool_with_many_awaits_does_not_need_an_engine_step_for_each(chat):
@@ -542,33 +515,30 @@ def test_an_async_tool_with_many_awaits_does_not_need_an_engine_step_for_each(ch
         nonlocal num_steps
         num_steps += 1
         time.sleep(0.02)
-        late = [r for r in waiting if "task a" in chat.decode_turn(r.prompt_ids)]
-        others = [r for r in waiting if r not in late]
-        return others or (late if num_steps >= 100 else [])
+        others = [r for r in waiting if "task a" not in chat.decode_turn(r.prompt_ids)]
+        return others or (waiting if num_steps >= 100 else [])
 
-    env = Fragile(busy, where="start")
-    groups = play_fragile(chat, env, pick=lambda waiting: pick(waiting))
-    slow, busy_one = (groups[i].trajectories[0] for i in (0, 1))
-    assert slow.time_s > 1.9 and busy_one.time_s < 0.5
+    groups = play_fragile(chat, Fragile(busy, where="start"), pick=pick)
+    assert groups[0].trajectories[0].time_s > 1.9 and trajectory_of_b(groups).time_s < 0.5
 
 
 def test_a_full_context_ends_the_trajectory(chat, workshop):
     sampler = Recorder(chat, lambda prompt: call("echo", text="more and more of it"))
-    limits = {**LIMITS, "max_turns": 50, "group_size": 1, "max_context": 160}
-    groups = roll_out(workshop, chat, sampler, [task("a")], **limits)
-    (lone,) = groups[0].trajectories
-    assert lone.status == "context_full" and 0 < len(lone.turns) < 50
-    assert lone.metrics["answered"] == 0.0 and not lone.failed
+    limits = {"max_turns": 50, "group_size": 1, "max_context": 160}
+    (group,) = roll_out(workshop, chat, sampler, [task("a")], **limits)
+    (ended,) = group.trajectories
+    assert ended.status == "context_full" and 0 < len(ended.turns) < 50
+    assert ended.metrics["answered"] == 0.0 and not ended.failed
     assert all(len(r.prompt_ids) + r.max_new_tokens <= 160 for r in sampler.requests)
 
 
 @pytest.mark.parametrize("left", [3, 20])
 def test_a_turn_that_the_context_cuts_ends_as_context_full(chat, left):
-    """Also when it is the last turn, or the environment says that it is done."""
+    """Also when it is the last turn, or the environment ends the trajectory."""
     prompt = chat.open([{"role": "user", "content": "task a"}]).prompt_ids
-    sampler = ScriptedSampler(lambda prompt_ids: [65] * 19 + [chat.end_id])
-    limits = {**LIMITS, "max_turns": 1, "group_size": 1, "max_context": len(prompt) + left}
-    (group,) = roll_out(Fragile(broken, broken=()), chat, sampler, [task("a")], **limits)
+    sampler = ScriptedSampler(lambda request: [65] * 19 + [chat.end_id])
+    limits = {"max_turns": 1, "group_size": 1, "max_context": len(prompt) + left}
+    (group,) = roll_out(Fragile(), chat, sampler, [task("a")], **limits)
     (cut,) = group.trajectories
     assert cut.status == ("context_full" if left == 3 else "finished")
     assert cut.num_sampled == min(left, 20) and not cut.failed and cut.outcome == 1.0
@@ -580,72 +550,33 @@ def test_a_first_prompt_that_does_not_fit_is_an_error(chat, left):
     size = len(chat.open([{"role": "user", "content": "task a"}]).prompt_ids)
     text = rf"prompt has {size} tokens.*max_context = {size + left}"
     sampler = Recorder(chat, lambda prompt: ANSWER)
-    limits = {**LIMITS, "max_turns": 2, "max_context": size + left}
     with pytest.raises(RolloutError, match=text):
-        roll_out(Fragile(broken, broken=()), chat, sampler, [task("a")], **limits)
-
-
-def test_a_stop_while_all_trajectories_wait_for_tools(chat):
-    env = Fragile(forever, broken=tuple("abcdefgh"))
-    begin = time.perf_counter()
-    asked = iter(range(3))
-    with pytest.raises(Interrupted):
-        play_fragile(chat, env, should_stop=lambda: next(asked, None) is None)
-    assert env.cancelled == 8
-    assert time.perf_counter() - begin < 30
-
-
-def test_a_stop_while_the_sampler_is_busy(chat):
-    asked = iter(range(5))
-    with pytest.raises(Interrupted):
-        play_fragile(
-            chat,
-            Fragile(broken, broken=()),
-            pick=lambda waiting: [],
-            should_stop=lambda: next(asked, None) is None,
-        )
-
-
-def test_a_stop_while_tools_block_threads(chat, workshop):
-    asked = iter(range(4))
-    sampler = Recorder(chat, lambda prompt: call("hang"))
-    with pytest.raises(Interrupted):
-        roll_out_workshop(chat, workshop, sampler, should_stop=lambda: next(asked, None) is None)
-    assert sampler.num_pending == 0 and len(sampler.requests) == 4
+        roll_out(Fragile(), chat, sampler, [task("a")], max_context=size + left)
 
 
 def test_an_error_of_the_sampler_ends_the_rollout(chat):
-    env = Fragile(forever)
-
     def fail(waiting):
         if len(waiting) < 8:
             raise ValueError("the engine died")
         return waiting[:1]
 
     with pytest.raises(ValueError, match="the engine died"):
-        play_fragile(chat, env, pick=fail)
+        play_fragile(chat, Fragile(forever), pick=fail)
 
 
-def usage_of(chat, env, sampler, size: int):
-    tasks = [task(name) for name in "abcdefghijklmnop"[:size]]
-    setup = RolloutSetup(
-        env=env,
-        chat=chat,
-        sampler=sampler,
-        config=RolloutConfig(**{**LIMITS, "group_size": 1}),
-        max_turns=1,
-        seed=0,
-    )
-    prompts = (Prompt(place=i, task=each) for i, each in enumerate(tasks))
-    return collect_groups(setup, prompts, Quota(wanted=size, most=size)).usage
+def collect(chat, env, sampler, names: str, quota: Quota):
+    """Groups of one rollout of one turn."""
+    prompts = (Prompt(place=place, task=task(name)) for place, name in enumerate(names))
+    setup = setup_of(env, chat, sampler, group_size=1, max_turns=1)
+    return collect_groups(setup, prompts, quota)
 
 
 def test_utilisation_counts_the_slots_that_rollouts_could_use(chat):
     """One reply per step: 4, 3, 2, 1 requests, of which two run at a time."""
 
     def usage(capacity: int):
-        sampler = ScriptedSampler(lambda ids: [chat.end_id], pick=oldest, capacity=capacity)
-        return usage_of(chat, Fragile(broken, broken=()), sampler, 4)
+        sampler = ScriptedSampler(lambda request: [chat.end_id], pick=oldest, capacity=capacity)
+        return collect(chat, Fragile(), sampler, "abcd", Quota(wanted=4, most=4)).usage
 
     assert usage(2).utilisation.value == (2 + 2 + 2 + 1) / (4 * 2)
     assert usage(100).utilisation.value == (4 + 3 + 2 + 1) / (4 * 4)
@@ -657,26 +588,16 @@ def test_the_tail_is_the_time_with_few_rollouts(chat, slow, tail):
     async def doze():
         await asyncio.sleep(0.4)
 
-    sampler = ScriptedSampler(lambda ids: [chat.end_id])
-    usage = usage_of(chat, Fragile(doze, broken=tuple(slow)), sampler, 16)
+    sampler = ScriptedSampler(lambda request: [chat.end_id])
+    env = Fragile(doze, broken=slow)
+    usage = collect(chat, env, sampler, "abcdefghijklmnop", Quota(wanted=16, most=16)).usage
     assert usage.time_s >= 0.4 and usage.tool_wait.value >= 0.5
     assert usage.tail.value >= 0.5 if tail else usage.tail.value <= 0.1
 
 
-class Replies:
-    """Replies with the given texts."""
-
-    tools = ()
-    native_calls = False
-
-    def __init__(self, replies: list[str]) -> None:
-        self._replies = replies
-
-    def tasks(self, split):
-        return [task("a"), task("b")]
-
-    def episode(self, task):
-        return RepliesEpisode(self._replies)
+def replies_env(replies: list[str]) -> EnvOf:
+    """Starts with the first text, replies with the others and ends after the last."""
+    return EnvOf(lambda task: RepliesEpisode(replies), [task("a"), task("b")])
 
 
 class RepliesEpisode:
@@ -704,12 +625,11 @@ REPLY = st.one_of(
 
 def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
     """(trajectory, ids that a target sees, target, sampler's log-prob), for every target."""
-    found = []
+    targets = []
     tokens = batch.tokens_T.tolist()
-    if batch.ends_T is None:
-        edges = list(pairwise(batch.cu_seqlens.tolist()))
     for n, row in enumerate(batch.rows_N.tolist()):
         if batch.ends_T is None:
+            edges = pairwise(batch.cu_seqlens.tolist())
             first = next(begin for begin, end in edges if begin <= row < end)
             seen = tokens[first : row + 1]
         else:
@@ -717,8 +637,8 @@ def contexts(batch) -> list[tuple[int, tuple[int, ...], int, float]]:
             seen = [tokens[t] for t in range(row + 1) if ends[t] > row]
         trajectory = int(batch.sequences_K[batch.turns_N[n]])
         logprob = float(batch.sampler_logprobs_N[n])
-        found.append((trajectory, tuple(seen), int(batch.targets_N[n]), round(logprob, 4)))
-    return found
+        targets.append((trajectory, tuple(seen), int(batch.targets_N[n]), round(logprob, 4)))
+    return targets
 
 
 def test_a_template_that_rewrites_history_restarts_the_context(tiny_folder):
@@ -727,8 +647,8 @@ def test_a_template_that_rewrites_history_restarts_the_context(tiny_folder):
     chat = Chat(tokenizer)
     texts = iter(["<think>hm</think>Ida", "Oslo", "Ulm"])
     sampler = Recorder(chat, lambda prompt: next(texts))
-    limits = {"group_size": 1, "max_turns": 4, "max_new_tokens": 300, "max_context": 300}
-    env = Replies(["Who?", "Sure?", "Really?"])
+    limits = {"group_size": 1, "max_new_tokens": 300, "max_context": 300}
+    env = replies_env(["Who?", "Sure?", "Really?"])
     (group,) = roll_out(env, chat, sampler, [task("a")], **limits)
     first, second, third = group.trajectories[0].turns
     assert [turn.restart for turn in (first, second, third)] == [False, True, False]
@@ -738,7 +658,7 @@ def test_a_template_that_rewrites_history_restarts_the_context(tiny_folder):
         second.prompt_ids + second.sampled_ids + third.prompt_ids,
     ]
     assert "hm" not in sampler.prompts[1] and "Who?" in sampler.prompts[1]
-    # all that is left of the context, counted once
+    # the free part of the context
     for request in sampler.requests:
         assert request.max_new_tokens == 300 - len(request.prompt_ids)
 
@@ -748,8 +668,8 @@ def test_a_turn_cut_at_max_new_tokens_is_followed_by_the_next(chat, last_is_cut,
     too_long, short = [65] * 100, [65, chat.end_id]
     replies = iter([too_long, too_long if last_is_cut else short])
     sampler = ScriptedSampler(lambda request: next(replies))
-    limits = {**LIMITS, "group_size": 1, "max_turns": 4, "max_new_tokens": 20}
-    (group,) = roll_out(Replies(["Who?", "Go on."]), chat, sampler, [task("a")], **limits)
+    env = replies_env(["Who?", "Go on."])
+    (group,) = roll_out(env, chat, sampler, [task("a")], group_size=1, max_new_tokens=20)
     (trajectory,) = group.trajectories
     first, second = trajectory.turns
     assert first.finish == "length" and len(first.sampled_ids) == 20
@@ -759,17 +679,9 @@ def test_a_turn_cut_at_max_new_tokens_is_followed_by_the_next(chat, last_is_cut,
 
 def test_rollouts_of_dropped_groups_do_not_start(chat):
     """One slot: the group of `a` fills the quota while the group of `b` is queued."""
-    env = Fragile(broken, broken=())
-    setup = RolloutSetup(
-        env=env,
-        chat=chat,
-        sampler=ScriptedSampler(lambda request: [chat.end_id], capacity=1),
-        config=RolloutConfig(**{**LIMITS, "group_size": 1}),
-        max_turns=1,
-        seed=0,
-    )
-    prompts = iter([Prompt(place=i, task=task(name)) for i, name in enumerate("ab")])
-    collected = collect_groups(setup, prompts, Quota(wanted=1, ahead=1, most=2))
+    env = Fragile()
+    sampler = ScriptedSampler(lambda request: [chat.end_id], capacity=1)
+    collected = collect(chat, env, sampler, "ab", Quota(wanted=1, ahead=1, most=2))
     assert [group.task.id for group in collected.groups] == ["a"]
     assert [prompt.task.id for prompt in collected.dropped] == ["b"]
     assert env.started == ["a"]
@@ -820,7 +732,7 @@ def test_a_late_end_does_not_replace_a_timeout(monkeypatch):
     seed=st.integers(0, 2**32),
     share_prefixes=st.booleans(),
 )
-def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes):
+def test_exactly_the_sampled_ids_are_trained(chat, replies, seed, share_prefixes):
     """Between the sampler and the micro-batches no text is encoded again."""
 
     def reply(request):
@@ -836,10 +748,8 @@ def test_what_is_trained_is_what_was_sampled(chat, replies, seed, share_prefixes
         sampled.append((prompt_ids, sampled_ids, logprobs))
         return logprobs
 
-    env = Replies(replies)
     sampler = ScriptedSampler(reply, score=score, pick=shuffled(seed))
-    limits = {**LIMITS, "max_turns": 3, "seed": seed}
-    groups = roll_out(env, chat, sampler, env.tasks("train"), **limits)
+    groups = roll_out(replies_env(replies), chat, sampler, max_turns=3, seed=seed)
     credits = [
         Credit(
             rule="test",
