@@ -397,24 +397,3 @@ def test_a_call_with_too_many_operations_is_an_error():
     _, (step,), _ = play(env, env.tasks("train")[0], call)
     assert "2 operations; one call takes 1" in step.messages[0]["content"]
     assert step.reward == 0.0
-
-
-# the lookup world
-
-
-def test_rollouts_take_one_turn_per_hop_and_one_for_the_answer(chat):
-    options = {"hops": [1, 3], "people": 60, "held_out_people": 60, "popular_questions": 8}
-    env = load_env("lookup", {**options, "train_tasks": 12, "eval_tasks": 8}, max_turns=5)
-    names = {task.question: task.data["targets"] for task in env.tasks("train")}
-
-    def search_then_answer(seen: str) -> str:
-        question = next(q for q in names if q in seen)
-        asked = seen.count("<tool>")
-        if asked < len(names[question]):
-            return '<tool>{"name": "search", "args": {"query": "who"}}</tool>'
-        return f"<answer>{names[question][-1][0]}</answer>"
-
-    groups = roll(chat, env, search_then_answer, max_turns=5, group_size=2, num_tasks=12)
-    lengths = {len(t.turns) for group in groups for t in group.trajectories}
-    assert lengths == {2, 4}
-    assert all(t.metrics["exact_match"] == 1.0 for g in groups for t in g.trajectories)

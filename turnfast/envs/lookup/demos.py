@@ -44,10 +44,8 @@ class DemoOptions(Section):
         reading: share of all demonstrations with a made-up sentence and a question about it; they
             teach copying, not searching.
         walks: share of all demonstrations that split a question into hops in plain words; they
-            teach what to look up next, not searching.
+            teach the order of the hops, not searching.
         echo: share of all demonstrations that repeat a list of made-up names.
-        spaced: write "<answer> Ulm", so that a byte-level tokenizer gives the answer the same
-            tokens as in the sentence it is copied from; scoring ignores the space.
     """
 
     count: PositiveInt = 12_000
@@ -59,7 +57,6 @@ class DemoOptions(Section):
     walks: Share = 0.0
     echo: Share = 0.1
     recall_after_call: Share = 0.0
-    spaced: bool = True
 
 
 DEFAULT_DEMOS = DemoOptions()
@@ -71,7 +68,7 @@ def write_demonstrations(
     """Write the demonstrations in random order.
 
     Args:
-        env: formats the prompts and runs the tool calls.
+        env: formats prompts and replies.
     Raises:
         ConfigError: `count` is too small for the passes, calls and exercises.
     """
@@ -90,17 +87,17 @@ def write_demonstrations(
             f"{num_known} passes over popular questions, {num_calls} calls and "
             f"{num_exercises} exercises; raise it or lower env.options.demos.popular_passes"
         )
-    writer = _Writer(env, world, rng, options)
+    writer = _Writer(env, world, rng)
     made_up = made_up_facts(rng, NameMaker(rng, world.names))
     written = [writer.reading(fact) for fact in islice(made_up, num_reading)]
-    written += [writer.walk(writer.draw(0.0)[0]) for _ in range(num_walks)]
+    written += [writer.walk(world.draw(rng, 0.0)[0]) for _ in range(num_walks)]
     written += [writer.echo(list(islice(made_up, 3))) for _ in range(num_echo)]
     # by count instead of by chance, so that the shares are exact
     num_malformed = round(options.malformed * num_calls)
     num_copied = round(options.copied * (num_calls - num_malformed))
     for i in range(num_calls):
-        question, known = writer.draw(world.popular_share)
-        known = known and rng.random() < options.recall_after_call
+        question, popular = world.draw(rng, world.popular_share)
+        known = popular and rng.random() < options.recall_after_call
         if i < num_malformed:
             written.append(writer.malformed(question, known))
         else:
@@ -108,10 +105,10 @@ def write_demonstrations(
             written.append(writer.called(question, known, copied=copied))
     written += [
         writer.at_once(question, known=True)
-        for question in world.popular
+        for question in world.popular.values()
         for _ in range(options.popular_passes)
     ]
-    written += [writer.at_once(writer.draw(0.0)[0], known=False) for _ in range(num_guessed)]
+    written += [writer.at_once(world.draw(rng, 0.0)[0], known=False) for _ in range(num_guessed)]
     rng.shuffle(written)
     return written
 
@@ -119,28 +116,14 @@ def write_demonstrations(
 class _Writer:
     """Writes one conversation at a time, with the replies that the environment would give."""
 
-    def __init__(
-        self, env: ToolEnv, world: TrainingPart, rng: random.Random, options: DemoOptions
-    ) -> None:
+    def __init__(self, env: ToolEnv, world: TrainingPart, rng: random.Random) -> None:
         self._env = env
-        self._world = world
         self._rng = rng
-        self._space = " " if options.spaced else ""
-        self._popular_texts = {question.text for question in world.popular}
         self._names_by_kind = {
             kind: [name for entity in world.region.of_kind(kind) for name in entity.names]
             for kind in ("person", "place", "work", "trade")
         }
         self._malformations = malformations("tool_call" if env.native_calls else "tool")
-
-    def draw(self, popular_share: float) -> tuple[Question, bool]:
-        """Draw a question, and whether it is a popular one."""
-        if self._rng.random() < popular_share:
-            return self._rng.choice(self._world.popular), True
-        while True:
-            question = self._world.region.ask(self._rng, self._rng.choice(self._world.hops))
-            if question.text not in self._popular_texts:
-                return question, False
 
     def at_once(self, question: Question, known: bool) -> Demonstration:
         """An answer from memory, without a call."""
@@ -150,14 +133,18 @@ class _Writer:
         """A malformed call, its error, and an answer from memory."""
         messages = self._open(question)
         text = self._rng.choice(self._malformations)(question.facts[0].query)
-        self._add_call(messages, text)
+        (call,) = parse_calls(text)
+        error = check_call(self._env.tools, call)
+        assert isinstance(error, ToolError)
+        self._add_call(messages, text, error)
         return self._finish(messages, self._remember(question, known))
 
     def called(self, question: Question, known: bool, *, copied: bool) -> Demonstration:
         """If `copied`, one search per hop; otherwise one search, then an answer from memory."""
         messages = self._open(question)
         for fact in question.facts if copied else question.facts[:1]:
-            self._add_call(messages, self._call_text(fact.query))
+            # not searched: the query of a fact finds its sentence
+            self._add_call(messages, self._call_text(fact.query), ToolResult(text=fact.sentence))
         answer = question.facts[-1].stated_name if copied else self._remember(question, known)
         return self._finish(messages, answer)
 
@@ -185,18 +172,14 @@ class _Writer:
         return self._env.first_messages(Task(id="", question=question.text))
 
     def _finish(self, messages: list[Message], answer: str) -> Demonstration:
-        text = self._reasoning("I answer.") + f"<answer>{self._space}{answer}</answer>"
+        # with the space, a byte-level tokenizer gives the answer the same tokens as in the sentence
+        # it is copied from; scoring ignores it
+        text = self._reasoning("I answer.") + f"<answer> {answer}</answer>"
         return Demonstration(messages=(*messages, {"role": "assistant", "content": text}))
 
-    def _add_call(self, messages: list[Message], text: str) -> None:
+    def _add_call(self, messages: list[Message], text: str, result: ToolResult | ToolError) -> None:
         """Append a turn with a call, and the environment's reply."""
         (call,) = parse_calls(text)
-        checked = check_call(self._env.tools, call)
-        if isinstance(checked, ToolError):
-            result: ToolResult | ToolError = checked
-        else:
-            tool, arguments = checked
-            result = ToolResult(text=tool(**arguments))
         messages.append({"role": "assistant", "content": self._reasoning("I search.") + text})
         messages.extend(self._env.reply([CallResult(call=call, result=result)]))
 

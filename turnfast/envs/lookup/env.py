@@ -3,12 +3,11 @@
 It needs no download. Nothing leaks from training into evaluation:
 
 - Facts are drawn from a seed and names are invented (world.py), so no model knows them beforehand.
-  The exception is deliberate: a share `popular` of the training questions comes from a small fixed
+  One exception is deliberate: a share `popular` of the training questions comes from a small fixed
   set whose answers the warm start memorises. Answering those from memory is rewarded, as it is for
   a pretrained model and well-known facts.
 - The questions, facts and answers of the split "eval" concern entities that occur in no training
-  question, in no demonstration, and not in the tokenizer's training text. A share `eval_popular`
-  of them (default 0) are popular questions instead.
+  question, in no demonstration, and not in the tokenizer's training text.
 - The corpus contains distractors: sentences with the words of a fact and a wrong name.
 
 Example, one hop::
@@ -62,14 +61,11 @@ class LookupEnv(ToolEnv):
         aliased: share of the people with a second name, used in half of the sentences and
             questions about them; both names are accepted as answers.
         inverted: share of the sentences that state the answer first.
-        distractors: distractors per fact.
-        reward_hops: pay `answer_in_result` per hop, when a result first contains the entity that
-            the hop leads to; by default, as in the paper, only for the final answer.
         popular: share of the training questions that are popular.
         popular_questions: size of the popular set.
-        eval_popular: share of the eval questions that are popular instead of held out.
         train_tasks, eval_tasks: questions per split; those of eval are all different.
-        top_k: passages per search result, one per line.
+        reward_hops: pay `answer_in_result` per hop, when a result first contains the entity that
+            the hop leads to; by default, as in the paper, only for the final answer.
         spelling: "syllables" makes each syllable of a name one token of the built-in model;
             "learned" lets its tokenizer decide.
         prompt: "short" names the tool in four words, for the built-in model after its warm start;
@@ -87,13 +83,10 @@ class LookupEnv(ToolEnv):
         held_out_people: Annotated[int, Field(ge=16, le=100_000)] = 200,
         aliased: Share = 0.1,
         inverted: Share = 0.0,
-        distractors: Share = 0.3,
         popular: Share = 0.25,
         popular_questions: PositiveInt = 64,
-        eval_popular: Share = 0.0,
         train_tasks: PositiveInt = 4096,
         eval_tasks: PositiveInt = 256,
-        top_k: Annotated[int, Field(ge=1, le=100)] = 1,
         reward_hops: bool = False,
         spelling: Literal["learned", "syllables"] = "learned",
         prompt: Literal["short", "full"] = "short",
@@ -107,17 +100,16 @@ class LookupEnv(ToolEnv):
         if not hops_choices:
             raise ConfigError("env.options.hops: the list is empty; give numbers from 1 to 4")
         self._seed = seed
-        self._top_k = top_k
         self._prompt = prompt
         self._demos = demos
         self.token_cut = SYLLABLE if spelling == "syllables" else None
         names = NameMaker(self._rng("names"))
-        style = {"aliased": aliased, "inverted": inverted, "distractors": distractors}
+        style = {"aliased": aliased, "inverted": inverted}
         region = make_region(self._rng("train"), names, people=people, **style)
         self.held_out: Region = make_region(
             self._rng("held-out"), names, people=held_out_people, **style
         )
-        # titles name the subject: a match there weighs more than one in the sentence
+        # a title names the subject: a match there weighs more than one in the sentence
         self.index = SearchIndex(region.passages() + self.held_out.passages(), title_weight=3.0)
         self.training = TrainingPart(
             region=region,
@@ -130,7 +122,7 @@ class LookupEnv(ToolEnv):
         )
         self._tasks: dict[Split, tuple[Task, ...]] = {
             "train": self._draw_train(train_tasks),
-            "eval": self._draw_eval(eval_tasks, eval_popular),
+            "eval": self._draw_eval(eval_tasks),
         }
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -143,7 +135,7 @@ class LookupEnv(ToolEnv):
         Args:
             query: words to look for.
         """
-        return "\n".join(hit.text for hit in self.index.search(query, self._top_k))
+        return "".join(hit.text for hit in self.index.search(query))
 
     def set_limits(self, *, max_turns: int, tool_timeout_s: float) -> None:
         most = max(self.training.hops)
@@ -160,14 +152,10 @@ class LookupEnv(ToolEnv):
         return [{"role": "user", "content": f"{task.question}\nTool: search(query)"}]
 
     def default_rewards(self) -> tuple[Reward, ...]:
-        rewards = super().default_rewards()
-        if not self._reward_hops:
-            return rewards
+        changed = {"answer_in_result": _new_hop_in_result} if self._reward_hops else {}
         return tuple(
-            replace(reward, function=_new_hop_in_result)
-            if reward.name == "answer_in_result"
-            else reward
-            for reward in rewards
+            replace(reward, function=changed.get(reward.name, reward.function))
+            for reward in super().default_rewards()
         )
 
     def metrics(
@@ -197,28 +185,15 @@ class LookupEnv(ToolEnv):
 
     def _draw_train(self, count: int) -> tuple[Task, ...]:
         rng = self._rng("train questions")
-        world = self.training
-        popular_texts = {question.text for question in world.popular}
-        tasks: list[Task] = []
-        for i in range(count):
-            if rng.random() < world.popular_share:
-                tasks.append(_task(f"train-{i}", rng.choice(world.popular), popular=True))
-                continue
-            question = world.region.ask(rng, rng.choice(world.hops))
-            while question.text in popular_texts:
-                question = world.region.ask(rng, rng.choice(world.hops))
-            tasks.append(_task(f"train-{i}", question, popular=False))
-        return tuple(tasks)
+        drawn = [self.training.draw(rng, self.training.popular_share) for _ in range(count)]
+        return tuple(_task(f"train-{i}", q, popular=p) for i, (q, p) in enumerate(drawn))
 
-    def _draw_eval(self, count: int, popular_share: float) -> tuple[Task, ...]:
+    def _draw_eval(self, count: int) -> tuple[Task, ...]:
         rng = self._rng("eval questions")
-        world = self.training
-        num_popular = min(round(popular_share * count), len(world.popular))
-        popular = rng.sample(world.popular, num_popular)
-        rare = distinct_questions(rng, self.held_out, world.hops, count - num_popular)
-        mixed = [(question, True) for question in popular] + [(q, False) for q in rare]
-        rng.shuffle(mixed)
-        return tuple(_task(f"eval-{i}", q, popular=p) for i, (q, p) in enumerate(mixed))
+        by_text = distinct_questions(rng, self.held_out, self.training.hops, count)
+        questions = list(by_text.values())
+        rng.shuffle(questions)
+        return tuple(_task(f"eval-{i}", q, popular=False) for i, q in enumerate(questions))
 
 
 def _task(task_id: str, question: Question, *, popular: bool) -> Task:
@@ -233,15 +208,14 @@ def _task(task_id: str, question: Question, *, popular: bool) -> Task:
 
 def _new_hop_in_result(task: Task, turns: Sequence[PlayedTurn]) -> float:
     """1.0 if a result of the last turn contains the target of a hop for the first time."""
-    targets: tuple[tuple[str, ...], ...] = task.data["targets"]
-    return float(bool(_found(targets, turns[-1:]) - _found(targets, turns[:-1])))
+    return float(bool(_hops_found(task, turns[-1:]) - _hops_found(task, turns[:-1])))
 
 
-def _found(targets: Sequence[tuple[str, ...]], turns: Sequence[PlayedTurn]) -> set[int]:
+def _hops_found(task: Task, turns: Sequence[PlayedTurn]) -> set[int]:
     """The hops whose target occurs in a result of these turns."""
     texts = [text for turn in turns for text in successful_results(turn)]
     return {
         hop
-        for hop, names in enumerate(targets)
+        for hop, names in enumerate(task.data["targets"])
         if any(contains_answer(text, names) for text in texts)
     }

@@ -22,6 +22,8 @@ from ...tools import STOP_WORDS, Passage
 
 Kind = Literal["person", "place", "work", "trade"]
 
+DISTRACTORS_PER_FACT = 0.3
+
 # Each consonant occurs with two vowels, and all vowels equally often. Pairs of letters within a
 # syllable are then far more frequent than pairs across syllables, so a byte-level tokenizer trained
 # on such names learns the syllables as tokens.
@@ -117,7 +119,7 @@ class Region:
     distractors: tuple[str, ...]
 
     def passages(self) -> list[Passage]:
-        """The corpus. A title holds all names of the subject, so that a search finds any."""
+        """The corpus. A title lists all names of the subject, so that a search matches any."""
         stated = [Passage(title=" ".join(f.subject.names), text=f.sentence) for f in self.facts]
         return stated + [Passage(title="", text=sentence) for sentence in self.distractors]
 
@@ -144,11 +146,11 @@ class Region:
 
 
 class NameMaker:
-    """Draws invented names, each once, and none that `others` has drawn."""
+    """Draws invented names, each once, and none that `other` has drawn."""
 
-    def __init__(self, rng: random.Random, others: NameMaker | None = None) -> None:
+    def __init__(self, rng: random.Random, other: NameMaker | None = None) -> None:
         self._rng = rng
-        self._taken: set[str] = set(others._taken) if others else set()
+        self._taken: set[str] = set(other._taken) if other else set()
 
     def word(self, syllables: int) -> str:
         # a search ignores stop words, so "Same" cannot be a name
@@ -171,19 +173,28 @@ class NameMaker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPart:
-    """What demonstrations and training questions are drawn from.
+    """The source of training questions and demonstrations.
 
     Attributes:
-        names: has drawn all names of the world, held-out ones included.
+        names: has drawn all names of the world, including the held-out ones.
         hops: possible numbers of hops of a question.
-        popular: the popular questions. popular_share: their share of the training questions.
+        popular: the popular questions, by text.
+        popular_share: their share of the training questions.
     """
 
     region: Region
     names: NameMaker
     hops: tuple[int, ...]
-    popular: tuple[Question, ...]
+    popular: Mapping[str, Question]
     popular_share: float
+
+    def draw(self, rng: random.Random, popular_share: float) -> tuple[Question, bool]:
+        """Draw a question that is popular with this probability, and whether it is."""
+        if rng.random() < popular_share:
+            return rng.choice(tuple(self.popular.values())), True
+        while (question := self.region.ask(rng, rng.choice(self.hops))).text in self.popular:
+            pass
+        return question, False
 
 
 def make_region(
@@ -193,15 +204,14 @@ def make_region(
     people: int,
     aliased: float,
     inverted: float,
-    distractors: float,
 ) -> Region:
-    """Draw entities and one fact for every entity and relation of its kind.
+    """Draw entities, one fact for every entity and relation of its kind, and distractors:
+    sentences with the words of a fact and a wrong name.
 
     Args:
         people: number of people; works are half, places a quarter, trades an eighth as many.
         aliased: share of the people with a second name.
         inverted: share of the sentences of the form "{object} is the {noun} of {subject}".
-        distractors: distractors per fact: sentences with the words of the fact and a wrong name.
     """
     entities: list[Entity] = []
     sizes: tuple[tuple[Kind, int], ...] = (
@@ -215,7 +225,7 @@ def make_region(
             alias = names.fresh("place") if kind == "person" and rng.random() < aliased else None
             entities.append(Entity(name=names.fresh(kind), kind=kind, alias=alias))
     facts: list[Fact] = []
-    sentences: list[str] = []
+    distractors: list[str] = []
     for relation in RELATIONS:
         subjects = [entity for entity in entities if entity.kind == relation.subject]
         objects = [entity for entity in entities if entity.kind == relation.object]
@@ -227,9 +237,9 @@ def make_region(
             )
             sentence = template.format(r=relation.noun, s=subject.name, o=name)
             facts.append(Fact(subject=subject, relation=relation, object=target, sentence=sentence))
-            if rng.random() < distractors:
+            if rng.random() < DISTRACTORS_PER_FACT:
                 wrong = _other(rng, objects, target).name
-                sentences.append(f"The {relation.noun} of a rival of {subject.name} is {wrong}.")
+                distractors.append(f"The {relation.noun} of a rival of {subject.name} is {wrong}.")
     facts_of: dict[str, tuple[Fact, ...]] = {}
     for fact in facts:
         facts_of[fact.subject.name] = (*facts_of.get(fact.subject.name, ()), fact)
@@ -237,7 +247,7 @@ def make_region(
         entities=tuple(entities),
         facts=tuple(facts),
         facts_of=facts_of,
-        distractors=tuple(sentences),
+        distractors=tuple(distractors),
     )
 
 
@@ -253,24 +263,22 @@ def made_up_facts(rng: random.Random, names: NameMaker) -> Iterator[Fact]:
 
 def distinct_questions(
     rng: random.Random, region: Region, hops: Sequence[int], count: int
-) -> tuple[Question, ...]:
-    """Draw `count` different questions.
+) -> dict[str, Question]:
+    """Draw `count` different questions, by text.
 
     Raises:
         ConfigError: the region is too small.
     """
-    found: dict[str, Question] = {}
+    by_text: dict[str, Question] = {}
     for _ in range(50 * count):
-        if len(found) == count:
-            break
         question = region.ask(rng, rng.choice(hops))
-        found.setdefault(question.text, question)
-    else:
-        raise ConfigError(
-            f"env.options.people: the world is too small for {count} different questions; raise "
-            "people (or held_out_people), or lower eval_tasks or popular_questions"
-        )
-    return tuple(found.values())
+        by_text.setdefault(question.text, question)
+        if len(by_text) == count:
+            return by_text
+    raise ConfigError(
+        f"env.options.people: the world is too small for {count} different questions; raise "
+        "people (or held_out_people), or lower eval_tasks or popular_questions"
+    )
 
 
 def _question(chain: Sequence[Fact], rng: random.Random) -> str:
