@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import random
 import re
 from fractions import Fraction
@@ -38,36 +37,29 @@ def move(name: str) -> str:
     return f"<move>{name}</move>"
 
 
-def test_steps_toward_the_goal_and_the_goal_are_rewarded():
-    env = lakes(progress=0.25)
-    _, steps, outcome = play(
-        env, lake_task({(1, 1)}), *map(move, ("right", "left", "up", "right", "right", "down"))
-    )
-    assert [step.reward for step in steps] == [0.25, -0.25, 0.0, 0.25, 0.25, 0.25]
-    assert steps[0].messages[0]["content"] == ". @ .\n. O .\n. . G"
-    _, steps, outcome = play(
-        env, lake_task({(1, 1)}), *map(move, ("down", "DOWN", "right", " right "))
-    )
-    assert [step.done for step in steps] == [False, False, False, True]
-    assert math.fsum(s.reward for s in steps) == 1.0 and outcome.reward == 1.0
-    assert outcome.metrics == {"exact_match": 1.0, "fallen": 0.0, "moves": 4.0}
+@pytest.mark.parametrize(
+    ("texts", "rewards", "at_goal", "num_moves"),
+    [
+        (["right", "left", "up", "right", "right", "down", " DOWN "], "+-0++++", 1.0, 7.0),
+        (["", "north", "right", "down"], "mm+0", 0.0, 2.0),  # into the hole
+    ],
+)
+def test_steps_toward_the_goal_and_the_goal_are_rewarded(texts, rewards, at_goal, num_moves):
+    _, steps, outcome = play(lakes(), lake_task({(1, 1)}), *map(move, texts))
+    values = {"+": 0.2, "-": -0.2, "0": 0.0, "m": -0.1}
+    assert [step.reward for step in steps] == [values[sign] for sign in rewards]
+    assert [step.tool_successes for step in steps] == [int(sign != "m") for sign in rewards]
+    assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert outcome.reward == at_goal
+    expected = {"exact_match": at_goal, "fallen": 1.0 - at_goal, "moves": num_moves}
+    assert outcome.metrics == expected
 
 
-def test_a_hole_ends_the_episode_and_a_turn_without_a_move_moves_nothing():
-    env = lakes()
-    _, steps, outcome = play(
-        env, lake_task({(1, 1)}), "I go right.", move("north"), move("right"), move("down")
-    )
-    assert [step.reward for step in steps] == [-0.1, -0.1, 0.2, 0.0]
-    assert [step.tool_successes for step in steps] == [0, 0, 1, 1]
-    assert [step.done for step in steps] == [False, False, False, True]
-    assert (outcome.reward, outcome.metrics["fallen"]) == (0.0, 1.0)
-
-
-def test_moves_inside_reasoning_are_ignored():
-    assert read_move("<reasoning><move>up</move></reasoning><move>Down</move>") == "down"
-    assert read_move("<move>up</move> no, <move>left</move>") == "left"
-    assert read_move("<move>jump</move>") is None and read_move("up") is None
+def test_the_lake_is_shown_and_moves_inside_reasoning_are_ignored():
+    text = "<reasoning><move>up</move></reasoning> <move>down</move> no, <move>Right</move>"
+    _, (moved, ignored), _ = play(lakes(), lake_task({(1, 1)}), text, "right")
+    assert moved.messages[0]["content"] == ". @ .\n. O .\n. . G"
+    assert ignored.messages[0]["content"].startswith("Move: <move>")
 
 
 def test_slips_go_sideways_and_are_equal_for_all_rollouts_of_a_task():
@@ -79,16 +71,10 @@ def test_slips_go_sideways_and_are_equal_for_all_rollouts_of_a_task():
         assert "@" in {row[0] for row in rows}  # never to the right
 
 
-def test_every_lake_has_a_safe_path_and_no_eval_lake_occurs_in_train():
-    env = lakes(size=4, holes=0.4)
+def test_no_eval_lake_occurs_in_train():
+    env = lakes(size=3, train_tasks=40)
     train = {task.data["lake"].holes for task in env.tasks("train")}
     assert not train & {task.data["lake"].holes for task in env.tasks("eval")}
-    for task in (*env.tasks("train"), *env.tasks("eval")):
-        lake, cell = task.data["lake"], (0, 0)
-        for left in range(lake.steps[cell], 0, -1):
-            cell = min((lake.moved(cell, m) for m in MOVES), key=lambda c: lake.steps.get(c, 99))
-            assert lake.steps[cell] == left - 1
-        assert cell == lake.goal
     with pytest.raises(ConfigError, match=r"env.options.size: 2 x 2 cells allow fewer"):
         lakes(size=2)
 
@@ -153,14 +139,10 @@ def test_rollouts_along_the_shortest_path_take_one_turn_per_step(chat):
     [
         ("level", "label", "#..##"),
         ("allee", "label", "+++#."),
-        ("label", "label", "#####"),
-        ("speed", "abide", "..+.+"),
-        ("speed", "erase", "+.++."),
-        ("speed", "steal", "#.#.."),
         ("speed", "crepe", ".+#+."),
     ],
 )
-def test_marks_follow_the_rules(guess, hidden, marks):
+def test_marks_of_repeated_letters(guess, hidden, marks):
     assert mark(guess, hidden) == marks
 
 
@@ -182,14 +164,16 @@ def test_the_splits_of_the_word_list_are_disjoint():
     assert hidden["train"] | hidden["eval"] == set(WORDS)
 
 
+LABEL = Task(id="t", question="q", answers=("label",))
+
+
 def guess(word: str) -> str:
     return f"<guess>{word}</guess>"
 
 
 def test_turns_are_rewarded_by_information_gain():
     env = load_env("wordle", {"knowledge": 1.0})
-    task = Task(id="t", question="q", answers=("label",))
-    _, steps, outcome = play(env, task, guess("crane"), guess("Crane"), guess("label"))
+    _, steps, outcome = play(env, LABEL, guess("crane"), guess("Crane"), guess("label"))
     assert steps[0].messages[0]["content"] == f"crane: {' '.join(mark('crane', 'label'))}"
     left = sum(mark("crane", word) == mark("crane", "label") for word in WORDS)
     assert steps[0].reward == pytest.approx(1 - math.log2(left) / math.log2(len(WORDS)))
@@ -201,8 +185,7 @@ def test_turns_are_rewarded_by_information_gain():
 
 def test_the_game_is_lost_after_six_guesses():
     env = load_env("wordle", {})
-    task = Task(id="t", question="q", answers=("label",))
-    _, steps, outcome = play(env, task, "crane", guess("zzzzz"), *[guess("crane")] * 4)
+    _, steps, outcome = play(env, LABEL, "crane", guess("zzzzz"), *[guess("crane")] * 4)
     assert [step.done for step in steps] == [False] * 5 + [True]
     assert [step.reward for step in steps][:2] == [-0.1, -0.1]
     assert "not on the list" in steps[1].messages[0]["content"]
@@ -246,7 +229,6 @@ def test_turn_rewards_of_solved_games_of_any_length_sum_to_knowledge(chat):
 
 # arithmetic and the calculator
 
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LEAVES = st.integers(0, 999).map(str)
 EXPRESSIONS = st.recursive(
     LEAVES,
@@ -258,33 +240,13 @@ EXPRESSIONS = st.recursive(
 @given(EXPRESSIONS)
 @settings(deadline=None)
 def test_arithmetic_is_exact(text):
-    # independent implementation: postfix notation and a stack
-    stack: list[Fraction] = []
     try:
-        for token in _postfix(text):
-            if token.isdigit():
-                stack.append(Fraction(token))
-                continue
-            right, left = stack.pop(), stack.pop()
-            stack.append(OPERATIONS[token](left, right))
+        expected = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # by Python itself
     except ZeroDivisionError:
         with pytest.raises(ValueError, match="division by zero"):
             calculate(text)
-        return
-    assert calculate(text) == stack.pop()
-
-
-def _postfix(text: str) -> list[str]:
-    output, waiting = [], []
-    for token in re.findall(r"\d+|[()+*/-]", text):
-        if token.isdigit():
-            output.append(token)
-        elif token == ")":
-            while (top := waiting.pop()) != "(":
-                output.append(top)
-        else:
-            waiting.append(token)
-    return output + waiting[::-1]
+    else:
+        assert calculate(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -295,6 +257,7 @@ def _postfix(text: str) -> list[str]:
         ("2 ** -2", Fraction(1, 4)),
         ("7 // 2 + -7 % 3", Fraction(5)),
         ("+3", Fraction(3)),
+        ("-" * 499 + "1", Fraction(-1)),
     ],
 )
 def test_operators(text, value):
@@ -323,14 +286,11 @@ def test_operators(text, value):
         ("0 ** -1", "division by zero"),
         ("1 % 0", "division by zero"),
         ("(" * 300 + "1", "not an arithmetic expression"),
-        ("-" * 499 + "1", "nested too deeply|not an arithmetic|$"),
         ("1 + " * 200 + "1", "more than 500 characters"),
     ],
 )
 def test_invalid_expressions_are_errors(text, reason):
-    if text.startswith("-" * 499):  # deep, but within bounds on most interpreters
-        assert calculate(text) == -1
-        return
+
     with pytest.raises(ValueError, match=reason):
         calculate(text)
 
@@ -345,9 +305,9 @@ def test_any_text_is_computed_or_a_value_error(text):
     assert isinstance(value, Fraction) and format_number(value)
 
 
-def calculator(**options):
-    given = {"train_tasks": 20, "eval_tasks": 5, "reasoning": False, **options}
-    return load_env("calculator", given, max_turns=9)
+def calculator(*, max_turns=9, **options):
+    small = {"train_tasks": 20, "eval_tasks": 5, "reasoning": False}
+    return load_env("calculator", {**small, **options}, max_turns=max_turns)
 
 
 def test_expressions_differ_between_the_splits_and_have_integer_answers():
@@ -357,10 +317,10 @@ def test_expressions_differ_between_the_splits_and_have_integer_answers():
     for task in env.tasks("train"):
         assert re.fullmatch(r"-?\d+", task.answers[0])
         assert task.data["expression"].count(" ") in (2, 6)
-    with pytest.raises(ConfigError, match=r"env.options.largest: 10 allows fewer than"):
-        calculator(largest=10, operations=1, train_tasks=10_000)
+    with pytest.raises(ConfigError, match=r"env.options.largest: 10 allows fewer than 405"):
+        calculator(largest=10, operations=1, train_tasks=400)
     with pytest.raises(ConfigError, match=r"env.max_turns: 3 leaves no turn .* after 3 calls"):
-        load_env("calculator", {"operations": 3, "max_operations": 1}, max_turns=3)
+        calculator(operations=3, max_operations=1, max_turns=3)
 
 
 def one_operation(seen: str) -> str:

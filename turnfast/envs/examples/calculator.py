@@ -57,18 +57,18 @@ class CalculatorEnv(ToolEnv):
         self.operations = (operations,) if isinstance(operations, int) else tuple(operations)
         if not self.operations:
             raise ConfigError("env.options.operations: the list is empty; give numbers from 1 to 8")
-        self._largest = largest
         self._max_operations = max_operations
         rng = random.Random(f"turnfast calculator {seed}")
+        num_tasks = train_tasks + eval_tasks
         drawn: dict[str, None] = {}
-        for _ in range(50 * (train_tasks + eval_tasks)):
+        for _ in range(50 * num_tasks):
             drawn.setdefault(_draw(rng, rng.choice(self.operations), largest))
-            if len(drawn) == train_tasks + eval_tasks:
+            if len(drawn) == num_tasks:
                 break
         else:
             raise ConfigError(
-                f"env.options.largest: {largest} allows fewer than {train_tasks + eval_tasks} "
-                "different expressions; raise it, or lower train_tasks or eval_tasks"
+                f"env.options.largest: {largest} allows fewer than {num_tasks} different "
+                "expressions; raise it, or lower train_tasks or eval_tasks"
             )
         expressions = list(drawn)
         self._expressions: dict[Split, list[str]] = {

@@ -8,8 +8,7 @@
     user       . @ . O …
 
 The rules are those of Gymnasium's FrozenLake; each map is random and has a safe path to the goal.
-A turn is rewarded by the steps that it removes from the shortest safe path to the goal (negative if
-it adds some), so the turn rewards of a trajectory sum to the distance covered.
+A turn is rewarded for the change in the length of the shortest safe path to the goal.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ from ..rewards.answers import read_tag
 
 Cell = tuple[int, int]
 MOVES: dict[str, Cell] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+PROGRESS_REWARD = 0.2
+"""For each step closer to the goal; its negative for each step away."""
+MALFORMED_REWARD = -0.1
 _HELP = "Move: <move>left</move>, right, up or down."
-_ALONG = ("left", "right")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +102,6 @@ class FrozenLakeEnv:
         size: cells per side.
         holes: share of the cells that are holes.
         slip: probability that the agent moves to one of the two sides instead, each equally likely.
-        progress: turn reward for one step closer to the goal; its negative for one step away.
-        malformed: turn reward of a turn without a move; the agent does not move.
         train_tasks, eval_tasks: maps per split.
         demos: number of demonstrations; half of their moves are random safe moves.
     """
@@ -118,33 +117,29 @@ class FrozenLakeEnv:
         size: Annotated[int, Field(ge=2, le=12)] = 4,
         holes: Annotated[float, Field(ge=0, le=0.6)] = 0.2,
         slip: Share = 0.0,
-        progress: float = 0.2,
-        malformed: float = -0.1,
         train_tasks: PositiveInt = 2048,
         eval_tasks: PositiveInt = 128,
         demos: PositiveInt = 4000,
     ) -> None:
         self._seed = seed
-        self.size, self.holes, self.slip = size, holes, slip
-        self.progress, self.malformed = progress, malformed
+        self._size, self._holes, self._slip = size, holes, slip
         self._demos = demos
-        self._tasks: dict[Split, tuple[Task, ...]] = {
-            "train": self._draw("train", train_tasks, frozenset()),
-        }
-        train_maps = frozenset(task.data["lake"].holes for task in self._tasks["train"])
-        self._tasks["eval"] = self._draw("eval", eval_tasks, train_maps)
+        train = self._draw("train", train_tasks, frozenset())
+        train_maps = frozenset(task.data["lake"].holes for task in train)
+        held_out = self._draw("eval", eval_tasks, train_maps)
+        self._tasks: dict[Split, tuple[Task, ...]] = {"train": train, "eval": held_out}
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._tasks[split]
 
     def episode(self, task: Task) -> FrozenLakeEpisode:
-        return FrozenLakeEpisode(self, task)
+        return FrozenLakeEpisode(task, self._slip)
 
     def demonstrations(self, seed: int) -> Sequence[Demonstration]:
         """Crossings of other lakes, which teach the format of a move and little skill."""
         rng = random.Random(f"turnfast frozen lake demonstrations {seed}")
         return [
-            _demonstrate(draw_lake(rng, self.size, self.holes), rng) for _ in range(self._demos)
+            _demonstrate(draw_lake(rng, self._size, self._holes), rng) for _ in range(self._demos)
         ]
 
     def corpus(self) -> Sequence[str]:
@@ -158,7 +153,7 @@ class FrozenLakeEnv:
         rng = random.Random(f"turnfast frozen lake {self._seed} {split}")
         tasks: list[Task] = []
         for _ in range(50 * count):
-            lake = draw_lake(rng, self.size, self.holes)
+            lake = draw_lake(rng, self._size, self._holes)
             if lake.holes not in taken:
                 number = len(tasks)
                 data = {"lake": lake, "seed": f"{self._seed} {split} {number}"}
@@ -166,16 +161,16 @@ class FrozenLakeEnv:
             if len(tasks) == count:
                 return tuple(tasks)
         raise ConfigError(
-            f"env.options.size: {self.size} x {self.size} cells allow fewer than {count} lakes in "
-            f"{split!r} that occur in no other split; raise it, or lower {split}_tasks"
+            f"env.options.size: {self._size} x {self._size} cells allow fewer than {count} lakes "
+            f"in {split!r} that occur in no other split; raise it, or lower {split}_tasks"
         )
 
 
 class FrozenLakeEpisode:
     """One crossing; slips depend on the task's seed and are equal for all rollouts of a group."""
 
-    def __init__(self, env: FrozenLakeEnv, task: Task) -> None:
-        self._env = env
+    def __init__(self, task: Task, slip: float) -> None:
+        self._slip = slip
         self._task = task
         self._lake: Lake = task.data["lake"]
         self._rng = random.Random(task.data["seed"])
@@ -188,28 +183,26 @@ class FrozenLakeEpisode:
     async def step(self, text: str) -> Step:
         move = read_move(text)
         if move is None:
-            parts = {"malformed": self._env.malformed}
             return Step(
                 messages=({"role": "user", "content": _HELP},),
-                reward=parts["malformed"],
-                reward_parts=parts,
+                reward=MALFORMED_REWARD,
+                reward_parts={"malformed": MALFORMED_REWARD},
                 tool_calls=1,
             )
         lake, before = self._lake, self._agent
         self._agent = lake.moved(before, self._slipped(move))
         self._num_moves += 1
-        fallen, at_goal = self._agent in lake.holes, self._agent == lake.goal
-        covered = 0 if fallen else lake.steps[before] - lake.steps.get(self._agent, 0)
-        parts = {"progress": self._env.progress * covered}
+        fallen = self._agent in lake.holes
+        done = fallen or self._agent == lake.goal
+        progress = 0 if fallen else lake.steps[before] - lake.steps[self._agent]
+        reward = PROGRESS_REWARD * progress
         return Step(
-            messages=()
-            if fallen or at_goal
-            else ({"role": "user", "content": lake.show(self._agent)},),
-            reward=parts["progress"],
-            reward_parts=parts,
+            messages=() if done else ({"role": "user", "content": lake.show(self._agent)},),
+            reward=reward,
+            reward_parts={"progress": reward},
             tool_calls=1,
             tool_successes=1,
-            done=fallen or at_goal,
+            done=done,
         )
 
     async def finish(self) -> Outcome:
@@ -227,9 +220,9 @@ class FrozenLakeEpisode:
     def _slipped(self, move: str) -> str:
         # drawn at every move, so that a slip does not depend on earlier moves
         chance, side = self._rng.random(), self._rng.random() < 0.5
-        if chance >= self._env.slip:
+        if chance >= self._slip:
             return move
-        return (("up", "down") if move in _ALONG else _ALONG)[side]
+        return (("up", "down") if move in ("left", "right") else ("left", "right"))[side]
 
 
 def first_text(lake: Lake) -> str:

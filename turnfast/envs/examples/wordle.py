@@ -5,9 +5,9 @@
     user       crane: . + . . #
     assistant  <guess>rouge</guess>                                          at most 6 guesses
 
-A turn is rewarded by its information gain: log2 of the factor by which it reduces the words that
-fit all marks so far, divided by log2 of the size of the list. The turn rewards of a solved game sum
-to `knowledge`.
+A turn is rewarded by its information gain: log2 of the factor by which it reduces the number of
+words that fit all marks, divided by log2 of the size of the list. The turn rewards of a solved game
+sum to `knowledge`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...config.schema import PositiveInt, Share
+from ...config.schema import PositiveInt
 from ...errors import ConfigError
 from ...tools import Tool
 from ...types import Message, Task
@@ -27,6 +27,9 @@ from ..rewards.answers import read_tag
 from .wordle_words import WORDS
 
 RIGHT, ELSEWHERE, ABSENT = "#", "+", "."
+EVAL_SHARE = 0.2
+MALFORMED_REWARD = -0.1
+"""For a turn without a guess from the list; it counts as a guess."""
 
 
 class WordleEnv:
@@ -34,11 +37,9 @@ class WordleEnv:
 
     Args:
         seed: seed of the split and of the order of the tasks.
-        words: file with one word per line, all of the same length; "" takes the built-in list.
+        words: file with one word per line, all of the same length; "" selects the built-in list.
         guesses: number of guesses; `env.max_turns` should not be smaller.
-        eval_share: share of the words in the split eval.
         knowledge: sum of the turn rewards of a solved game.
-        malformed: turn reward of a turn without a guess from the list; it counts as a guess.
     """
 
     tools: Sequence[Tool] = ()
@@ -51,17 +52,14 @@ class WordleEnv:
         seed: int = 0,
         words: str = "",
         guesses: PositiveInt = 6,
-        eval_share: Share = 0.2,
         knowledge: float = 0.5,
-        malformed: float = -0.1,
     ) -> None:
         self.words: tuple[str, ...] = _read_words(Path(words)) if words else WORDS
         self.guesses = guesses
         self.knowledge = knowledge
-        self.malformed = malformed
         order = list(self.words)
         random.Random(f"turnfast wordle {seed}").shuffle(order)
-        num_eval = min(max(1, round(eval_share * len(order))), len(order) - 1)
+        num_eval = max(1, round(EVAL_SHARE * len(order)))
         self._hidden: dict[Split, list[str]] = {"eval": order[:num_eval], "train": order[num_eval:]}
 
     def tasks(self, split: Split) -> Sequence[Task]:
@@ -86,7 +84,7 @@ class WordleEpisode:
         self._task = task
         self._hidden = task.answers[0]
         self._fitting: Sequence[str] = env.words
-        self._guesses = 0
+        self._num_guesses = 0
         self._solved = False
 
     async def start(self) -> Sequence[Message]:
@@ -96,7 +94,7 @@ class WordleEpisode:
         env = self._env
         guess = (read_tag(text, "guess") or "").lower()
         known = guess in env.words
-        self._guesses += 1
+        self._num_guesses += 1
         self._solved = guess == self._hidden
         if known:
             marks = mark(guess, self._hidden)
@@ -106,16 +104,13 @@ class WordleEpisode:
             parts = {"knowledge": env.knowledge * bits / math.log2(len(env.words))}
             reply = f"{guess}: {' '.join(marks)}"
         else:
-            parts = {"malformed": env.malformed}
-            reply = (
-                "Write <guess>word</guess>."
-                if not guess
-                else f"{guess[:40]!r} is not on the list of words."
-            )
-        done = self._solved or self._guesses == env.guesses
+            parts = {"malformed": MALFORMED_REWARD}
+            reply = f"{guess[:40]!r} is not on the list of words."
+            reply = reply if guess else "Write <guess>word</guess>."
+        done = self._solved or self._num_guesses == env.guesses
         return Step(
             messages=() if done else ({"role": "user", "content": reply},),
-            reward=math.fsum(parts.values()),
+            reward=sum(parts.values()),
             reward_parts=parts,
             tool_calls=1,
             tool_successes=int(known),
@@ -127,7 +122,7 @@ class WordleEpisode:
         return Outcome(
             reward=solved,
             reward_parts={"solved": solved},
-            metrics={"exact_match": solved, "guesses": float(self._guesses)},
+            metrics={"exact_match": solved, "guesses": float(self._num_guesses)},
         )
 
 
@@ -137,13 +132,13 @@ def mark(guess: str, hidden: str) -> str:
     Example: "level" for the hidden "label" is "#..##": the second e is in its place, so the first
     one is not marked.
     """
-    left = Counter(h for g, h in zip(guess, hidden, strict=True) if g != h)
+    remaining = Counter(h for g, h in zip(guess, hidden, strict=True) if g != h)
     marks: list[str] = []
     for letter, right in zip(guess, hidden, strict=True):
         if letter == right:
             marks.append(RIGHT)
-        elif left[letter]:
-            left[letter] -= 1
+        elif remaining[letter]:
+            remaining[letter] -= 1
             marks.append(ELSEWHERE)
         else:
             marks.append(ABSENT)
