@@ -15,7 +15,7 @@ from turnfast.config.schema import VALUE_RULES
 from turnfast.credit import RULES, assign_credits, check_rule
 from turnfast.credit.rules.gae import gae
 from turnfast.credit.with_values import ValueRule
-from turnfast.errors import ConfigError
+from turnfast.errors import ConfigError, TrainingError
 from turnfast.types import Credit, Group, Status, Task, Trajectory
 
 number = st.floats(-3, 3)
@@ -195,7 +195,7 @@ def test_errors_name_the_cause(rule):
         assign_credits([group], rule)
     with pytest.raises(ValueError, match=r"'q', trajectory 4: 1 values for 2 sampled tokens"):
         assign_credits([group], rule, values=[[[0.0]]])
-    with pytest.raises(ValueError, match=r"value of token 1 is nan; lower critic\.lr_factor"):
+    with pytest.raises(TrainingError, match=r"value of token 1 is nan; lower critic\.lr_factor"):
         assign_credits([group], rule, values=[[[0.0, math.nan]]])
     bad = Group(task=group.task, trajectories=(replace(t, outcome=math.inf),))
     with pytest.raises(ValueError, match=r"outcome: reward is inf"):

@@ -36,7 +36,7 @@ class OutOfMemory(TurnfastError):
 
 
 class TrainingError(TurnfastError):
-    """A loss or gradient is not finite, so the update was not applied."""
+    """A loss, gradient or value is not finite, so the update was not applied."""
 
 
 class TornStep(TurnfastError):

@@ -79,9 +79,9 @@ def norm_within(
 
 def turn_rewards(group: Group, missing: Literal["skip", "zero"]) -> list[list[float | None]]:
     """The turn rewards; missing ones stay None ("skip") or become 0 ("zero")."""
-    filler = 0.0 if missing == "zero" else None
+    default = 0.0 if missing == "zero" else None
     return [
-        [filler if turn.reward is None else turn.reward for turn in t.turns]
+        [default if turn.reward is None else turn.reward for turn in t.turns]
         for t in group.trajectories
     ]
 

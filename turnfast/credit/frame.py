@@ -20,9 +20,18 @@ class Frame:
     flatten: bool = False
 
     def before(self, group: Group, *, at_least: int = 2) -> Group:
-        """The group that the rule receives."""
-        healthy = without_failed(group, at_least)
-        return flattened(healthy) if self.flatten else healthy
+        """The group that the rule receives, without failed and masked rollouts.
+
+        It is empty if fewer than `at_least` rollouts remain.
+
+        Raises:
+            ValueError: a reward is not a finite number; names its task, trajectory and turn.
+        """
+        present = tuple(t for t in group.trajectories if not t.left_out)
+        for trajectory in present:
+            _check_finite(trajectory)
+        remaining = replace(group, trajectories=present if len(present) >= at_least else ())
+        return _flattened(remaining) if self.flatten else remaining
 
     def after(self, rows_by_group: Sequence[Rows]) -> list[Rows]:
         """Whiten and clip the advantages of a batch."""
@@ -30,31 +39,6 @@ class Frame:
         if (c := self.clip) is None:
             return result
         return [[[min(max(a, -c), c) for a in row] for row in rows] for rows in result]
-
-
-def without_failed(group: Group, at_least: int = 2) -> Group:
-    """The group without failed and masked rollouts; empty if fewer than `at_least` remain.
-
-    Raises:
-        ValueError: a reward is not a finite number; names its task, trajectory and turn.
-    """
-    healthy = tuple(t for t in group.trajectories if not t.left_out)
-    for trajectory in healthy:
-        _check_finite(trajectory)
-    return replace(group, trajectories=healthy if len(healthy) >= at_least else ())
-
-
-def flattened(group: Group) -> Group:
-    """The group with all turn rewards added to the outcome: o_i + sum_k r_{i,k}.
-
-    Example: rewards (0.7, None) and outcome 1 become (None, None) and 1.7.
-    """
-    returns = zip(group.trajectories, episode_returns(group), strict=True)
-    moved = (
-        replace(t, outcome=earned, turns=tuple(replace(turn, reward=None) for turn in t.turns))
-        for t, earned in returns
-    )
-    return replace(group, trajectories=tuple(moved))
 
 
 def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
@@ -66,11 +50,24 @@ def with_failed(group: Group, rows: Rows) -> tuple[tuple[float, ...], ...]:
     )
 
 
+def _flattened(group: Group) -> Group:
+    """The group with all turn rewards added to the outcome: o_i + sum_k r_{i,k}.
+
+    Example: rewards (0.7, None) and outcome 1 become (None, None) and 1.7.
+    """
+    moved = (
+        replace(t, outcome=total, turns=tuple(replace(turn, reward=None) for turn in t.turns))
+        for t, total in zip(group.trajectories, episode_returns(group), strict=True)
+    )
+    return replace(group, trajectories=tuple(moved))
+
+
 def _check_finite(trajectory: Trajectory) -> None:
-    named = [(f"turn {k}", turn.reward) for k, turn in enumerate(trajectory.turns)]
-    for place, reward in [*named, ("outcome", trajectory.outcome)]:
-        missing = reward is None and place != "outcome"
-        if not missing and not (isinstance(reward, Real) and abs(float(reward)) < LARGEST_REWARD):
+    rewards = {
+        f"turn {k}": t.reward for k, t in enumerate(trajectory.turns) if t.reward is not None
+    }
+    for place, reward in {**rewards, "outcome": trajectory.outcome}.items():
+        if not (isinstance(reward, Real) and abs(float(reward)) < LARGEST_REWARD):
             raise ValueError(
                 f"task {trajectory.task_id!r}, trajectory {trajectory.index}, {place}: "
                 f"reward is {reward!r}; it must be a finite number, "

@@ -7,17 +7,18 @@ returns one advantage per token or per turn, and a value target or None for ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from turnfast.credit.baseline import Rows
 from turnfast.credit.frame import Frame
+from turnfast.errors import TrainingError
 from turnfast.types import Credit, Group, TokenCredit, Trajectory
 
 Values = Sequence[Sequence[Sequence[float]]]
-"""values[g][i][t]: the value before sampled token t of rollout i of group g; empty for rollouts
-that are left out."""
+"""values[g][i][t]: the value before sampled token t of rollout i of group g; empty for failed
+and masked rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +39,22 @@ def credit_with_values(
     """Apply a value rule to a batch; returns one `Credit` per group. A group may have one rollout.
 
     Raises:
-        ValueError: a reward or value is not finite, or the values do not fit the rollouts.
+        ValueError: a reward is not finite, or the values do not fit the rollouts.
+        TrainingError: a value is not finite.
     """
     rows_by_group: list[Rows] = []
-    targets: list[list[float | None]] = []
-    for g, group in enumerate(groups):
-        seen = iter(frame.before(group, at_least=1).trajectories)
-        rows: Rows = []
-        for i, trajectory in enumerate(group.trajectories):
-            if trajectory.left_out:
-                continue
-            _check_values(trajectory, values[g][i])
-            row, target = rule.estimate(next(seen), values[g][i], **arguments)
-            rows.append(row)
-            targets.append(target)
-        rows_by_group.append(rows)
-    rest = iter(targets)
-    return [
-        _credit(name, rule.per, group, values[g], rows, rest)
-        for g, (group, rows) in enumerate(zip(groups, frame.after(rows_by_group), strict=True))
-    ]
+    targets_by_group: list[list[list[float | None]]] = []
+    for group, values_of_group in zip(groups, values, strict=True):
+        estimates = []
+        remaining = iter(frame.before(group, at_least=1).trajectories)
+        for original, known in zip(group.trajectories, values_of_group, strict=True):
+            if not original.left_out:
+                _check_values(original, known)
+                estimates.append(rule.estimate(next(remaining), known, **arguments))
+        rows_by_group.append([row for row, _ in estimates])
+        targets_by_group.append([targets for _, targets in estimates])
+    columns = zip(groups, values, frame.after(rows_by_group), targets_by_group, strict=True)
+    return [_credit(name, rule.per, *column) for column in columns]
 
 
 def _credit(
@@ -66,21 +63,21 @@ def _credit(
     group: Group,
     values: Sequence[Sequence[float]],
     rows: Rows,
-    targets: Iterator[list[float | None]],
+    targets: Sequence[Sequence[float | None]],
 ) -> Credit:
-    remaining = iter(rows)
+    remaining = zip(rows, targets, strict=True)
     turns, tokens = [], []
     for trajectory, known in zip(group.trajectories, values, strict=True):
         if trajectory.left_out:
             turns.append((0.0,) * len(trajectory.turns))
             tokens.append(TokenCredit(values=(), targets=()))
             continue
-        row = next(remaining)
+        row, target = next(remaining)
         turns.append(tuple(row) if per == "turn" else _means(trajectory, row))
         tokens.append(
             TokenCredit(
                 values=tuple(known),
-                targets=tuple(next(targets)),
+                targets=tuple(target),
                 advantages=tuple(row) if per == "token" else None,
             )
         )
@@ -104,7 +101,7 @@ def _check_values(trajectory: Trajectory, values: Sequence[float]) -> None:
         )
     for t, value in enumerate(values):
         if not math.isfinite(value):
-            raise ValueError(
+            raise TrainingError(
                 f"task {trajectory.task_id!r}, trajectory {trajectory.index}: the critic's value "
                 f"of token {t} is {value}; lower critic.lr_factor or optim.lr"
             )

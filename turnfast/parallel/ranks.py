@@ -1,12 +1,11 @@
 """Data-parallel ranks and their collectives.
 
 Started by torchrun (or with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set), every
-process is one rank with the whole model, a sampler and a GPU of its own. With one rank every method
-returns at once, and no process group is created.
+process is one rank with the whole model, its own sampler and its own GPU. With one rank no process
+group is created, and every method returns at once.
 
 JSON values and arrays are gathered as bytes with gloo, without pickle; gradients on a GPU are
-reduced with NCCL. The process groups are created here and not as torch's default group, which the
-inference engine creates for itself.
+reduced with NCCL. torch's default process group is not used: the inference engine creates it.
 """
 
 from __future__ import annotations
@@ -74,9 +73,9 @@ class Ranks:
         return [
             [
                 np.frombuffer(part, array.dtype).copy()
-                for array, part in zip(arrays, _split(whole, parts), strict=True)
+                for array, part in zip(arrays, _split(joined, parts), strict=True)
             ]
-            for whole, parts in zip(data, sizes, strict=True)
+            for joined, parts in zip(data, sizes, strict=True)
         ]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -100,9 +99,9 @@ class Ranks:
     def share_errors(self) -> Iterator[None]:
         """If the enclosed code fails on one rank, raise on all ranks. It must use no collective.
 
-        All ranks raise the same `TurnfastError`. Any other exception is re-raised on its own rank
-        and becomes a `RankError` on the others. With several errors, an exception that is no
-        `TurnfastError` comes first, then that of the lowest rank.
+        A `TurnfastError` is raised with the same type on all ranks. Any other exception is
+        re-raised on its own rank and becomes a `RankError` on the others. If several ranks fail,
+        other exceptions come before a `TurnfastError`, then lower ranks before higher ones.
         """
         if self.size == 1:
             yield

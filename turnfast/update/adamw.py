@@ -19,13 +19,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORKSPACE = 1 << 22
 """Weights that `Bfloat16AdamW` updates at a time."""
 WORKSPACE_BYTES = 28 * WORKSPACE
-"""Temporary memory of that: seven float32 or int32 tensors."""
+"""Temporary memory of such an update: seven float32 or int32 tensors."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_adamw(parameters: Sequence[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over float32 parameters; its moments are allocated, so that they cannot fail later."""
+    """AdamW over float32 parameters, with all moments allocated."""
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -49,7 +49,7 @@ def make_moments(adamw: torch.optim.Optimizer, config: OptimConfig) -> None:
 
 
 def reserve_workspace(adamw: torch.optim.Optimizer) -> None:
-    """Allocate and free the memory of a step, so that a lack of it shows before anything changes.
+    """Allocate and free the memory of a bfloat16 step, so that it cannot run out halfway.
 
     The float32 update needs none.
     """

@@ -8,19 +8,21 @@ pretrained policy.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from ..config.schema import CriticConfig, OptimConfig
+from ..errors import OutOfMemory, TornStep
 from ..model import Policy, hidden_states
 from ..packing.options import PackOptions
 from ..packing.pack import pack
 from ..parallel.ranks import ALONE, Ranks
-from ..types import Batch, Credit, Group, Trajectory
-from .optimizer import Optimizer
+from ..types import Batch, Credit, Group
+from .optimizer import LESS_MEMORY, Optimizer
 
 
 class Critic:
@@ -42,8 +44,8 @@ class Critic:
         nn.init.zeros_(self.head.bias)
         self._config = config
         rate = optim.lr * config.lr_factor
-        own = optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
-        self._optimizer = Optimizer(self.head.parameters(), own, ranks=ranks)
+        settings = optim.model_copy(update={"lr": rate, "weight_decay": 0.0})
+        self._optimizer = Optimizer(self.head.parameters(), settings, ranks=ranks)
 
     def values_N(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """The value before each target token of a batch, with gradient."""
@@ -60,30 +62,32 @@ class Critic:
     ) -> list[list[tuple[float, ...]]]:
         """Compute values[g][i][t], the value before sampled token t of rollout i of group g.
 
-        Rollouts that are left out get an empty tuple.
+        Failed and masked rollouts get an empty tuple.
         """
-        everything = [
+        credits = [
             Credit(rule="", advantages=tuple((1.0,) * len(t.turns) for t in group.trajectories))
             for group in groups
         ]
         packed = pack(
             groups,
-            everything,
+            credits,
             budget=tokens_per_microbatch,
             device=policy.device,
             options=PackOptions(share_prefixes=share_prefixes),
         )
-        by_turn: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        values: list[tuple[int, int, float]] = []
         for batch in packed.batches:
-            values_N = self.values_N(hidden_states(policy, batch), batch).tolist()
+            values_N = self.values_N(hidden_states(policy, batch), batch)
             turns_N = batch.turns_N.long()
-            owners = zip(
-                batch.sequences_K[turns_N].tolist(), batch.places_K[turns_N].tolist(), strict=True
-            )
-            for owner, value in zip(owners, values_N, strict=True):
-                by_turn[owner].append(value)
-        numbers = iter(range(sum(len(group.trajectories) for group in groups)))
-        return [[_of_rollout(t, by_turn, numbers) for t in group.trajectories] for group in groups]
+            columns = (batch.sequences_K[turns_N], batch.places_K[turns_N], values_N)
+            values += zip(*(column.tolist() for column in columns), strict=True)
+        # `pack` numbers the trajectories in order; sorting keeps the order of a turn's tokens
+        values.sort(key=itemgetter(0, 1))
+        remaining = (value for _, _, value in values)
+        return [
+            [tuple(islice(remaining, 0 if t.left_out else t.num_sampled)) for t in g.trajectories]
+            for g in groups
+        ]
 
     def loss(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """coef / 2 times the weighted mean of (V - target)^2.
@@ -102,8 +106,20 @@ class Critic:
         return 0.5 * self._config.coef * (batch.value_weights_N * errors_N).sum()
 
     def step(self) -> float:
-        """Update the layer and return its gradient norm; nothing changes if that is not finite."""
-        return self._optimizer.step()
+        """Update the layer, after the policy, and return its gradient norm.
+
+        If the norm is not finite, the layer does not change.
+
+        Raises:
+            TornStep: memory ran out, but the policy is already updated.
+        """
+        try:
+            return self._optimizer.step()
+        except OutOfMemory as error:
+            raise TornStep(
+                "out of memory in the critic's step, after the policy's: continue from the last "
+                f"checkpoint with --resume; {LESS_MEMORY}"
+            ) from error
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
@@ -118,7 +134,7 @@ class Critic:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state. Raises KeyError or RuntimeError if it is of another hidden size."""
+        """Load a state; raises KeyError or RuntimeError if it does not fit the hidden size."""
         head = {n.removeprefix("head."): x for n, x in state.items() if n.startswith("head.")}
         self.head.load_state_dict(head)
         moments: dict[int, dict[str, Tensor]] = {}
@@ -127,23 +143,7 @@ class Critic:
             index, _, entry = rest.partition(".")
             if kind == "optimizer" and entry:
                 moments.setdefault(int(index), {})[entry] = x
-        own = self._optimizer.state_dict()
-        groups = [
-            {**group, "num_steps": int(state["optimizer.num_steps"])}
-            for group in own["param_groups"]
-        ]
+        num_steps = int(state["optimizer.num_steps"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        groups = [{**group, "num_steps": num_steps} for group in groups]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _of_rollout(
-    trajectory: Trajectory,
-    by_turn: Mapping[tuple[int, int], Sequence[float]],
-    numbers: Iterator[int],
-) -> tuple[float, ...]:
-    # `pack` numbers the trajectories that have targets, in order
-    if trajectory.left_out or not trajectory.num_sampled:
-        return ()
-    number = next(numbers)
-    return tuple(
-        value for k in range(len(trajectory.turns)) for value in by_turn.get((number, k), ())
-    )

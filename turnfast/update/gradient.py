@@ -59,7 +59,7 @@ def compute_gradient(
         TrainingError: the loss head found hidden states or logits that are not finite.
     """
     policy, optimizer = learner.policy, learner.optimizer
-    # All micro-batches add to one buffer. A rank without batches needs it too, for the all-reduce.
+    # all micro-batches add to one buffer; a rank without batches needs it too, for the all-reduce
     head_grad = optimizer.grad_sum(policy.head_VD)
     with optimizer.accumulating(), sparse_embedding(policy, wanted=head_grad is not None):
         passes = [_backward(learner, batch, config, temperature, head_grad) for batch in batches]

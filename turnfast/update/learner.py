@@ -1,4 +1,4 @@
-"""What an update trains: the policy, its optimizer and, for some credit rules, a critic."""
+"""The policy, its optimizer and, for some credit rules, a critic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Learner:
     critic: Critic | None = None
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Free all gradients."""
         self.optimizer.zero_grad()
         if self.critic:
             self.critic.zero_grad()

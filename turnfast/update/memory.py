@@ -40,16 +40,17 @@ def smaller_microbatches(field: str, tokens: int, *, least: int, checkpointing: 
     """The settings to try when a micro-batch does not fit in memory.
 
     Args:
-        field: name of the field that bounds the tokens of a micro-batch. tokens: its value.
-        least: the smallest value that the field can have.
+        field: recipe field that limits the tokens of a micro-batch.
+        tokens: its value.
+        least: its smallest possible value.
         checkpointing: whether activations are checkpointed already.
     """
     half = max(tokens // 2, least)
-    ways = []
+    fixes = []
     if half < tokens:
-        ways.append(f"lower {field} from {tokens} to {half}")
+        fixes.append(f"lower {field} from {tokens} to {half}")
     if not checkpointing:
-        ways.append("set model.checkpointing = true")
-    if not ways:
-        ways.append(f"{field} = {tokens} cannot be lowered; train an adapter with model.lora.r")
-    return f"out of memory in a micro-batch: {'; if that is not enough, '.join(ways)}"
+        fixes.append("set model.checkpointing = true")
+    if not fixes:
+        fixes.append(f"{field} = {tokens} cannot be lowered; train an adapter with model.lora.r")
+    return f"out of memory in a micro-batch: {'; if that is not enough, '.join(fixes)}"

@@ -1,12 +1,12 @@
 """AdamW with warm-up, float32 master weights and float32 gradients for any model dtype.
 
 A bfloat16 weight cannot change at a learning rate of 1e-6: the update is smaller than its last
-digit. So low-precision parameters get a float32 master copy, and the model holds its rounding.
+digit. So low-precision parameters get a float32 master copy, whose rounded values the model uses.
 Gradients are accumulated in float32 for the same reason: a bfloat16 sum loses a micro-batch whose
 gradient is less than 1/256 of it, and the step would depend on the split into micro-batches.
 
-Masters and moments are allocated at once, so that a lack of memory shows before the first step.
-Bytes per trained parameter, with float32 moments (8; in bfloat16 4):
+Masters and moments are allocated by the constructor, so that a lack of memory shows before the
+first step. Bytes per trained parameter, with float32 moments (8; in bfloat16 4):
 
     float32 model     weight 4 + gradient 4            + moments 8
     bfloat16 model    weight 2 + gradient 4 + master 4 + moments 8
@@ -37,7 +37,7 @@ TORN = (
     "out of memory halfway through the optimizer's step: continue from the last checkpoint with "
     f"--resume; {LESS_MEMORY}"
 )
-LEAST_DECAY = 0.1
+MIN_DECAY = 0.1
 
 
 class Optimizer:
@@ -45,7 +45,7 @@ class Optimizer:
 
     Args:
         parameters: those without `requires_grad` are ignored.
-        total_steps: the learning rate decays linearly to 10 % over so many steps; None keeps it
+        total_steps: the learning rate decays linearly to 10 % over this many steps; None keeps it
             constant after the warm-up.
         ranks: gradients are summed over these before every step. All ranks must hold the same
             weights and take the same steps.
@@ -125,7 +125,7 @@ class Optimizer:
     def grad_sum(self, parameter: Tensor) -> Tensor | None:
         """The float32 buffer in which the next step expects the parameter's gradient.
 
-        It is created with zeros if needed, and `zero_grad` drops it. A kernel may add to it in
+        It is created with zeros if needed, and `zero_grad` frees it. A kernel may add to it in
         place; autograd adds its gradients to the same buffer. For a float32 parameter it is
         `.grad`. Returns None if the parameter is not trained here. With several ranks, call it on
         all of them or on none.
@@ -143,7 +143,7 @@ class Optimizer:
         rate = self._config.lr * min(1.0, (self.num_steps + 1) / max(1, self._config.warmup_steps))
         if self._total_steps is None:
             return rate
-        return rate * max(LEAST_DECAY, 1.0 - self.num_steps / self._total_steps)
+        return rate * max(MIN_DECAY, 1.0 - self.num_steps / self._total_steps)
 
     def zero_grad(self) -> None:
         for parameter in (*self.parameters, *self._masters):
@@ -181,13 +181,13 @@ class Optimizer:
                     self._masters[int(i)].copy_(saved)
                 if kept:
                     moments[int(i)] = kept
-        settings = [
+        own_settings = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self._adamw.param_groups
         ]
         self._adamw.state.clear()  # free the old moments before the new ones are copied
         self._adamw.load_state_dict({"state": moments, "param_groups": groups})
-        for group, own in zip(self._adamw.param_groups, settings, strict=True):
+        for group, own in zip(self._adamw.param_groups, own_settings, strict=True):
             group |= own
         make_moments(self._adamw, self._config)
         self._write_back()

@@ -25,7 +25,7 @@ NO_TOKENS = Mean(0.0, 0, if_empty=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What an update did; the defaults describe an update without any batch.
+    """Results of an update; the defaults are those of an update without batches.
 
     Losses, log-prob gaps, gradient norm and learning rate are those of all ranks, the other values
     those of this rank.
@@ -104,7 +104,7 @@ def check_impl(config: LossConfig, device: torch.device, dtype: torch.dtype) -> 
     try:
         implementation(config.impl, device, dtype)
     except ValueError as error:
-        raise ConfigError(f"loss.{error}; 'auto' takes what is available") from None
+        raise ConfigError(f"loss.{error}; 'auto' selects an available one") from None
 
 
 def needs_every_token(config: LossConfig) -> bool:
@@ -139,7 +139,7 @@ def update(
         TrainingError: the loss or gradient is not finite, or the log-prob gap is larger than
             `max_logprob_gap` with `old_logprobs = "sampler"`. This optimizer step changed nothing.
         OutOfMemory: this optimizer step changed nothing.
-        TornStep: see `Optimizer.step`.
+        TornStep: memory ran out after some weights had changed.
     """
     ranks = learner.optimizer.ranks
     learner.policy.model.train()  # the local sampler leaves the model in eval mode
@@ -221,8 +221,8 @@ def _logprob_gap(gradient: Gradient, ranks: Ranks) -> Gap:
     ]
     known = torch.cat(gaps) if gaps else torch.zeros(0)
     largest = float(known.max()) if len(known) else 0.0
-    found = ranks.all_gather([float(known.double().sum()), len(known), largest])
-    totals, counts, extremes = zip(*found, strict=True)
+    gathered = ranks.all_gather([float(known.double().sum()), len(known), largest])
+    totals, counts, extremes = zip(*gathered, strict=True)
     return Gap(mean=sum(totals) / max(1, sum(counts)), largest=max(extremes))
 
 

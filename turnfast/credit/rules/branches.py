@@ -20,7 +20,7 @@ def advantages(group: Group, *, norm: Norm = NORM) -> Rows:
 
     Replies of the environment are not compared: their randomness is part of the next turn.
 
-    Example (std "none", mean R = 3): a and b share turn 0, c took another. R = 4, 2, 3:
+    Example (std "none", mean R = 3): a and b share turn 0, c does not. R = 4, 2, 3:
     V(a, b) = 0, V(c) = 0; a has (0, 1), b (0, -1), c (0, 0).
     """
     scores = norm(episode_returns(group))

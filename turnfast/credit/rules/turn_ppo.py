@@ -22,9 +22,9 @@ def estimate(
     pairs = rewards_of_turns(trajectory)
     starts = [0, *accumulate(num_tokens for num_tokens, _ in pairs)][: len(pairs)]
     before = [values[start] for start in starts]
-    found = gae([reward for _, reward in pairs], before, gamma, gae_lambda)
+    advantages = gae([reward for _, reward in pairs], before, gamma, gae_lambda)
     targets: list[float | None] = [None] * len(values)
-    for start, advantage, value in zip(starts, found, before, strict=True):
+    for start, advantage, value in zip(starts, advantages, before, strict=True):
         targets[start] = advantage + value
-    remaining = iter(found)
+    remaining = iter(advantages)
     return [next(remaining) if turn.sampled_ids else 0.0 for turn in trajectory.turns], targets
