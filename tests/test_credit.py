@@ -98,74 +98,65 @@ def test_published_rules_for_three_rollouts() -> None:
     )
 
 
-def test_mt_grpo_for_three_and_one_turns() -> None:
-    group = group_of(rollout(0, (1.0, 3.0, 9.0), 4.0), rollout(1, (2.0,), 0.0))
-    credit = assign_credit(group, "mt_grpo", outcome_weight=0.5, **PLAIN)
-    # turn 0: 1 and 2 -> -0.5; turn 1: 3 alone -> 0; the 9 of the last turn is not credited
-    assert close(credit, (-0.5 + 0 + 1, 0 + 1, 2), (-2,))
+LENGTHS = group_of(rollout(0, (1.0, 3.0, 9.0), 4.0), rollout(1, (2.0,), 0.0))
+NO_CALL = group_of(rollout(0, (0.5, None), 0.0), rollout(1, (None,), 1.5))
+LATER = group_of(rollout(0, (1.0,)), rollout(1, (0.0, 1.0)))
+TO_GO = group_of(rollout(0, (1.0, 0.0), 2.0), rollout(1, (0.0,), 1.0))
 
 
-def test_mt_grpo_options_for_a_rollout_of_one_turn() -> None:
-    group = group_of(rollout(0, (0.5, None), 0.0), rollout(1, (None,), 1.5))
-    assert close(assign_credit(group, "mt_grpo", **PAIR), (0 - 1, -1), (1,))
-    assert close(assign_credit(group, "mt_grpo", missing="zero", **PAIR), (1 - 1, -1), (1,))
-    merged = assign_credit(group, "mt_grpo", missing="zero", one_turn="merged", **PLAIN)
-    assert close(merged, (0.25 - 0.75, -0.75), (0.5,))
+def replied(*replies: str) -> Group:
+    """One rollout per text of one-letter replies; only the first has an outcome of 1."""
+    rows = enumerate(replies)
+    return group_of(*(rollout(i, (None,) * len(r), float(i == 0), replies=r) for i, r in rows))
 
 
-def test_unbiased_worked_example() -> None:
-    group = group_of(rollout(0, (1.0,)), rollout(1, (0.0, 1.0)))
-    assert close(assign_credit(group, "mt_grpo", **PLAIN), (0,), (-0.5, 0))
-    assert close(assign_credit(group, "mt_grpo_unbiased", **PLAIN), (0,), (0, 0.5))
+def branched(*rollouts: tuple[float, Sequence[int]]) -> Group:
+    """One rollout per outcome and sampled ids of its turns."""
+    rows = enumerate(rollouts)
+    return group_of(*(rollout(i, (None,) * len(ids), o, ids=ids) for i, (o, ids) in rows))
 
 
-def test_return_to_go_worked_example() -> None:
-    group = group_of(rollout(0, (1.0, 0.0), 2.0), rollout(1, (0.0,), 1.0))
-    credit = assign_credit(group, "return_to_go", gamma=0.5, **PLAIN)
-    assert close(credit, (0.5, 0), (-0.5,))
-    pooled = assign_credit(group, "return_to_go", gamma=0.5, over="group", **PLAIN)
-    assert close(pooled, (1 / 3, 1 / 3), (-2 / 3,))
-
-
-def test_gigpo_worked_example() -> None:
-    same = group_of(
-        rollout(0, (None, None), 1.0, replies=["a", "x"]),
-        rollout(1, (None, None), 0.0, replies=["a", "y"]),
-    )
-    apart = group_of(
-        rollout(0, (None, None), 1.0, replies=["a", "x"]),
-        rollout(1, (None, None), 0.0, replies=["b", "y"]),
-    )
-    assert close(assign_credit(same, "gigpo", gamma=1.0, **PAIR), (2, 2), (-2, -2))
-    assert close(assign_credit(apart, "gigpo", gamma=1.0, **PAIR), (2, 1), (-2, -1))
-
-
-def test_gigpo_observations_match_across_turn_indices_and_histories_do_not() -> None:
-    group = group_of(
-        rollout(0, (None, None, None), 1.0, replies=["a", "b", ""]),
-        rollout(1, (None, None), 0.0, replies=["b", ""]),
-    )
-    seen = assign_credit(group, "gigpo", gamma=1.0, **PAIR)
-    assert close(seen, (2, 1, 2), (-2, -2))
-    whole = assign_credit(group, "gigpo", gamma=1.0, anchor="history", **PAIR)
-    assert close(whole, (2, 1, 1), (-2, -1))
-
-
-def test_tree_worked_example() -> None:
-    group = group_of(
-        rollout(0, (None, None), 4.0, ids=[1, 2]),
-        rollout(1, (None, None), 2.0, ids=[1, 3]),
-        rollout(2, (None, None), 3.0, ids=[4, 2]),
-    )
-    assert close(assign_credit(group, "tree", **PLAIN), (0, 1), (0, -1), (0, 0))
-
-
-def test_tree_turn_without_a_fork_has_the_advantage_of_its_branch() -> None:
-    group = group_of(
-        rollout(0, (None,) * 3, 4.0, ids=[1, 2, 5]),
-        rollout(1, (None,) * 3, 2.0, ids=[1, 3, 5]),
-    )
-    assert close(assign_credit(group, "tree", **PLAIN), (0, 1, 1), (0, -1, -1))
+@pytest.mark.parametrize(
+    ("rule", "options", "group", "rows"),
+    [
+        # turn 0: 1 and 2 -> -0.5; turn 1: 3 alone -> 0; the 9 of the last turn is not credited
+        ("mt_grpo", PLAIN | {"outcome_weight": 0.5}, LENGTHS, [(-0.5 + 0 + 1, 0 + 1, 2), (-2,)]),
+        ("mt_grpo", PAIR, NO_CALL, [(0 - 1, -1), (1,)]),
+        ("mt_grpo", PAIR | {"missing": "zero"}, NO_CALL, [(1 - 1, -1), (1,)]),
+        (
+            "mt_grpo",
+            PLAIN | {"missing": "zero", "one_turn": "merged"},
+            NO_CALL,
+            [(0.25 - 0.75, -0.75), (0.5,)],
+        ),
+        ("mt_grpo", PLAIN, LATER, [(0,), (-0.5, 0)]),
+        ("mt_grpo_unbiased", PLAIN, LATER, [(0,), (0, 0.5)]),
+        ("return_to_go", PLAIN | {"gamma": 0.5}, TO_GO, [(0.5, 0), (-0.5,)]),
+        (
+            "return_to_go",
+            PLAIN | {"gamma": 0.5, "over": "group"},
+            TO_GO,
+            [(1 / 3, 1 / 3), (-2 / 3,)],
+        ),
+        ("gigpo", PAIR | {"gamma": 1.0}, replied("ax", "ay"), [(2, 2), (-2, -2)]),
+        ("gigpo", PAIR | {"gamma": 1.0}, replied("ax", "by"), [(2, 1), (-2, -1)]),
+        # the same observation after turns of different index, with different histories
+        ("gigpo", PAIR | {"gamma": 1.0}, replied("abz", "bz"), [(2, 1, 2), (-2, -2)]),
+        (
+            "gigpo",
+            PAIR | {"gamma": 1.0, "anchor": "history"},
+            replied("abz", "bz"),
+            [(2, 1, 1), (-2, -1)],
+        ),
+        ("tree", PLAIN, branched((4, [1, 2]), (2, [1, 3]), (3, [4, 2])), [(0, 1), (0, -1), (0, 0)]),
+        # a turn without a fork has the advantage of its branch
+        ("tree", PLAIN, branched((4, [1, 2, 5]), (2, [1, 3, 5])), [(0, 1, 1), (0, -1, -1)]),
+    ],
+)
+def test_worked_examples(
+    rule: str, options: dict[str, Any], group: Group, rows: Sequence[Sequence[float]]
+) -> None:
+    assert close(assign_credit(group, rule, **options), *rows)
 
 
 def test_advantages_are_floats_for_all_number_types() -> None:
@@ -178,10 +169,9 @@ def test_advantages_are_floats_for_all_number_types() -> None:
 
 def test_clip_and_whiten() -> None:
     equal = group_of(rollout(0, (None,), 1.0), rollout(1, (None,), 1.0))
-    apart = group_of(rollout(0, (None,), 0.0), rollout(1, (None, None), 3.0))
-    clipped = assign_credit(apart, "dr", clip=1.0)
-    assert close(clipped, (-1.0,), (1.0, 1.0))
-    white = assign_credits([equal, apart], "dr", whiten=True)
+    different = group_of(rollout(0, (None,), 0.0), rollout(1, (None, None), 3.0))
+    assert close(assign_credit(different, "dr", clip=1.0), (-1.0,), (1.0, 1.0))
+    white = assign_credits([equal, different], "dr", whiten=True)
     assert white[0].advantages == ((0.0,), (0.0,))
     values = [a for row in white[1].advantages for a in row]
     assert sum(values) == pytest.approx(0.0)
@@ -221,21 +211,21 @@ SAME_EVERYWHERE = {"gigpo": {"gamma": 1.0, "step_weight": 0.0}, "hybrid": {"gamm
 
 @pytest.mark.parametrize("rule", GROUP_RULES)
 def test_flatten_moves_turn_rewards_to_the_outcome(rule: str) -> None:
-    paid = [rollout(i, r, o) for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))]
-    late = [
-        rollout(i, (None,) * 3, math.fsum([o, *(x or 0.0 for x in r)]))
-        for i, (r, o) in enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True))
-    ]
+    rewards = list(enumerate(zip(PAID_BY_TURN, OUTCOMES, strict=True)))
+    group = group_of(*(rollout(i, row, outcome) for i, (row, outcome) in rewards))
+    merged = group_of(
+        *(rollout(i, (None,) * 3, math.fsum([o, *(x or 0.0 for x in r)])) for i, (r, o) in rewards)
+    )
     chosen = SAME_EVERYWHERE.get(rule, {})
-    credit = assign_credit(group_of(*paid), rule, flatten=True, **chosen)
-    assert credit.advantages == assign_credit(group_of(*late), rule, **chosen).advantages
+    credit = assign_credit(group, rule, flatten=True, **chosen)
+    assert credit.advantages == assign_credit(merged, rule, **chosen).advantages
     assert credit.has_signal and all(len(set(row)) == 1 for row in credit.advantages)
+    plain = assign_credit(group, rule)
     # rules that use only the sum of rewards do not change
     if rule in ("grpo_mr", "rloo", "dr", "tree"):
-        plain = assign_credit(group_of(*paid), rule).advantages
-        assert close(credit, *plain)
+        assert close(credit, *plain.advantages)
     else:
-        assert credit.advantages != assign_credit(group_of(*paid), rule).advantages
+        assert credit.advantages != plain.advantages
 
 
 def test_flatten_ignores_failed_rollouts() -> None:
@@ -273,8 +263,8 @@ def test_reduces_to_grpo_exactly(
 
 def test_mt_grpo_equals_the_unbiased_rule_for_equal_lengths_without_last_rewards() -> None:
     group = group_of(*[rollout(i, (0.1 * i, 0.2, None), o) for i, o in enumerate(OUTCOMES)])
-    naive, unbiased = (assign_credit(group, r).advantages for r in ("mt_grpo", "mt_grpo_unbiased"))
-    assert naive == unbiased
+    biased, unbiased = (assign_credit(group, r) for r in ("mt_grpo", "mt_grpo_unbiased"))
+    assert biased.advantages == unbiased.advantages
 
 
 rewards_ = st.one_of(st.none(), st.floats(-2, 2), st.sampled_from([0.0, 0.5]))
@@ -371,11 +361,7 @@ def test_fewer_than_two_rollouts_give_zeros(rule: str) -> None:
         ("mt_gpro", {}, ["credit.rule", "mt_gpro", "did you mean 'mt_grpo'"]),
         ("best", {}, ["credit.rule", "known: dr, gigpo"]),
         ("mt_grpo", {"epsilno": 1e-4}, ["credit.options.epsilno", "did you mean 'epsilon'"]),
-        (
-            "rloo",
-            {"std": "none"},
-            ["credit.options.std: no such option", "known: clip, whiten"],
-        ),
+        ("rloo", {"std": "none"}, ["credit.options.std: no such option", "known: clip, whiten"]),
         ("mt_grpo", {"gamma": 1.0}, ["credit.options.gamma"]),
         ("mt_grpo", {"norm": 1}, ["credit.options.norm"]),
         ("mt_grpo", {"epsilon": -1.0}, ["credit.options.epsilon", "-1.0"]),

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from dataclasses import replace
 
-import by_hand
 import pytest
 import torch
+from step_data import make_groups
+from torch.overrides import TorchFunctionMode
 
 from turnfast.config.schema import CriticConfig, LossConfig, OptimConfig
 from turnfast.credit import assign_credits
+from turnfast.errors import CheckpointError, TornStep
 from turnfast.model import Policy, hidden_states
 from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import pack
-from turnfast.rundir.checkpoint import (
-    CheckpointError,
-    TrainingState,
-    load_checkpoint,
-    save_checkpoint,
-)
+from turnfast.rundir.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from turnfast.types import Group, Trajectory
 from turnfast.update.critic import Critic
 from turnfast.update.learner import Learner
@@ -27,35 +24,6 @@ from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip=1e9)
-
-
-def make_groups(seed: int) -> list[Group]:
-    """Ragged groups with a failed rollout, a turn without tokens and restarts."""
-    draw = random.Random(seed)
-
-    def ids(least: int, most: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, 280) for _ in range(draw.randrange(least, most)))
-
-    groups = []
-    for name in "ab":
-        prompt, rollouts = ids(5, 9), []
-        for index in range(3):
-            turns = []
-            for k in range(draw.randrange(1, 4)):
-                sampled = ids(0 if k == 1 else 1, 6)
-                turns.append(
-                    by_hand.turn(
-                        prompt_ids=prompt if k == 0 else ids(1, 5),
-                        sampled_ids=sampled,
-                        logprobs=tuple(-draw.uniform(3.0, 8.0) for _ in sampled),
-                        reward=draw.random(),
-                        restart=k > 0 and draw.random() < 0.3,
-                    )
-                )
-            status = "error" if (name, index) == ("a", 1) else "finished"
-            rollouts.append(by_hand.rollout(index, turns, status, outcome=draw.random()))
-        groups.append(by_hand.group_of(*rollouts))
-    return groups
 
 
 def random_critic(policy: Policy, config: CriticConfig | None = None, seed: int = 0) -> Critic:
@@ -67,6 +35,15 @@ def random_critic(policy: Policy, config: CriticConfig | None = None, seed: int 
     state["head.bias"] = torch.randn_like(state["head.bias"])
     critic.load_state_dict(state)
     return critic
+
+
+def values_of(critic: Critic, policy: Policy, groups: Sequence[Group]):
+    return critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
+
+
+def learner_of(policy: Policy, critic: Critic) -> Learner:
+    optimizer = Optimizer(policy.model.parameters(), OPTIM)
+    return Learner(policy=policy, optimizer=optimizer, critic=critic)
 
 
 def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list[torch.Tensor]:
@@ -88,7 +65,7 @@ def plain_values(policy: Policy, critic: Critic, trajectory: Trajectory) -> list
 @pytest.mark.parametrize("budget", [32, 4096])
 @pytest.mark.parametrize("share_prefixes", [False, True])
 def test_values_match_single_contexts(policy, budget, share_prefixes):
-    groups, critic = make_groups(1), random_critic(policy)
+    groups, critic = make_groups(1, ragged=True), random_critic(policy)
     values = critic.values(
         policy, groups, tokens_per_microbatch=budget, share_prefixes=share_prefixes
     )
@@ -102,18 +79,16 @@ def test_values_match_single_contexts(policy, budget, share_prefixes):
 
 
 def test_a_new_critic_returns_zeros(policy):
-    values = Critic(policy, CriticConfig(), OPTIM).values(
-        policy, make_groups(1), tokens_per_microbatch=64, share_prefixes=True
-    )
+    values = values_of(Critic(policy, CriticConfig(), OPTIM), policy, make_groups(1))
     assert {v for rows in values for row in rows for v in row} == {0.0}
 
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_the_gradient_matches_plain_autograd(policy, rule, clip):
-    groups = make_groups(2)
+    groups = make_groups(2, ragged=True)
     critic = random_critic(policy, CriticConfig(clip=clip, coef=0.7))
-    values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
+    values = values_of(critic, policy, groups)
     shifted = [[tuple(v + 0.1 * (-1) ** i for i, v in enumerate(r)) for r in g] for g in values]
     credits = assign_credits(groups, rule, values=shifted)
     gradients = []
@@ -159,27 +134,48 @@ def _gradients(policy: Policy, critic: Critic) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("rule", ["mt_ppo", "turn_ppo"])
 def test_updates_reduce_the_value_loss(policy, rule):
-    groups = make_groups(3)
+    groups = make_groups(3, ragged=True)
     critic = Critic(policy, CriticConfig(clip=None), OPTIM)
-    optimizer = Optimizer(policy.model.parameters(), OPTIM)
-    values = critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
-    credits = assign_credits(groups, rule, values=values)
+    learner = learner_of(policy, critic)
+    credits = assign_credits(groups, rule, values=values_of(critic, policy, groups))
     packed = pack(groups, credits, budget=64)
     sampled = sum(t.num_sampled for g in groups for t in g.trajectories if not t.left_out)
     assert packed.num_targets == sampled
-    losses = [
-        update(
-            Learner(policy=policy, optimizer=optimizer, critic=critic), packed.batches, LossConfig()
-        ).value_loss
-        for _ in range(25)
-    ]
+    losses = [update(learner, packed.batches, LossConfig()).value_loss for _ in range(25)]
     assert losses[-1] < 0.2 * losses[0]
 
 
+class SecondWorkspaceFails(TorchFunctionMode):
+    """The policy's optimizer gets its temporary memory, the critic's does not."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("dtype") is torch.uint8:
+            self.calls += 1
+            if self.calls == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return func(*args, **kwargs)
+
+
+def test_out_of_memory_in_the_critics_step_is_a_torn_step(policy):
+    groups, optim = make_groups(3), OPTIM.model_copy(update={"state": "bfloat16"})
+    critic = Critic(policy, CriticConfig(), optim)
+    optimizer = Optimizer(policy.model.parameters(), optim)
+    credits = assign_credits(groups, "mt_ppo", values=values_of(critic, policy, groups))
+    batches = pack(groups, credits, budget=4096).batches
+    learner = Learner(policy=policy, optimizer=optimizer, critic=critic)
+    text = r"in the critic's step, after the policy's: .*--resume.*optim\.state"
+    with SecondWorkspaceFails(), pytest.raises(TornStep, match=text):
+        update(learner, batches, LossConfig())
+    assert optimizer.num_steps == 1 and not critic.head.weight.any()
+    assert all(p.grad is None for p in (*policy.model.parameters(), *critic.head.parameters()))
+
+
 def test_a_batch_has_the_token_advantages_of_mt_ppo(policy):
-    groups, critic = make_groups(4), random_critic(policy)
-    values = critic.values(policy, groups, tokens_per_microbatch=4096, share_prefixes=True)
-    credits = assign_credits(groups, "mt_ppo", values=values)
+    groups, critic = make_groups(4, ragged=True), random_critic(policy)
+    credits = assign_credits(groups, "mt_ppo", values=values_of(critic, policy, groups))
     options = PackOptions(share_prefixes=False)
     (batch,) = pack(groups, credits, budget=4096, options=options).batches
     expected = [
@@ -191,29 +187,25 @@ def test_a_batch_has_the_token_advantages_of_mt_ppo(policy):
 
 
 def test_a_checkpoint_restores_the_critic(policy, tmp_path):
-    groups, critic = make_groups(5), random_critic(policy)
-    optimizer = Optimizer(policy.model.parameters(), OPTIM)
+    groups, critic = make_groups(5, ragged=True), random_critic(policy)
+    learner = learner_of(policy, critic)
 
-    def step(critic: Critic) -> None:
-        values = critic.values(policy, groups, tokens_per_microbatch=64, share_prefixes=True)
+    def step(learner: Learner) -> None:
+        values = values_of(learner.critic, policy, groups)
         credits = assign_credits(groups, "mt_ppo", values=values)
-        update(
-            Learner(policy=policy, optimizer=optimizer, critic=critic),
-            pack(groups, credits, budget=64).batches,
-            LossConfig(),
-        )
+        update(learner, pack(groups, credits, budget=64).batches, LossConfig())
 
-    step(critic)
-    training = TrainingState(model=policy.model, optimizer=optimizer, critic=critic)
+    step(learner)
+    training = TrainingState(model=policy.model, optimizer=learner.optimizer, critic=critic)
     path = save_checkpoint(tmp_path, 1, training, progress={}, keep=1)
-    step(critic)
-    there = critic.state_dict()
-    fresh = Critic(policy, CriticConfig(), OPTIM)
-    load_checkpoint(path, replace(training, critic=fresh))
-    step(fresh)
-    again = fresh.state_dict()
-    assert again.keys() == there.keys() and len(again) == 9
-    assert all(torch.equal(a, there[name]) for name, a in again.items())
+    step(learner)
+    expected = critic.state_dict()
+    resumed = Critic(policy, CriticConfig(), OPTIM)
+    load_checkpoint(path, replace(training, critic=resumed))
+    step(replace(learner, critic=resumed))
+    state = resumed.state_dict()
+    assert state.keys() == expected.keys() and len(state) == 9
+    assert all(torch.equal(x, expected[name]) for name, x in state.items())
 
 
 def test_a_checkpoint_without_a_critic_is_refused(policy, tmp_path):

@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 from families import SMALL, policy_of
-from step_data import RecordingOptimizer, adamw_gradients, make_groups, optimizer_of
+from step_data import RecordingOptimizer, adamw_gradients, learner_of, make_groups, set_weights
 from transformers import Qwen2Config
 
 from turnfast.config.schema import LossConfig, OptimConfig
@@ -17,15 +17,19 @@ from turnfast.errors import TrainingError
 from turnfast.model import hidden_states
 from turnfast.packing.options import PackOptions
 from turnfast.packing.pack import Packed, pack
-from turnfast.types import Group, Status, Trajectory
+from turnfast.types import Trajectory
 from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import Update, needs_every_token, update
 
 TEMPERATURE = 0.8
+LOSS = LossConfig()
 
 
-def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
+def packed_step(
+    seed: int, budget: int = 48, normalizer: str = "token"
+) -> tuple[Packed, list[tuple[Trajectory, tuple[float, ...]]]]:
+    """Packed rollouts, and each trajectory with its advantages."""
     groups = make_groups(seed)
     credits = assign_credits(groups, "mt_grpo")
     sequences = [
@@ -33,9 +37,17 @@ def packed_step(seed: int, budget: int = 48, normalizer: str = "token"):
         for group, credit in zip(groups, credits, strict=True)
         for trajectory, advantages in zip(group.trajectories, credit.advantages, strict=True)
     ]
-    return pack(
-        groups, credits, budget=budget, options=PackOptions(normalizer=normalizer)
-    ), sequences
+    options = PackOptions(normalizer=normalizer)
+    return pack(groups, credits, budget=budget, options=options), sequences
+
+
+def turns_of_tokens(trajectory: Trajectory) -> list[int]:
+    """The turn of every sampled token."""
+    return [k for k, turn in enumerate(trajectory.turns) for _ in turn.sampled_ids]
+
+
+def sampler_logprobs(trajectory: Trajectory) -> torch.Tensor:
+    return torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
 
 
 def plain_logprobs(model, trajectory: Trajectory, softcap: float | None = None) -> torch.Tensor:
@@ -62,7 +74,7 @@ def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor,
         logprobs = plain_logprobs(model, trajectory)
         before = logprobs.detach() if old is None else old[number]
         gap = logprobs - before
-        turns = [k for k, turn in enumerate(trajectory.turns) for _ in turn.sampled_ids]
+        turns = turns_of_tokens(trajectory)
         if config.ratio == "turn":
             means = {k: gap[[t == k for t in turns]].mean() for k, _ in groupby(turns)}
             gap = torch.stack([means[k] for k in turns])
@@ -78,8 +90,8 @@ def plain_loss(model, sequences, old, config: LossConfig) -> tuple[torch.Tensor,
         if config.kind == "cispo":
             objective = ratio.detach().clamp(max=1 + config.clip_high) * advantage * logprobs
         if config.is_cap is not None:
-            sampler = torch.tensor([x for turn in trajectory.turns for x in turn.logprobs])
-            objective = objective * (before - sampler).exp().clamp(max=config.is_cap)
+            weight = (before - sampler_logprobs(trajectory)).exp()
+            objective = objective * weight.clamp(max=config.is_cap)
         total = total - objective.sum() / count
         largest = max(largest, float(ratio.detach().max()))
     return total, largest
@@ -91,7 +103,7 @@ def differences(model, ours) -> float:
 
 
 RULES = [
-    LossConfig(),
+    LOSS,
     LossConfig(ratio="turn"),
     LossConfig(ratio="sequence"),
     LossConfig(is_cap=1.5),
@@ -113,22 +125,15 @@ def test_updates_match_plain_autograd(policy, config, budget):
     """The first update is on policy; its log-probs are the old ones of the second."""
     packed, sequences = packed_step(seed=1, budget=budget)
     assert (len(packed.batches) > 1) == (budget == 48)
-    optimizer = optimizer_of(policy)
-    done = update(
-        Learner(policy=policy, optimizer=optimizer),
-        packed.batches,
-        config,
-        temperature=TEMPERATURE,
-        num_updates=2,
-    )
+    learner = learner_of(policy)
+    done = update(learner, packed.batches, config, temperature=TEMPERATURE, num_updates=2)
     assert done.num_updates == 2
 
-    model = policy.model
+    model, optimizer = policy.model, learner.optimizer
     old = None
     for number in range(2):
+        set_weights(model, optimizer.weights[number])
         with torch.no_grad():
-            for parameter, value in zip(model.parameters(), optimizer.weights[number], strict=True):
-                parameter.copy_(value)
             old = old or [plain_logprobs(model, trajectory) for trajectory, _ in sequences]
         model.zero_grad()
         loss, largest = plain_loss(model, sequences, old if number else None, config)
@@ -139,8 +144,7 @@ def test_updates_match_plain_autograd(policy, config, budget):
     assert done.loss == pytest.approx(float(loss.detach()), abs=1e-5)
     assert done.ratio_max == pytest.approx(largest, rel=1e-4) and done.ratio_max > 1.01
 
-    sampler = [x for trajectory, _ in sequences for turn in trajectory.turns for x in turn.logprobs]
-    gap = (torch.cat(old) - torch.tensor(sampler)).abs()
+    gap = (torch.cat(old) - torch.cat([sampler_logprobs(t) for t, _ in sequences])).abs()
     assert done.logprob_gap == pytest.approx(float(gap.mean()), rel=1e-4)
     assert done.logprob_gap_max == pytest.approx(float(gap.max()), rel=1e-4)
     assert done.logprob.value == pytest.approx(float(torch.cat(old).mean()), rel=1e-4)
@@ -149,87 +153,66 @@ def test_updates_match_plain_autograd(policy, config, budget):
 def test_the_loss_uses_the_soft_cap_of_the_model(policy):
     capped = replace(policy, softcap=2.0)
     packed, sequences = packed_step(seed=1)
-    optimizer = optimizer_of(capped)
-    done = update(
-        Learner(policy=capped, optimizer=optimizer),
-        packed.batches,
-        LossConfig(),
-        temperature=TEMPERATURE,
-    )
-    for parameter, value in zip(policy.model.parameters(), optimizer.weights[0], strict=True):
-        parameter.data.copy_(value)
+    learner = learner_of(capped)
+    done = update(learner, packed.batches, LOSS, temperature=TEMPERATURE)
+    set_weights(policy.model, learner.optimizer.weights[0])
     logprobs = [plain_logprobs(policy.model, t, softcap=2.0) for t, _ in sequences]
     assert done.logprob.value == pytest.approx(float(torch.cat(logprobs).detach().mean()), rel=1e-4)
     objectives = [
-        row[k] * x
-        for (trajectory, row), values in zip(sequences, logprobs, strict=True)
-        for k, x in zip(
-            (k for k, turn in enumerate(trajectory.turns) for _ in turn.sampled_ids),
-            values,
-            strict=True,
-        )
+        advantages[k] * logprob
+        for (trajectory, advantages), values in zip(sequences, logprobs, strict=True)
+        for k, logprob in zip(turns_of_tokens(trajectory), values, strict=True)
     ]
     policy.model.zero_grad()
     (-torch.stack(objectives).mean()).backward()
-    assert differences(policy.model, optimizer.gradients[0]) <= 1e-6
+    assert differences(policy.model, learner.optimizer.gradients[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
-def test_reused_log_probs_are_the_old_ones_of_every_update(policy, ratio):
+def test_sampler_log_probs_can_be_the_old_ones_of_every_update(policy, ratio):
     config = LossConfig(ratio=ratio, old_logprobs="sampler", max_logprob_gap=100.0)
     packed, sequences = packed_step(seed=1)
-    sampler = [torch.tensor([x for turn in t.turns for x in turn.logprobs]) for t, _ in sequences]
-    optimizer = optimizer_of(policy)
-    update(
-        Learner(policy=policy, optimizer=optimizer),
-        packed.batches,
-        config,
-        temperature=TEMPERATURE,
-        num_updates=2,
-    )
-    for number in range(2):
-        weights = optimizer.weights[number]
-        for parameter, value in zip(policy.model.parameters(), weights, strict=True):
-            parameter.data.copy_(value)
+    old = [sampler_logprobs(trajectory) for trajectory, _ in sequences]
+    learner = learner_of(policy)
+    update(learner, packed.batches, config, temperature=TEMPERATURE, num_updates=2)
+    optimizer = learner.optimizer
+    for weights, gradients in zip(optimizer.weights, optimizer.gradients, strict=True):
+        set_weights(policy.model, weights)
         policy.model.zero_grad()
-        loss, largest = plain_loss(policy.model, sequences, sampler, config)
+        loss, largest = plain_loss(policy.model, sequences, old, config)
         loss.backward()
         assert largest > 1.1
-        assert differences(policy.model, optimizer.gradients[number]) <= 1e-6
-        assert max(float(g.abs().max()) for g in optimizer.gradients[number]) > 1e-3
+        assert differences(policy.model, gradients) <= 1e-6
+        assert max(float(g.abs().max()) for g in gradients) > 1e-3
 
 
 def test_log_probs_that_differ_too_much_are_refused(policy):
     packed, _ = packed_step(seed=1)
-    optimizer = optimizer_of(policy)
-    learner = Learner(policy=policy, optimizer=optimizer)
+    learner = learner_of(policy)
     start = [p.detach().clone() for p in policy.model.parameters()]
-    with pytest.raises(
-        TrainingError, match=r"loss\.max_logprob_gap: .*loss\.old_logprobs"
-    ) as caught:
-        update(learner, packed.batches, LossConfig(old_logprobs="sampler", max_logprob_gap=0.1))
-    assert optimizer.num_steps == 0
+    strict = LossConfig(old_logprobs="sampler", max_logprob_gap=0.1)
+    with pytest.raises(TrainingError, match=r"max_logprob_gap: .*loss\.old_logprobs") as caught:
+        update(learner, packed.batches, strict)
+    assert learner.optimizer.num_steps == 0
     assert all(p.grad is None for p in policy.model.parameters())
     assert all(map(torch.equal, start, policy.model.parameters()))
-    gap = update(learner, packed.batches, LossConfig()).logprob_gap
+    gap = update(learner, packed.batches, LOSS).logprob_gap
     assert f"by {gap:.3g} on average, more than 0.1" in str(caught.value)
 
 
 def test_the_clip_fraction_is_the_share_of_clipped_tokens(policy):
     config = LossConfig(clip_low=0.1, clip_high=0.2)
     packed, sequences = packed_step(seed=1)
-    optimizer = optimizer_of(policy, lr=5e-4)
-    learner = Learner(policy=policy, optimizer=optimizer)
+    learner = learner_of(policy, lr=5e-4)
     done = update(learner, packed.batches, config, temperature=TEMPERATURE, num_updates=2)
     logprobs = []
-    for weights in optimizer.weights:
-        for parameter, value in zip(policy.model.parameters(), weights, strict=True):
-            parameter.data.copy_(value)
+    for weights in learner.optimizer.weights:
+        set_weights(policy.model, weights)
         with torch.no_grad():
             logprobs.append(torch.cat([plain_logprobs(policy.model, t) for t, _ in sequences]))
     ratio_N = (logprobs[1] - logprobs[0]).exp()
     advantage_N = torch.tensor(
-        [row[k] for t, row in sequences for k, turn in enumerate(t.turns) for _ in turn.sampled_ids]
+        [advantages[k] for t, advantages in sequences for k in turns_of_tokens(t)]
     )
     clipped_N = ((ratio_N > 1.2) & (advantage_N > 0)) | ((ratio_N < 0.9) & (advantage_N < 0))
     expected = float(clipped_N.double().mean())
@@ -240,7 +223,7 @@ def test_the_clip_fraction_is_the_share_of_clipped_tokens(policy):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LossConfig(), False),
+        (LOSS, False),
         (LossConfig(ratio="turn", is_cap=2.0), False),
         (LossConfig(ratio="sequence"), True),
         (LossConfig(entropy_coef=-0.1), True),
@@ -251,71 +234,48 @@ def test_only_some_losses_need_tokens_without_advantage(config, expected):
     assert needs_every_token(config) == expected
 
 
-def test_an_update_sets_the_model_to_train_mode(policy):
+def test_the_first_update_is_on_policy_and_in_train_mode(policy):
     policy.model.eval()
     packed, _ = packed_step(seed=2)
-    update(Learner(policy=policy, optimizer=optimizer_of(policy)), packed.batches, LossConfig())
-    assert all(module.training for module in policy.model.modules())
-
-
-def test_the_first_update_is_on_policy(policy):
-    packed, _ = packed_step(seed=2)
-    done = update(
-        Learner(policy=policy, optimizer=optimizer_of(policy)), packed.batches, LossConfig()
-    )
+    done = update(learner_of(policy), packed.batches, LOSS)
     assert done.ratio_max == 1.0 and done.clip_fraction.value == 0.0 and done.lr == 3e-3
+    assert all(module.training for module in policy.model.modules())
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
 def test_the_split_into_micro_batches_does_not_change_the_gradient(policy, normalizer):
-    start = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    start = [p.detach().clone() for p in policy.model.parameters()]
     gradients = []
     for budget in (48, 80, 4096):
-        policy.model.load_state_dict(start)
-        optimizer = optimizer_of(policy)
+        set_weights(policy.model, start)
+        learner = learner_of(policy)
         packed, _ = packed_step(seed=3, budget=budget, normalizer=normalizer)
-        update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
-        gradients.append(optimizer.gradients[0])
+        update(learner, packed.batches, LOSS)
+        gradients.append(learner.optimizer.gradients[0])
     for other in gradients[1:]:
         worst = max(float((a - b).abs().max()) for a, b in zip(gradients[0], other, strict=True))
         assert worst <= 1e-6
 
 
 def test_a_step_without_signal_changes_nothing(policy):
-    groups = make_groups(4, flat=True)
-    # one turn each, so that all returns are equal
-    groups = [
-        Group(
-            task=group.task,
-            trajectories=tuple(
-                Trajectory(
-                    task_id=t.task_id,
-                    index=t.index,
-                    turns=t.turns[:1],
-                    status=Status.FINISHED,
-                    outcome=1.0,
-                )
-                for t in group.trajectories
-            ),
-        )
-        for group in groups
+    equal = [
+        replace(group, trajectories=tuple(replace(t, outcome=1.0) for t in group.trajectories))
+        for group in make_groups(4)
     ]
-    packed: Packed = pack(groups, assign_credits(groups, "mt_grpo"), budget=64)
+    packed = pack(equal, assign_credits(equal, "grpo_or"), budget=64)
     assert packed.batches == ()
     start = [p.detach().clone() for p in policy.model.parameters()]
-    optimizer = optimizer_of(policy)
-    done = update(
-        Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig(), num_updates=3
-    )
-    assert done == Update() and optimizer.num_steps == 0
+    learner = learner_of(policy)
+    done = update(learner, packed.batches, LOSS, num_updates=3)
+    assert done == Update() and learner.optimizer.num_steps == 0
     assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_values_that_are_not_finite_change_no_weight(policy, where):
     packed, _ = packed_step(seed=5)
-    optimizer = optimizer_of(policy)
-    update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
+    learner = learner_of(policy)
+    update(learner, packed.batches, LOSS)
     start = [p.detach().clone() for p in policy.model.parameters()]
     if where == "gradient":
         handle = policy.head_VD.register_hook(lambda g: g * float("inf"))
@@ -324,12 +284,12 @@ def test_values_that_are_not_finite_change_no_weight(policy, where):
             lambda module, args, out: out * float("nan")
         )
     with pytest.raises(TrainingError, match=r"optim\.lr"):
-        update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
+        update(learner, packed.batches, LOSS)
     handle.remove()
     assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
     assert all(p.grad is None for p in policy.model.parameters())
-    assert optimizer.num_steps == 1
-    update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
+    assert learner.optimizer.num_steps == 1
+    update(learner, packed.batches, LOSS)
 
 
 class AutogradSum(RecordingOptimizer):
@@ -346,7 +306,7 @@ def step_of(optimizer_class, batches, *, tied: bool, dtype: torch.dtype) -> list
     policy.model.to(dtype)
     optimizer = optimizer_class(policy.model.parameters(), OptimConfig(grad_clip=1e9))
     with adamw_gradients() as steps:
-        update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
+        update(Learner(policy=policy, optimizer=optimizer), batches, LOSS)
     assert len(steps) == 1 and all(p.grad is None for p in policy.model.parameters())
     if dtype == torch.bfloat16:  # no gradient stays in bf16
         assert not any(g.any() for g in getattr(optimizer, "gradients", [[]])[0])
@@ -408,7 +368,7 @@ def gradients_of(batches, dtype: torch.dtype) -> list[torch.Tensor]:
         return [p.grad for p in policy.model.base_model.layers.parameters()]
     optimizer = Optimizer(policy.model.parameters(), OptimConfig(grad_clip=1e9))
     with adamw_gradients() as steps:
-        update(Learner(policy=policy, optimizer=optimizer), batches, LossConfig())
+        update(Learner(policy=policy, optimizer=optimizer), batches, LOSS)
     layers = {id(p) for p in policy.model.base_model.layers.parameters()}
     return [
         gradient.double()
@@ -423,22 +383,18 @@ def test_a_tied_embedding_has_a_sparse_gradient_within_an_update(policy):
     assert embedding.weight is policy.head_VD and len(packed.batches) == 2
     seen = []
     handle = policy.head_VD.register_hook(seen.append)
-    optimizer = optimizer_of(policy)
-    update(Learner(policy=policy, optimizer=optimizer), packed.batches, LossConfig())
+    learner = learner_of(policy)
+    update(learner, packed.batches, LOSS)
     handle.remove()
     assert all(g.layout == torch.sparse_coo for g in seen)
     rows = [set(g._indices()[0].tolist()) for g in seen]
     assert rows == [set(batch.tokens_T.tolist()) for batch in packed.batches]
-    assert not optimizer.gradients[0][0].is_sparse
+    assert not learner.optimizer.gradients[0][0].is_sparse
     assert not embedding.sparse
 
 
 def test_the_entropy_bonus_raises_entropy(policy):
     packed, _ = packed_step(seed=6)
-    optimizer = optimizer_of(policy, lr=1e-2)
-    config = LossConfig(entropy_coef=100.0)
-    entropies = [
-        update(Learner(policy=policy, optimizer=optimizer), packed.batches, config).entropy.value
-        for _ in range(3)
-    ]
+    learner, config = learner_of(policy, lr=1e-2), LossConfig(entropy_coef=100.0)
+    entropies = [update(learner, packed.batches, config).entropy.value for _ in range(3)]
     assert entropies[2] > entropies[0]
