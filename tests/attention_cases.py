@@ -1,4 +1,4 @@
-"""Random prefix trees, and comparison of attention outputs and gradients with a reference."""
+"""Random prefix trees, and attention outputs and gradients compared with a reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turnfast.kernels.packing.tree import prefix_tree
 
 
 def random_rows(seed: int, num_rows: int, longest: int, vocab: int = 97) -> list[list[int]]:
-    """Draw rows of which most branch off an earlier row; some begin anew or lie inside others."""
+    """Draw rows of which most share a prefix with an earlier row, or are a prefix of one."""
     draw = random.Random(seed)
     rows: list[list[int]] = []
     for _ in range(num_rows):
@@ -28,6 +28,22 @@ def tree_rows(rows: Sequence[list[int]], device: str = "cpu", **options) -> Tree
     tree = prefix_tree(torch.tensor([t for row in rows for t in row]), [len(row) for row in rows])
     ends_T, positions_T = tree.ends_T.to(device), tree.positions_T.to(device)
     return TreeRows(ends_T=ends_T, positions_T=positions_T, **options)
+
+
+def random_qkv(
+    num_tokens: int,
+    heads: tuple[int, int],
+    width: int,
+    *,
+    value_width: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """q [H, T, d], k and v [H_kv, T, d] with the strides of a model, where T comes first."""
+    torch.manual_seed(seed)
+    sizes = ((heads[0], width), (heads[1], width), (heads[1], value_width or width))
+    return [torch.randn(num_tokens, H, d).to(device, dtype).transpose(0, 1) for H, d in sizes]
 
 
 def output_and_gradients(

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import output_and_gradients
+from attention_cases import output_and_gradients, random_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ def rows_of(lengths, backend, device=CPU) -> PackedRows:
 
 
 def per_row(q, k, v, rows, *, scale, window=0):
-    """Reference: each row alone, all scores, in float64."""
+    """Reference: torch's attention over one row at a time, in float64."""
     outputs = []
     for begin, end in pairwise(rows.cu_seqlens.tolist()):
         distance = torch.arange(end - begin, device=q.device)
@@ -37,14 +37,7 @@ def per_row(q, k, v, rows, *, scale, window=0):
     return torch.cat(outputs)
 
 
-def random_qkv(rows: PackedRows, *, heads, width, value_width=0, dtype=torch.float32):
-    torch.manual_seed(0)
-    num_tokens, device = sum(rows.lengths), rows.cu_seqlens.device
-    sizes = ((heads[0], width), (heads[1], width), (heads[1], value_width or width))
-    return [torch.randn(H, num_tokens, d).to(device, dtype) for H, d in sizes]
-
-
-def assert_equals_per_row(qkv, rows: PackedRows, *, scale=0.2, window=0, bound=1e-5) -> None:
+def assert_equals_reference(qkv, rows: PackedRows, *, scale=0.2, window=0, bound=1e-5) -> None:
     options = {"scale": scale, "window": window}
     found = output_and_gradients(packed_attention, qkv, rows, **options)
     exact = output_and_gradients(per_row, qkv, rows, **options)
@@ -60,24 +53,24 @@ def assert_equals_per_row(qkv, rows: PackedRows, *, scale=0.2, window=0, bound=1
     window=st.sampled_from([0, 1, 7, 64]),
     value_width=st.sampled_from([0, 12]),
 )
-def test_sdpa_equals_each_row_alone(lengths, heads, window, value_width):
+def test_sdpa_equals_the_reference(lengths, heads, window, value_width):
     rows = rows_of(lengths, "sdpa")
-    qkv = random_qkv(rows, heads=heads, width=20, value_width=value_width)
-    assert_equals_per_row(qkv, rows, scale=20**-0.5, window=window)
+    qkv = random_qkv(sum(lengths), heads, 20, value_width=value_width)
+    assert_equals_reference(qkv, rows, scale=20**-0.5, window=window)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
 @pytest.mark.parametrize("window", [0, 1, 64, 300])
 @pytest.mark.parametrize(("heads", "width"), [((4, 4), 64), ((6, 2), 128), ((7, 1), 96)])
-def test_cuda_backend_equals_each_row_alone(backend, window, heads, width):
+def test_cuda_backend_equals_the_reference(backend, window, heads, width):
     try:
         pick_backend(CUDA, backend, head_dim=width, window=window)
     except ValueError as error:
         pytest.skip(str(error))
     rows = rows_of(LENGTHS, backend, CUDA)
-    qkv = random_qkv(rows, heads=heads, width=width, dtype=torch.bfloat16)
-    assert_equals_per_row(qkv, rows, window=window, bound=2e-2)
+    qkv = random_qkv(sum(LENGTHS), heads, width, device="cuda", dtype=torch.bfloat16)
+    assert_equals_reference(qkv, rows, window=window, bound=2e-2)
 
 
 def varlen_2_10(
@@ -108,10 +101,10 @@ def varlen_reference(q, k, v, edges, scale, window):
 def test_varlen_arguments_fit_the_torch_version(operator, window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", operator)
     rows = rows_of((5, 30, 1), "varlen")
-    assert_equals_per_row(random_qkv(rows, heads=(6, 2), width=16), rows, scale=0.7, window=window)
+    assert_equals_reference(random_qkv(36, (6, 2), 16), rows, scale=0.7, window=window)
 
 
-def test_varlen_needs_a_torch_with_windows_for_a_window(monkeypatch):
+def test_window_needs_a_torch_whose_varlen_has_one(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_2_13)
     assert pick_backend(CUDA, window=7) == "varlen"

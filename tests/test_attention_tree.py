@@ -1,18 +1,14 @@
-"""Tree attention against its reference, and models over trees against transformers."""
+"""Tree attention against its reference, and its tiles."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_matches_reference, random_rows, tree_rows
-from families import FAMILIES, policy_of, whole_rows
+from attention_cases import assert_matches_reference, random_qkv, random_rows, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from turnfast.kernels.attention import TreeRows, pick_tree_backend, tree_attention
-
-from turnfast.model import hidden_states
-from turnfast.packing.pack import batch_of
 
 
 @settings(max_examples=25, deadline=None)
@@ -25,8 +21,7 @@ from turnfast.packing.pack import batch_of
 )
 def test_matches_the_reference(seed, size, heads, width, window):
     rows = tree_rows(random_rows(seed, *size))
-    torch.manual_seed(seed)
-    qkv = [torch.randn(H, len(rows.ends_T), width) for H in (heads[0], heads[1], heads[1])]
+    qkv = random_qkv(len(rows.ends_T), heads, width, seed=seed)
     assert_matches_reference(qkv, rows, scale=width**-0.5, window=window)
 
 
@@ -39,13 +34,12 @@ def long_rows() -> TreeRows:
 @pytest.mark.parametrize("window", [0, 2080])
 def test_long_rows_match_the_reference(window):
     rows = long_rows()
-    torch.manual_seed(0)
-    qkv = [torch.randn(1, len(rows.ends_T), 8) for _ in range(3)]
+    qkv = random_qkv(len(rows.ends_T), (1, 1), 8)
     assert_matches_reference(qkv, rows, scale=8**-0.5, window=window)
 
 
 @pytest.mark.parametrize(("window", "causal"), [(0, 2), (7, 0), (2080, 0), (2100, 2)])
-def test_tiles_cover_each_token_once_and_few_keys_outside_the_window(window, causal):
+def test_tiles_cover_each_token_once_and_have_few_keys(window, causal):
     rows = long_rows()
     tiles = list(rows.tiles(window))
     assert [tile.first for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
@@ -69,8 +63,7 @@ def test_masks_are_cached_for_all_layers():
 
 def test_tokens_see_only_ancestors():
     rows = tree_rows([[1, 2, 3, 4], [1, 2, 9, 9, 9], [7, 7]])
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 9, 8)
+    q, k, v = random_qkv(9, (2, 2), 8)
     before = tree_attention(q, k, v, rows, scale=1.0)
     k[:, 4] += 1.0  # the first 9 of the second row
     after = tree_attention(q, k, v, rows, scale=1.0)
@@ -78,9 +71,9 @@ def test_tokens_see_only_ancestors():
     assert changed.tolist() == [False] * 4 + [True] * 3 + [False] * 2
 
 
-def test_long_rows_allocate_no_square_mask():
+def test_no_tensor_has_the_size_of_all_scores():
     length, rows = 6000, tree_rows([[1] * 5000, [1] * 4000 + [2] * 1000])
-    q, k, v = torch.randn(3, 1, length, 8)
+    q, k, v = random_qkv(length, (1, 1), 8)
     largest = 0
 
     class LargestTensor(TorchDispatchMode):
@@ -144,27 +137,3 @@ def test_backend_that_cannot_run_is_an_error(monkeypatch):
     assert pick_tree_backend(cuda, head_dim=192, value_dim=128) == "sdpa"
     with pytest.raises(ValueError, match="none of"):
         pick_tree_backend(cpu, "flash")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_model_over_a_tree_equals_the_model_over_each_row(family):
-    policy = policy_of(FAMILIES[family])
-    model = policy.model
-    rows = random_rows(3, 12, 60)
-    batch = batch_of(whole_rows(rows), [1.0] * len(rows), "cpu", share_prefixes=True)
-    assert len(batch.tokens_T) < sum(len(row) for row in rows)
-
-    def gradients(logits) -> list[torch.Tensor]:
-        model.zero_grad()
-        logits.log_softmax(-1).square().mean(1).sum().backward()
-        return [p.grad.clone() for p in model.parameters()]
-
-    shared = hidden_states(policy, batch)[batch.rows_N] @ policy.head_VD.T
-    if policy.softcap:
-        shared = policy.softcap * torch.tanh(shared / policy.softcap)
-    model.config._attn_implementation = "eager"
-    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
-    assert (shared - alone).abs().max() < 1e-5
-    scale = sum(len(row) for row in rows)
-    for a, b in zip(gradients(shared), gradients(alone), strict=True):
-        assert ((a - b) / scale).abs().max() < 1e-5

@@ -1,22 +1,23 @@
-"""Compiled tree attention and gradients of a model over trees, on a CUDA device."""
+"""Compiled tree attention, and the gradients of a model that uses it, on a CUDA device."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import (
     assert_matches_reference,
     output_and_gradients,
+    random_qkv,
     random_rows,
     tree_rows,
 )
-from families import whole_rows
-from transformers import AutoModelForCausalLM, Qwen3Config
+from families import SMALL, policy_of, whole_rows
+from transformers import Qwen3Config
 from turnfast.kernels.attention import pick_tree_backend, tree_attention
 
-from turnfast.model import ATTENTION, Policy, hidden_states
+from turnfast.model import hidden_states
 from turnfast.packing.pack import batch_of
 
 pytestmark = pytest.mark.gpu
@@ -31,11 +32,7 @@ def test_matches_the_reference_and_repeats(dtype, heads, width, window):
     if pick_tree_backend(torch.device("cuda"), head_dim=width, dtype=dtype) != "triton":
         pytest.skip("SDPA is the backend here")
     rows = tree_rows(random_rows(1, 12, 700), "cuda", backend="triton")
-    torch.manual_seed(0)
-    qkv = [
-        torch.randn(len(rows.ends_T), H, width, device="cuda", dtype=dtype).transpose(0, 1)
-        for H in (heads[0], heads[1], heads[1])
-    ]
+    qkv = random_qkv(len(rows.ends_T), heads, width, device="cuda", dtype=dtype)
     options = {"scale": width**-0.5, "window": window}
     floor = 1e-5 if dtype == torch.float32 else 1e-2
     first = assert_matches_reference(qkv, rows, **options, floor=floor)
@@ -43,32 +40,14 @@ def test_matches_the_reference_and_repeats(dtype, heads, width, window):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_model_over_a_tree_has_the_gradients_of_its_rows():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).cuda()
-    device = torch.device("cuda")
-    assert pick_tree_backend(device, head_dim=16) == "triton"
-    policy = Policy(
-        model=model,
-        tokenizer=None,  # type: ignore[arg-type]
-        folder=Path(),
-        device=device,
-        attention="sdpa",
-    )
+def test_model_has_the_same_gradients_over_a_tree_and_over_rows():
+    config = Qwen3Config(**{**SMALL, "head_dim": 16, "max_position_embeddings": 512})
+    policy = replace(policy_of(config, "cuda"), tree_attention="triton")
+    model = policy.model
     rows = whole_rows(random_rows(3, 12, 300))
 
     def gradients(share_prefixes: bool) -> list[torch.Tensor]:
-        batch = batch_of(rows, [1.0] * len(rows), device, share_prefixes=share_prefixes)
+        batch = batch_of(rows, [1.0] * len(rows), policy.device, share_prefixes=share_prefixes)
         model.zero_grad()
         hidden = hidden_states(policy, batch)[batch.rows_N]
         model.lm_head(hidden).log_softmax(-1).square().mean().backward()

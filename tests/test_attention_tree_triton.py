@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
-from attention_cases import assert_matches_reference, random_rows, tree_rows
+from attention_cases import assert_matches_reference, random_qkv, random_rows, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turnfast.kernels.attention.block_lists import Blocks, block_lists
+from turnfast.kernels.attention.tiles import visible
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
@@ -34,16 +35,13 @@ def test_lists_contain_the_visible_blocks(seed, shape, blocks, window):
     rows = tree_rows(random_rows(seed, *shape, vocab=9))
     length = len(rows.ends_T)
     index = torch.arange(length)
-    seen = (index[None] <= index[:, None]) & (index[:, None] < rows.ends_T[None])
-    if window:
-        seen &= rows.positions_T[:, None] - rows.positions_T[None] < window
+    seen = visible(rows.ends_T, rows.positions_T, index, index, window)
     lists = block_lists(rows.ends_T, rows.positions_T, *blocks, window)
     spans = [range(0, length, size) for size in blocks]
-    some = torch.tensor(
-        [[seen[q : q + blocks[0], k : k + blocks[1]].any() for k in spans[1]] for q in spans[0]]
-    )
-    every = torch.tensor(
-        [[seen[q : q + blocks[0], k : k + blocks[1]].all() for k in spans[1]] for q in spans[0]]
+    pairs = [[seen[q : q + blocks[0], k : k + blocks[1]] for k in spans[1]] for q in spans[0]]
+    some, every = (
+        torch.tensor([[reduce(pair) for pair in row] for row in pairs])
+        for reduce in (torch.any, torch.all)
     )
     whole = matrix(lists.whole_keys, len(spans[1]))
     mixed = matrix(lists.mixed_keys, len(spans[1]))
@@ -59,31 +57,19 @@ def test_lists_contain_the_visible_blocks(seed, shape, blocks, window):
 @interpreted
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    ("seed", "shape", "heads", "width", "window"),
+    ("seed", "shape", "heads", "width", "window", "dtype"),
     [
-        (0, (1, 1), (1, 1), 16, 0),
-        (1, (6, 60), (2, 1), 32, 0),
-        (2, (5, 90), (2, 2), 20, 9),
-        (3, (5, 100), (2, 1), 64, 0),
-        (4, (3, 150), (2, 1), 128, 40),
-        (5, (9, 40), (3, 1), 80, 1),
+        (0, (1, 1), (1, 1), 16, 0, torch.float32),
+        (1, (6, 60), (2, 1), 32, 0, torch.float32),
+        (2, (5, 90), (2, 2), 20, 9, torch.float32),
+        (3, (5, 100), (2, 1), 64, 0, torch.float32),
+        (4, (3, 150), (2, 1), 128, 40, torch.float32),
+        (5, (9, 40), (3, 1), 80, 1, torch.float32),
+        (7, (6, 100), (2, 1), 32, 0, torch.float16),
     ],
 )
-def test_matches_the_reference(seed, shape, heads, width, window):
+def test_matches_the_reference(seed, shape, heads, width, window, dtype):
     rows = tree_rows(random_rows(seed, *shape, vocab=9), backend="triton")
-    torch.manual_seed(seed)
-    # strides as in a model: heads in the middle, the last dimension contiguous
-    qkv = [
-        torch.randn(len(rows.ends_T), H, width).transpose(0, 1)
-        for H in (heads[0], heads[1], heads[1])
-    ]
-    assert_matches_reference(qkv, rows, scale=width**-0.5, window=window)
-
-
-@interpreted
-@pytest.mark.triton
-def test_half_precision_matches_the_reference():
-    rows = tree_rows(random_rows(7, 6, 100, vocab=9), backend="triton")
-    torch.manual_seed(0)
-    qkv = [torch.randn(H, len(rows.ends_T), 32, dtype=torch.float16) for H in (2, 1, 1)]
-    assert_matches_reference(qkv, rows, scale=0.2, floor=2e-3)
+    qkv = random_qkv(len(rows.ends_T), heads, width, seed=seed, dtype=dtype)
+    floor = 2e-3 if dtype == torch.float16 else 1e-5
+    assert_matches_reference(qkv, rows, scale=width**-0.5, window=window, floor=floor)

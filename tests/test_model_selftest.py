@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, SMALL, policy_of, whole_rows
+from letters import Letters
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
     GPT2Config,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     PhiConfig,
@@ -25,7 +27,7 @@ from turnfast.kernels.attention import PackedRows, TreeRows
 
 from turnfast.config.recipe import build_config
 from turnfast.config.schema import ModelConfig
-from turnfast.doctor.memory import estimate
+from turnfast.doctor.checks import check_model
 from turnfast.errors import ConfigError
 from turnfast.model import ATTENTION, hidden_states, load_policy
 from turnfast.model.attention import packed_forward
@@ -67,14 +69,27 @@ def test_supported_family_is_accepted(family, dtype, folder_of):
         (Gemma2Config(**SMALL), r"gemma2 caps its attention logits"),
         (RecurrentGemmaConfig(**SMALL), r"recurrent_gemma has layers of type recurrent"),
         (
-            PhimoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=5),
-            r"with packed rows the log-probs of phimoe differ by [\d.]+ on average",
+            MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4),
+            r"mamba has layers of type linear",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_unsupported_family_is_rejected(config, message, folder_of):
+    """When the model is loaded, and in a dry run without its weights."""
+    folder = folder_of(config)
     with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
+        load_policy(ModelConfig(), folder, CPU)
+    recipe = {"model": {"path": str(folder)}, "train": {"device": "cpu"}}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
+        check_model(build_config(recipe), Letters())
+
+
+def test_family_with_other_log_probs_is_rejected(folder_of):
+    config = PhimoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=5)
+    message = r"^model\.path: with packed rows the log-probs of phimoe differ by [\d.]+ on average"
+    with pytest.raises(ConfigError, match=message):
         load_policy(ModelConfig(), folder_of(config), CPU)
 
 
@@ -82,22 +97,6 @@ def test_failing_model_code_names_the_field(folder_of):
     with pytest.raises(AttributeError) as raised:
         load_policy(ModelConfig(), folder_of(DOGE), CPU)
     assert raised.value.__notes__ == ["model.path: doge fails with packed rows; use another model"]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (PhiConfig(**SMALL), r"the output projection of phi has a bias"),
-        (RecurrentGemmaConfig(**SMALL), r"recurrent_gemma has layers of type recurrent"),
-    ],
-    ids=["phi", "recurrent_gemma"],
-)
-def test_dry_run_rejects_a_model_without_its_weights(config, message, tmp_path):
-    config.save_pretrained(tmp_path)
-    rollout = {"max_context": 64, "max_new_tokens": 16}
-    recipe = {"model": {"path": str(tmp_path)}, "rollout": rollout, "train": {"device": "cpu"}}
-    with pytest.raises(ConfigError, match=rf"^model\.path: {message}"):
-        estimate(build_config(recipe))
 
 
 def mix_rows(module, inputs, out):
