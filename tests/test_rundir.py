@@ -9,6 +9,7 @@ import tomllib
 from types import SimpleNamespace
 
 import by_hand
+import numpy as np
 import pytest
 from by_hand import rollout
 from hypothesis import given
@@ -22,13 +23,16 @@ from turnfast.rundir.jsonl import append_lines, read_lines, to_strict
 from turnfast.types import Credit, Group, Task, Turn
 
 
-def turn(text="", reward=None, tokens=3, **more) -> Turn:
-    ids = tuple(range(tokens))
-    return by_hand.turn(tokens, reward, text=text, prompt_ids=(1, 2), sampled_ids=ids, **more)
+def turn(text="", reward=None, **fields) -> Turn:
+    return by_hand.turn(3, reward, text=text, **fields)
 
 
 def group(*trajectories) -> Group:
     return Group(task=Task(id="q", question="Who?", answers=("Ida",)), trajectories=trajectories)
+
+
+def steps_of(run: RunDir) -> list[int]:
+    return [line["step"] for line in read_metrics(run.path)]
 
 
 def test_config_toml_holds_the_whole_recipe(tmp_path):
@@ -38,18 +42,12 @@ def test_config_toml_holds_the_whole_recipe(tmp_path):
     assert build_config(tree) == config
 
 
-def test_a_used_run_directory_is_rejected(tmp_path):
-    RunDir.create(tmp_path / "a", Config())
-    with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--run-dir"):
-        RunDir.create(tmp_path / "a", Config())
-    RunDir.create(tmp_path / "a", Config(), resume=True)
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "checkpoints"])
-def test_any_file_of_a_run_counts_as_used(tmp_path, name):
-    (tmp_path / name).mkdir()
-    with pytest.raises(ConfigError, match="already holds a run"):
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints"])
+def test_a_used_run_directory_is_rejected(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"already contains a run.*--resume.*--run-dir"):
         RunDir.create(tmp_path, Config())
+    RunDir.create(tmp_path, Config(), resume=True)
 
 
 def test_a_run_that_failed_before_its_first_line_leaves_the_directory_usable(tmp_path):
@@ -58,7 +56,7 @@ def test_a_run_that_failed_before_its_first_line_leaves_the_directory_usable(tmp
     with pytest.raises(KeyError), RunDir.create(tmp_path / "a", Config()) as run:
         run.log(0, {})
         raise KeyError
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already contains a run"):
         RunDir.create(tmp_path / "a", Config())
 
 
@@ -83,20 +81,16 @@ def test_a_path_that_cannot_be_a_run_directory(tmp_path):
 
 def test_nan_and_infinity_become_null_and_are_counted(tmp_path):
     run = RunDir.create(tmp_path, Config())
-    run.log(1, {"loss": math.nan, "ratio/max": math.inf, "n": 3, "note": "x", "none": None})
+    run.log(1, {
+        "loss": math.nan, "ratio/max": math.inf, "n": 3, "note": "x", "none": None,
+        "float32": np.float32(0.5), "int64": np.int64(2),
+    })  # fmt: skip
     text = run.metrics.read_text()
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert line == {
         "step": 1, "loss": None, "ratio/max": None, "n": 3, "note": "x", "none": None,
-        "nonfinite": 2,
+        "float32": 0.5, "int64": 2, "nonfinite": 2,
     }  # fmt: skip
-
-
-def test_numpy_scalars_are_numbers(tmp_path):
-    numpy = pytest.importorskip("numpy")
-    run = RunDir.create(tmp_path, Config())
-    run.log(1, {"a": numpy.float32(0.5), "b": numpy.int64(2)})
-    assert read_metrics(run.path) == [{"step": 1, "a": 0.5, "b": 2}]
 
 
 numbers = st.floats() | st.integers(-(2**60), 2**60)
@@ -125,39 +119,34 @@ def test_texts_survive_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "a": "ü'])
-def test_an_incomplete_last_line_is_skipped_and_then_removed(tmp_path, rest):
+@pytest.mark.parametrize("steps", [[], [1, 2]])
+def test_an_incomplete_last_line_is_skipped_and_then_removed(tmp_path, rest, steps):
     run = RunDir.create(tmp_path, Config())
-    run.log(1, {"loss": 0.1})
-    run.log(2, {"loss": 0.2})
+    for step in steps:
+        run.log(step, {"loss": 0.1})
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(rest)
-    assert [line["step"] for line in read_metrics(run.path)] == [1, 2]
+    assert steps_of(run) == steps
     run.log(3, {"loss": 0.3})
-    assert [line["step"] for line in read_metrics(run.path)] == [1, 2, 3]
-
-
-def test_a_file_of_one_incomplete_line(tmp_path):
-    run = RunDir.create(tmp_path, Config())
-    run.metrics.write_text('{"st')
-    run.log(1, {})
-    assert read_metrics(run.metrics) == [{"step": 1}]
+    assert steps_of(run) == [*steps, 3]
 
 
 def test_rewinding_leaves_every_step_once(tmp_path):
     run = RunDir.create(tmp_path, Config())
+    assert run.rewind(4) == 0
     for step in range(8):
         run.log(step, {"loss": step / 3})
         run.log_rollouts(step, [group(rollout(turns=[turn("x")]))])
+    before = run.metrics.read_text().splitlines()[:6]
     with run.metrics.open("a") as file:
         file.write('{"step": 8, "lo')
-    before = run.metrics.read_text().splitlines()[:6]
     assert run.rewind(5) == 2
     for step in (6, 7):
         run.log(step, {"loss": step / 3})
-    assert [line["step"] for line in read_metrics(run.path)] == list(range(8))
+    assert steps_of(run) == list(range(8))
     assert run.metrics.read_text().splitlines()[:6] == before
     assert [line["step"] for line in read_lines(run.rollouts)] == list(range(6))
-    assert run.rewind(-1) == 8 and read_metrics(run.path) == []
+    assert run.rewind(-1) == 8 and steps_of(run) == []
 
 
 def test_a_kill_loses_only_lines_of_its_step(tmp_path):
@@ -175,10 +164,6 @@ def test_a_kill_loses_only_lines_of_its_step(tmp_path):
         assert run.rollouts.read_bytes() == whole
 
 
-def test_rewinding_an_empty_run(tmp_path):
-    assert RunDir.create(tmp_path, Config()).rewind(4) == 0
-
-
 @pytest.mark.parametrize("bad", ["not json\n", "[1]\n", '{"loss": 1}\n', "\n", "\xff\n"])
 def test_a_damaged_line_is_an_error_with_its_number(tmp_path, bad):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bad.encode("latin-1"))
@@ -193,23 +178,36 @@ def test_missing_metrics_are_an_error(tmp_path):
 
 def test_a_line_of_rollouts_by_hand(tmp_path):
     run = RunDir.create(tmp_path, Config())
-    searched = turn(
-        "<tool>…", 0.7, reply="<result>…", reward_parts={"tool": 0.2, "hit": 0.5}, tool_calls=1,
-        tool_successes=1,
-    )  # fmt: skip
-    whole = rollout(0, [searched, turn("Ida")], outcome=1.9, metrics={"exact_match": 1.0})
-    failed = rollout(1, [searched], "timeout", error="tool search: 10 s")
+    parts = {"tool": 0.2, "hit": 0.5}
+    search = turn("<tool>", 0.7, reply="<result>", reward_parts=parts, tool_calls=1)
+    finished = rollout(0, [search, turn("Ida")], outcome=1.9, outcome_parts={"f1": 1.9}, time_s=2.5)
+    failed = rollout(1, [search], "timeout", error="tool search: 10 s")
     credit = Credit(rule="mt_grpo", advantages=((1.5, -0.5), ()))
-    run.log_rollouts(2, [group(whole, failed)], [credit], split="eval")
-    (line,) = read_lines(run.rollouts)
-    assert (line["step"], line["split"], line["group"], line["rule"]) == (2, "eval", 0, "mt_grpo")
-    assert (line["question"], line["answers"]) == ("Who?", ["Ida"])
-    first, second = line["rollouts"]
-    assert [t["advantage"] for t in first["turns"]] == [1.5, -0.5]
-    assert first["turns"][0]["reward_parts"] == {"tool": 0.2, "hit": 0.5}
-    assert first["turns"][1]["reward"] is None
-    assert (second["status"], second["error"]) == ("timeout", "tool search: 10 s")
-    assert second["turns"][0]["advantage"] is None
+    run.log_rollouts(2, [group(finished, failed)], [credit], split="eval")
+    first_turn = {
+        "text": "<tool>", "reply": "<result>", "reward": 0.7, "reward_parts": parts,
+        "advantage": 1.5, "finish": "stop", "tokens": 3, "tool_calls": 1, "tool_successes": 0,
+    }  # fmt: skip
+    second_turn = {
+        "text": "Ida", "reply": "", "reward": None, "reward_parts": {}, "advantage": -0.5,
+        "finish": "stop", "tokens": 3, "tool_calls": 0, "tool_successes": 0,
+    }  # fmt: skip
+    assert list(read_lines(run.rollouts)) == [{
+        "step": 2, "split": "eval", "group": 0, "task_id": "q", "question": "Who?",
+        "answers": ["Ida"], "rule": "mt_grpo",
+        "rollouts": [
+            {
+                "index": 0, "status": "finished", "failed": False, "masked": False, "error": "",
+                "outcome": 1.9, "outcome_parts": {"f1": 1.9}, "metrics": {}, "tool_success": 0.0,
+                "time_s": 2.5, "turns": [first_turn, second_turn],
+            },
+            {
+                "index": 1, "status": "timeout", "failed": True, "masked": False,
+                "error": "tool search: 10 s", "outcome": 0.0, "outcome_parts": {}, "metrics": {},
+                "tool_success": 0.0, "time_s": 0.0, "turns": [{**first_turn, "advantage": None}],
+            },
+        ],
+    }]  # fmt: skip
 
 
 # --- sinks ----------------------------------------------------------------------------------------
@@ -249,4 +247,4 @@ def test_a_sink_that_fails_is_dropped_and_the_run_continues(tmp_path, monkeypatc
         run.log(1, {"loss": 0.5})
         run.log(2, {"loss": 0.25})
     assert calls == [1] and "no network" in caplog.text
-    assert [line["step"] for line in read_metrics(run.path)] == [1, 2]
+    assert steps_of(run) == [1, 2]

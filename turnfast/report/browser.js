@@ -108,7 +108,7 @@
   }
 
   function turnView(turn, index, largest) {
-    const calls = turn.tool_calls ? `${turn.tool_successes} of ${turn.tool_calls} tool calls` : null;
+    const calls = turn.tool_calls ? `${turn.tool_successes} of ${turn.tool_calls} tool calls succeeded` : null;
     const finish = turn.finish === "length" ? el("span", "failed", "cut at the token limit") : null;
     const head = el("header", "", el("b", "", `Turn ${index + 1}`), el("span", "", turn.tokens === 1 ? "1 token" : `${turn.tokens} tokens`),
       calls && el("span", "", calls), finish);

@@ -46,17 +46,18 @@ class RunDir:
     def create(cls, path: Path, config: Config, *, resume: bool = False) -> RunDir:
         """Create the folder and write config.toml.
 
-        With `resume` the folder may hold a run. If its recipe differs, it is kept as config.1.toml,
-        config.2.toml, … Call `rewind` with the step of the checkpoint that the run continues from.
+        With `resume` the folder may contain a run. If its recipe differs, it is renamed to
+        config.1.toml, config.2.toml, … Call `rewind` with the step of the checkpoint that the run
+        continues from.
 
         Raises:
-            ConfigError: the folder holds a run and `resume` is off, or it cannot be written.
+            ConfigError: the folder contains a run and `resume` is off, or it cannot be written.
         """
         recipe = path / "config.toml"
         text = to_toml(config) + "\n"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not resume and (recipe.exists() or _holds_run(path)):
+            if not resume and (recipe.exists() or _contains_run(path)):
                 raise FileExistsError
             if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
                 recipe.rename(_free_name(path))
@@ -67,7 +68,7 @@ class RunDir:
         except FileExistsError:
             if path.is_dir():
                 raise ConfigError(
-                    f"{path}: the run directory already holds a run; continue it with --resume or "
+                    f"{path}: the directory already contains a run; continue it with --resume or "
                     "choose another one with --run-dir"
                 ) from None
             raise ConfigError(f"{path}: is a file; choose a folder with --run-dir") from None
@@ -120,16 +121,9 @@ class RunDir:
         """Append one line per group to rollouts.jsonl; without credits advantages are null."""
         if not self.writes or not groups:
             return
-        lines = (
-            {
-                "step": step,
-                "split": split,
-                "group": index,
-                **plain_group(group, credits[index] if credits else None),
-            }
-            for index, group in enumerate(groups)
-        )
-        append_lines(self.rollouts, lines)
+        lines = [plain_group(g, credits[k] if credits else None) for k, g in enumerate(groups)]
+        place = {"step": step, "split": split}
+        append_lines(self.rollouts, ({**place, "group": k, **x} for k, x in enumerate(lines)))
 
     def rewind(self, step: int) -> int:
         """Remove the lines of later steps, which a resumed run writes again.
@@ -182,12 +176,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path / "metrics.jsonl" if path.is_dir() else path))
 
 
-def _holds_run(folder: Path) -> bool:
+def _contains_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in RUN_FILES)
 
 
 def _remove_unused_recipe(folder: Path) -> None:
-    if not _holds_run(folder):
+    if not _contains_run(folder):
         (folder / "config.toml").unlink(missing_ok=True)
 
 

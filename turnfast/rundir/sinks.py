@@ -1,17 +1,17 @@
 """Optional copies of metrics.jsonl: TensorBoard, Weights & Biases, trackio.
 
-A package is imported only if the recipe names it. A sink that fails during the run is closed with a
-warning, because metrics.jsonl has everything.
+A package is imported only if the recipe names it. A sink that fails during the run gets no more
+metrics and the run continues, because metrics.jsonl has everything.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -20,12 +20,31 @@ PROJECT = "turnfast"
 log = logging.getLogger("turnfast")
 
 
-class Sink(Protocol):
-    """A receiver of the lines of metrics.jsonl."""
+class Sink:
+    """Forwards numbers to a tracker until its first exception."""
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def __init__(self, name: str, log: Callable[..., Any], close: Callable[[], Any]) -> None:
+        self._name, self._log, self._close = name, log, close
+        self._open = True
 
-    def close(self) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if not self._open:
+            return
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        try:
+            self._log(numbers, step=step)
+        except Exception as error:  # a tracker may raise anything; the run must continue
+            log.warning("train.sinks: %s failed and gets no more metrics: %s", self._name, error)
+            self._open = False
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        try:
+            self._close()
+        except Exception as error:  # as above
+            log.warning("train.sinks: %s could not be closed: %s", self._name, error)
+        self._open = False
 
 
 def open_sinks(
@@ -36,7 +55,7 @@ def open_sinks(
     Raises:
         ConfigError: a package is not installed.
     """
-    return tuple(_SafeSink(name, _open(name, run_dir, recipe, resume)) for name in names)
+    return tuple(_open(name, run_dir, recipe, resume) for name in names)
 
 
 def check_sinks(names: Sequence[str]) -> None:
@@ -48,14 +67,21 @@ def check_sinks(names: Sequence[str]) -> None:
 def _open(name: str, run_dir: Path, recipe: Mapping[str, Any], resume: bool) -> Sink:
     module = _import(name)
     if name == "tensorboard":
-        return _TensorBoard(module.SummaryWriter(str(run_dir / "tensorboard")))
+        writer = module.SummaryWriter(str(run_dir / "tensorboard"))
+
+        def log_scalars(metrics: Mapping[str, float], *, step: int) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return Sink(name, log_scalars, writer.close)
     options: dict[str, Any] = {"project": PROJECT, "name": run_dir.name, "config": dict(recipe)}
     if name == "wandb":
         options |= {"dir": str(run_dir), "resume": "auto" if resume else "never"}
     else:
         options |= {"resume": "allow" if resume else "never"}
     module.init(**options)
-    return _Tracker(module)
+    return Sink(name, module.log, module.finish)
 
 
 def _import(name: str) -> ModuleType:
@@ -66,56 +92,3 @@ def _import(name: str) -> ModuleType:
             f"train.sinks: {name} is not installed ({error}); install it with "
             "pip install 'turnfast[tracking]' or remove it from train.sinks"
         ) from None
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Tracker:
-    """wandb or trackio, which have the same functions."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._module.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-class _SafeSink:
-    """Forwards numbers to a sink until its first exception."""
-
-    def __init__(self, name: str, sink: Sink) -> None:
-        self._name = name
-        self._sink: Sink | None = sink
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        if self._sink is None:
-            return
-        try:
-            self._sink.log(step, numbers)
-        except Exception as error:  # a tracker may raise anything; the run must continue
-            log.warning("train.sinks: %s failed and is closed: %s", self._name, error)
-            self._sink = None
-
-    def close(self) -> None:
-        if self._sink is None:
-            return
-        try:
-            self._sink.close()
-        except Exception as error:  # as above
-            log.warning("train.sinks: %s could not be closed: %s", self._name, error)
-        self._sink = None

@@ -4,16 +4,15 @@
       latest                      the name of the newest folder
       step_000050/
         config.json model.safetensors tokenizer.json …    a folder for `model.path`
-        adapter/adapter_config.json …                     with LoRA: the adapter alone; the model
-                                                          above has it merged
+        adapter/adapter_config.json …                     with LoRA; the model above has it merged
         trainer/optimizer.safetensors  trainer/optimizer.json  trainer/state.json
         trainer/critic.safetensors                        for rules with a critic
         manifest.json             size and SHA-256 of every other file
 
 The trainer's files have their own folder, because inference engines load every `*.safetensors`
-beside `config.json`. All files are written to a hidden folder, flushed to disk and renamed, so that
-a kill at any time leaves the earlier checkpoints intact. Nothing is pickled: loading a checkpoint
-runs no code from it.
+next to `config.json`. All files are written to a hidden folder, flushed to disk and renamed, so
+that a kill at any time leaves the earlier checkpoints intact. Nothing is pickled: loading a
+checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def load_checkpoint(path: Path, training: TrainingState) -> dict[str, Any]:
         The saved `progress`, with `step`.
 
     Raises:
-        CheckpointError: incomplete, or written with another model, optimizer or without a critic.
+        CheckpointError: the checkpoint is incomplete, or is of another model, optimizer or critic.
     """
     damage = find_damage(path, hashes=False)
     if damage:
@@ -133,7 +132,7 @@ def load_checkpoint(path: Path, training: TrainingState) -> dict[str, Any]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step, or None; log a warning for others."""
+    """Return the complete checkpoint of the highest step or None; warn of incomplete later ones."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         damage = find_damage(path)
         if damage is None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: written aside, flushed, renamed; complete or absent."""
+"""Checkpoint folders on disk: written under another name, flushed and renamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str | None:
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, this version reads {FORMAT}"
         if f"step_{manifest['step']:06d}" != path.name:
-            return f"{MANIFEST} is of step {manifest['step']}"
+            return f"{MANIFEST} is for step {manifest['step']}"
         for name, expected in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -47,10 +47,7 @@ def write_manifest(folder: Path, step: int) -> None:
     """Write the manifest of a folder and flush all its files to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
-        str(path.relative_to(folder)): {
-            "size_bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
+        str(path.relative_to(folder)): {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files
     }
     manifest = folder / MANIFEST
@@ -92,7 +89,7 @@ def retire_old(folder: Path, step: int, keep: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove retired checkpoints and what an interrupted save left."""
+    """Remove retired checkpoints and the folder of an interrupted save."""
     for path in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.retired")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def random_states() -> dict[str, Any]:
-    """Return all random states, also that of the current CUDA device if CUDA is in use."""
+    """Return all random states, including that of the current CUDA device if CUDA is in use."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     states: dict[str, Any] = {
@@ -31,7 +31,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` returned; CUDA's state only on a machine with CUDA."""
+    """Set the states that `random_states` returned; CUDA's only on a machine with CUDA."""
     python = states["python"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     legacy = states["numpy"]

@@ -17,22 +17,16 @@ from ...errors import CheckpointError
 from ...model.lora import adapted_layers, load_adapter, merged, save_adapter
 
 ADAPTER = "adapter"
+OPTIMIZER = "optimizer.safetensors"
+CRITIC = "critic.safetensors"
 
 
 class Stateful(Protocol):
-    """An optimizer whose state dict has torch's `state` and `param_groups`."""
+    """An optimizer, whose state is torch's `state` and `param_groups`, or a critic of tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
-
-
-class StatefulTensors(Protocol):
-    """A critic whose whole state is named tensors."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None: ...
 
 
 class Tokenizer(Protocol):
@@ -43,12 +37,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What a checkpoint holds beside the progress of the loop; `model` is a Hugging Face model."""
+    """The objects whose state a checkpoint contains; `model` is a Hugging Face model."""
 
     model: nn.Module
     optimizer: Stateful
     tokenizer: Tokenizer | None = None
-    critic: StatefulTensors | None = None
+    critic: Stateful | None = None
 
 
 def save_optimizer(optimizer: Stateful, folder: Path) -> None:
@@ -63,7 +57,7 @@ def save_optimizer(optimizer: Stateful, folder: Path) -> None:
                 plain.setdefault(str(index), {})[name] = value
     document = {"groups": saved["param_groups"], "plain": plain}
     (folder / "optimizer.json").write_text(to_json(document, "optimizer"), encoding="utf-8")
-    save_file(_unshared(tensors), _optimizer_file(folder))
+    save_file(_unshared(tensors), folder / OPTIMIZER)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +76,7 @@ def load_optimizer(optimizer: Stateful, folder: Path) -> None:
     state: dict[int, dict[str, Any]] = {
         int(index): dict(entries) for index, entries in document["plain"].items()
     }
-    for key, tensor in load_file(_optimizer_file(folder)).items():
+    for key, tensor in load_file(folder / OPTIMIZER).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
     groups = [
@@ -93,8 +87,8 @@ def load_optimizer(optimizer: Stateful, folder: Path) -> None:
         optimizer.load_state_dict({"state": dict(sorted(state.items())), "param_groups": groups})
     except ValueError as error:  # other parameter groups, as torch reports them
         raise CheckpointError(
-            f"{folder}: the optimizer state is of other parameters ({error}); resume with the "
-            "model and optim sections of the run that wrote it"
+            f"{folder}: the optimizer state does not match the parameters ({error}); resume with "
+            "the model and optim sections of the run that wrote it"
         ) from error
     if isinstance(optimizer, Optimizer):
         _restore_dtypes(optimizer, state)
@@ -110,27 +104,19 @@ def _restore_dtypes(optimizer: Optimizer, state: Mapping[int, Mapping[str, Any]]
                 loaded[name] = value.to(loaded[name].device)
 
 
-def save_critic(critic: StatefulTensors, folder: Path) -> None:
+def save_critic(critic: Stateful, folder: Path) -> None:
     tensors = {name: x.cpu().contiguous().clone() for name, x in critic.state_dict().items()}
-    save_file(tensors, _critic_file(folder))
+    save_file(tensors, folder / CRITIC)
 
 
-def load_critic(critic: StatefulTensors, folder: Path) -> None:
+def load_critic(critic: Stateful, folder: Path) -> None:
     try:
-        critic.load_state_dict(load_file(_critic_file(folder)))
-    except (FileNotFoundError, KeyError, RuntimeError) as error:  # none, or of another width
+        critic.load_state_dict(load_file(folder / CRITIC))
+    except (FileNotFoundError, KeyError, RuntimeError) as error:  # missing, or of another width
         raise CheckpointError(
             f"{folder}: no matching critic ({error}); resume with the credit and model sections of "
             "the run that wrote it"
         ) from error
-
-
-def _critic_file(folder: Path) -> Path:
-    return folder / "critic.safetensors"
-
-
-def _optimizer_file(folder: Path) -> Path:
-    return folder / "optimizer.safetensors"
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -168,7 +154,7 @@ def _load_adapter(model: nn.Module, path: Path) -> None:
     """Load the adapter, and check that the tensors without an adapter equal the base model's."""
     try:
         load_adapter(model, path / ADAPTER)
-    except (FileNotFoundError, ValueError) as error:  # none, or of another form
+    except (FileNotFoundError, ValueError) as error:  # missing, or of another form
         raise CheckpointError(
             f"{path}: no matching adapter ({error}); resume with the model section of the run "
             "that wrote it"
