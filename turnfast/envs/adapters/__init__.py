@@ -1,1 +1,1 @@
-"""Environments and tools of other libraries; each needs its own package."""
+"""Environments and tools of other packages, which are optional dependencies."""

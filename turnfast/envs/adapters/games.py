@@ -1,4 +1,4 @@
-"""Shared by the game adapters: tasks that differ by seed, and game code under a deadline."""
+"""Helpers of the game adapters: tasks that differ by seed, and calls with a deadline."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..base import Split
 def seeded_tasks(
     question: str, *, seed: int, num_train: int, num_eval: int
 ) -> Mapping[Split, Sequence[Task]]:
-    """Return tasks with consecutive seeds in their data, from `seed` on, first train, then eval."""
-
-    def numbered(split: Split, first_seed: int, count: int) -> tuple[Task, ...]:
-        return tuple(
-            Task(id=f"{split}-{i}", question=question, data={"seed": first_seed + i})
-            for i in range(count)
-        )
-
+    """Return tasks whose `data["seed"]` counts from `seed`, first train, then eval."""
+    sizes: dict[Split, tuple[int, int]] = {
+        "train": (seed, num_train),
+        "eval": (seed + num_train, num_eval),
+    }
     return {
-        "train": numbered("train", seed, num_train),
-        "eval": numbered("eval", seed + num_train, num_eval),
+        split: [
+            Task(id=f"{split}-{i}", question=question, data={"seed": first + i})
+            for i in range(count)
+        ]
+        for split, (first, count) in sizes.items()
     }
 
 
 async def call_game(
     function: Callable[..., Any], *args: Any, timeout_s: float, label: str, task: Task
 ) -> Any:
-    """Call plain or `async` code of a game; its exceptions are raised unchanged.
+    """Call a plain or `async` function of a game. Its exceptions are raised unchanged.
 
     Raises:
         TimeoutError: no result within `timeout_s` seconds.

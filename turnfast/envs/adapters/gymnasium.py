@@ -5,7 +5,7 @@
     options = { id = "FrozenLake-v1", kwargs = { is_slippery = false },
                 actions = ["left", "down", "right", "up"] }
 
-The agent reads the observation if it is text, otherwise the "ansi" rendering with highlighted
+The agent gets the observation if it is text, otherwise the "ansi" rendering with highlighted
 characters in square brackets, otherwise `str(observation)`. It acts with <action>right</action>.
 Each reward of the environment is the reward of the turn.
 """
@@ -35,14 +35,14 @@ class GymnasiumEnv:
 
     Args:
         id: as for `gymnasium.make`; "module:Name-v0" imports the module first.
-        kwargs: further arguments of `gymnasium.make`.
-        actions: names of the discrete actions in order; [] uses their numbers.
+        kwargs: other arguments of `gymnasium.make`.
+        actions: names of the discrete actions in order; None uses their numbers.
         instructions: text before the first observation; "" explains the action format.
-        malformed: reward of a turn without a valid action, which makes no step.
+        malformed: reward of a turn without a valid action; the environment makes no step.
         rewards_on: "turn", or "outcome" to add all rewards to the outcome.
         seed, train_tasks, eval_tasks: task i of "train" is reset with seed + i; the tasks of
             "eval" have the seeds after those.
-        step_timeout_s: deadline of a reset or a step; a slower one fails the trajectory.
+        step_timeout_s: deadline of a reset or a step; the trajectory fails if one is slower.
     Raises:
         ConfigError: the package or the environment is not installed, or the action space is
             neither discrete nor text.
@@ -160,8 +160,7 @@ class GymnasiumEpisode:
         )
 
     async def finish(self) -> Outcome:
-        if self._game is not None:
-            self._game.close()
+        await self._call(self._game.close)
         reward = self._return if self._env.rewards_on == "outcome" else 0.0
         return Outcome(
             reward=reward,

@@ -44,11 +44,11 @@ _ABSENT = object()
 
 
 class McpServer:
-    """A server process and the session with it; both end with `close` or with this process.
+    """A server process and a session with it; both end with `close` or with this process.
 
     Args:
         command, args: the command line of the server.
-        env: environment variables added to the default ones of the `mcp` package.
+        env: environment variables, in addition to those that the `mcp` package passes.
         start_timeout_s: deadline for starting the server and listing its tools.
     Raises:
         ConfigError: the package is not installed, or the command does not start an MCP server.
@@ -71,7 +71,8 @@ class McpServer:
         self._background = BackgroundLoop("mcp")
         self._session: Any = None
         command_line = " ".join([command, *args])
-        protocol_error = getattr(self._mcp, "MCPError", None) or self._mcp.McpError  # since 2, in 1
+        # The names in version 2 of the package and in version 1.
+        protocol_error = getattr(self._mcp, "MCPError", None) or self._mcp.McpError
         try:
             listed = self._background.run_blocking(self._start(), timeout_s=start_timeout_s)
         except TimeoutError:
@@ -83,7 +84,7 @@ class McpServer:
             raise ConfigError(
                 f"env.options.command: {command_line!r}: {type(error).__name__}: {error}"
             ) from None
-        self.tools: tuple[Tool, ...] = tuple(self._tool(found) for found in listed)
+        self.tools: tuple[Tool, ...] = tuple(map(self._make_tool, listed))
 
     def close(self) -> None:
         """End the session and the process."""
@@ -95,13 +96,13 @@ class McpServer:
         self._serving = asyncio.create_task(self._serve(ready))
         try:
             await ready
-            return await self._list()
+            return await self._list_tools()
         except BaseException:
             self._serving.cancel()
             raise
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
-        # One task opens and closes the session, because the package's cancel scopes require it.
+        # The package requires that the same task opens and closes the session.
         try:
             async with self._open() as streams, self._mcp.ClientSession(*streams) as session:
                 await session.initialize()
@@ -116,14 +117,13 @@ class McpServer:
         finally:
             self._session = None
 
-    async def _list(self) -> list[Any]:
-        found, cursor = [], None
-        while True:
-            page = await self._session.list_tools(**({"cursor": cursor} if cursor else {}))
-            found += page.tools
-            cursor = _either(page, "next_cursor", "nextCursor")
-            if not cursor:
-                return found
+    async def _list_tools(self) -> list[Any]:
+        page = await self._session.list_tools()
+        tools = list(page.tools)
+        while cursor := _either(page, "next_cursor", "nextCursor"):
+            page = await self._session.list_tools(cursor=cursor)
+            tools += page.tools
+        return tools
 
     async def _stop(self) -> None:
         self._closing.set()
@@ -141,18 +141,20 @@ class McpServer:
             return ToolError(kind="raised", text=text[:500] or f"{name} failed")
         return text
 
-    def _tool(self, found: Any) -> Tool:
-        async def call(**arguments: Any) -> str | ToolError:
-            given = {key: value for key, value in arguments.items() if value is not _ABSENT}
-            return await self._background.run(self._call(found.name, given))
+    def _make_tool(self, definition: Any) -> Tool:
+        name = definition.name
 
-        schema = dict(_either(found, "input_schema", "inputSchema") or {})
+        async def call(**arguments: Any) -> str | ToolError:
+            present = {key: value for key, value in arguments.items() if value is not _ABSENT}
+            return await self._background.run(self._call(name, present))
+
+        schema = dict(_either(definition, "input_schema", "inputSchema") or {})
         return Tool(
-            name=found.name,
-            description=" ".join((found.description or "").split()),
+            name=name,
+            description=" ".join((definition.description or "").split()),
             parameters=schema,
             function=call,
-            arguments=_model(found.name, schema),
+            arguments=_arguments_model(name, schema),
         )
 
 
@@ -162,7 +164,8 @@ class McpEnv(ToolEnv):
     Args:
         command, args, env, start_timeout_s: arguments of `McpServer`.
         questions: JSONL file of questions, as for env "search".
-        eval_share: share of the questions that is held out for evaluation, selected by `seed`.
+        eval_share: share of the questions that is held out for evaluation.
+        seed: selects the held-out questions.
         options: options of `ToolEnv`.
     """
 
@@ -190,13 +193,13 @@ class McpEnv(ToolEnv):
         ]
 
 
-def _model(name: str, schema: Mapping[str, Any]) -> Any:
+def _arguments_model(name: str, schema: Mapping[str, Any]) -> Any:
     """Return a model that checks names and basic types; the server checks the full schema."""
     required = set(schema.get("required", ()))
     fields: dict[str, Any] = {}
     for i, (key, value) in enumerate(dict(schema.get("properties", {})).items()):
         kind = value.get("type") if isinstance(value, dict) else None
-        hint = _TYPES.get(kind, Any) if isinstance(kind, str) else Any
+        hint = _TYPES.get(str(kind), Any)
         default = Field(alias=key) if key in required else Field(default=_ABSENT, alias=key)
         fields[f"p{i}"] = (hint, default)
     config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)

@@ -4,8 +4,8 @@
     name = "textarena"
     options = { id = "Mastermind-v0" }
 
-The agent reads the game's messages since its last move. Its move is the whole turn without the
-reasoning. The reward that the game gives at its end is the outcome.
+The agent gets the game's messages since its last move. Its move is the text of the turn without the
+reasoning. The reward at the end of the game is the reward of the outcome.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TextArenaEnv:
 
     Args:
         id: as for `textarena.make`.
-        kwargs: further arguments of `textarena.make`.
+        kwargs: other arguments of `textarena.make`.
         seed, train_tasks, eval_tasks: task i of "train" has the seed seed + i; the tasks of "eval"
             have the seeds after those.
-        step_timeout_s: deadline of a reset or a move; a slower one fails the trajectory.
+        step_timeout_s: deadline of a reset or a move; the trajectory fails if one is slower.
     Raises:
         ConfigError: the package is not installed, or the game does not exist or needs several
             players.
@@ -55,7 +55,7 @@ class TextArenaEnv:
         step_timeout_s: PositiveFloat = 30.0,
     ) -> None:
         self._textarena = import_optional("textarena", install="turnfast[adapters]")
-        # Without the wrappers of the package, which repeat the whole game in every turn.
+        # "-raw" omits the wrappers of the package, which repeat all messages in every turn.
         self._raw_id = id if id.endswith("-raw") else f"{id}-raw"
         self._kwargs = dict(kwargs or {})
         self.step_timeout_s = step_timeout_s
@@ -64,7 +64,7 @@ class TextArenaEnv:
             raise ConfigError(f"env.options.id: textarena has no game {id!r}")
         try:
             _RandomState(seed).call(lambda: self.make().reset(num_players=1, seed=seed))
-        except AssertionError as error:  # how the games check the number of players
+        except AssertionError as error:  # the games check the number of players with `assert`
             raise ConfigError(
                 f"env.options.id: {id!r} cannot be played by one player: {error}"
             ) from None
@@ -137,9 +137,9 @@ class TextArenaEpisode:
 
 
 class _RandomState:
-    """A state of Python's global random generator, from which the games draw.
+    """The state of Python's global random generator in one episode; the games use this generator.
 
-    It is set during each call of a game, so that episodes do not affect each other. Only one game
+    Each call of a game restores the state, so that episodes do not affect each other. Only one call
     runs at a time: while one hangs, the others wait and may exceed their deadlines.
     """
 
