@@ -1,14 +1,14 @@
-"""Environments of Prime Intellect's `verifiers` (release 0.3), to train on.
+"""Environments of Prime Intellect's package `verifiers`, release 0.3.
 
     [env]
     name = "verifiers"
     options = { id = "wordle", args = { max_turns = 6 } }
 
-Supports everything that `verifiers.load_environment` returns in release 0.3: single-turn,
-multi-turn and tool environments and groups of them. The rows of the dataset are the tasks, the
-environment's replies are the messages, and the reward of the rubric is the outcome. If the
-environment sets a reward on a step of its trajectory, it is the turn's reward. The tools are shown
-through the chat template. verifiers_rollout.py connects the environment's loop with the policy.
+Supports what `verifiers.load_environment` returns in this release: single-turn, multi-turn and tool
+environments and groups of them. The rows of the dataset are the tasks, the environment's replies
+are the messages, and the rubric's reward is the reward of the outcome. A reward that the
+environment sets on a step of its trajectory is the reward of the turn. The chat template shows the
+tools. verifiers_rollout.py connects the environment's loop with the policy.
 
 Release 0.4 does not contain these classes: install "verifiers<0.4".
 """
@@ -57,12 +57,11 @@ class VerifiersEnv:
         id: argument of `verifiers.load_environment`: an installed environment, or a module in the
             current directory that defines `load_environment`.
         args: arguments of the environment.
-        train_tasks, eval_tasks: maximum number of rows to use; train_tasks = 0 uses all.
+        train_tasks, eval_tasks: maximum number of rows; train_tasks = 0 uses all.
         seed: selects the rows, and the held-out rows if there is no evaluation dataset.
-        step_timeout_s: deadline of a reply and of the scoring; a slower one fails the trajectory.
+        step_timeout_s: deadline of each reply and of the scoring; the trajectory fails after it.
     Raises:
-        ConfigError: the package or the environment is not installed, or the environment is not
-            supported.
+        ConfigError: the package or the environment is not installed, or not supported.
     """
 
     rewards: Sequence[Reward] = ()
@@ -85,7 +84,7 @@ class VerifiersEnv:
             )
         self.background = BackgroundLoop("verifiers")
         self.step_timeout_s = step_timeout_s
-        with _signal_handlers_kept():
+        with _restored_signal_handlers():
             env = _load(verifiers, id, args or {})
         if env.requires_group_rollouts:
             raise ConfigError(
@@ -120,7 +119,7 @@ class VerifiersEpisode:
         self._env = env
         self._task = task
         self._rollout = VerifiersRollout(env.setup, task.data["row"])
-        # Without this, the environment's loop of an abandoned episode would wait forever.
+        # If the episode is abandoned, the environment's loop would otherwise wait forever.
         weakref.finalize(self, self._rollout.cancel).atexit = False
 
     async def start(self) -> Sequence[Message]:
@@ -172,8 +171,8 @@ def _load(verifiers: Any, id: str, args: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Restore the signal handlers of this process, which the environments replace."""
+def _restored_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers of this process afterwards; the environments replace them."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     try:
@@ -185,7 +184,7 @@ def _signal_handlers_kept() -> Iterator[None]:
 
 
 def _tool(definition: Any) -> Tool:
-    """Return a tool for the chat template; the environment runs its calls itself."""
+    """Return a tool for the chat template only: the environment runs its calls itself."""
 
     def not_callable(**_: Any) -> str:
         raise RuntimeError("the calls of this tool are run by its verifiers environment")
@@ -244,7 +243,7 @@ def _question(prompt: Any) -> str:
 
 
 def _record_errors(env: Any) -> None:
-    """Record errors that the package turns into a reward of 0 or into a tool's reply."""
+    """Record the errors that the package converts to a reward of 0 or to a tool's reply."""
     for part in getattr(env, "envs", None) or [env]:
         _record_reward_errors(part.rubric)
         if hasattr(part, "error_formatter"):

@@ -1,8 +1,8 @@
 """One rollout of a `verifiers` environment, driven turn by turn.
 
 The environment runs its own loop and requests each turn from a client. This client passes the new
-messages of the request on as the reply to the policy, and suspends the environment until the policy
-has sampled its turn::
+messages of the request to the policy, and the environment waits until the policy has sampled its
+turn::
 
     environment   client.get_response([user: Guess.])       start() returns [user: Guess.]
     policy        samples "[a]"                             step("[a]")
@@ -27,20 +27,20 @@ from ..base import Step
 from ..rewards.reward import RewardFault
 
 TOOL_ERRORS: ContextVar[list[Exception]] = ContextVar("tool_errors")
-"""Errors of the environment's tools during the rollout of the current context."""
+"""Errors of the tools in the rollout that runs in this context."""
 REWARD_ERRORS: ContextVar[list[tuple[str, Exception]]] = ContextVar("reward_errors")
-"""Names and errors of the reward functions during the scoring of the current context."""
+"""Names and errors of the reward functions in the scoring that runs in this context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiersSetup:
-    """What the rollouts of one environment share.
+    """The environment and what its rollouts need of the package.
 
     Attributes:
-        env: the environment. types: the package's module of message types.
-        client: makes the client of a rollout.
+        types: the package's module of message types.
+        client: creates the client of a rollout.
         overlong_error: the package's exception for a prompt that exceeds the context length.
-        tool_names: names of the tools that the policy is shown.
+        tool_names: names of the tools in the chat template.
     """
 
     env: Any
@@ -71,7 +71,7 @@ class VerifiersRollout:
         self._response: asyncio.Future[Any] | None = None
 
     async def start(self) -> Step:
-        """Start the environment's loop and return its first prompt."""
+        """Start the environment's loop and return its first messages."""
         self._loop = asyncio.get_running_loop()
         TOOL_ERRORS.set(self._tool_errors)
         self._running = asyncio.create_task(
@@ -80,7 +80,7 @@ class VerifiersRollout:
         return await self._next_step()
 
     async def step(self, text: str) -> Step:
-        """Answer the environment's request with one turn and return its reply."""
+        """Pass one turn of the policy to the environment and return the environment's reply."""
         types = self._setup.types
         self._calls, rest = read_calls(text) if self._setup.tool_names else ((), text)
         self._tool_errors.clear()
@@ -129,7 +129,7 @@ class VerifiersRollout:
     async def request_turn(
         self, prompt: Sequence[Any], tools: Sequence[Any] | None, state: Any
     ) -> Any:
-        """Called by the client: pass the new messages on and wait for the policy's turn."""
+        """Pass the new messages to the policy and wait for its turn; called by the client."""
         try:
             messages = self._new_messages(prompt)
             tool_names = [tool.name for tool in tools or ()]
@@ -190,7 +190,7 @@ class VerifiersRollout:
         converted: dict[str, Any] = {"role": message.role, "content": plain_text(message.content)}
         if message.role == "tool":
             return {**converted, "name": self._tool_name_of.get(message.tool_call_id, "unknown")}
-        if calls := getattr(message, "tool_calls", None):  # an example in the first prompt
+        if calls := getattr(message, "tool_calls", None):  # in an example of the first messages
             self._tool_name_of |= {call.id: call.name for call in calls}
             converted["tool_calls"] = [
                 {
@@ -205,7 +205,7 @@ class VerifiersRollout:
     def _tool_call(self, index: int, call: Attempt) -> Any:
         well_formed = isinstance(call, ToolCall)
         name = call.name if well_formed else "unknown"
-        # Malformed arguments are passed on, because the environment has its own reply to them.
+        # Malformed calls are passed on, because the environment has its own replies to them.
         arguments = json.dumps(dict(call.arguments)) if well_formed else call.reason
         call_id = f"call-{self._num_turns}-{index}"
         self._tool_name_of[call_id] = name
@@ -243,12 +243,12 @@ def make_policy_client(base: type[Any]) -> type[Any]:
             return await self.client.request_turn(prompt, tools, kwargs["state"])
 
         async def raise_from_native_response(self, response: Any) -> None:
-            """The response is never an error."""
+            pass
 
         async def from_native_response(self, response: Any) -> Any:
             return response
 
         async def close(self) -> None:
-            """There is no connection to close."""
+            pass
 
     return PolicyClient
