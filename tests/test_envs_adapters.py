@@ -37,6 +37,27 @@ def test_a_missing_package_is_named(monkeypatch, package, install, make):
         make()
 
 
+def make(package: str, **options):
+    pytest.importorskip(package)
+    return load_env(package, options)
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "message"),
+    [
+        ("gymnasium", {"id": "NoSuch-v0"}, "id: gymnasium cannot find 'NoSuch-v0': NameNotFound"),
+        ("gymnasium", {"id": "no_such_module:X-v0"}, "id: .*: ModuleNotFoundError: .*no_such_mod"),
+        ("gymnasium", {"id": "Pendulum-v1"}, "id: the action space of 'Pendulum-v1' is Box"),
+        ("gymnasium", {"id": "FrozenLake-v1", "actions": ["a"]}, "actions: 1 names for the 4"),
+        ("textarena", {"id": "NoSuch-v0"}, "id: textarena has no game 'NoSuch-v0'"),
+        ("textarena", {"id": "TicTacToe-v0"}, "id: .* cannot be played by one player: .* to be 2"),
+    ],
+)
+def test_invalid_options_are_named(package, options, message):
+    with pytest.raises(ConfigError, match=rf"env.options.{message}"):
+        make(package, **options)
+
+
 # --- gymnasium
 
 LAKE = {
@@ -51,8 +72,7 @@ def act(action: str) -> str:
 
 
 def test_gymnasium_text_rendering_rewards_and_end():
-    pytest.importorskip("gymnasium")
-    env = load_env("gymnasium", LAKE)
+    env = make("gymnasium", **LAKE)
     path = ["down", "Down", "right", "right", "down", "right"]
     first, steps, outcome = play(env, env.tasks("train")[0], *map(act, path))
     assert "the actions are left, down, right, up." in first[0]["content"]
@@ -65,8 +85,7 @@ def test_gymnasium_text_rendering_rewards_and_end():
 
 
 def test_gymnasium_malformed_turns_and_rewards_on_the_outcome():
-    pytest.importorskip("gymnasium")
-    env = load_env("gymnasium", {**LAKE, "malformed": -0.25, "rewards_on": "outcome"})
+    env = make("gymnasium", **LAKE, malformed=-0.25, rewards_on="outcome")
     task = env.tasks("train")[0]
     _, steps, outcome = play(env, task, "right", act("north"), act("right"), act("down"))
     assert [step.reward for step in steps] == [-0.25, -0.25, None, None]
@@ -77,8 +96,7 @@ def test_gymnasium_malformed_turns_and_rewards_on_the_outcome():
 
 
 def test_gymnasium_numbered_actions_seeds_and_observations():
-    pytest.importorskip("gymnasium")
-    env = load_env("gymnasium", {"id": "CartPole-v1", "train_tasks": 4, "eval_tasks": 2})
+    env = make("gymnasium", id="CartPole-v1", train_tasks=4, eval_tasks=2)
     first = [play(env, task)[0] for task in (*env.tasks("train"), *env.tasks("eval"))]
     assert len({str(messages) for messages in first}) == 6
     assert first[0] == play(env, env.tasks("train")[0])[0]
@@ -118,11 +136,11 @@ def text_env(tmp_path, monkeypatch):
 
 
 def test_gymnasium_text_actions_and_observations(chat, text_env):
-    pytest.importorskip("gymnasium")
-    env = load_env("gymnasium", {"id": "text_env_of_a_test:Echo-v0"})
+    env = make("gymnasium", id="text_env_of_a_test:Echo-v0")
 
-    def say(seen: str) -> str:
-        return act(re.findall(r"Say (\w)\.", seen)[-1]) if "You said" in seen else act("hello")
+    def say(context: str) -> str:
+        letter = re.findall(r"Say (\w)\.", context)[-1]
+        return act(letter if "You said" in context else "hello")
 
     for group in roll(chat, env, say, max_turns=5, **SIZES):
         for t in group.trajectories:
@@ -133,46 +151,26 @@ def test_gymnasium_text_actions_and_observations(chat, text_env):
 
 
 def test_gymnasium_a_hanging_step_times_out(text_env):
-    pytest.importorskip("gymnasium")
-    env = load_env("gymnasium", {"id": "text_env_of_a_test:Hang-v0", "step_timeout_s": 0.5})
+    env = make("gymnasium", id="text_env_of_a_test:Hang-v0", step_timeout_s=0.5)
     with pytest.raises(TimeoutError, match="no step within"):
         play(env, env.tasks("train")[0], act("a"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"id": "NoSuch-v0"}, r"env.options.id: gymnasium cannot find 'NoSuch-v0': NameNotFound"),
-        (
-            {"id": "no_such_module:X-v0"},
-            r"env.options.id: .*: ModuleNotFoundError: .*no_such_module",
-        ),
-        ({"id": "Pendulum-v1"}, r"env.options.id: the action space of 'Pendulum-v1' is Box"),
-        ({"id": "FrozenLake-v1", "actions": ["a"]}, r"env.options.actions: 1 names for the 4"),
-    ],
-)
-def test_gymnasium_invalid_options(options, message):
-    pytest.importorskip("gymnasium")
-    with pytest.raises(ConfigError, match=message):
-        load_env("gymnasium", options)
-
-
 def test_gymnasium_errors_of_the_environment_are_raised_unchanged():
-    pytest.importorskip("gymnasium")
     with pytest.raises(TypeError, match="'x'"):
-        load_env("gymnasium", {"id": "FrozenLake-v1", "kwargs": {"x": 1}})
+        make("gymnasium", id="FrozenLake-v1", kwargs={"x": 1})
 
 
 # --- textarena
 
 
-def test_textarena_whole_games(chat):
-    pytest.importorskip("textarena")
-    env = load_env("textarena", {"id": "Mastermind-v0"})
+def test_textarena_complete_games(chat):
+    env = make("textarena", id="Mastermind-v0")
 
-    def crack(seen: str) -> str:
+    def crack(context: str) -> str:
         """The first code that is consistent with all replies so far."""
-        replies = re.findall(r"\[(\d) (\d) (\d) (\d)\][^\[]*?(\d) black peg.*?(\d) white peg", seen)
+        pattern = r"\[(\d) (\d) (\d) (\d)\][^\[]*?(\d) black peg.*?(\d) white peg"
+        replies = re.findall(pattern, context)
         for code in permutations("123456", 4):
             if all(pegs(code, r[:4]) == (int(r[4]), int(r[5])) for r in replies):
                 return f"<think>[1]</think>[{' '.join(code)}]"
@@ -197,8 +195,7 @@ def pegs(code, guess) -> tuple[int, int]:
 
 
 def test_textarena_an_unfinished_game_and_an_invalid_move():
-    pytest.importorskip("textarena")
-    env = load_env("textarena", {"id": "Mastermind-v0"})
+    env = make("textarena", id="Mastermind-v0")
     first, steps, outcome = play(env, env.tasks("eval")[0], "[1 2 3 4]")
     assert "You are playing Mastermind" in first[0]["content"]
     assert steps[0].messages[0]["role"] == "user" and "peg" in steps[0].messages[0]["content"]
@@ -208,34 +205,20 @@ def test_textarena_an_unfinished_game_and_an_invalid_move():
 
 
 def test_textarena_a_hanging_game_times_out_and_the_next_one_works(monkeypatch):
-    pytest.importorskip("textarena")
-    env = load_env("textarena", {"id": "Mastermind-v0", "step_timeout_s": 0.5})
-    make = env.make
+    env = make("textarena", id="Mastermind-v0", step_timeout_s=0.5)
+    make_game = env.make
 
-    def slow():
-        game = make()
+    def make_slow_game():
+        game = make_game()
         game.step = lambda action: time.sleep(2.0)
         return game
 
-    monkeypatch.setattr(env, "make", slow)
+    monkeypatch.setattr(env, "make", make_slow_game)
     with pytest.raises(TimeoutError, match=r"textarena, train-0: no step within 0.5 s"):
         play(env, env.tasks("train")[0], "[1 2 3 4]")
     time.sleep(2.0)
     monkeypatch.undo()
     assert play(env, env.tasks("train")[0], "[1 2 3 4]")[1][0].messages
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("NoSuch-v0", "textarena has no game 'NoSuch-v0'"),
-        ("TicTacToe-v0", "'TicTacToe-v0' cannot be played by one player: .*has to be 2"),
-    ],
-)
-def test_textarena_invalid_games(name, message):
-    pytest.importorskip("textarena")
-    with pytest.raises(ConfigError, match=f"env.options.id: {message}"):
-        load_env("textarena", {"id": name})
 
 
 # --- MCP
@@ -271,15 +254,20 @@ server.run(transport="stdio")
 
 
 @pytest.fixture
-def notes(tmp_path):
+def questions(tmp_path) -> str:
+    rows = [{"id": str(i), "question": f"Who wrote Ulm{i}?", "answers": ["Ida"]} for i in range(6)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "q.jsonl")
+
+
+@pytest.fixture
+def notes(tmp_path, questions):
     pytest.importorskip("mcp")
     (tmp_path / "server.py").write_text(SERVER)
-    lines = [{"id": str(i), "question": f"Who wrote Ulm{i}?", "answers": ["Ida"]} for i in range(6)]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = {
         "command": sys.executable,
         "args": [str(tmp_path / "server.py")],
-        "questions": str(tmp_path / "q.jsonl"),
+        "questions": questions,
         "env": {"NOTES_KEY": "secret"},
         "start_timeout_s": 120.0,
     }
@@ -292,47 +280,44 @@ def call(name: str, /, **args) -> str:
     return f"<tool>{json.dumps({'name': name, 'args': args})}</tool>"
 
 
+def result(env, *texts: str):
+    """The last step of an episode with these turns."""
+    return play(env, env.tasks("train")[0], *texts)[1][-1]
+
+
 def test_mcp_schemas_results_and_errors(notes):
     assert [tool.name for tool in notes.tools] == ["look_up", "wait"]
     assert notes.tools[0].description == "Find a note by its title."
     assert notes.tools[0].parameters["required"] == ["title"]
     assert '"look_up"' in notes.describe()
-    _, (step,), _ = play(
-        notes,
-        notes.tasks("train")[0],
-        call("look_up", title="Ulm")
-        + call("look_up", title="crash")
-        + call("look_up", title=3)
-        + call("look_up", name="Ulm"),
-    )
+    calls = ({"title": "Ulm"}, {"title": "crash"}, {"title": 3}, {"name": "Ulm"})
+    step = result(notes, "".join(call("look_up", **args) for args in calls))
     shown = step.messages[0]["content"].split("\n")
     assert shown[0] == "<result>Ulm was written by Ida.</result>"
     assert "<result>Error: " in shown[1] and "look_up" in shown[1]
     assert "Error: title: Input should be a valid string" in shown[2]
     assert "title: missing" in shown[3] and "name: no such argument" in shown[3]
     assert (step.tool_calls, step.tool_successes) == (4, 1)
-    _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=0.0))
+    step = result(notes, call("wait", seconds=0.0))
     assert step.messages[0]["content"] == "<result>secret</result>"
 
 
 def test_mcp_calls_time_out_and_a_stopped_server_is_an_error(notes):
     notes.set_limits(max_turns=4, tool_timeout_s=0.3)
-    _, (step,), _ = play(notes, notes.tasks("train")[0], call("wait", seconds=60.0))
+    step = result(notes, call("wait", seconds=60.0))
     assert "gave no result in 0.3 s" in step.messages[0]["content"]
     notes.set_limits(max_turns=4, tool_timeout_s=120.0)
-    _, (step,), _ = play(notes, notes.tasks("train")[0], call("look_up", title="Rom", lines=2))
+    step = result(notes, call("look_up", title="Rom", lines=2))
     assert step.messages[0]["content"].count("Rom was written") == 2
-    _, steps, _ = play(
-        notes, notes.tasks("train")[0], call("look_up", title="exit"), call("wait", seconds=0.0)
-    )
-    assert all("Error: " in step.messages[0]["content"] for step in steps)
+    for text in (call("look_up", title="exit"), call("wait", seconds=0.0)):
+        assert "Error: " in result(notes, text).messages[0]["content"]
 
 
-def test_mcp_tools_in_whole_rollouts(chat, notes):
-    def say(seen: str) -> str:
-        title = re.findall(r"Who wrote (\w+)\?", seen)[-1]
-        found = "was written by" in seen
-        return "<answer>Ida</answer>" if found else call("look_up", title=title)
+def test_mcp_tools_in_complete_rollouts(chat, notes):
+    def say(context: str) -> str:
+        if "was written by" in context:
+            return "<answer>Ida</answer>"
+        return call("look_up", title=re.findall(r"Who wrote (\w+)\?", context)[-1])
 
     for group in roll(chat, notes, say, max_turns=4, **{**SIZES, "num_tasks": 4}):
         for t in group.trajectories:
@@ -340,31 +325,30 @@ def test_mcp_tools_in_whole_rollouts(chat, notes):
             assert t.turns[0].tool_successes == 1
 
 
-def test_mcp_a_command_that_is_not_a_server_is_an_error(tmp_path):
-    pytest.importorskip("mcp")
-    (tmp_path / "q.jsonl").write_text(
-        "\n".join(json.dumps({"id": str(i), "question": "?", "answers": ["a"]}) for i in range(3))
-    )
-    options = {"questions": str(tmp_path / "q.jsonl"), "start_timeout_s": 120.0}
-    with pytest.raises(ConfigError, match=r"'no-such-program-here': FileNotFoundError"):
-        load_env("mcp", {**options, "command": "no-such-program-here"})
-    ended = {"command": sys.executable, "args": ["-c", "pass"]}
-    with pytest.raises(ConfigError, match=r"-c pass': M[Cc][Pp]Error: "):
-        load_env("mcp", {**options, **ended})
-    silent = {"command": sys.executable, "args": ["-c", "import time; time.sleep(60)"]}
-    with pytest.raises(ConfigError, match=r"did not list its tools within 1 s"):
-        load_env("mcp", {**options, **silent, "start_timeout_s": 1.0})
+@pytest.mark.parametrize(
+    ("command", "args", "start_timeout_s", "message"),
+    [
+        ("no-such-program-here", [], 120.0, "'no-such-program-here': FileNotFoundError"),
+        (sys.executable, ["-c", "pass"], 120.0, "-c pass': M[Cc][Pp]Error: "),
+        (
+            sys.executable,
+            ["-c", "import time; time.sleep(60)"],
+            1.0,
+            "did not list its tools within 1 s",
+        ),
+    ],
+)
+def test_mcp_a_command_that_is_not_a_server(questions, command, args, start_timeout_s, message):
+    options = {"command": command, "args": args, "start_timeout_s": start_timeout_s}
+    with pytest.raises(ConfigError, match=message):
+        make("mcp", questions=questions, **options)
 
 
 def test_mcp_tools_in_another_environment(notes):
     class WithNotes(ToolEnv):
-        def __init__(self):
-            super().__init__()
-            self.tools = (*self.tools, *notes.tools)
-
         def tasks(self, split):
             return notes.tasks(split)
 
     env = WithNotes()
-    _, (step,), _ = play(env, env.tasks("train")[0], call("look_up", title="Ulm"))
-    assert step.tool_successes == 1
+    env.tools = notes.tools
+    assert result(env, call("look_up", title="Ulm")).tool_successes == 1
