@@ -10,19 +10,18 @@ from statistics import fmean
 
 import pytest
 import torch
-from training_runs import recipe, stop_after, training_lines
+from by_script import EnvOf, setup_of
+from training_runs import recipe, stop_after, training_lines, weights
 from transformers import AutoModelForCausalLM
 from two_turns import forward_logprobs
 
 import turnfast.train
 from turnfast.chat.template import Chat
-from turnfast.config.recipe import build_config
-from turnfast.config.schema import Config
+from turnfast.config.schema import CreditConfig, TrainConfig
 from turnfast.envs import Outcome, Step, Task
 from turnfast.errors import ConfigError, Interrupted
 from turnfast.rollout.collect import Collector
 from turnfast.rollout.prompts import PromptQueue, open_queue
-from turnfast.rollout.setup import RolloutSetup
 from turnfast.sampler.scripted import ScriptedSampler
 from turnfast.train import train
 
@@ -55,22 +54,8 @@ class Dice(ScriptedSampler):
 
 
 class OneOrTwoTurns:
-    """Rewards that depend on the text, except on the tasks that are `flat`."""
+    """An episode whose reward depends on the text, or is 0 if `flat`."""
 
-    tools = ()
-    native_calls = False
-
-    def __init__(self, flat: tuple[str, ...] = ()) -> None:
-        self.flat = flat
-
-    def tasks(self, split):
-        return TASKS
-
-    def episode(self, task):
-        return OneOrTwoTurnsEpisode(task.id in self.flat)
-
-
-class OneOrTwoTurnsEpisode:
     def __init__(self, flat: bool) -> None:
         self._flat, self._texts = flat, []
 
@@ -88,23 +73,20 @@ class OneOrTwoTurnsEpisode:
         return Outcome(reward=0.0 if self._flat else float(sum(map(ord, text)) % 7))
 
 
-def config_of(**rollout) -> Config:
-    sizes = {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 64, "max_context": 480}
-    return build_config({"rollout": {**sizes, **rollout}, "env": {"max_turns": 2}})
-
-
-def collector_of(chat: Chat, config: Config, env=None, state=None, **options) -> Collector:
-    setup = RolloutSetup(
-        env=env or OneOrTwoTurns(),
-        chat=chat,
-        sampler=Dice(chat.end_id),
-        config=config.rollout,
-        max_turns=config.env.max_turns,
-        seed=config.train.seed,
+def collector_of(
+    chat: Chat, *, flat=(), state=None, first_step=1, should_stop=lambda: False, **rollout
+) -> Collector:
+    """Four prompts per step, two rollouts each; tasks in `flat` give no signal."""
+    env = EnvOf(lambda task: OneOrTwoTurns(task in flat))
+    sizes = {"prompts_per_step": 4, "max_new_tokens": 64, "max_turns": 2, **rollout}
+    return Collector(
+        setup_of(env, chat, Dice(chat.end_id), **sizes),
+        PromptQueue(TASKS, seed=0, **(state or {})),
+        TrainConfig(),
+        CreditConfig(),
+        first_step=first_step,
+        should_stop=should_stop,
     )
-    prompts = PromptQueue(TASKS, seed=0, **(state or {}))
-    options = {"first_step": 1, **options}
-    return Collector(setup, prompts, config.train, config.credit, **options)
 
 
 def drawn(group) -> tuple:
@@ -146,11 +128,11 @@ def test_a_checkpoint_without_a_data_position():
 def test_dropping_loses_no_prompt_and_changes_no_sample(chat):
     """Each prompt is trained once per pass, with the samples it has without dropping."""
     num_steps = 40
-    with collector_of(chat, config_of()) as collector:
+    with collector_of(chat) as collector:
         steps = [collector.collect(step).groups for step in range(1, num_steps + 10)]
     by_place = dict(enumerate(group for groups in steps for group in groups))
 
-    with collector_of(chat, config_of(oversample=0.5)) as collector:
+    with collector_of(chat, oversample=0.5) as collector:
         collected = [collector.collect(step) for step in range(1, num_steps + 1)]
         data = collector.state(num_steps)["data"]
     trained = [group for each in collected for group in each.groups]
@@ -169,25 +151,24 @@ def test_dropping_loses_no_prompt_and_changes_no_sample(chat):
 
 
 def test_a_collector_resumes_from_its_state(chat):
-    config = config_of(oversample=0.5)
-    with collector_of(chat, config) as straight:
+    with collector_of(chat, oversample=0.5) as straight:
         expected = [[drawn(g) for g in straight.collect(step).groups] for step in range(1, 7)]
-    with collector_of(chat, config) as first:
+    with collector_of(chat, oversample=0.5) as first:
         legs = [[drawn(g) for g in first.collect(step).groups] for step in range(1, 4)]
         first.collect(4)  # after the checkpoint, so it does not count
         data = first.state(3)["data"]
     assert data["returned"]
-    with collector_of(chat, config, state=data, first_step=4) as second:
+    with collector_of(chat, oversample=0.5, state=data, first_step=4) as second:
         legs += [[drawn(g) for g in second.collect(step).groups] for step in range(4, 7)]
     assert legs == expected
 
 
-FLAT = tuple(task.id for task in TASKS[:7])
+FLAT = TASKS[:7]
 
 
 def test_groups_without_signal_are_replaced(chat):
     order = list(islice(PromptQueue(TASKS, 0).take(), 30))
-    with collector_of(chat, config_of(refill_waves=6), OneOrTwoTurns(FLAT)) as collector:
+    with collector_of(chat, flat=FLAT, refill_waves=6) as collector:
         collected = collector.collect(1)
         data = collector.state(1)["data"]
     signal = [len({t.outcome for t in group.trajectories}) > 1 for group in collected.groups]
@@ -199,16 +180,14 @@ def test_groups_without_signal_are_replaced(chat):
 
 @pytest.mark.parametrize("waves", [0, 1, 3])
 def test_replacements_are_limited(chat, waves):
-    env = OneOrTwoTurns(tuple(task.id for task in TASKS))
-    with collector_of(chat, config_of(refill_waves=waves), env) as collector:
+    with collector_of(chat, flat=TASKS, refill_waves=waves) as collector:
         collected = collector.collect(1)
     assert len(collected.groups) == 4 * (1 + waves)
     assert collected.num_refilled == 4 * waves and not collected.dropped
 
 
 def test_dropping_and_replacements_together(chat):
-    config = config_of(refill_waves=6, oversample=0.5)
-    with collector_of(chat, config, OneOrTwoTurns(FLAT)) as collector:
+    with collector_of(chat, flat=FLAT, refill_waves=6, oversample=0.5) as collector:
         collected = [collector.collect(step) for step in range(1, 9)]
         data = collector.state(8)["data"]
     for each in collected:
@@ -236,8 +215,7 @@ def test_a_resumed_run_that_drops_prompts_equals_an_uninterrupted_one(letters_mo
     resumed = tmp_path / "resumed"
     train(recipe(letters_model, **changes, train__steps=2), resumed)
     train(recipe(letters_model, **changes), resumed, resume=True)
-    expected, found = weights_after(tmp_path / "straight", 4), weights_after(resumed, 4)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert weights(resumed, 4) == weights(tmp_path / "straight", 4)
 
 
 def test_overlap_needs_an_importance_weight(letters_model):
@@ -265,11 +243,11 @@ def test_overlapped_rollouts_use_the_weights_of_the_previous_step(
     train(recipe(letters_model, **OVERLAPPED), tmp_path / "run")
     policy = AutoModelForCausalLM.from_pretrained(letters_model)
     first = policy.state_dict()
-    weights = [{name: value.clone() for name, value in first.items()}]
-    weights += [weights_after(tmp_path / "run", step) for step in (1, 2, 3, 4)]
+    sampled_with = [{name: value.clone() for name, value in first.items()}]
+    sampled_with += [weights_after(tmp_path / "run", step) for step in (1, 2, 3, 4)]
 
     def gap(step: int, weights_of_step: int) -> float:
-        policy.load_state_dict(weights[weights_of_step])
+        policy.load_state_dict(sampled_with[weights_of_step])
         worst = 0.0
         for group in packed_groups[step - 1]:
             for trajectory in group.trajectories:
@@ -340,7 +318,7 @@ def test_an_error_in_training_ends_the_rollout_ahead(letters_model, tmp_path, mo
 
 def test_a_stop_during_the_rollout(chat):
     with (
-        collector_of(chat, config_of(), should_stop=stop_after(5)) as collector,
+        collector_of(chat, should_stop=stop_after(5)) as collector,
         pytest.raises(Interrupted),
     ):
         collector.collect(1)

@@ -345,7 +345,7 @@ def test_rounded_adapter_needs_an_importance_weight(letters_model, capsys, tmp_p
         assert main([*command, *rounded]) == 2
         errors = capsys.readouterr().err
         assert errors.startswith(
-            "turnfast: loss.is_cap: vLLM is given the adapter merged into bfloat"
+            "turnfast: loss.is_cap: vLLM samples with the adapter merged and rounded"
         )
         assert not (tmp_path / "run").exists()
     for fix in (

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from two_turns import finish_all, request
+from two_turns import request, sample
 
 from turnfast.config.schema import SamplerConfig
 from turnfast.errors import ConfigError
@@ -93,9 +93,7 @@ def test_a_context_that_no_memory_holds_is_refused():
 )
 def test_scripted_completes_in_the_given_order(pick, order):
     sampler = ScriptedSampler(lambda request: [request.prompt_ids[-1] + 1, 2], pick=pick)
-    for i in range(3):
-        sampler.submit(request(i, (5, 10 + i)))
-    done = finish_all(sampler)
+    done = sample(sampler, *(request(i, (5, 10 + i)) for i in range(3)))
     for completion in done.values():
         assert completion.sampled_ids == (11 + completion.id, 2)
         assert completion.finish == "stop" and len(completion.logprobs) == 2

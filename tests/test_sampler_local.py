@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from two_turns import (
+    SHAPE,
+    check_abort,
+    gap_of,
+    request,
+    same_samples,
+    sample,
+    tiny_qwen3,
+    two_turns,
+    worst_gap,
 )
-from two_turns import finish_all, request, two_turns, worst_gap
 
 from turnfast.errors import ConfigError, SyncError
 from turnfast.sampler.local import LocalSampler, draw
 
-SHAPE = dict(
-    vocab_size=600,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=512,
-    initializer_range=0.1,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=1,
-)
-
-
-def qwen(seed: int = 0, **changes) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    options = dict(SHAPE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **changes)
-    return Qwen3ForCausalLM(Qwen3Config(**options))
-
 
 @pytest.fixture(scope="module")
-def model() -> Qwen3ForCausalLM:
-    return qwen()
+def model() -> torch.nn.Module:
+    return tiny_qwen3()
 
 
 def sampler_of(model: torch.nn.Module, num_slots: int = 64, stop_ids=(1,), **options):
@@ -51,9 +35,7 @@ def test_two_turns_do_not_depend_on_order_or_on_the_number_of_slots(model):
     forward = two_turns(sampler_of(model), range(24))
     backward = two_turns(sampler_of(model), range(23, -1, -1))
     crowded = two_turns(sampler_of(model, num_slots=5), range(23, -1, -1))
-    for key, (_, completion) in forward.items():
-        assert backward[key][1].sampled_ids == completion.sampled_ids
-        assert crowded[key][1].sampled_ids == completion.sampled_ids
+    assert same_samples(forward, backward) and same_samples(forward, crowded)
     assert {completion.finish for _, completion in forward.values()} >= {"length"}
 
 
@@ -74,23 +56,19 @@ def test_logprobs_of_whole_trajectories_with_prefix_hits(model, num_slots):
 def test_a_warm_cache_does_not_change_the_samples(model):
     sampler = sampler_of(model)
     cold, warm = two_turns(sampler, range(24)), two_turns(sampler, range(24))
-    assert all(cold[key][1].sampled_ids == warm[key][1].sampled_ids for key in cold)
+    assert same_samples(cold, warm)
     assert worst_gap(model, warm) <= 1e-5
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_logprobs_are_those_of_the_temperature(model, temperature):
-    sampler = sampler_of(model)
     first = request(0, range(2, 40), temperature=temperature)
-    sampler.submit(first)
-    assert worst_gap(model, {0: (first, finish_all(sampler)[0])}) <= 1e-5
+    assert gap_of(model, sampler_of(model), first) <= 1e-5
 
 
 def test_greedy_takes_the_largest_and_reports_temperature_one(model):
-    sampler = sampler_of(model)
     first = request(0, range(2, 40), temperature=0.0)
-    sampler.submit(first)
-    completion = finish_all(sampler)[0]
+    completion = sample(sampler_of(model), first)[0]
     assert worst_gap(model, {0: (first, completion)}) <= 1e-5
     ids = torch.tensor([first.prompt_ids + completion.sampled_ids])
     with torch.no_grad():
@@ -99,23 +77,22 @@ def test_greedy_takes_the_largest_and_reports_temperature_one(model):
 
 
 def test_stop_id_is_kept_and_length_is_respected(model):
-    sampler = sampler_of(model, stop_ids=())
-    sampler.submit(request(0, range(2, 40), max_new_tokens=20))
-    free = finish_all(sampler)[0]
+    prompt = request(0, range(2, 40), max_new_tokens=20)
+    free = sample(sampler_of(model, stop_ids=()), prompt)[0]
     assert free.finish == "length" and len(free.sampled_ids) == 20
     stop = free.sampled_ids[7]
+    stopped = sample(sampler_of(model, stop_ids=(stop,)), prompt)[0]
     where = free.sampled_ids.index(stop) + 1
-    stopping = sampler_of(model, stop_ids=(stop,))
-    stopping.submit(request(0, range(2, 40), max_new_tokens=20))
-    stopped = finish_all(stopping)[0]
     assert stopped.finish == "stop" and stopped.sampled_ids == free.sampled_ids[:where]
 
 
 def test_max_context_is_respected(model):
     sampler = sampler_of(model, stop_ids=(), max_context=32, num_slots=2)
-    sampler.submit(request(0, range(2, 33), max_new_tokens=10))
-    sampler.submit(request(1, range(2, 12), max_new_tokens=100))
-    done = finish_all(sampler)
+    done = sample(
+        sampler,
+        request(0, range(2, 33), max_new_tokens=10),
+        request(1, range(2, 12), max_new_tokens=100),
+    )
     assert len(done[0].sampled_ids) == 1 and len(done[1].sampled_ids) == 22
     assert done[0].finish == done[1].finish == "length"
     for prompt_ids in ((), range(2, 34)):
@@ -123,18 +100,8 @@ def test_max_context_is_respected(model):
             sampler.submit(request(2, prompt_ids))
 
 
-def test_abort_frees_the_slot_and_does_not_change_other_requests(model):
-    alone = sampler_of(model)
-    alone.submit(request(1, range(10, 60)))
-    expected = finish_all(alone)[1]
-    sampler = sampler_of(model, num_slots=2)
-    for i in range(3):
-        sampler.submit(request(i, range(10 * i, 10 * i + 50)))
-    sampler.step()
-    sampler.abort([0, 2, 17])
-    assert sampler.num_pending == 1
-    done = finish_all(sampler)
-    assert done.keys() == {1} and done[1].sampled_ids == expected.sampled_ids
+def test_abort_does_not_change_other_requests(model):
+    check_abort(sampler_of(model, num_slots=2))
 
 
 def test_every_step_advances_every_running_request(model):
@@ -148,9 +115,7 @@ def test_every_step_advances_every_running_request(model):
 def test_a_step_restores_the_attention_of_the_model(model):
     model.train()
     before = model.config._attn_implementation
-    sampler = sampler_of(model)
-    sampler.submit(request(0, range(2, 40)))
-    finish_all(sampler)
+    sample(sampler_of(model), request(0, range(2, 40)))
     assert not any(module.training for module in model.modules())
     assert model.config._attn_implementation == before
     model(input_ids=torch.arange(2, 30)[None]).logits.sum().backward()
@@ -162,33 +127,31 @@ def test_a_step_restores_the_attention_of_the_model(model):
     "other",
     [
         pytest.param(
-            lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4)), id="llama"
+            lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})), id="llama"
         ),
         pytest.param(
-            lambda: qwen(
+            lambda: tiny_qwen3(
                 use_sliding_window=True,
                 sliding_window=24,
                 layer_types=["full_attention", "sliding_attention", "sliding_attention"],
             ),
             id="sliding-window",
         ),
-        pytest.param(lambda: qwen(num_hidden_layers=1, seed=3), id="one-layer"),
+        pytest.param(lambda: tiny_qwen3(num_hidden_layers=1), id="one-layer"),
     ],
 )
 def test_other_architectures(other):
-    torch.manual_seed(1)
     model = other()
-    played = two_turns(sampler_of(model), range(24))
-    assert worst_gap(model, played) <= 1e-5
+    assert worst_gap(model, two_turns(sampler_of(model), range(24))) <= 1e-5
 
 
 def test_bfloat16_is_close_to_the_forward():
-    model = qwen().to(torch.bfloat16)
+    model = tiny_qwen3().to(torch.bfloat16)
     assert worst_gap(model, two_turns(sampler_of(model), range(24))) < 0.2
 
 
 def test_softcapped_attention_is_refused():
-    model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16))
+    model = Gemma2ForCausalLM(Gemma2Config(**SHAPE))
     sampler = sampler_of(model)
     sampler.submit(request(0, range(2, 40)))
     with pytest.raises(ConfigError, match="softcap"):
@@ -196,19 +159,17 @@ def test_softcapped_attention_is_refused():
 
 
 def test_weights_of_another_module_are_loaded_and_the_cache_is_dropped():
-    trainer, own = qwen(seed=1), qwen(seed=2)
-    sampler = sampler_of(own)
+    trainer, sampler = tiny_qwen3(seed=1), sampler_of(tiny_qwen3(seed=2))
     two_turns(sampler, range(24))
     sampler.load_weights(trainer.named_parameters())
-    played = two_turns(sampler, range(24))
-    assert worst_gap(trainer, played) <= 1e-5
+    assert worst_gap(trainer, two_turns(sampler, range(24))) <= 1e-5
     sampler.submit(request(0, range(2, 40)))
     with pytest.raises(SyncError, match="1 requests are in flight"):
         sampler.load_weights(trainer.named_parameters())
 
 
 def test_an_incomplete_set_of_tensors_is_refused():
-    trainer, sampler = qwen(seed=1), sampler_of(qwen(seed=2))
+    trainer, sampler = tiny_qwen3(seed=1), sampler_of(tiny_qwen3(seed=2))
     missing = "model.layers.1.mlp.up_proj.weight"
     named = [(name, tensor) for name, tensor in trainer.named_parameters() if name != missing]
     with pytest.raises(SyncError, match=r"layers\.1\.mlp\.up_proj"):

@@ -18,8 +18,11 @@ from transformers import Qwen3ForCausalLM
 from two_turns import (
     VOCAB,
     WithOtherLoad,
-    finish_all,
+    check_abort,
+    gap_of,
     request,
+    same_samples,
+    sample,
     tiny_qwen3,
     train_one_step,
     two_turns,
@@ -124,9 +127,7 @@ def test_two_turns_do_not_depend_on_order(sampler, trainer):
     sampler.load_weights(trainer.named_parameters())
     backward = two_turns(sampler, range(23, -1, -1))
     warm = two_turns(sampler, range(24))
-    for key, (_, completion) in forward.items():
-        assert backward[key][1].sampled_ids == completion.sampled_ids
-        assert warm[key][1].sampled_ids == completion.sampled_ids
+    assert same_samples(forward, backward) and same_samples(forward, warm)
 
 
 def test_logprobs_of_whole_trajectories_with_prefix_hits(sampler, trainer):
@@ -137,21 +138,16 @@ def test_logprobs_of_whole_trajectories_with_prefix_hits(sampler, trainer):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.7])
 def test_logprobs_are_those_of_the_temperature(sampler, trainer, temperature):
-    requests = {0: request(0, range(2, 90), temperature=temperature)}
-    requests[1] = request(1, range(5, 50))  # another temperature in the same batch
-    for each in requests.values():
-        sampler.submit(each)
-    done = finish_all(sampler)
-    assert worst_gap(trainer, {i: (requests[i], done[i]) for i in requests}) <= TOLERANCE
+    first = request(0, range(2, 90), temperature=temperature)
+    other = request(1, range(5, 50))  # another temperature in the same batch
+    assert gap_of(trainer, sampler, first, other) <= TOLERANCE
 
 
 def test_stop_id_is_kept_and_nothing_else_stops(sampler, trainer):
     with torch.no_grad():
         trainer.model.norm.weight.zero_()  # the same probability for every id
     sampler.load_weights(trainer.named_parameters())
-    for i in range(60):
-        sampler.submit(request(i, range(2, 20), max_new_tokens=60))
-    done = finish_all(sampler)
+    done = sample(sampler, *(request(i, range(2, 20), max_new_tokens=60) for i in range(60)))
     assert 0 < sum(completion.finish == "stop" for completion in done.values()) < 60
     for completion in done.values():
         stopped = completion.sampled_ids[-1] == STOP
@@ -160,9 +156,8 @@ def test_stop_id_is_kept_and_nothing_else_stops(sampler, trainer):
 
 
 def test_max_context_is_respected(sampler):
-    sampler.submit(request(0, [5] * (CONTEXT - 1)))
-    sampler.submit(request(1, [5] * (CONTEXT - 10), max_new_tokens=100))
-    done = finish_all(sampler)
+    full, nearly = [5] * (CONTEXT - 1), [5] * (CONTEXT - 10)
+    done = sample(sampler, request(0, full), request(1, nearly, max_new_tokens=100))
     assert len(done[0].sampled_ids) == 1 and len(done[1].sampled_ids) <= 10
     for prompt_ids in ((), [5] * CONTEXT):
         with pytest.raises(ValueError, match=f"must have 1 to {CONTEXT - 1}"):
@@ -172,24 +167,12 @@ def test_max_context_is_respected(sampler):
 def test_more_prompt_tokens_than_one_step_takes(sampler):
     """Seeded prompts that do not fit into one engine step wait for the next one."""
     prompts = {i: [(7 * i + j) % VOCAB for j in range(240)] for i in range(64)}
-    for i, prompt_ids in prompts.items():
-        sampler.submit(request(i, prompt_ids, max_new_tokens=2))
-    assert finish_all(sampler).keys() == prompts.keys()
+    requests = [request(i, prompt_ids, max_new_tokens=2) for i, prompt_ids in prompts.items()]
+    assert sample(sampler, *requests).keys() == prompts.keys()
 
 
 def test_abort_does_not_change_other_requests(sampler):
-    sampler.submit(request(1, range(10, 60)))
-    expected = finish_all(sampler)[1]
-    for i in range(3):
-        sampler.submit(
-            request(i, range(10 * i + 1, 10 * i + 51)) if i != 1 else request(1, range(10, 60))
-        )
-    sampler.step()
-    sampler.abort([0, 2, 17])
-    assert sampler.num_pending == 1
-    done = finish_all(sampler)
-    assert done.keys() == {1} and done[1].sampled_ids == expected.sampled_ids
-    assert sampler.step() == []
+    check_abort(sampler)
 
 
 def test_requests_in_flight_are_refused(sampler, trainer):

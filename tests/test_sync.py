@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from transformers import Qwen3ForCausalLM
 from two_turns import (
     VOCAB,
     WithOtherLoad,
-    finish_all,
     forward_logprobs,
     request,
+    sample,
     tiny_qwen3,
     train_one_step,
     without,
@@ -46,7 +47,7 @@ def probe(request) -> Probe:
 
 @pytest.fixture
 def trainer() -> Qwen3ForCausalLM:
-    return tiny_qwen3(head_dim=16)
+    return tiny_qwen3()
 
 
 def sampler_of(model: torch.nn.Module) -> LocalSampler:
@@ -55,10 +56,14 @@ def sampler_of(model: torch.nn.Module) -> LocalSampler:
 
 def uncached_tokens(sampler: LocalSampler, probe: Probe) -> list[int]:
     """Sample after the probe's prompts; how many of their tokens were not cached."""
-    for i, prompt_ids in enumerate(probe.prompts):
-        sampler.submit(request(i, prompt_ids, max_new_tokens=1))
-    done = finish_all(sampler).values()
+    requests = [request(i, ids, max_new_tokens=1) for i, ids in enumerate(probe.prompts)]
+    done = sample(sampler, *requests).values()
     return [len(probe.prompts[0]) - completion.cached_tokens for completion in done]
+
+
+both_syncs = pytest.mark.parametrize(
+    "sync", [sync_weights, partial(sync_after_step, probed=True)], ids=["first", "after-step"]
+)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -70,8 +75,8 @@ def test_steps_and_syncs(trainer, shared, probe):
         train_one_step(trainer, seed)
 
 
-@pytest.mark.parametrize("after_step", [False, True])
-def test_ignored_weights_are_detected(trainer, after_step):
+@both_syncs
+def test_ignored_weights_are_detected(trainer, sync):
     old = copy.deepcopy(trainer)
     sampler = sampler_of(old)
     sync_weights(trainer, sampler, PROBE, TOLERANCE)
@@ -79,10 +84,7 @@ def test_ignored_weights_are_detected(trainer, after_step):
     # loading its own weights only drops the caches
     faulty = WithOtherLoad(sampler, lambda named: sampler.load_weights(old.named_parameters()))
     with pytest.raises(SyncError, match=r"differ from the trainer's by .*Likely"):
-        if after_step:
-            sync_after_step(trainer, faulty, PROBE, TOLERANCE, probed=True)
-        else:
-            sync_weights(trainer, faulty, PROBE, TOLERANCE)
+        sync(trainer, faulty, PROBE, TOLERANCE)
 
 
 def test_a_shared_module_is_not_probed_after_a_step(trainer):
@@ -157,9 +159,7 @@ def test_a_stale_prefix_cache_is_detected(trainer, evicted, probe):
     sync_weights(trainer, sampler, probe, TOLERANCE)
     assert uncached_tokens(sampler, probe) == [1] * len(probe.prompts)
     if evicted:  # by twice as many requests as slots
-        for i in range(64):
-            sampler.submit(request(i, range(2 + i, 40 + i), max_new_tokens=1))
-        finish_all(sampler)
+        sample(sampler, *(request(i, range(2 + i, 40 + i), max_new_tokens=1) for i in range(64)))
     train_one_step(trainer)
     if not evicted:
         gap, completions = compare(trainer, sampler, probe)
@@ -178,15 +178,12 @@ def test_nan_weights_are_detected(trainer, probe):
         sync_weights(trainer, sampler, probe, TOLERANCE)
 
 
-@pytest.mark.parametrize("after_step", [False, True])
-def test_requests_in_flight_are_refused(trainer, after_step):
+@both_syncs
+def test_requests_in_flight_are_refused(trainer, sync):
     sampler = sampler_of(trainer)
     sampler.submit(request(0, (5, 6)))
     with pytest.raises(SyncError, match="1 requests are in flight"):
-        if after_step:
-            sync_after_step(trainer, sampler, PROBE, TOLERANCE, probed=False)
-        else:
-            sync_weights(trainer, sampler, PROBE, TOLERANCE)
+        sync(trainer, sampler, PROBE, TOLERANCE)
 
 
 def test_a_sampler_without_the_weights_is_detected(trainer, probe):

@@ -13,22 +13,23 @@ from turnfast.sampler import Completion, Request, Sampler
 VOCAB = 600
 
 
-def tiny_qwen3(head_dim: int, **fields) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        max_position_embeddings=512,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        **fields,
-    )
-    return Qwen3ForCausalLM(config)
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    initializer_range=0.06,
+    tie_word_embeddings=True,
+)
+
+
+def tiny_qwen3(seed: int = 0, **fields) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **fields}))
 
 
 def train_one_step(model: Qwen3ForCausalLM, seed: int = 0, lr: float = 3e-4) -> None:
@@ -68,6 +69,38 @@ def finish_all(sampler: Sampler) -> dict[int, Completion]:
     while sampler.num_pending:
         done |= {completion.id: completion for completion in sampler.step()}
     return done
+
+
+def sample(sampler: Sampler, *requests: Request) -> dict[int, Completion]:
+    """The completions of these requests by id."""
+    for each in requests:
+        sampler.submit(each)
+    return finish_all(sampler)
+
+
+def gap_of(model: torch.nn.Module, sampler: Sampler, *requests: Request) -> float:
+    """The worst gap over the samples of these requests."""
+    done = sample(sampler, *requests)
+    return worst_gap(model, {each.id: (each, done[each.id]) for each in requests})
+
+
+def check_abort(sampler: Sampler) -> None:
+    """Aborted requests do not change the samples of another one."""
+    requests = [request(i, range(10 * i + 1, 10 * i + 51)) for i in range(3)]
+    expected = sample(sampler, requests[1])[1]
+    for each in requests:
+        sampler.submit(each)
+    sampler.step()
+    sampler.abort([0, 2, 17])
+    assert sampler.num_pending == 1
+    done = finish_all(sampler)
+    assert done.keys() == {1} and done[1].sampled_ids == expected.sampled_ids
+    assert sampler.step() == []
+
+
+def same_samples(one: dict, other: dict) -> bool:
+    """Whether two results of `two_turns` have the same ids."""
+    return all(one[key][1].sampled_ids == other[key][1].sampled_ids for key in one)
 
 
 def two_turns(
