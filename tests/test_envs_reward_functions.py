@@ -15,15 +15,7 @@ import pytest
 from turnfast.config.recipe import load_config, to_toml
 from turnfast.config.schema import RewardConfig
 from turnfast.credit import assign_credit
-from turnfast.envs import (
-    Reward,
-    RewardFault,
-    Task,
-    ToolEnv,
-    check_reward,
-    load_env,
-    tool,
-)
+from turnfast.envs import Reward, RewardFault, Task, ToolEnv, check_reward, load_env, tool
 from turnfast.envs.rewards.builtin import load_rewards
 from turnfast.errors import ConfigError, RolloutError
 from turnfast.metrics.reduce import values_of
@@ -120,37 +112,32 @@ def test_the_environments_own_rewards_are_checked(method, own, kind, num_added):
     assert fault.value.kind == kind
 
 
-def test_a_turn_may_have_no_reward_of_its_own():
-    (step,), _ = play(Changed("step", {"reward": None}), ANSWER)
-    assert step.reward is None
+def test_rewards_are_added_to_a_turn_without_reward():
     length = Reward(name="length", function=num_turns, on="turn", weight=2.0)
-    (step,), _ = play(Changed("step", {"reward": None}, length), ANSWER)
-    assert step.reward == 2.0
+    for added, total in (([], None), ([length], 2.0)):
+        (step,), _ = play(Changed("step", {"reward": None}, *added), ANSWER)
+        assert step.reward == total
 
 
-def test_reward_parts_need_different_names():
-    for method, on in (("step", "turn"), ("finish", "outcome")):
-        reward = Reward(name="length", function=num_turns, on=on)
-        for env in (
-            Changed(method, {"reward_parts": {"length": 1.0}}, reward),
-            Books(*[reward] * 2),
-        ):
-            with pytest.raises(ConfigError, match="already has a reward 'length'"):
-                play(env, ANSWER)
+@pytest.mark.parametrize(("method", "on"), [("step", "turn"), ("finish", "outcome")])
+def test_reward_parts_need_different_names(method, on):
+    reward = Reward(name="length", function=num_turns, on=on)
+    own_part = {"reward_parts": {"length": 1.0}}
+    for env in (Changed(method, own_part, reward), Books(reward, reward)):
+        with pytest.raises(ConfigError, match="already has a reward 'length'"):
+            play(env, ANSWER)
 
 
 def test_default_rewards_can_be_overridden():
     class Brief(Books):
         def default_rewards(self):
-            short = Reward(name="short", function=self.is_short, on="turn")
-            return (*super().default_rewards()[:2], short)
-
-        def is_short(self, task, turns):
-            return float(len(turns[-1].text) < 40)
+            words = Reward(name="words", function=num_words, on="turn")
+            return (*super().default_rewards()[:2], words)
 
     (first, second), outcome = play(Brief(), call("Ulm"), ANSWER)
-    assert first.reward_parts == {"tool_executed": 0.0, "answer_in_result": 0.0, "short": 0.0}
-    assert second.reward_parts == {"short": 1.0} and second.reward == 1.0
+    words = len(call("Ulm").split())
+    assert first.reward_parts == {"tool_executed": 0.0, "answer_in_result": 0.0, "words": words}
+    assert (second.reward, second.reward_parts) == (1.0, {"words": 1.0})
     assert (outcome.reward, outcome.reward_parts) == (0.0, {})
 
 
@@ -198,21 +185,22 @@ def test_built_in_functions():
         {"function": "tags_once", "name": "tags", **form},
     )
     env = Books(*load_rewards(named))
+    names = ("em", "f1", "inside")
     steps, outcome = play(env, call("Rom"), call("Ulm"), call("Ulm"), call("void"), ANSWER)
     parts = [dict(step.reward_parts) for step in steps]
     assert [p.get("executed") for p in parts] == [1.0, 1.0, 1.0, 0.0, None]
     assert [p.get("found") for p in parts] == [0.0, 1.0, 0.0, 0.0, None]
     assert [p.get("retrieval") for p in parts] == [0.5, 0.5, 0.0, 0.0, None]
     assert [(p["form"], p["tags"]) for p in parts] == [(1.0, 1.0)] * 5
-    assert [outcome.reward_parts[name] for name in ("em", "f1", "inside")] == [1.0, 1.0, 1.0]
+    assert [outcome.reward_parts[name] for name in names] == [1.0, 1.0, 1.0]
     _, with_call = play(env, call("Ulm") + ANSWER)
-    assert [with_call.reward_parts[name] for name in ("em", "f1", "inside")] == [0.0, 0.0, 0.0]
-    _, wrong = play(env, "<answer>Ida Berg</answer>")
-    assert (wrong.reward_parts["em"], wrong.reward_parts["f1"]) == (0.0, pytest.approx(2 / 3))
+    assert [with_call.reward_parts[name] for name in names] == [0.0, 0.0, 0.0]
+    _, longer = play(env, "<answer>Ida Berg</answer>")
+    assert [longer.reward_parts[name] for name in names] == [0.0, pytest.approx(2 / 3), 1.0]
 
 
 def raises(task, turns):
-    raise ZeroDivisionError("by nought")
+    raise ZeroDivisionError("by zero")
 
 
 def exits(task, turns):
@@ -230,8 +218,8 @@ async def hangs_async(task, turns):
 @pytest.mark.parametrize(
     ("function", "inline", "kind", "text"),
     [
-        (raises, False, "raised", "raised ZeroDivisionError: by nought"),
-        (raises, True, "raised", "raised ZeroDivisionError: by nought"),
+        (raises, False, "raised", "raised ZeroDivisionError: by zero"),
+        (raises, True, "raised", "raised ZeroDivisionError: by zero"),
         (exits, False, "raised", "raised SystemExit: 3"),
         (hangs, False, "timeout", "returned nothing within 0.2 s"),
         (hangs_async, False, "timeout", "returned nothing within 0.2 s"),
@@ -289,8 +277,8 @@ def test_a_failed_reward_is_counted_and_left_out_of_the_baseline(chat):
     rows = list(zip(group.trajectories, credit.advantages, strict=True))
     failed = [(t.error, advantages) for t, advantages in rows if t.failed]
     assert all(e.startswith("reward 'some' is") and a == (0.0,) for e, a in failed)
-    healthy = [advantages[0] for t, advantages in rows if not t.failed]
-    assert sum(healthy) == pytest.approx(0.0, abs=1e-6) and max(healthy) > 1.0
+    others = [advantages[0] for t, advantages in rows if not t.failed]
+    assert sum(others) == pytest.approx(0.0, abs=1e-6) and max(others) > 1.0
     metrics = values_of(summarise([group]))
     assert metrics["status/reward_error"] == pytest.approx(2 / 6) == metrics["failed"]
     assert metrics["reward_part/some"] == pytest.approx(3.0)
@@ -349,12 +337,12 @@ RECIPE = """
 name = "lookup"
 options = {people = 40, held_out_people = 40, popular_questions = 4, eval_tasks = 8}
 [[env.rewards]]
-function = "my_rewards_of_a_test:brevity"
+function = "my_functions:brevity"
 on = "turn"
 weight = 0.5
 options = { scale = 3.0 }
 [[env.rewards]]
-function = "my_rewards_of_a_test:Counting"
+function = "my_functions:Counting"
 name = "count"
 options = { start = 10 }
 """
@@ -363,7 +351,7 @@ options = { start = 10 }
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards_of_a_test.py").write_text(MODULE)
+    (tmp_path / "my_functions.py").write_text(MODULE)
     (tmp_path / "r.toml").write_text(RECIPE)
     return tmp_path
 
@@ -383,15 +371,15 @@ def test_rewards_of_a_recipe(folder):
     [
         ([{"function": "f2"}], r"env.rewards\[0\].function: no reward function .* 'f2'.*'f1'"),
         ([{"function": "no_such_module:f"}], r"function: no module 'no_such_module'"),
-        ([{"function": "my_rewards_of_a_test:brevety"}], r"did you mean 'brevity'"),
-        ([{"function": "my_rewards_of_a_test:number"}], r"has no 'number'"),
-        ([{"function": "my_rewards_of_a_test:three"}], r"options.more: this option is required"),
+        ([{"function": "my_functions:brevety"}], r"did you mean 'brevity'"),
+        ([{"function": "my_functions:number"}], r"has no 'number'"),
+        ([{"function": "my_functions:three"}], r"options.more: this option is required"),
         (
-            [{"function": "my_rewards_of_a_test:brevity", "options": {"scle": 1.0}}],
+            [{"function": "my_functions:brevity", "options": {"scle": 1.0}}],
             r"env.rewards\[0\].options.scle: no such option; did you mean 'scale'",
         ),
         (
-            [{"function": "my_rewards_of_a_test:Counting", "options": {"start": "1"}}],
+            [{"function": "my_functions:Counting", "options": {"start": "1"}}],
             r"options.start: Input should be a valid integer",
         ),
         ([{"function": "exact_match"}], r"lookup already has a reward 'exact_match'"),

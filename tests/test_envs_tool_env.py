@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnfast.envs import Outcome, Step, Task, ToolEnv, load_env, tool, tool_env
+from turnfast.envs import Outcome, Step, Task, ToolEnv, load_env, tool
 from turnfast.errors import ConfigError
 
 TASK = Task(id="q", question="Who wrote Ulm?", answers=("Ida Berg", "I. Berg"))
@@ -108,13 +108,9 @@ def test_a_repeated_search_is_not_paid_twice():
     assert [step.reward for step in steps] == [pytest.approx(0.7), pytest.approx(0.2), None]
 
 
-def test_an_answer_in_a_turn_with_a_call_does_not_count():
-    (step,), outcome = play(Books(), call("Ulm") + "<answer>Ida Berg</answer>")
-    assert (step.done, step.tool_calls) == (False, 1)
-    assert outcome.reward == 0.0
-
-
-def test_a_first_turn_without_a_call_has_reward_0():
+def test_only_an_answer_in_a_turn_without_a_call_counts():
+    (step,), outcome = play(Books(), call("Ulm") + ANSWER)
+    assert (step.done, step.tool_calls, outcome.reward) == (False, 1, 0.0)
     (step,), outcome = play(Books(), ANSWER)
     assert (step.reward, step.done, outcome.reward) == (0.0, True, pytest.approx(1.9))
     assert outcome.metrics["called"] == 0.0
@@ -132,10 +128,10 @@ def test_a_turn_with_neither_call_nor_answer_ends_the_episode_or_gets_a_reminder
     assert outcome.reward_parts["format"] == pytest.approx(0.2 / 3)
 
 
-def test_partly_correct_answers():
-    _, outcome = play(Books(), "<reasoning>x</reasoning><answer>It was I. Berg.</answer>")
-    assert outcome.reward_parts["answer_contained"] == 0.5
-    assert outcome.reward_parts["exact_match"] == 0.0
+def test_a_longer_answer_is_contained_but_no_exact_match():
+    _, outcome = play(Books(), "<answer>It was I. Berg.</answer>")
+    parts = outcome.reward_parts
+    assert (parts["answer_contained"], parts["exact_match"]) == (0.5, 0.0)
     assert outcome.metrics["f1"] == pytest.approx(2 * 2 / (4 + 2))
 
 
@@ -181,40 +177,6 @@ def test_no_text_breaks_an_episode_and_rewards_stay_in_bounds(texts):
 
 # --- loading
 
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    return tmp_path
-
-
-def docstring_example() -> str:
-    """The environment in the docstring of tool_env.py."""
-    documentation = tool_env.__doc__ or ""
-    begin = documentation.index("    from turnfast.envs import")
-    end = documentation.index("\nOne episode, in")
-    lines = documentation[begin:end].strip("\n").split("\n")
-    return "\n".join(line.removeprefix("    ") for line in lines)
-
-
-def test_the_environment_in_the_docstring_is_one_short_file_that_runs(folder):
-    source = docstring_example()
-    assert len(source.split("\n")) <= 40
-    (folder / "capitals.py").write_text(source)
-    env = load_env("capitals:Capitals", {"reasoning": False}, max_turns=3, tool_timeout_s=0.5)
-    assert isinstance(env, ToolEnv)
-    assert (env.max_turns, env.tool_timeout_s) == (3, 0.5)
-    assert [one.name for one in env.tools] == ["atlas"]
-    task = next(task for task in env.tasks("eval") if task.id == "Peru")
-    assert task.id not in {task.id for task in env.tasks("train")}
-    text = '<tool>{"name": "atlas", "args": {"country": "Peru"}}</tool>'
-    _, (first, second), outcome = by_script.play(env, task, text, "<answer>Lima</answer>")
-    assert (first.reward, second.done) == (pytest.approx(0.7), True)
-    assert outcome.reward == pytest.approx(1.9)
-
-
 ENVIRONMENTS = """
 from turnfast.envs import ToolEnv
 
@@ -256,10 +218,22 @@ nothing = 3
 """
 
 
-def test_options_are_passed_to_the_class_and_its_base(folder):
-    (folder / "mine.py").write_text(ENVIRONMENTS)
-    env = load_env("mine:Mine", {"depth": 2, "reasoning": False, "weights": {"format": 0}})
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "mine.py").write_text(ENVIRONMENTS)
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_options_are_passed_to_the_class_and_its_base():
+    options = {"depth": 2, "reasoning": False, "weights": {"format": 0}}
+    env = load_env("mine:Mine", options, max_turns=3, tool_timeout_s=0.5)
     assert isinstance(env, ToolEnv) and not env.reasoning
+    assert (env.max_turns, env.tool_timeout_s) == (3, 0.5)
     bare = load_env("mine:Bare", {"size": 3})
     assert (bare.tasks("train"), bare.rewards) == ([], ())
     assert load_env("mine:Closed", {"size": 1}).options == {"size": 1}
@@ -267,6 +241,7 @@ def test_options_are_passed_to_the_class_and_its_base(folder):
         load_env("mine:Mine", {"depth": 6})
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -289,9 +264,7 @@ def test_options_are_passed_to_the_class_and_its_base(folder):
         ("os:path.join", {}, "not of the form module:Class"),
     ],
 )
-def test_wrong_names_and_options_are_one_line(folder, name, options, message):
-    (folder / "mine.py").write_text(ENVIRONMENTS)
-    (folder / "empty").mkdir()
+def test_errors_about_names_and_options_have_one_line(name, options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_env(name, options)
     assert "\n" not in str(caught.value)

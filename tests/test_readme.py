@@ -1,4 +1,4 @@
-"""The README's environment and rewards, as they stand there, are run."""
+"""The README's environment and rewards work as printed."""
 
 from __future__ import annotations
 
@@ -21,27 +21,23 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def blocks(heading: str) -> list[str]:
     """The indented blocks of one section."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", section, flags=re.MULTILINE)
-    return [textwrap.dedent(block).strip("\n") + "\n" for block in found if block.strip()]
+    indented = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", section, flags=re.MULTILINE)
+    return [textwrap.dedent(block).strip("\n") + "\n" for block in indented if block.strip()]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
+def test_the_environment_and_the_reward_of_the_readme_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = blocks("An environment is one file")[0]
+    code, recipe, *_ = blocks("An environment is one file")
     assert code.startswith("# capitals.py") and "class Capitals(ToolEnv)" in code
     (tmp_path / "capitals.py").write_text(code)
     (tmp_path / "my_rewards.py").write_text(
         "def brevity(task, turns) -> float:\n    return 1.0 / len(turns[-1].text.split())\n"
     )
-    return tmp_path
-
-
-def test_the_environment_of_the_readme_plays_and_pays(folder):
-    rewards = build_config(tomllib.loads(blocks("An environment is one file")[1])).env.rewards
+    rewards = build_config(tomllib.loads(recipe)).env.rewards
     env = load_env("capitals:Capitals", {}, rewards=rewards)
-    asked = {split: {t.question for t in env.tasks(split)} for split in ("train", "eval")}
-    assert asked["train"] and asked["eval"] and not asked["train"] & asked["eval"]
+    questions = {split: {t.question for t in env.tasks(split)} for split in ("train", "eval")}
+    assert questions["train"] and questions["eval"]
+    assert not questions["train"] & questions["eval"]
     task = env.tasks("train")[0]
     country = task.question.removeprefix("What is the capital of ").rstrip("?")
 

@@ -255,7 +255,7 @@ def test_an_invalid_line_is_named(policy, chat, tmp_path, line, text):
 
 @pytest.mark.parametrize(
     ("lines", "text"),
-    [(None, r"talks\.jsonl: No such file"), ([""], r"sft\.data: .*talks\.jsonl holds no conv")],
+    [(None, r"talks\.jsonl: No such file"), ([""], r"sft\.data: .*talks\.jsonl contains no conv")],
 )
 def test_a_file_without_conversations_is_named(policy, chat, tmp_path, lines, text):
     path = tmp_path / "talks.jsonl"

@@ -20,13 +20,13 @@ from ..errors import ConfigError
 def parameters_of(make: Callable[..., Any]) -> list[Parameter]:
     """The parameters of a function or constructor, without `self`, with resolved annotations.
 
-    If a constructor takes `**options`, the parameters of the base class's constructor are added,
-    and so on. If the last base class takes `**options` too, they are the last parameter: any name
-    is accepted.
+    If a constructor accepts `**options`, the parameters of the base class's constructor are added,
+    and so on. If the last base class accepts `**options` too, they are the last parameter, and any
+    name is accepted.
     """
     if not isinstance(make, type):
         return _resolved(make if inspect.isroutine(make) else make.__call__)
-    found: dict[str, Parameter] = {}
+    by_name: dict[str, Parameter] = {}
     open_ended: list[Parameter] = []
     for cls in inspect.getmro(make):
         init = vars(cls).get("__init__")
@@ -37,10 +37,10 @@ def parameters_of(make: Callable[..., Any]) -> list[Parameter]:
             if parameter.kind is parameter.VAR_KEYWORD:
                 open_ended = [parameter]
             elif parameter.kind is not parameter.VAR_POSITIONAL:
-                found.setdefault(parameter.name, parameter)
+                by_name.setdefault(parameter.name, parameter)
         if not open_ended:
             break
-    return [*found.values(), *open_ended]
+    return [*by_name.values(), *open_ended]
 
 
 def arguments_model(
@@ -87,7 +87,7 @@ def check_arguments(
     Args:
         field: the recipe field that holds the arguments.
     Returns:
-        The given arguments, with nested records built; defaults are not filled in.
+        The arguments, with nested records constructed; defaults are not added.
     Raises:
         ConfigError: one line per unknown, missing or invalid argument.
     """
@@ -96,18 +96,18 @@ def check_arguments(
     except ValidationError as error:
         lines = dict.fromkeys(_explain(item, model, field) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
-    given = {
+    declared = {
         str(info.alias): getattr(checked, key)
         for key, info in model.model_fields.items()
         if key in checked.model_fields_set
     }
-    return given | (checked.model_extra or {})
+    return declared | (checked.model_extra or {})
 
 
 def check_options(
     make: Callable[..., Any], options: Mapping[str, Any], *, field: str, skip: int = 0
 ) -> dict[str, Any]:
-    """Validate options against the signature of the function or constructor that takes them.
+    """Validate options against the signature of the function or constructor that accepts them.
 
     Args:
         skip: number of leading parameters that are not options.
@@ -121,7 +121,7 @@ def check_options(
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known name, or all of them.
 
-    Of dotted names, only those in the same section are listed, if there are any.
+    If names have sections, as `env.name`, only those of the same section are listed, if any.
     """
     names = list(known)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -143,7 +143,7 @@ def _explain(item: Any, model: type[BaseModel], field: str) -> str:
     names = [str(part) for part in item["loc"]]
     fields: Mapping[str, Any] = {}
     dotted, nested = field, model
-    # follow the path through nested records; behind them it names members of a union
+    # follow the path through nested records; the rest of it names members of a union
     while nested is not None and names:
         fields = {info.alias or key: info.annotation for key, info in nested.model_fields.items()}
         inner = fields.get(names[0])

@@ -66,7 +66,7 @@ class Step:
 
     Attributes:
         messages: appended to the conversation before the next turn; empty when `done`.
-        reward: weighted reward of the turn, the sum of `reward_parts`; None when it has none.
+        reward: weighted reward of the turn, the sum of `reward_parts`; None for no reward.
         tool_calls, tool_successes: attempted and successful calls; a malformed call is an attempt,
             and neither an error nor an empty result is a success.
         calls: the calls and their results, for reward functions.
@@ -91,9 +91,9 @@ class Outcome:
 
 
 class Episode(Protocol):
-    """One run through one task: `start` once, `step` per turn, `finish` once.
+    """One attempt at a task: `start` once, `step` per turn, `finish` once.
 
-    `finish` is also called when a limit ended the episode. An `async` method runs in the event loop
+    `finish` is also called if a limit ends the episode. An `async` method runs in the event loop
     of all rollouts and must not block for more than about a millisecond. A plain method may block:
     it runs in a thread, not always the same one.
     """
@@ -140,7 +140,8 @@ class Demonstrator(Protocol):
     def corpus(self) -> Sequence[str]:
         """Training text for the tokenizer of the built-in model.
 
-        An attribute `token_cut`, a regular expression, matches pieces that no token may cross.
+        An optional attribute `token_cut` is a regular expression; no token crosses the boundary of
+        a match.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""The conversations of supervised tuning, each with its source for error messages.
+"""The conversations for supervised tuning, each with its source for error messages.
 
-They come from the environment, or from a JSONL file (`sft.data`) with one conversation per line:
+They are written by the environment, or read from a JSONL file (`sft.data`), one per line:
 
     {"messages": [{"role": "user", "content": "Who wrote Ulm?"},
                   {"role": "assistant", "content": "<answer>Ida</answer>"}]}
@@ -25,7 +25,7 @@ def demonstrations_of(env: Env, data: str, seed: int) -> list[tuple[str, Demonst
     """Source and content of each demonstration.
 
     Args:
-        data: path of a JSONL file; "" takes the environment's demonstrations.
+        data: path of a JSONL file; "" selects the environment's demonstrations.
         seed: seed of the environment's demonstrations.
     Raises:
         ConfigError: there are none, or a line of the file is not a conversation.
@@ -45,13 +45,13 @@ def demonstrations_of(env: Env, data: str, seed: int) -> list[tuple[str, Demonst
 
 
 def _read(path: Path) -> list[tuple[str, Demonstration]]:
-    found = [
+    demonstrations = [
         (f"{path}:{number}", Demonstration(messages=_messages(row, f"{path}:{number}")))
         for number, row in json_objects(path)
     ]
-    if not found:
-        raise ConfigError(f"sft.data: {path} holds no conversations")
-    return found
+    if not demonstrations:
+        raise ConfigError(f"sft.data: {path} contains no conversations")
+    return demonstrations
 
 
 def _messages(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:

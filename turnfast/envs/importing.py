@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from ..errors import ConfigError
 
 
 def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:
-    """Import what a recipe names.
+    """Import a class or function by the name in a recipe.
 
     Args:
         name: `module` is a file in the current directory or an importable module.
@@ -38,19 +39,16 @@ def import_named(name: str, *, field: str, form: str) -> Callable[..., Any]:
             raise ConfigError(
                 f"{field}: no module {module_name!r} in {folder} or among the installed packages"
             ) from None
-        raise  # the module exists, and imports one that does not
-    except SystemExit as error:  # a script, which would end the run without a message
+        raise  # the module exists, but imports one that does not
+    except SystemExit as error:  # a script; it would end the run without a message
         raise ConfigError(f"{field}: {module_name!r} exits when imported, with {error}") from None
     if getattr(module, "__file__", None) is None:  # a folder without Python code
         raise ConfigError(f"{field}: {module_name!r} is not a Python module")
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        candidates = [
-            key
-            for key, value in vars(module).items()
-            if (isinstance(value, type) if form == "module:Class" else callable(value))
-        ]
+    value = getattr(module, attribute, None)
+    if not callable(value):
+        is_candidate = inspect.isclass if form == "module:Class" else callable
+        candidates = [name for name, other in vars(module).items() if is_candidate(other)]
         raise ConfigError(
             f"{field}: {module.__file__} has no {attribute!r}{suggest(attribute, candidates)}"
         )
-    return found
+    return value

@@ -1,28 +1,7 @@
 """The tool loop: the agent calls tools until it answers, and is rewarded per turn.
 
-Your own environment is one file. Save this as `capitals.py` and train with `env.name =
-"capitals:Capitals"`; the constructor's arguments, if any, are `env.options`::
-
-    from turnfast.envs import Task, ToolEnv, tool
-
-    CAPITALS = {"Peru": "Lima", "Ghana": "Accra", "Laos": "Vientiane", "Malta": "Valletta"}
-
-    class Capitals(ToolEnv):
-        '''Questions on capitals, and an atlas to look them up in.'''
-
-        def tasks(self, split):
-            countries = sorted(CAPITALS)[::2] if split == "train" else sorted(CAPITALS)[1::2]
-            return [
-                Task(id=c, question=f"What is the capital of {c}?", answers=(CAPITALS[c],))
-                for c in countries
-            ]
-
-        @tool
-        def atlas(self, country: str) -> str:
-            '''Look up the capital of a country.'''
-            return CAPITALS.get(country, "")
-
-One episode, in the format of arXiv 2505.11821 (`call_format="xml"`)::
+The README has a complete environment in one file, `capitals.py`. One of its episodes, in the format
+of arXiv 2505.11821 (`call_format="xml"`)::
 
     user       What is the capital of Peru?
     assistant  <reasoning>I look it up.</reasoning><tool>{"name": "atlas", "args": {"country":
@@ -30,18 +9,19 @@ One episode, in the format of arXiv 2505.11821 (`call_format="xml"`)::
     user       <result>Lima</result>
     assistant  <reasoning>So.</reasoning><answer>Lima</answer>                        outcome 1.9
 
-How a turn is handled, first match first:
+The first rule that applies to a turn:
 
 - A turn with tool calls gets a reply with one result per call, errors included, and the episode
-  continues. An answer in the same turn does not count: it was given before the result.
+  continues. An answer in the same turn does not count, because the agent wrote it before it saw the
+  result.
 - A turn with an answer ends the episode.
-- A turn with neither ends it as well, without an answer; with `missing_answer="remind"` the reply
-  states the expected format instead.
+- Any other turn also ends it, without an answer; with `missing_answer="remind"` the agent gets a
+  reminder of the expected format instead, and the episode continues.
 
 Turn rewards: a turn with calls gets the rewards on "call". `answer_in_result` is paid only for the
 first result with the answer (a repeated search is not paid again). A turn without calls gets None,
-or 0.0 if it is the first: a rollout that never searches has earned 0 and must be in the baseline of
-those that did. Outcome: the rewards on "answer", 0.0 without an answer.
+or 0.0 if it is the first: a rollout that never searches has earned 0 and counts in the baseline of
+the rollouts that searched. Outcome: the rewards on "answer", 0.0 without an answer.
 """
 
 from __future__ import annotations
@@ -79,11 +59,11 @@ class ToolEnv:
     Args:
         call_format: "xml", the paper's tags with results as user messages, or "native", the
             model's own tool-call format with schemas in the chat template and results as tool
-            messages. Both formats are parsed; this one is offered and rewarded.
-        reasoning: ask for <reasoning> before each action ("native" leaves reasoning to the model).
+            messages. Both formats are parsed; this one is described to the agent and rewarded.
+        reasoning: ask for <reasoning> before each action; no effect with "native".
         missing_answer: "end" the episode at a turn with neither call nor answer, or "remind".
         weights: replace the weights of some `rewards`, by name.
-        max_calls: calls executed per turn; further ones are errors.
+        max_calls: calls executed per turn; all further calls together are one error.
         max_result_chars: a longer tool result is an error.
         instructions: replaces the system message; "" omits it.
     Raises:
@@ -160,12 +140,12 @@ class ToolEnv:
     def describe(self) -> str:
         """The instructions: how to call tools and how to answer, with the tools unless the chat
         template lists them."""
-        think = "<reasoning>your thoughts</reasoning>" if self.reasoning else ""
         if self.native_calls:
             return (
                 "Answer the question. Call the tools as often as you need, then give nothing but a "
                 "short final answer as <answer>the answer</answer>."
             )
+        think = "<reasoning>your thoughts</reasoning>" if self.reasoning else ""
         lines = [json.dumps(tool.schema["function"], ensure_ascii=False) for tool in self.tools]
         return "\n".join(
             [
@@ -207,7 +187,6 @@ class ToolEpisode:
         self._env = env
         self._task = task
         self._turns: list[PlayedTurn] = []
-        self._answer: str | None = None
 
     async def start(self) -> Sequence[Message]:
         return self._env.first_messages(self._task)
@@ -217,16 +196,16 @@ class ToolEpisode:
         if attempts:
             return await self._call(text, attempts)
         self._turns.append(PlayedTurn(text=text))
-        self._answer = read_answer(text)
         reward = 0.0 if len(self._turns) == 1 else None
-        if self._answer is None and self._env.missing_answer == "remind":
+        if self._env.missing_answer == "remind" and read_answer(text) is None:
             form = "a tool call" if self._env.native_calls else "<tool>…</tool>"
             reminder = f"Write {form} or <answer>…</answer>."
             return Step(messages=({"role": "user", "content": reminder},), reward=reward)
         return Step(reward=reward, done=True)
 
     async def finish(self) -> Outcome:
-        return Outcome(metrics=self._env.metrics(self._task, self._answer, tuple(self._turns)))
+        answer = functions.final_answer(self._turns)
+        return Outcome(metrics=self._env.metrics(self._task, answer, tuple(self._turns)))
 
     async def _call(self, text: str, attempts: Sequence[ToolCall | MalformedCall]) -> Step:
         env = self._env
@@ -236,10 +215,11 @@ class ToolEpisode:
         ]
         # a single call needs no asyncio task, and can finish before the engine's next step
         results = await asyncio.gather(*running) if len(running) > 1 else [await running[0]]
-        excess = MalformedCall(reason=f"too many calls in one turn, the limit is {env.max_calls}")
-        error = ToolError(kind="malformed", text=excess.reason)
         calls = [CallResult(call=c, result=r) for c, r in zip(attempts, results, strict=False)]
-        calls += [CallResult(call=excess, result=error)] * bool(attempts[env.max_calls :])
+        if len(attempts) > env.max_calls:
+            reason = f"too many calls in one turn, the limit is {env.max_calls}"
+            error = ToolError(kind="malformed", text=reason)
+            calls.append(CallResult(call=MalformedCall(reason=reason), result=error))
         turn = PlayedTurn(text=text, calls=tuple(calls), messages=env.reply(calls))
         self._turns.append(turn)
         return Step(
@@ -261,12 +241,13 @@ def _reweighted(rewards: Sequence[Reward], weights: Mapping[str, float]) -> tupl
 
 def _tools_of(env: ToolEnv) -> tuple[Tool, ...]:
     """The tools among the attributes of a class: base classes first, in order of definition."""
-    found: dict[str, Tool] = {}
-    for cls in reversed(type(env).__mro__):
-        for attribute, value in vars(cls).items():
-            if isinstance(value, Tool):
-                found[attribute] = getattr(env, attribute)
-    return tuple(found.values())
+    names = {
+        name: None
+        for cls in reversed(type(env).__mro__)
+        for name, value in vars(cls).items()
+        if isinstance(value, Tool)
+    }
+    return tuple(getattr(env, name) for name in names)
 
 
 def _name_of(call: ToolCall | MalformedCall) -> str:

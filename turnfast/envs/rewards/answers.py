@@ -32,14 +32,13 @@ _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\u
 
 @lru_cache(maxsize=4096)  # several rewards normalise the same texts
 def normalize_answer(text: str) -> str:
-    """Example: "The  Ulm, of Ida!" becomes "ulm of ida"."""
+    """Lower case, no punctuation, no articles: "The  Ulm, of Ida!" becomes "ulm of ida"."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, accepted: Iterable[str]) -> float:
     """1.0 if the normalised answer is one of the normalised accepted ones, else 0.0."""
-    given = normalize_answer(answer)
-    return float(any(given == normalize_answer(right) for right in accepted))
+    return float(normalize_answer(answer) in map(normalize_answer, accepted))
 
 
 def f1(answer: str, accepted: Iterable[str]) -> float:
@@ -57,12 +56,11 @@ def contains_answer(text: str, accepted: Iterable[str]) -> float:
     words, any occurrence counts. An answer that normalises to nothing occurs nowhere.
     """
     accepted = tuple(accepted)
-    # with punctuation removed, which joins "U.S.", and replaced by spaces, which splits "Ulm/Rom"
-    for form in (normalize_answer, _spaced):
-        inside = form(text)
-        for right in map(form, accepted):
-            whole = f" {right} " in f" {inside} "
-            if right and (whole or (_UNSPACED.search(right) and right in inside)):
+    # punctuation removed, which joins "U.S.", or replaced by spaces, which splits "Ulm/Rom"
+    for normalize in (normalize_answer, _normalize_spaced):
+        words = normalize(text)
+        for answer in filter(None, map(normalize, accepted)):
+            if f" {answer} " in f" {words} " or (_UNSPACED.search(answer) and answer in words):
                 return 1.0
     return 0.0
 
@@ -77,12 +75,12 @@ def read_tag(text: str, tag: str) -> str | None:
 
     Example: "<move>up</move>" and the tag "move" give "up".
     """
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", strip_reasoning(text), flags=re.DOTALL)
-    return found[-1].strip() if found else None
+    contents = re.findall(rf"<{tag}>(.*?)</{tag}>", strip_reasoning(text), flags=re.DOTALL)
+    return contents[-1].strip() if contents else None
 
 
 def format_score(text: str, *, native: bool, reasoning: bool) -> float:
-    """1.0 if a turn is reasoning (if required), then calls or one answer, else 0.0.
+    """1.0 if a turn consists of reasoning (if required), then calls or one answer; else 0.0.
 
     Args:
         native: calls are in the model's own format; reasoning is then optional, in <think>.
@@ -105,33 +103,32 @@ def tags_score(text: str, *, native: bool, reasoning: bool) -> float:
     call = "tool_call" if native else "tool"
     action = call if f"<{call}>" in text or f"</{call}>" in text else "answer"
     expected = [action, *(["reasoning"] if reasoning and not native else [])]
-    return sum(_is_closed_once(text, tag, many=native and tag == call) for tag in expected) / len(
-        expected
-    )
+    return mean([_is_closed_once(text, tag, many=native and tag == call) for tag in expected])
 
 
 def mean(values: Sequence[float]) -> float:
+    """0.0 without values."""
     return sum(values) / len(values) if values else 0.0
 
 
 @lru_cache(maxsize=4096)
-def _spaced(text: str) -> str:
+def _normalize_spaced(text: str) -> str:
     return normalize_answer(_PUNCTUATION.sub(" ", text))
 
 
-def _f1(given: str, right: str) -> float:
-    if given == right:
+def _f1(answer: str, accepted: str) -> float:
+    if answer == accepted:
         return 1.0
-    given_words, right_words = given.split(), right.split()
-    common = (Counter(given_words) & Counter(right_words)).total()
-    return 2 * common / max(1, len(given_words) + len(right_words))
+    answer_words, accepted_words = answer.split(), accepted.split()
+    num_common = (Counter(answer_words) & Counter(accepted_words)).total()
+    return 2 * num_common / max(1, len(answer_words) + len(accepted_words))
 
 
 def _is_untagged_call(text: str) -> bool:
-    """Whether a turn is valid calls of Llama 3 or Mistral and nothing else but reasoning."""
+    """Whether a turn has only reasoning and valid calls in the format of Llama 3 or Mistral."""
     calls, rest = read_calls(text)
-    whole = all(isinstance(call, ToolCall) for call in calls)
-    return bool(calls) and whole and not rest.strip() and "<tool" not in strip_reasoning(text)
+    valid = bool(calls) and all(isinstance(call, ToolCall) for call in calls)
+    return valid and not rest.strip() and "<tool" not in strip_reasoning(text)
 
 
 @lru_cache

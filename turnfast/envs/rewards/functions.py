@@ -1,4 +1,4 @@
-"""Built-in reward functions: each takes the task and the turns so far and returns a number.
+"""Built-in reward functions of the task and the turns so far.
 
 They are the default rewards of `ToolEnv`, and `[[env.rewards]]` selects them by name.
 """
@@ -13,15 +13,15 @@ from . import answers
 
 
 def final_answer(turns: Sequence[PlayedTurn]) -> str | None:
-    """The answer in the last turn; None if it has none, or if the turn also calls a tool: that
-    answer was given before the result."""
+    """The answer in the last turn; None without one, or if the turn also calls a tool: the agent
+    wrote that answer before it saw the result."""
     if not turns or turns[-1].calls:
         return None
     return answers.read_answer(turns[-1].text)
 
 
 def exact_match(task: Task, turns: Sequence[PlayedTurn]) -> float:
-    """1.0 if the final answer is an accepted one."""
+    """1.0 if the final answer is one of the accepted answers."""
     answer = final_answer(turns)
     return 0.0 if answer is None else answers.exact_match(answer, task.answers)
 

@@ -10,9 +10,9 @@ A reward function takes the task and the turns so far and returns a number; it m
     on = "turn"
     weight = 0.1
 
-A function that raises, misses its deadline or returns no finite number is a `RewardFault`: the
-trajectory ends as failed, is counted, and enters no baseline. (A substitute of 0 would teach the
-policy that the turn was bad.)
+If a function raises, misses its deadline or returns no finite number, `RewardFault` is raised: the
+trajectory ends as failed, is counted, and enters no baseline. (A reward of 0 instead would teach
+the policy that the turn was bad.)
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Scorer:
     """Adds an environment's `rewards` to the steps and the outcome of one trajectory.
 
     Functions that are not inline run at the same time. Every method raises:
-        RewardFault: the first fault, in the order of the rewards.
+        RewardFault: the first fault, in the order of the rewards, inline ones first.
         ConfigError: two reward parts have the same name.
     """
 
@@ -81,11 +81,11 @@ class Scorer:
         own = None if step.reward is None else check_reward(step.reward, TURN_REWARD)
         self._turns.append(PlayedTurn(text=text, calls=step.calls, messages=step.messages))
         scored = {"turn", "call"} if step.tool_calls else {"turn"}
-        due = [reward for reward in self._rewards if reward.on in scored]
-        if not due:
+        applied = [reward for reward in self._rewards if reward.on in scored]
+        if not applied:
             return step
-        parts = await self._parts(due, step.reward_parts)
-        total = math.fsum((own or 0.0, *(parts[reward.name] for reward in due)))
+        parts = await self._parts(applied, step.reward_parts)
+        total = math.fsum((own or 0.0, *(parts[reward.name] for reward in applied)))
         return replace(step, reward=total, reward_parts=parts)
 
     async def score_outcome(self, outcome: Outcome) -> Outcome:
@@ -93,16 +93,16 @@ class Scorer:
         own = check_reward(outcome.reward, OUTCOME)
         answered = final_answer(self._turns) is not None
         scored = {"outcome", "answer"} if answered else {"outcome"}
-        due = [reward for reward in self._rewards if reward.on in scored]
-        parts = await self._parts(due, outcome.reward_parts)
-        total = math.fsum((own, *(parts[reward.name] for reward in due)))
+        applied = [reward for reward in self._rewards if reward.on in scored]
+        parts = await self._parts(applied, outcome.reward_parts)
+        total = math.fsum((own, *(parts[reward.name] for reward in applied)))
         return replace(outcome, reward=total, reward_parts=parts)
 
-    async def _parts(self, due: Sequence[Reward], own: Mapping[str, float]) -> dict[str, float]:
-        """The environment's own parts and the weighted values of `due`."""
+    async def _parts(self, applied: Sequence[Reward], own: Mapping[str, float]) -> dict[str, float]:
+        """The environment's own parts and the weighted values of `applied`."""
         turns = tuple(self._turns)
-        values = {r.name: await _call(r, self._task, turns) for r in due if r.inline}
-        others = [reward for reward in due if not reward.inline]
+        values = {r.name: await _call(r, self._task, turns) for r in applied if r.inline}
+        others = [reward for reward in applied if not reward.inline]
         if others:
             results = await asyncio.gather(
                 *(_call(reward, self._task, turns) for reward in others), return_exceptions=True
@@ -111,12 +111,12 @@ class Scorer:
                 if isinstance(result, BaseException):
                     raise result
                 values[reward.name] = result
-        parts = dict(own) | {reward.name: reward.weight * values[reward.name] for reward in due}
-        if len(parts) < len(own) + len(due):
-            names = [*own, *(reward.name for reward in due)]
-            twice = next(name for name in names if names.count(name) > 1)
+        parts = dict(own) | {reward.name: reward.weight * values[reward.name] for reward in applied}
+        if len(parts) < len(own) + len(applied):
+            names = [*own, *(reward.name for reward in applied)]
+            repeated = next(name for name in names if names.count(name) > 1)
             raise ConfigError(
-                f"env.rewards: the environment already has a reward {twice!r}; give this one "
+                f"env.rewards: the environment already has a reward {repeated!r}; give this one "
                 "another name"
             )
         return parts
