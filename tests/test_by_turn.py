@@ -24,7 +24,7 @@ def test_means_match_the_turns(ragged, share_prefixes, rule):
     values = [[[0.0] * t.num_sampled for t in group.trajectories] for group in groups]
     credits = assign_credits(groups, rule, values=values)
     options = PackOptions(share_prefixes=share_prefixes)
-    packed = pack(groups, credits, budget=48, options=options)
+    packed = pack(groups, credits, budget=32, options=options)
     assert len(packed.batches) > 1
     means = by_turn("x", [batch.sampler_logprobs_N for batch in packed.batches], packed.batches)
     expected: dict[str, list[float]] = {}
