@@ -168,7 +168,7 @@ def watch(seen: Watch) -> None:
         turnfast.run.open_sampler,
         turnfast.rollout.collect.collect_groups,
         turnfast.rollout.episode.await_call,
-        turnfast.train._log,
+        turnfast.train.TrainingLoop.log,
         turnfast.tools.run.call_with_timeout,
     )
 
@@ -209,7 +209,7 @@ def watch(seen: Watch) -> None:
     turnfast.run.open_sampler = open_timed  # type: ignore[assignment]
     turnfast.rollout.collect.collect_groups = collect_timed
     turnfast.rollout.episode.await_call = ask_timed
-    turnfast.train._log = log_timed
+    turnfast.train.TrainingLoop.log = log_timed  # type: ignore[method-assign]
     turnfast.train.Stopwatch = partial(Stopwatch, clock=seen.clock)  # type: ignore[misc]
     turnfast.tools.run.call_with_timeout = call_timed
 

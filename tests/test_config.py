@@ -48,8 +48,8 @@ def test_shipped_recipes_are_valid_and_short():
         assert len(settings) < 20 and path.read_text().startswith("# ")
 
 
-def test_there_are_not_too_many_fields():
-    assert len(field_names()) <= 75
+def test_fields_are_few_and_described():
+    assert len(field_names()) <= 74
     lines = dict(line.split(maxsplit=1) for line in describe_fields())
     assert len(lines) == len(field_names())
     assert lines["--loss.ratio"].split(maxsplit=1)[1].startswith("token | turn | sequence; ")
@@ -59,25 +59,10 @@ def test_there_are_not_too_many_fields():
 
 def test_flags_override_the_file(recipe):
     path = recipe('[loss]\nclip_high = 0.3\nratio = "turn"\n[env.options]\nhops = 1\n')
-    config = load_config(
-        path,
-        [
-            "--loss.clip-high",
-            "0.28",
-            "--env.options.hops=[1, 2]",
-            "--env.options.reasoning",
-            "true",
-            "--model.path",
-            "Qwen/Qwen2.5-7B",
-            "--loss.entropy-coef",
-            "-0.01",
-            "--optim.betas=[0.9, 0.95]",
-            "--train.sinks",
-            '["tensorboard"]',
-            "--env.options.questions",
-            "a = b.jsonl",
-        ],
-    )
+    flags = "--loss.clip-high 0.28 --env.options.hops=[1,2] --env.options.reasoning true"
+    flags += " --model.path Qwen/Qwen2.5-7B --loss.entropy-coef -0.01 --optim.betas=[0.9,0.95]"
+    flags += ' --train.sinks ["tensorboard"]'
+    config = load_config(path, [*flags.split(), "--env.options.questions", "a = b.jsonl"])
     assert (config.loss.clip_high, config.loss.ratio) == (0.28, "turn")
     assert config.env.options == {"hops": [1, 2], "reasoning": True, "questions": "a = b.jsonl"}
     assert config.model.path == "Qwen/Qwen2.5-7B" and config.loss.entropy_coef == -0.01
@@ -100,7 +85,7 @@ def test_flags_override_the_file(recipe):
         ('[train]\nsteps = "3"', "train.steps: Input should be a valid integer (got '3')"),
         ("[train]\nsteps = true", "train.steps: "),
         ("[train]\nsteps = 0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
-        ("train = 3", "train: "),
+        ("train = 3", "train: expected a section, [train] (got 3)"),
         ("[optim]\nlr = nan", "optim.lr: "),
         ("[optim]\nlr = inf", "optim.lr: "),
         ("[optim]\nbetas = [0.9, 1.0]", "optim.betas.1: "),
@@ -108,23 +93,14 @@ def test_flags_override_the_file(recipe):
         ("[loss]\nentropy_coef = nan", "loss.entropy_coef: "),
         ("[loss]\nclip_low = 1.5", "loss.clip_low: "),
         ("[loss]\ndual_clip = 1.0", "loss.dual_clip: "),
-        ('[loss]\ndual_clip = 3.0\nkind = "cispo"', "loss.dual_clip: has no effect"),
         ('[loss]\nratio = "word"', "loss.ratio: Input should be 'token', 'turn' or 'sequence'"),
-        ("[rollout]\ngroup_size = 1", "rollout.group_size: the advantage of a single rollout"),
-        ("[rollout]\nmax_new_tokens = 2048", "rollout.max_new_tokens: 2048 must be less"),
-        ("[train]\ntokens_per_microbatch = 100", "train.tokens_per_microbatch: 100 is less"),
-        ("[train]\noverlap = true", "train.overlap: the rollouts come from weights"),
         ("[rollout]\noversample = 1.5", "rollout.oversample: "),
         ("[rollout]\nrefill_waves = -1", "rollout.refill_waves: "),
-        (
-            '[loss]\nis_cap = 2.0\nold_logprobs = "sampler"',
-            "loss.is_cap: the importance weight is always 1",
-        ),
         ("[train]\nsinks = ['mlflow']", "train.sinks.0: "),
         ("[env]\noptions = 3", "env.options: "),
     ],
 )
-def test_a_mistake_is_reported_with_file_field_and_fix(recipe, content, text):
+def test_a_mistake_is_reported_with_file_and_field(recipe, content, text):
     path = recipe(content)
     message = error_of(path)
     assert message.startswith(f"{path}: {text}") and "\n" not in message
@@ -155,18 +131,18 @@ def test_a_wrong_flag_is_named_as_a_flag(recipe, flags, text):
     "content",
     [b"[train\n", b"steps = = 3", b"\xff\xfe", b"[train]\nsteps = 1\nsteps = 2", b"\x00"],
 )
-def test_files_that_are_not_toml(tmp_path, content):
+def test_a_file_that_is_not_toml(tmp_path, content):
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
     assert error_of(path).startswith(f"{path}: not valid TOML: ")
 
 
-def test_missing_recipes(tmp_path, monkeypatch):
+def test_a_recipe_is_a_file_or_the_name_of_a_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "demoo: no such recipe; did you mean 'demo'?" in error_of("demoo")
-    assert "absent.toml: no such recipe file" in error_of("absent.toml")
     (tmp_path / "folder.toml").mkdir()
-    assert "no such recipe file" in error_of("folder.toml")
+    for name in ("absent.toml", "folder.toml"):
+        assert error_of(name).startswith(f"{name}: no such recipe; ")
     # a folder of that name, such as one for runs, does not hide the shipped recipe
     (tmp_path / "demo").mkdir()
     assert recipe_path("demo") == shipped_recipes()["demo"]
@@ -174,7 +150,7 @@ def test_missing_recipes(tmp_path, monkeypatch):
     assert load_config("mine").train.steps == 7
 
 
-def test_an_empty_recipe_is_the_defaults(recipe):
+def test_an_empty_recipe_has_the_default_values(recipe):
     assert load_config(recipe("")) == Config()
 
 

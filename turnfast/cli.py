@@ -40,18 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"this command takes no recipe fields: {' '.join(flags)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return arguments.command(arguments, flags)
+        return arguments.command(arguments, flags) or 0
     except KeyboardInterrupt:
-        code, text = 128 + signal.SIGINT, "interrupted"
-    except TurnfastError as error:
-        if arguments.traceback:
-            raise
-        code, text = error.exit_code, str(error)
+        code, lines = 128 + signal.SIGINT, ["interrupted"]
     except Exception as error:
         if arguments.traceback:
             raise
-        code, text = 1, _describe_crash(error)
-    print(f"turnfast: {_printable(text)}", file=sys.stderr)
+        known = isinstance(error, TurnfastError)
+        code = error.exit_code if known else 1
+        lines = [str(error) if known else _describe_crash(error), *getattr(error, "__notes__", [])]
+    text = "\n".join(lines)
+    # an error may quote text that a model wrote: escape its control characters
+    text = "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
+    print(f"turnfast: {text}", file=sys.stderr)
     return code
 
 
@@ -86,12 +87,7 @@ def _describe_crash(error: Exception) -> str:
     ]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     about = f"{type(error).__name__}: {' '.join(text.split())}".removesuffix(": ")
-    return f"{about}{place}; add --traceback to see the calls that led there"
-
-
-def _printable(text: str) -> str:
-    """Escape control characters: an error may quote text that a model wrote."""
-    return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)
+    return f"{about}{place}; add --traceback to see all calls"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,35 +168,28 @@ def _sft(arguments: argparse.Namespace, flags: list[str]) -> int:
     return _exit_code(stop, run_dir)
 
 
-def _eval(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _eval(arguments: argparse.Namespace, flags: list[str]) -> None:
     _check_one_process("eval")
     config = load_config(arguments.recipe, flags)
     from .evaluate import evaluate_model
 
-    figures = evaluate_model(
-        config, arguments.out, split=arguments.split, sampled=arguments.sampled
-    )
-    print(figures)
-    return 0
+    print(evaluate_model(config, arguments.out, split=arguments.split, sampled=arguments.sampled))
 
 
-def _report(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _report(arguments: argparse.Namespace, flags: list[str]) -> None:
     from .report import write_report
 
     print(write_report(arguments.run_dir))
-    return 0
 
 
-def _recipes(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _recipes(arguments: argparse.Namespace, flags: list[str]) -> None:
     for name, path in shipped_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         print(f"{name:<12} {first}")
-    return 0
 
 
-def _fields(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _fields(arguments: argparse.Namespace, flags: list[str]) -> None:
     print("\n".join(describe_fields()))
-    return 0
 
 
 def _check_one_process(command: str) -> None:
@@ -213,7 +202,7 @@ def _check_one_process(command: str) -> None:
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop; `reason` is its name, such as "SIGTERM"."""
+    """Whether a signal asked the run to stop; `reason` is the signal's name, such as "SIGTERM"."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -226,15 +215,13 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request; a SIGINT after that raises KeyboardInterrupt."""
     request = StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.reason = signal.Signals(number).name
 
-    for number in before:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,18 +33,17 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Metric], list[Group]]:
-    """Roll out the first `num_tasks` tasks of a split once each, divided among the ranks: greedy,
-    or with `sampled` at `rollout.temperature`.
+    """Roll out the first `num_tasks` tasks of a split once each, divided among the ranks.
 
+    Args:
+        sampled: sample at `rollout.temperature` instead of greedily.
     Returns:
         The metrics of `summarise` under `eval/…` and the rollouts, of this rank only.
     """
-    changes: dict[str, float] = (
-        {"group_size": 1} if sampled else {"group_size": 1, "temperature": 0.0}
-    )
-    setup = replace(setup, config=setup.config.model_copy(update=changes))
+    temperature = setup.config.temperature if sampled else 0.0
+    config = setup.config.model_copy(update={"group_size": 1, "temperature": temperature})
     tasks = ranks.shard(setup.env.tasks(split)[:num_tasks])
-    groups = rollout_tasks(setup, tasks, should_stop=should_stop)
+    groups = rollout_tasks(replace(setup, config=config), tasks, should_stop=should_stop)
     return summarise(groups, prefix="eval/"), groups
 
 
@@ -64,12 +64,12 @@ def evaluate_model(
     with tempfile.TemporaryDirectory(prefix="turnfast-") as scratch:
         policy = open_policy(config, env, Path(scratch))
         setup = open_rollouts(config, policy, env)
-        try:
+        with closing(setup.sampler):
             metrics, groups = evaluate(setup, config.train.eval_tasks, split=split, sampled=sampled)
-        finally:
-            setup.sampler.close()
     if out is not None:
-        _write(out, groups)
+        out.write_text("")
+        lines = enumerate(map(plain_group, groups))
+        append_lines(out, ({"step": 0, "group": index, **line} for index, line in lines))
     return json.dumps(to_strict(values_of(metrics))[0])
 
 
@@ -79,9 +79,3 @@ def _check_writable(out: Path) -> None:
         out.open("a").close()
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
-def _write(out: Path, groups: Sequence[Group]) -> None:
-    out.unlink(missing_ok=True)
-    lines = enumerate(map(plain_group, groups))
-    append_lines(out, ({"step": 0, "group": index, **line} for index, line in lines))

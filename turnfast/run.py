@@ -39,9 +39,9 @@ class Run:
     Attributes:
         setup: environment, chat interface and sampler.
         reference: the policy of the KL term, None without one.
-        probe, tolerance: compare the sampler's log-probs with the trainer's after a weight sync.
-        first_step: the steps before it are done.
-        evaluated: the evaluation due after step `first_step - 1` is done, too.
+        probe, tolerance: for the comparison of log-probs after a weight sync.
+        first_step: the first step that is not done.
+        evaluated: the evaluation after step `first_step - 1` is done, or not due.
     """
 
     config: Config
@@ -172,7 +172,7 @@ def training_state(learner: Learner) -> TrainingState:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every `every` steps, and after the last one, follows this step."""
+    """Whether something that is done every `every` steps and after the last is due after `step`."""
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -181,8 +181,7 @@ def _is_evaluated(directory: RunDir, step: int, config: Config) -> bool:
     if step and not is_due(step, config.train.eval_every, config.train.steps):
         return True
     lines = read_metrics(directory.metrics) if directory.metrics.exists() else []
-    names = [name for line in lines if line["step"] == step for name in line]
-    return any(name.startswith("eval/") for name in names)
+    return any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
 
 
 def restore(
@@ -193,7 +192,7 @@ def restore(
     Returns:
         The step of the checkpoint, 0 without one, and the state that was saved with it.
     Raises:
-        ConfigError: the checkpoint belongs to the other command.
+        ConfigError: the checkpoint is of the other command.
         CheckpointError: it does not fit the model, the optimizer or the critic.
     """
     newest = newest_complete(directory.checkpoints)
@@ -201,11 +200,11 @@ def restore(
         directory.rewind(-1)
         return 0, {}
     state = load_checkpoint(newest, training_state(learner))
-    found = state.get("kind", kind)
-    if found != kind:
+    saved_kind = state.get("kind", kind)
+    if saved_kind != kind:
         raise ConfigError(
-            f"{directory.path}: holds a run of `turnfast {found}`; give another --run-dir. To "
-            f"start from its weights, set --model.path {newest}"
+            f"{directory.path}: holds a run of `turnfast {saved_kind}`; choose another --run-dir. "
+            f"To start from its weights, set --model.path {newest}"
         )
     step = int(state["step"])
     directory.rewind(step)

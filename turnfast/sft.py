@@ -38,7 +38,7 @@ from .types import Batch, Turn
 from .update.learner import Learner
 from .update.memory import smaller_microbatches
 from .update.optimizer import Optimizer
-from .update.update import Update, update
+from .update.update import update
 
 FAULTS = (OutOfMemory, TrainingError)
 """Errors of a step that leave the weights as they were before it."""
@@ -51,10 +51,10 @@ def warm_start(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Tune the recipe's model on demonstrations.
+    """Fine-tune the recipe's model on demonstrations.
 
-    A checkpoint is saved every `train.save_every` steps, at the end and when `should_stop` returns
-    True. With `resume` the run continues from the newest one, with the same result as without a
+    A checkpoint is saved every `train.save_every` steps, at the end, and when `should_stop` returns
+    True. With `resume` the run continues from the newest one; the result is the same as without a
     stop.
 
     Returns:
@@ -87,7 +87,11 @@ def warm_start(
                         break
                     updated = update(learner, [batch], LossConfig(), memory_advice=advice)
                     done += 1
-                    metrics = _metrics(updated)
+                    metrics = {
+                        "loss": -updated.logprob.value,
+                        "entropy": updated.entropy.value,
+                        "grad_norm": updated.grad_norm,
+                    }
                     directory.log(done, metrics)
                     progress.step(done, metrics)
                     if is_due(done, config.train.save_every, config.sft.steps):
@@ -131,12 +135,12 @@ def demonstration_rows(
 
 
 def sft_batches(rows: Rows, config: SftConfig, *, seed: int, device: Any) -> Iterator[Batch]:
-    """Yield one batch per optimizer step, of at most `config.batch_tokens` tokens, without end."""
+    """Yield one batch of at most `config.batch_tokens` tokens per optimizer step, without end."""
     num_trajectories = int(rows.trajectories_S.max()) + 1
     for part in _parts(rows.lengths_S.tolist(), config.batch_tokens, seed):
-        taken = rows.take(part)
-        weights = np.full(num_trajectories, 1.0 / len(taken.targets_N))
-        yield batch_of(taken, weights, device)
+        part_rows = rows.take(part)
+        weights = np.full(num_trajectories, 1.0 / len(part_rows.targets_N))
+        yield batch_of(part_rows, weights, device)
 
 
 def demonstration_turns(chat: ChatInterface, demonstration: Demonstration) -> list[Turn]:
@@ -147,8 +151,8 @@ def demonstration_turns(chat: ChatInterface, demonstration: Demonstration) -> li
         raise ConfigError("a demonstration needs a prompt and at least one assistant message")
     conversation = chat.open(messages[: replies[0]])
     turns: list[Turn] = []
-    for here, following in pairwise((*replies, len(messages))):
-        text = str(messages[here]["content"])
+    for reply, next_reply in pairwise((*replies, len(messages))):
+        text = str(messages[reply]["content"])
         ids = chat.encode_turn(text)
         turns.append(
             Turn(
@@ -160,17 +164,9 @@ def demonstration_turns(chat: ChatInterface, demonstration: Demonstration) -> li
                 restart=conversation.restart,
             )
         )
-        if following < len(messages):
-            conversation = chat.extend(conversation, text, True, messages[here + 1 : following])
+        if next_reply < len(messages):
+            conversation = chat.extend(conversation, text, True, messages[reply + 1 : next_reply])
     return turns
-
-
-def _metrics(updated: Update) -> dict[str, float]:
-    return {
-        "loss": -updated.logprob.value,
-        "entropy": updated.entropy.value,
-        "grad_norm": updated.grad_norm,
-    }
 
 
 def _memory_advice(config: Config, rows: Rows) -> str:
@@ -183,7 +179,7 @@ def _memory_advice(config: Config, rows: Rows) -> str:
 
 
 def _write_model(policy: Policy, folder: Path) -> Path:
-    """Write model and tokenizer to a folder, which is complete whenever it exists."""
+    """Write model and tokenizer; the folder exists only when it is complete."""
     incomplete = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(incomplete, ignore_errors=True)
     save_model(policy.model, incomplete)

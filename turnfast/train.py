@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .config.schema import Config
 from .credit import assign_credits
-from .errors import Interrupted, OutOfMemory, RolloutError, SyncError
+from .errors import Interrupted, OutOfMemory, RolloutError, SyncError, TrainingError
 from .evaluate import evaluate
 from .metrics.reduce import Max, Metrics, reduce_metrics, to_plain
 from .metrics.rewards import diagnose
@@ -22,6 +22,7 @@ from .parallel.ranks import open_ranks
 from .report import write_report
 from .report.console import Progress
 from .rollout.collect import Collector
+from .rollout.groups import CollectedGroups
 from .run import Run, is_due, open_run, training_state
 from .rundir.checkpoint import save_checkpoint
 from .sampler import choose_backend
@@ -29,7 +30,7 @@ from .sampler.sync import check_logprob_gap, sync_after_step, sync_weights
 from .types import Batch, Credit, Group
 from .update.memory import explain_out_of_memory, smaller_microbatches
 from .update.reference import with_reference
-from .update.update import Gap, TrainingError, Update, needs_every_token, update
+from .update.update import Gap, Update, needs_every_token, update
 
 FAULTS = (RolloutError, OutOfMemory, TrainingError, SyncError)
 """Errors that end a step and leave the weights consistent."""
@@ -54,185 +55,235 @@ def train(
     with (
         open_ranks(timeout_s=2 * config.rollout.step_timeout_s) as ranks,
         open_run(config, run_dir, resume=resume, ranks=ranks) as run,
-        _progress(run) as show,
-        Collector(
-            run.setup,
-            run.prompts,
-            config.train,
-            config.credit,
-            first_step=run.first_step,
-            should_stop=should_stop,
-            ranks=run.ranks,
-        ) as collector,
+        _open_progress(run) as progress,
+        _open_collector(run, should_stop) as collector,
     ):
-        synced_by = (run.learner.policy.model, run.setup.sampler, run.probe, run.tolerance)
-        clock = Stopwatch(synchronize=run.learner.policy.synchronize)
-        done = run.first_step - 1
+        loop = TrainingLoop(run, collector, progress, should_stop)
         try:
-            with ranks.share_errors():
-                sync_weights(*synced_by)
-            if not run.evaluated:
-                _evaluate(run, done, show, should_stop)
+            loop.start()
             for step in range(run.first_step, config.train.steps + 1):
-                clock.lap()
-                with clock.phase("rollout"), ranks.share_errors():
-                    if should_stop():
-                        raise Interrupted
-                    gathered = collector.collect(step)
-                    groups = gathered.groups
-                with clock.phase("score"), ranks.share_errors():
-                    credits = _credit(run, groups)
-                with clock.phase("pack"):
-                    packed = _pack(run, groups, credits)
-                with clock.phase("train"):
-                    updated = _update(run, packed)
-                # from here on a checkpoint holds the state after this step
-                done = step
-                with clock.phase("rollout"):
-                    collector.wait()
-                with clock.phase("sync"), ranks.share_errors():
-                    evaluated = is_due(step, config.train.eval_every, config.train.steps)
-                    gap = sync_after_step(*synced_by, probed=evaluated or config.train.overlap)
-                ranks.check_equal_weights(run.learner.policy.model.parameters())
-                times = clock.lap()
-                metrics = {
-                    **summarise(groups, credits),
-                    **diagnose(groups, credits),
-                    **gathered.metrics(),
-                    **packed.metrics(),
-                    **updated.metrics(),
-                    "sync_gap": Max(gap),
-                    **times,
-                }
-                _log(run, step, metrics, show)
-                shown = groups[: config.train.log_rollouts]
-                run.directory.log_rollouts(step, shown, credits)
-                if evaluated:
-                    _evaluate(run, step, show, should_stop)
+                collected = loop.roll_out(step)
+                credits = loop.give_credit(collected.groups)
+                packed = loop.pack(collected.groups, credits)
+                updated = loop.update(packed)
+                sync_gap = loop.sync()
+                loop.log(collected, credits, packed, updated, sync_gap)
+                if is_due(step, config.train.eval_every, config.train.steps):
+                    loop.evaluate()
                 if is_due(step, config.train.save_every, config.train.steps):
-                    _save(run, collector, step)
+                    loop.save()
         except Interrupted:
-            # --resume repeats the interrupted step with the same prompts and seeds
-            _save(run, collector, done)
+            loop.save()  # --resume repeats the interrupted step with the same prompts and seeds
         except FAULTS:
-            if done >= run.first_step:
-                _save(run, collector, done)
+            if loop.step >= run.first_step:
+                loop.save()
             raise
         if ranks.is_leader and run.directory.metrics.exists():
             write_report(run_dir)
 
 
-def _progress(run: Run) -> Progress:
+class TrainingLoop:
+    """The stages of a training step. All ranks call each stage at the same time.
+
+    Attributes:
+        step: the last step whose update is done; a checkpoint holds the state after it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        collector: Collector,
+        progress: Progress,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.step = run.first_step - 1
+        self._run, self._config, self._ranks = run, run.config, run.ranks
+        self._policy, self._critic = run.learner.policy, run.learner.critic
+        self._collector, self._progress, self._should_stop = collector, progress, should_stop
+        self._clock = Stopwatch(synchronize=self._policy.synchronize)
+        self._memory_advice = smaller_microbatches(
+            "train.tokens_per_microbatch",
+            run.config.train.tokens_per_microbatch,
+            least=run.config.rollout.max_context,
+            checkpointing=run.config.model.checkpointing,
+        )
+
+    def start(self) -> None:
+        """Load the weights into the sampler; evaluate them unless an earlier run has."""
+        run = self._run
+        with self._ranks.share_errors():
+            sync_weights(self._policy.model, run.setup.sampler, run.probe, run.tolerance)
+        if not run.evaluated:
+            self.evaluate()
+
+    def roll_out(self, step: int) -> CollectedGroups:
+        """Collect this rank's groups of a step."""
+        self._clock.lap()
+        with self._clock.phase("rollout"), self._ranks.share_errors():
+            if self._should_stop():
+                raise Interrupted
+            return self._collector.collect(step)
+
+    def give_credit(self, groups: Sequence[Group]) -> list[Credit]:
+        """Compute the advantages of every turn, with the critic's values if there is one."""
+        train, credit, values = self._config.train, self._config.credit, None
+        with self._clock.phase("score"), self._ranks.share_errors():
+            if self._critic is not None:
+                with explain_out_of_memory(OutOfMemory, self._memory_advice):
+                    values = self._critic.values(
+                        self._policy,
+                        groups,
+                        tokens_per_microbatch=train.tokens_per_microbatch,
+                        share_prefixes=train.share_prefixes,
+                    )
+            return assign_credits(groups, credit.rule, values=values, **credit.options)
+
+    def pack(self, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
+        """Pack this rank's share of the rows of all ranks."""
+        config, ranks = self._config, self._ranks
+        options = PackOptions(
+            normalizer=config.loss.normalizer,
+            constant=config.rollout.max_new_tokens * config.env.max_turns,
+            share_prefixes=config.train.share_prefixes,
+            # the critic learns from tokens without an advantage too
+            drop_idle=not needs_every_token(config.loss) and self._critic is None,
+            whole_trajectories=config.loss.ratio == "sequence",
+            attention_span=attention_span_of(self._policy.model),
+        )
+        with self._clock.phase("pack"):
+            with ranks.share_errors():
+                own_rows = trainable_rows(groups, credits)
+            rows = join_ranks(ranks.all_gather_arrays(own_rows.arrays()))
+            with ranks.share_errors():
+                return pack_step(
+                    rows,
+                    budget=config.train.tokens_per_microbatch,
+                    options=options,
+                    device=self._policy.device,
+                    rank=ranks.rank,
+                    num_ranks=ranks.size,
+                )
+
+    def update(self, packed: Packed) -> Update:
+        """Take the optimizer steps of a training step, which is done then."""
+        loss, temperature = self._config.loss, self._config.rollout.temperature
+        batches: Sequence[Batch] = packed.batches
+        with self._clock.phase("train"):
+            if self._run.reference is not None:
+                with (
+                    self._ranks.share_errors(),
+                    explain_out_of_memory(OutOfMemory, self._memory_advice),
+                ):
+                    batches = with_reference(
+                        batches, self._run.reference, loss, temperature=temperature
+                    )
+            updated = update(
+                self._run.learner,
+                batches,
+                loss,
+                temperature=temperature,
+                num_updates=self._config.train.updates_per_step,
+                check_gap=self._check_gap,
+                memory_advice=self._memory_advice,
+            )
+        self.step += 1
+        return updated
+
+    def sync(self) -> float:
+        """Load the new weights into the sampler, and check that all ranks have the same.
+
+        Returns:
+            See `sync_after_step`.
+        """
+        run, train, model = self._run, self._config.train, self._policy.model
+        probed = train.overlap or is_due(self.step, train.eval_every, train.steps)
+        with self._clock.phase("rollout"):
+            self._collector.wait()
+        with self._clock.phase("sync"), self._ranks.share_errors():
+            gap = sync_after_step(model, run.setup.sampler, run.probe, run.tolerance, probed=probed)
+        self._ranks.check_equal_weights(model.parameters())
+        return gap
+
+    def log(
+        self,
+        collected: CollectedGroups,
+        credits: Sequence[Credit],
+        packed: Packed,
+        updated: Update,
+        sync_gap: float,
+    ) -> None:
+        """Log the metrics and some of the rollouts of a step."""
+        times = self._clock.lap()
+        metrics = {
+            **summarise(collected.groups, credits),
+            **diagnose(collected.groups, credits),
+            **collected.metrics(),
+            **packed.metrics(),
+            **updated.metrics(),
+            "sync_gap": Max(sync_gap),
+            **times,
+        }
+        self._log_metrics(metrics)
+        shown = collected.groups[: self._config.train.log_rollouts]
+        self._run.directory.log_rollouts(self.step, shown, credits)
+
+    def evaluate(self) -> None:
+        """Evaluate on held-out tasks, if the environment has any, and log the result."""
+        run, train = self._run, self._config.train
+        if not run.setup.env.tasks("eval"):
+            return
+        with self._ranks.share_errors():
+            metrics, groups = evaluate(
+                run.setup, train.eval_tasks, should_stop=self._should_stop, ranks=self._ranks
+            )
+        self._log_metrics(metrics)
+        run.directory.log_rollouts(self.step, groups[: train.log_rollouts], split="eval")
+
+    def save(self) -> None:
+        """Save a checkpoint of the last completed step."""
+        progress = {"kind": "train", **self._collector.state(self.step)}
+        with self._ranks.share_errors():
+            if self._ranks.is_leader:
+                save_checkpoint(
+                    self._run.directory.checkpoints,
+                    self.step,
+                    training_state(self._run.learner),
+                    progress=progress,
+                    keep=self._config.train.keep_checkpoints,
+                )
+
+    def _check_gap(self, gap: Gap) -> None:
+        """Check the sampled tokens' log-probs, which verifies the last weight sync."""
+        if self._config.train.overlap:
+            return  # they come from older weights; a probe has verified the sync
+        dtype = self._policy.model.dtype
+        check_logprob_gap(gap.mean, gap.largest, tolerance=self._run.tolerance, dtype=dtype)
+
+    def _log_metrics(self, metrics: Metrics) -> None:
+        values = reduce_metrics(self._ranks.all_gather(to_plain(metrics)))
+        self._run.directory.log(self.step, values)
+        self._progress.step(self.step, values)
+
+
+def _open_progress(run: Run) -> Progress:
     # only rank 0 prints
     stream = None if run.ranks.is_leader else io.StringIO()
     steps = run.config.train.steps
-    show = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
-    show.note(
+    progress = Progress(run.directory.path, steps, done=run.first_step - 1, stream=stream)
+    progress.note(
         f"sampler  {choose_backend(run.config.sampler)} on {run.learner.policy.device.type}, "
         f"{run.setup.sampler.capacity} rollouts at a time"
     )
-    return show
+    return progress
 
 
-def _credit(run: Run, groups: Sequence[Group]) -> list[Credit]:
-    config, values = run.config, None
-    if run.learner.critic is not None:
-        with explain_out_of_memory(OutOfMemory, _memory_advice(config)):
-            values = run.learner.critic.values(
-                run.learner.policy,
-                groups,
-                tokens_per_microbatch=config.train.tokens_per_microbatch,
-                share_prefixes=config.train.share_prefixes,
-            )
-    return assign_credits(groups, config.credit.rule, values=values, **config.credit.options)
-
-
-def _pack(run: Run, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
-    """Pack this rank's share of the rows of all ranks."""
-    config, ranks = run.config, run.ranks
-    options = PackOptions(
-        normalizer=config.loss.normalizer,
-        constant=config.rollout.max_new_tokens * config.env.max_turns,
-        share_prefixes=config.train.share_prefixes,
-        # the critic learns from tokens without an advantage too
-        drop_idle=not needs_every_token(config.loss) and run.learner.critic is None,
-        whole_trajectories=config.loss.ratio == "sequence",
-        attention_span=attention_span_of(run.learner.policy.model),
+def _open_collector(run: Run, should_stop: Callable[[], bool]) -> Collector:
+    return Collector(
+        run.setup,
+        run.prompts,
+        run.config.train,
+        run.config.credit,
+        first_step=run.first_step,
+        should_stop=should_stop,
+        ranks=run.ranks,
     )
-    with ranks.share_errors():
-        own_rows = trainable_rows(groups, credits)
-    rows = join_ranks(ranks.all_gather_arrays(own_rows.arrays()))
-    with ranks.share_errors():
-        return pack_step(
-            rows,
-            budget=config.train.tokens_per_microbatch,
-            options=options,
-            device=run.learner.policy.device,
-            rank=ranks.rank,
-            num_ranks=ranks.size,
-        )
-
-
-def _update(run: Run, packed: Packed) -> Update:
-    loss, temperature = run.config.loss, run.config.rollout.temperature
-    advice = _memory_advice(run.config)
-    batches: Sequence[Batch] = packed.batches
-    if run.reference is not None:
-        with run.ranks.share_errors(), explain_out_of_memory(OutOfMemory, advice):
-            batches = with_reference(batches, run.reference, loss, temperature=temperature)
-    return update(
-        run.learner,
-        batches,
-        loss,
-        temperature=temperature,
-        num_updates=run.config.train.updates_per_step,
-        check_gap=_gap_check(run),
-        memory_advice=advice,
-    )
-
-
-def _memory_advice(config: Config) -> str:
-    return smaller_microbatches(
-        "train.tokens_per_microbatch",
-        config.train.tokens_per_microbatch,
-        least=config.rollout.max_context,
-        checkpointing=config.model.checkpointing,
-    )
-
-
-def _gap_check(run: Run) -> Callable[[Gap], None]:
-    """The check of the sampled tokens' log-probs, which verifies the last weight sync."""
-    if run.config.train.overlap:  # they come from older weights; a probe has verified the sync
-        return lambda gap: None
-    return lambda gap: check_logprob_gap(
-        gap.mean, gap.largest, tolerance=run.tolerance, dtype=run.learner.policy.model.dtype
-    )
-
-
-def _log(run: Run, step: int, metrics: Metrics, show: Progress) -> None:
-    values = reduce_metrics(run.ranks.all_gather(to_plain(metrics)))
-    run.directory.log(step, values)
-    show.step(step, values)
-
-
-def _evaluate(run: Run, step: int, show: Progress, should_stop: Callable[[], bool]) -> None:
-    if not run.setup.env.tasks("eval"):
-        return
-    num_tasks = run.config.train.eval_tasks
-    with run.ranks.share_errors():
-        metrics, groups = evaluate(run.setup, num_tasks, should_stop=should_stop, ranks=run.ranks)
-    _log(run, step, metrics, show)
-    run.directory.log_rollouts(step, groups[: run.config.train.log_rollouts], split="eval")
-
-
-def _save(run: Run, collector: Collector, step: int) -> None:
-    progress = {"kind": "train", **collector.state(step)}
-    with run.ranks.share_errors():
-        if run.ranks.is_leader:
-            save_checkpoint(
-                run.directory.checkpoints,
-                step,
-                training_state(run.learner),
-                progress=progress,
-                keep=run.config.train.keep_checkpoints,
-            )

@@ -25,18 +25,16 @@ from .signature import suggest
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe, from its path or the name of a shipped one (`demo` for `demo.toml`)."""
-    path = Path(name)
-    if path.suffix == ".toml" or path.is_file():
-        if not path.is_file():
-            raise ConfigError(f"{name}: no such recipe file{suggest(name, shipped_recipes())}")
-        return path
     shipped = shipped_recipes()
+    if Path(name).is_file():
+        return Path(name)
     if name not in shipped:
         raise ConfigError(f"{name}: no such recipe{suggest(name, shipped)}")
     return shipped[name]
 
 
 def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
     folder = Path(str(resources.files("turnfast") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
@@ -47,7 +45,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         recipe: path of a TOML file, or the name of a shipped recipe.
         overrides: `["--loss.clip-high", "0.28", "--env.options.hops=2", …]`; a value is parsed
-            as TOML or, if that fails, taken as a string.
+            as TOML or, if that fails, used as a string.
     Raises:
         ConfigError: unknown field, wrong type, conflict of fields, unreadable file.
     """
@@ -58,7 +56,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    flags = dict(_parse_flags(overrides))
+    flags = _parse_flags(overrides)
     for dotted, value in flags.items():
         _set(tree, dotted, value)
     return build_config(tree, source=str(path), flags=flags)
@@ -74,19 +72,15 @@ def build_config(
     """
     try:
         config = Config.model_validate(_lists_to_tuples(tree))
+        mistakes = list(find_conflicts(config))
+        if not mistakes:
+            return config
     except ValidationError as error:
-        raise _config_error([_explain(item) for item in error.errors()], source, flags) from None
-    conflicts = find_conflicts(config)
-    if conflicts:
-        raise _config_error(conflicts, source, flags)
-    return config
+        mistakes = [_explain(item) for item in error.errors()]
+    raise ConfigError("\n".join(_with_source(line, source, flags) for line in mistakes))
 
 
-def _config_error(lines: Sequence[str], source: str, flags: Collection[str]) -> ConfigError:
-    return ConfigError("\n".join(_blame(line, source, flags) for line in lines))
-
-
-def _blame(line: str, source: str, flags: Collection[str]) -> str:
+def _with_source(line: str, source: str, flags: Collection[str]) -> str:
     flag = next((flag for flag in flags if line.startswith((f"{flag}:", f"{flag}."))), None)
     return f"{source}: {line}" if flag is None else f"--{line}"
 
@@ -114,21 +108,18 @@ def describe_fields() -> list[str]:
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _fields(kind, f"{prefix}{name}.")
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from _fields(section, f"{prefix}{name}.")
         else:
             yield prefix + name, info
 
 
-def _choices(kind: Any) -> str:
+def _choices(annotation: Any) -> str:
     """`token | turn | sequence` for a field with several choices."""
-    words = [word for part in (kind, *get_args(kind)) for word in _words(part)]
-    return " | ".join(words) if len(words) > 1 else ""
-
-
-def _words(kind: Any) -> list[str]:
-    return [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []
+    parts = (annotation, *get_args(annotation))
+    choices = [str(x) for part in parts if get_origin(part) is Literal for x in get_args(part)]
+    return " | ".join(choices) if len(choices) > 1 else ""
 
 
 def _explain(item: Any) -> str:
@@ -152,8 +143,8 @@ def suggest_field(dotted: str) -> str:
     return suggest(dotted, field_names() if "." in dotted else Config.model_fields)
 
 
-def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:
-    flags: list[tuple[str, Any]] = []
+def _parse_flags(words: Sequence[str]) -> dict[str, Any]:
+    flags: dict[str, Any] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
@@ -166,7 +157,7 @@ def _parse_flags(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not queue:
                 raise ConfigError(f"--{name}: a value is missing")
             text = queue.pop(0)
-        flags.append((name.replace("-", "_"), _toml_value(text)))
+        flags[name.replace("-", "_")] = _toml_value(text)
     return flags
 
 
@@ -188,7 +179,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _lists_to_tuples(node: Any, depth: int = 0) -> Any:
-    # TOML has no tuples, and strict validation takes none for a list outside free-form options
+    # TOML has lists only, and strict validation accepts none for a tuple; free options keep theirs
     if isinstance(node, Mapping):
         return {
             key: value if depth == 1 and key == "options" else _lists_to_tuples(value, depth + 1)

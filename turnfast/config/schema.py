@@ -26,46 +26,36 @@ class Section(BaseModel):
     )
 
 
+def _field(default: Any, description: str) -> Any:
+    return Field(default=default, description=description)
+
+
 class LoraConfig(Section):
     """A LoRA adapter, trained instead of the model; field names as in peft."""
 
-    r: Count = Field(
-        default=0,
-        description="rank of the adapter; 0: train the model itself; set optim.lr >= 1e-5",
-    )
-    lora_alpha: PositiveInt = Field(
-        default=32, description="the update is scaled by lora_alpha / r"
-    )
-    target_modules: tuple[str, ...] = Field(
-        default=(), description="suffixes of layer names; (): all linear layers except the head"
-    )
+    r: Count = _field(0, "rank of the adapter; 0: train the model itself; set optim.lr >= 1e-5")
+    lora_alpha: PositiveInt = _field(32, "the update is scaled by lora_alpha / r")
+    target_modules: tuple[str, ...] = _field((), "suffixes of layer names; (): all but the head")
 
 
 class ModelConfig(Section):
-    path: str = Field(
-        default="tiny", description="hub name, model folder, or 'tiny' for the built-in model"
+    path: str = _field("tiny", "hub name, model folder, or 'tiny' for the built-in model")
+    dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "dtype of the weights; auto: bfloat16 on CUDA, else float32"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="dtype of the weights; auto: bfloat16 on CUDA, else float32"
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = _field(
+        "auto", "attention over packed rows"
     )
-    attention: Literal["auto", "flash", "varlen", "sdpa"] = Field(
-        default="auto", description="attention over packed rows"
+    checkpointing: bool = _field(False, "recompute activations in the backward pass to save memory")
+    liger: Literal["auto"] | bool = _field(
+        "auto", "Liger kernels for norm, rotary embedding and MLP; auto: on CUDA"
     )
-    freeze_head: bool = Field(default=False, description="do not train the output projection")
-    checkpointing: bool = Field(
-        default=False, description="recompute activations in the backward pass to save memory"
+    compile: bool = _field(False, "use torch.compile, without the head")
+    renderer: str = _field(
+        "template", "'template': the model's chat template; else a name in the package renderers"
     )
-    liger: Literal["auto"] | bool = Field(
-        default="auto", description="Liger kernels for norm, rotary embedding, MLP; auto: on CUDA"
-    )
-    compile: bool = Field(default=False, description="use torch.compile, without the head")
-    renderer: str = Field(
-        default="template",
-        description="'template': the model's chat template; else a name in the package renderers",
-    )
-    template_options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict,
-        description="variables of the chat template, such as enable_thinking = false",
+    template_options: dict[str, bool | int | float | str] = _field(
+        {}, "variables of the chat template, such as enable_thinking = false"
     )
     lora: LoraConfig = LoraConfig()
 
@@ -74,190 +64,133 @@ class RewardConfig(Section):
     """One entry of `[[env.rewards]]`: a function added to the rewards of the environment."""
 
     function: str = Field(description="a built-in reward, or 'module:function' of your own")
-    on: Literal["turn", "call", "outcome"] = Field(
-        default="outcome", description="score every turn, turns with tool calls, or the trajectory"
+    on: Literal["turn", "call", "outcome"] = _field(
+        "outcome", "score every turn, turns with tool calls, or the trajectory"
     )
-    weight: float = 1.0
-    deadline_s: PositiveFloat = 10.0
-    name: str = Field(default="", description="name in the metrics; '': the function's name")
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the function")
+    weight: float = _field(1.0, "factor of the returned reward")
+    deadline_s: PositiveFloat = _field(10.0, "seconds per call; a late reward fails the rollout")
+    name: str = _field("", "name in the metrics; '': the function's name")
+    options: dict[str, Any] = _field({}, "arguments of the function")
 
 
 class EnvConfig(Section):
-    name: str = Field(
-        default="lookup", description="a built-in environment, or 'module:Class' of your own"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the class")
-    rewards: tuple[RewardConfig, ...] = Field(
-        default=(), description="more reward functions, as [[env.rewards]]"
-    )
-    max_turns: PositiveInt = Field(default=4, description="turns per trajectory")
-    tool_timeout_s: PositiveFloat = Field(default=10.0, description="seconds per tool call")
+    name: str = _field("lookup", "a built-in environment, or 'module:Class' of your own")
+    options: dict[str, Any] = _field({}, "arguments of the class")
+    rewards: tuple[RewardConfig, ...] = _field((), "more reward functions, as [[env.rewards]]")
+    max_turns: PositiveInt = _field(4, "turns per trajectory")
+    tool_timeout_s: PositiveFloat = _field(10.0, "seconds per tool call")
 
 
 class RolloutConfig(Section):
-    prompts_per_step: PositiveInt = Field(default=16, description="groups per training step")
-    group_size: PositiveInt = Field(default=8, description="rollouts per prompt")
-    max_new_tokens: PositiveInt = Field(default=256, description="sampled tokens per turn")
-    max_context: PositiveInt = Field(
-        default=2048, description="tokens per trajectory: prompt, replies and sampled tokens"
+    prompts_per_step: PositiveInt = _field(16, "groups per training step")
+    group_size: PositiveInt = _field(8, "rollouts per prompt")
+    max_new_tokens: PositiveInt = _field(256, "sampled tokens per turn")
+    max_context: PositiveInt = _field(2048, "tokens per trajectory, prompt included")
+    temperature: PositiveFloat = _field(1.0, "sampling temperature")
+    oversample: Share = _field(0.0, "share of extra prompts per step; the slowest are dropped")
+    refill_waves: Count = _field(
+        0, "replace groups without signal, up to this many × prompts_per_step"
     )
-    temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
-    oversample: Share = Field(
-        default=0.0, description="extra prompts started per step, as a share; the slowest wait"
+    overlong: Literal["train", "mask", "penalty"] = _field(
+        "train", "trajectories cut by a limit: train, leave out, or penalise long turns"
     )
-    refill_waves: Count = Field(
-        default=0,
-        description="replace groups without signal, by up to this many times prompts_per_step",
+    overlong_buffer: PositiveInt = _field(
+        64, "last tokens of a turn, over which the penalty grows to 1"
     )
-    overlong: Literal["train", "mask", "penalty"] = Field(
-        default="train", description="what to do with trajectories cut off by a limit"
-    )
-    overlong_buffer: PositiveInt = Field(
-        default=64, description="tokens before max_new_tokens over which the penalty grows to 1"
-    )
-    max_error_share: Share = Field(
-        default=0.2, description="end the run if a larger share of a step's rollouts fails"
-    )
-    trajectory_timeout_s: PositiveFloat = Field(
-        default=600.0, description="a trajectory that takes longer counts as failed"
-    )
-    step_timeout_s: PositiveFloat = Field(
-        default=3600.0, description="end the run if the rollouts of a step take longer"
-    )
+    max_error_share: Share = _field(0.2, "a larger share of failed rollouts ends the run")
+    trajectory_timeout_s: PositiveFloat = _field(600.0, "a slower trajectory counts as failed")
+    step_timeout_s: PositiveFloat = _field(3600.0, "slower rollouts of a step end the run")
 
 
 class SamplerConfig(Section):
-    backend: Literal["auto", "vllm", "local"] = Field(
-        default="auto", description="auto: vLLM if it can be used, else the trainer's own model"
+    backend: Literal["auto", "vllm", "local"] = _field(
+        "auto", "auto: vLLM if it can be used, else the trainer's own model"
     )
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.45, description="the sampler's share of the GPU memory"
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = _field(
+        0.45, "the sampler's share of the GPU memory"
     )
-    max_sequences: PositiveInt = Field(
-        default=256, description="rollouts that generate at the same time"
-    )
-    sleep: bool = Field(
-        default=True, description="free the sampler's memory during training (CUDA, no overlap)"
-    )
-    probe_tolerance: PositiveFloat | None = Field(
-        default=None,
-        description="largest log-prob gap between sampler and trainer; None: depends on the dtype",
+    max_sequences: PositiveInt = _field(256, "rollouts that generate at the same time")
+    sleep: bool = _field(True, "free vLLM's memory during training (CUDA, no overlap)")
+    probe_tolerance: PositiveFloat | None = _field(
+        None, "largest log-prob gap between sampler and trainer; None: depends on the dtype"
     )
 
 
 class CreditConfig(Section):
-    rule: str = Field(default="mt_grpo", description="credit rule; see the README for the list")
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the rule")
+    rule: str = _field("mt_grpo", "credit rule; see the README for the list")
+    options: dict[str, Any] = _field({}, "arguments of the rule")
 
 
 class LossConfig(Section):
-    clip_low: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.2, description="the ratio is clipped below 1 - clip_low"
+    clip_low: Annotated[float, Field(gt=0, le=1)] = _field(
+        0.2, "lower limit of the ratio: 1 - clip_low"
     )
-    clip_high: PositiveFloat = Field(
-        default=0.2, description="the ratio is clipped above 1 + clip_high"
+    clip_high: PositiveFloat = _field(0.2, "upper limit of the ratio: 1 + clip_high")
+    ratio: Literal["token", "turn", "sequence"] = _field("token", "unit of the importance ratio")
+    kind: Literal["ppo", "cispo"] = _field("ppo", "clipped objective")
+    dual_clip: Annotated[float, Field(gt=1)] | None = _field(
+        None, "upper bound on the ratio where the advantage is negative"
     )
-    ratio: Literal["token", "turn", "sequence"] = Field(
-        default="token", description="unit of the importance ratio"
+    entropy_coef: float = _field(0.0, "weight of the entropy bonus")
+    kl_coef: NonNegative = _field(0.0, "weight of the KL term (k3); 0: no reference policy")
+    reference: str = _field("start", "reference policy: 'start' (the initial model) or a folder")
+    is_cap: PositiveFloat | None = _field(
+        None, "cap of the importance weight between trainer and sampler; None: no weight"
     )
-    kind: Literal["ppo", "cispo"] = Field(default="ppo", description="clipped objective")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        default=None, description="upper bound on the ratio where the advantage is negative"
+    old_logprobs: Literal["trainer", "sampler"] = _field(
+        "trainer", "log-probs in the denominator of the ratio"
     )
-    entropy_coef: float = Field(default=0.0, description="weight of the entropy bonus")
-    kl_coef: NonNegative = Field(
-        default=0.0, description="weight of the KL term (k3); 0: no reference policy is loaded"
+    max_logprob_gap: PositiveFloat = _field(0.02, "largest mean gap with old_logprobs = 'sampler'")
+    normalizer: Literal["token", "sequence", "constant"] = _field(
+        "token", "unit that the loss is averaged over"
     )
-    reference: str = Field(
-        default="start", description="reference policy: 'start' (the initial model) or a folder"
-    )
-    is_cap: PositiveFloat | None = Field(
-        default=None, description="cap of the importance weight between trainer and sampler"
-    )
-    old_logprobs: Literal["trainer", "sampler"] = Field(
-        default="trainer", description="whose log-probs are the ratio's denominator"
-    )
-    max_logprob_gap: PositiveFloat = Field(
-        default=0.02, description="largest mean gap at which the sampler's can be reused"
-    )
-    normalizer: Literal["token", "sequence", "constant"] = Field(
-        default="token", description="what the loss is averaged over"
-    )
-    impl: Literal["auto", "reference", "cpp", "triton"] = Field(
-        default="auto", description="implementation of the loss head"
+    impl: Literal["auto", "reference", "cpp", "triton"] = _field(
+        "auto", "implementation of the loss head"
     )
 
 
 class CriticConfig(Section):
     """For the rules in `VALUE_RULES` only."""
 
-    lr_factor: PositiveFloat = Field(
-        default=10.0, description="learning rate of the critic, as a multiple of optim.lr"
-    )
-    coef: NonNegative = Field(default=0.5, description="weight of the value loss")
-    clip: PositiveFloat | None = Field(
-        default=0.2, description="largest change of a value within a step"
-    )
+    lr_factor: PositiveFloat = _field(10.0, "learning rate as a multiple of optim.lr")
+    coef: NonNegative = _field(0.5, "weight of the value loss")
+    clip: PositiveFloat | None = _field(0.2, "largest change of a value within a step")
 
 
 class OptimConfig(Section):
-    lr: PositiveFloat = Field(
-        default=1e-6, description="learning rate of AdamW, constant after the warm-up"
-    )
-    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.99), description="betas of AdamW")
-    weight_decay: NonNegative = Field(default=0.0, description="decoupled weight decay")
-    warmup_steps: Count = Field(default=20, description="steps of linear warm-up")
-    grad_clip: PositiveFloat = Field(default=0.1, description="largest norm of the gradient")
-    state: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="dtype of AdamW's moments"
-    )
+    lr: PositiveFloat = _field(1e-6, "learning rate of AdamW, constant after the warm-up")
+    betas: tuple[Momentum, Momentum] = _field((0.9, 0.99), "betas of AdamW")
+    weight_decay: NonNegative = _field(0.0, "decoupled weight decay")
+    warmup_steps: Count = _field(20, "steps of linear warm-up")
+    grad_clip: PositiveFloat = _field(0.1, "largest norm of the gradient")
+    state: Literal["float32", "bfloat16"] = _field("float32", "dtype of AdamW's moments")
 
 
 class TrainConfig(Section):
-    steps: PositiveInt = Field(default=300, description="training steps")
-    updates_per_step: PositiveInt = Field(
-        default=1, description="optimizer steps on each step's rollouts"
-    )
-    tokens_per_microbatch: PositiveInt = Field(
-        default=16384, description="bounds the memory; does not change the result"
-    )
-    overlap: bool = Field(
-        default=False, description="roll out the next step during training; needs loss.is_cap"
-    )
-    share_prefixes: bool = Field(
-        default=True, description="compute the common prefix of several rows once"
-    )
-    seed: int = Field(default=0, description="seed of data order, sampling and new weights")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: CUDA if available"
-    )
-    eval_every: Count = Field(
-        default=20, description="steps between evaluations; 0: at the start and the end only"
-    )
-    eval_tasks: PositiveInt = Field(default=128, description="held-out tasks per evaluation")
-    save_every: Count = Field(
-        default=50, description="steps between checkpoints; 0: at the end only"
-    )
-    keep_checkpoints: PositiveInt = Field(default=2, description="newest checkpoints to keep")
-    log_rollouts: Count = Field(default=4, description="groups per step in rollouts.jsonl")
-    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        default=(), description="trackers that get a copy of the metrics"
+    steps: PositiveInt = _field(300, "training steps")
+    updates_per_step: PositiveInt = _field(1, "optimizer steps on each step's rollouts")
+    tokens_per_microbatch: PositiveInt = _field(16384, "bounds the memory, not the result")
+    overlap: bool = _field(False, "roll out the next step during training; needs loss.is_cap")
+    share_prefixes: bool = _field(True, "compute the common prefix of several rows once")
+    seed: int = _field(0, "seed of data order, sampling and new weights")
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "auto: CUDA if available")
+    eval_every: Count = _field(20, "steps between evaluations; 0: at the start and the end only")
+    eval_tasks: PositiveInt = _field(128, "held-out tasks per evaluation")
+    save_every: Count = _field(50, "steps between checkpoints; 0: at the end only")
+    keep_checkpoints: PositiveInt = _field(2, "newest checkpoints to keep")
+    log_rollouts: Count = _field(4, "groups per step in rollouts.jsonl")
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = _field(
+        (), "trackers that get a copy of the metrics"
     )
 
 
 class SftConfig(Section):
-    data: str = Field(
-        default="", description="JSONL file of conversations; '': the environment's demonstrations"
+    data: str = _field("", "JSONL file of conversations; '': the environment's demonstrations")
+    steps: PositiveInt = _field(600, "optimizer steps")
+    lr: PositiveFloat = _field(
+        1e-5, "initial learning rate, decays to 0; 1e-4 for an adapter, 1e-3 for 'tiny'"
     )
-    steps: PositiveInt = Field(default=600, description="optimizer steps")
-    lr: PositiveFloat = Field(
-        default=1e-5,
-        description="initial learning rate, decays to 0; 1e-4 for an adapter, 1e-3 for 'tiny'",
-    )
-    batch_tokens: PositiveInt = Field(
-        default=8192, description="tokens per optimizer step; bounds the memory"
-    )
+    batch_tokens: PositiveInt = _field(8192, "tokens per optimizer step; bounds the memory")
 
 
 class Config(Section):

@@ -1,7 +1,7 @@
 """Checks of a recipe that need no weights: packages, device, model, environment, credit rule.
 
 A dry run and every command that starts something run the same checks. Conflicts between two fields
-are found earlier, when the recipe is read: see config/conflicts.py.
+are reported earlier, when the recipe is read: see config/conflicts.py.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def check_model(config: Config, env: Env) -> Any:
 
 
 def corpus_of(env: Env) -> Corpus | None:
-    """What the tokenizer of the tiny model is trained on, None where the environment has none."""
+    """The texts for the tokenizer of the tiny model; None if the environment has none."""
     return env.corpus if isinstance(env, Demonstrator) else None
 
 
@@ -99,7 +99,7 @@ def build_on_meta(
 def check_chat(config: ModelConfig, env: Env) -> None:
     """Raise ConfigError unless the model has a tokenizer and a chat template that can be used."""
     if config.path == TINY:
-        return  # its tokenizer and template are made for it
+        return
     folder = Path(config.path).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -122,15 +122,15 @@ def check_even_ranks(config: RolloutConfig, num_ranks: int) -> None:
 def check_rounded_adapter(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the sampler rounds the adapter and no importance weight corrects it.
 
-    vLLM gets W + B A rounded to the model's dtype. Where B A is below half the last digit of W it
-    samples from W, and the ratio between the two policies would be taken for 1.
+    vLLM gets W + B A rounded to the model's dtype. Where B A is less than half the last digit of W,
+    vLLM samples with W alone. The local sampler uses the trainer's own module, adapter included.
     """
     dtype = dtype_of(config.model, device)
-    weighed = config.loss.is_cap is not None or config.loss.old_logprobs == "sampler"
-    if not config.model.lora.r or dtype == torch.float32 or weighed:
+    corrected = config.loss.is_cap is not None or config.loss.old_logprobs == "sampler"
+    if not config.model.lora.r or dtype == torch.float32 or corrected:
         return
     if choose_backend(config.sampler) == "local":
-        return  # it samples with the trainer's own module, adapter included
+        return
     raise ConfigError(
         f"loss.is_cap: vLLM samples with the adapter merged and rounded to "
         f"{str(dtype).removeprefix('torch.')}, so its policy differs from the trainer's; set "

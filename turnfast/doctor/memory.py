@@ -58,14 +58,14 @@ class Estimate:
     CPU, unless MALLOC_MMAP_THRESHOLD_ is set.
 
     Attributes:
-        weights: of the policy, and of a reference policy that is a model of its own.
+        weights: of the policy, and of the reference policy if it is a second model.
         gradients: float32 sums; with low-precision weights also the largest single gradient.
         optimizer: moments, and float32 master copies of low-precision weights.
         activations: what autograd keeps of one micro-batch of `tokens` tokens.
         loss_head: gradient of the hidden states, and one chunk of logits.
         workspace: of the optimizer step.
         merged: the layers with a LoRA adapter, merged for a checkpoint.
-        machine: memory of the device, None if unknown.
+        available: memory of the device, None if unknown.
     """
 
     architecture: str
@@ -81,13 +81,13 @@ class Estimate:
     workspace: int
     sampler: SamplerMemory
     merged: int
-    machine: int | None
+    available: int | None
 
     @property
     def training(self) -> int:
         """Peak of training, without the sampler."""
-        held = self.weights + self.gradients + self.optimizer
-        return held + max(self.activations + self.loss_head, self.workspace)
+        always = self.weights + self.gradients + self.optimizer
+        return always + max(self.activations + self.loss_head, self.workspace)
 
     @property
     def rollout(self) -> int:
@@ -110,8 +110,6 @@ def estimate(config: Config) -> Estimate:
     architecture = load_architecture(config.model.path, max_context=config.rollout.max_context)
     model = build_on_meta(config.model, architecture, dtype, attention=ATTENTION)
     head = model.get_output_embeddings().weight
-    if config.model.freeze_head:
-        head.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     num_trained = sum(p.numel() for p in trained)
     # with an adapter the reference is the policy with the adapter off
@@ -135,71 +133,69 @@ def estimate(config: Config) -> Estimate:
         optimizer=num_trained * (master_bytes + 2 * DTYPES[config.optim.state].itemsize),
         activations=_activations(model, config, device),
         loss_head=min(HEAD_CHUNK_BYTES[device.type], 4 * V * tokens) + 4 * D * tokens,
-        workspace=(
-            int(min(1.0, largest_trained / WORKSPACE) * WORKSPACE_BYTES)
-            if config.optim.state == "bfloat16"
-            else 0
-        ),
+        workspace=int(min(1.0, largest_trained / WORKSPACE) * WORKSPACE_BYTES)
+        if config.optim.state == "bfloat16"
+        else 0,
         sampler=_sampler(config, model, dtype, device),
         merged=_size(p for name, p in model.named_parameters() if ".base_layer." in name),
-        machine=_machine(device),
+        available=_memory_of(device),
     )
 
 
-def describe(config: Config, found: Estimate) -> str:
+def describe(config: Config, memory: Estimate) -> str:
     """Format the estimate for a terminal."""
     sizes = {
-        "weights": found.weights,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer,
-        "activations": found.activations,
-        "loss head": found.loss_head,
-        "optimizer step": found.workspace,
-        "training, peak": found.training,
-        "sampler, asleep": found.sampler.asleep,
-        "sampler, awake": found.sampler.awake,
-        "merged adapter": found.merged,
-        "peak": found.peak,
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "loss head": memory.loss_head,
+        "optimizer step": memory.workspace,
+        "training, peak": memory.training,
+        "sampler, asleep": memory.sampler.asleep,
+        "sampler, awake": memory.sampler.awake,
+        "merged adapter": memory.merged,
+        "peak": memory.peak,
     }
     checkpointing = ", with activation checkpointing" if config.model.checkpointing else ""
-    return "\n".join(
-        [
-            f"model         {found.architecture}, {found.parameters / 1e6:,.1f} M parameters, "
-            f"{found.dtype}, on {found.device}",
-            f"token budget  {found.tokens:,} per micro-batch (train.tokens_per_microbatch); a row "
-            f"has at most {config.rollout.max_context:,} (rollout.max_context)",
-            f"sampler       {found.sampler.backend}, {found.sampler.sequences:,} sequences at the "
-            "same time",
-            f"optimizer     AdamW, moments in {config.optim.state}; activations of one micro-batch"
-            f"{checkpointing}",
-            "memory        MiB",
-            *(f"  {name:<20}{size / 2**20:>12,.1f}" for name, size in sizes.items()),
-            verdict(found),
-        ]
-    )
+    rows = "\n".join(f"  {name:<20}{size / 2**20:>12,.1f}" for name, size in sizes.items())
+    return f"""\
+model         {memory.architecture}, {memory.parameters / 1e6:,.1f} M parameters, \
+{memory.dtype}, on {memory.device}
+token budget  {memory.tokens:,} per micro-batch (train.tokens_per_microbatch); a row has at most \
+{config.rollout.max_context:,} (rollout.max_context)
+sampler       {memory.sampler.backend}, {memory.sampler.sequences:,} sequences at the same time
+optimizer     AdamW, moments in {config.optim.state}; activations of one micro-batch{checkpointing}
+memory        MiB
+{rows}
+{verdict(memory)}"""
 
 
-def verdict(found: Estimate) -> str:
+def verdict(memory: Estimate) -> str:
     """Whether the run fits in memory; if not, the field that lowers the largest part."""
-    needed = f"{found.peak / 2**30:,.1f} GiB"
-    if found.machine is None:
-        return f"needs {needed}; the memory of the {found.device} is unknown"
-    available = f"{found.machine / 2**30:,.1f} GiB"
-    if found.peak <= found.machine:
+    needed = f"{memory.peak / 2**30:,.1f} GiB"
+    if memory.available is None:
+        return f"needs {needed}; the memory of the {memory.device} is unknown"
+    available = f"{memory.available / 2**30:,.1f} GiB"
+    if memory.peak <= memory.available:
         return f"fits: {needed} of {available}"
-    in_training = found.training + found.sampler.asleep > found.machine
-    sizes = {
-        "lower train.tokens_per_microbatch, or set model.checkpointing = true": (
-            found.activations + found.loss_head if in_training else 0
+    training = memory.training + memory.sampler.asleep > memory.available
+    sampler_field = "gpu_memory" if memory.device == "cuda" else "max_sequences"
+    options = [
+        (
+            memory.activations + memory.loss_head if training else 0,
+            "lower train.tokens_per_microbatch, or set model.checkpointing = true",
         ),
-        "train an adapter with model.lora.r, or set optim.state = 'bfloat16'": (
-            found.optimizer + (found.gradients if in_training else 0)
+        (
+            memory.optimizer + (memory.gradients if training else 0),
+            "train an adapter with model.lora.r, or set optim.state = 'bfloat16'",
         ),
-        f"lower sampler.{'gpu_memory' if found.device == 'cuda' else 'max_sequences'}": (
-            found.sampler.asleep if in_training else found.sampler.awake
+        (
+            memory.sampler.asleep if training else memory.sampler.awake,
+            f"lower sampler.{sampler_field}",
         ),
-    }
-    return f"does not fit: {needed} of {available}; {max(sizes, key=lambda name: sizes[name])}"
+    ]
+    return f"does not fit: {needed} of {available}; {max(options)[1]}"
 
 
 def _activations(model: Any, config: Config, device: torch.device) -> int:
@@ -239,7 +235,7 @@ def _activations(model: Any, config: Config, device: torch.device) -> int:
 
 
 class _SaveForBackward(torch.autograd.Function):
-    """Stands in for attention: saves what every backend saves, and computes nothing."""
+    """Attention that saves the tensors that every backend saves, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -261,29 +257,28 @@ def _attend(
 
 def _sampler(config: Config, model: Any, dtype: torch.dtype, device: torch.device) -> SamplerMemory:
     overlap, context = config.train.overlap, config.rollout.max_context
-    sequences, machine = config.sampler.max_sequences, _machine(device)
-    share = int((machine or 0) * config.sampler.gpu_memory)
+    sequences, available = config.sampler.max_sequences, _memory_of(device)
+    on_gpu = device.type == "cuda"
+    share = int((available or 0) * config.sampler.gpu_memory)
     copy = _size(p for name, p in model.named_parameters() if ".lora_" not in name)
     copy += _size(model.buffers())
     backend = choose_backend(config.sampler)
     if backend == "vllm":
-        if device.type == "cuda":  # vLLM's share holds weights and cache
-            awake, sleeps = share, config.sampler.sleep and not overlap
-        else:
-            awake = copy + cpu_cache_bytes(model.config, dtype, sequences, context)
-            sleeps = False
+        sleeps = on_gpu and config.sampler.sleep and not overlap
+        # on a GPU vLLM's share includes its weights
+        awake = share if on_gpu else copy + cpu_cache_bytes(model.config, dtype, sequences, context)
     else:
+        sleeps = on_gpu and not overlap
         per_sequence = cache_bytes_per_token(model.config, dtype) * context
-        most = share if device.type == "cuda" else (machine or 0) // 2
-        if machine:
-            sequences = min(sequences, max(1, most // per_sequence))
+        limit = share if on_gpu else (available or 0) // 2
+        if available:
+            sequences = min(sequences, max(1, limit // per_sequence))
         awake = sequences * per_sequence + (copy if overlap else 0)
-        sleeps = device.type == "cuda" and not overlap
     asleep = 0 if sleeps else awake
     return SamplerMemory(backend=backend, sequences=sequences, awake=awake, asleep=asleep)
 
 
-def _machine(device: torch.device) -> int | None:
+def _memory_of(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:

@@ -64,8 +64,6 @@ def load_policy(config: ModelConfig, folder: Path, device: torch.device) -> Poli
         softcap=softcap(architecture),
         logit_scale=logit_scale(architecture),
     )
-    if config.freeze_head:
-        policy.head_VD.requires_grad_(False)
     check_logprobs(policy)
     if not config.compile:
         return policy
