@@ -36,7 +36,7 @@ CHILD = "from turnfast.cli import main; raise SystemExit(main())"
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """Work in an empty folder; `letters` can be imported from there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -44,16 +44,16 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def recipe(here) -> str:
-    (here / "small.toml").write_text(SMALL)
+def recipe(folder) -> str:
+    (folder / "small.toml").write_text(SMALL)
     return "small.toml"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("cli") / "model"
+    path = tmp_path_factory.mktemp("cli") / "model"
     corpus = ["user Say ulm. assistant oslo ida bela koru"] * 9
-    return str(write_tiny_model(folder, corpus, seed=0, vocab_size=300, layers=1, width=32))
+    return str(write_tiny_model(path, corpus, seed=0, vocab_size=300, layers=1, width=32))
 
 
 @pytest.fixture
@@ -86,63 +86,58 @@ def test_help_is_fast_and_does_not_load_torch():
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("command", "text"),
     [
-        (["recipes"], "demo "),
-        (["fields"], "--loss.clip-high"),
-        (["train", "--help"], "--resume"),
-        (["--version"], "0."),
+        ("recipes", "demo "),
+        ("fields", "--loss.clip-high"),
+        ("train --help", "--resume"),
+        ("--version", "0."),
     ],
 )
-def test_commands_that_only_print(words, text, capsys):
+def test_commands_that_only_print(command, text, capsys):
     try:
-        assert main(words) == 0
+        assert main(command.split()) == 0
     except SystemExit as stop:
         assert stop.code == 0
     assert text in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("command", "text"),
     [
-        ([], "COMMAND"),
-        (["trian", "demo"], "invalid choice: 'trian'"),
-        (["train"], "recipe"),
-        (["train", "demoo"], "turnfast: demoo: no such recipe; did you mean 'demo'?"),
-        (["train", "small.toml", "--lr", "1"], "--lr 1; did you mean 'optim.lr' or 'sft.lr'?"),
-        (["train", "small.toml", "more"], "unrecognised arguments: more"),
-        (["fields", "--train.steps", "3"], "takes no recipe fields"),
-        (["train", "small.toml", "--train.steps"], "--train.steps: a value is missing"),
-        (["train", "small.toml", "--train.stesp", "3"], "did you mean 'train.steps'?"),
-        (["train", "small.toml", "--rollout.group-size", "1"], "the advantage of a single rollout"),
-        (["train", "small.toml", "--env.name", "lokup"], "did you mean 'lookup'?"),
-        (["train", "small.toml", "--env.name", "leters:Letters"], "no module 'leters'"),
-        (["train", "small.toml", "--env.name", "letters:letters"], "did you mean 'Letters'?"),
-        (["train", "demo", "--env.name", "lookupp"], "did you mean 'lookup'?"),
-        (["train", "demo", "--env.options.hop", "2"], "did you mean 'hops'?"),
-        (["train", "small.toml", "--env.options.wait", "1"], "did you mean 'wait_s'?"),
-        (["train", "small.toml", "--env.options.wait_s", "x"], "env.options.wait_s: "),
-        (["train", "small.toml", "--credit.rule", "mtgrpo"], "did you mean 'mt_grpo'?"),
-        (["train", "small.toml", "--credit.options.std", "1"], "credit.options.std: "),
-        (
-            ["train", "small.toml", "--model.path", "./none"],
-            "model.path: there is no folder ./none",
-        ),
-        (["train", "small.toml", "--model.path", "a/b/c"], "model.path: there is no folder a/b/c"),
-        (["eval", "small.toml", "--model.path", "/none/here"], "there is no folder /none/here"),
-        (["sft", "small.toml", "--env.options.eval_words=x"], "env.options.eval_words: "),
-        (["report", "nowhere"], "nowhere"),
-        (["report", "small.toml"], "small.toml: no such run directory"),
-        (["train", "small.toml", "--.x", "1"], "--.x: expected a section and a field"),
-        (["train", "small.toml", "--env.rewards", "judge"], "env.rewards: expected a list"),
-        (
-            ["train", "small.toml", "--env.rewards=[{function='f1', wieght=1}]"],
-            "did you mean 'weight'?",
-        ),
-        (["train", "small.toml", "--loss.impl", "triton"], "loss.impl: 'triton' is not available"),
+        ("", "COMMAND"),
+        ("trian demo", "invalid choice: 'trian'"),
+        ("train", "recipe"),
+        ("train demoo", "turnfast: demoo: no such recipe; did you mean 'demo'?"),
+        ("train small.toml --lr 1", "--lr 1; did you mean 'optim.lr' or 'sft.lr'?"),
+        ("train small.toml more", "unrecognised arguments: more"),
+        ("fields --train.steps 3", "takes no recipe fields"),
+        ("train small.toml --train.steps", "--train.steps: a value is missing"),
+        ("train small.toml --.x 1", "--.x: expected a section and a field"),
+        # flags are accepted in any position
+        ("train small.toml --train.stesp 3", "--train.stesp: no such field; did you mean"),
+        ("train --train.stesp 3 small.toml", "--train.stesp: no such field; did you mean"),
+        ("--train.stesp=3 train small.toml", "--train.stesp: no such field; did you mean"),
+        ("train small.toml --env.name lokup", "did you mean 'lookup'?"),
+        ("train small.toml --env.name leters:Letters", "no module 'leters'"),
+        ("train small.toml --env.name letters:letters", "did you mean 'Letters'?"),
+        ("train small.toml --env.options.wait 1", "did you mean 'wait_s'?"),
+        ("train small.toml --env.options.wait_s x", "env.options.wait_s: "),
+        ("train small.toml --env.rewards judge", "env.rewards: expected a list"),
+        ("train small.toml --env.rewards=[{function='f',wieght=1}]", "did you mean 'weight'?"),
+        ("train small.toml --credit.rule mtgrpo", "did you mean 'mt_grpo'?"),
+        ("train small.toml --credit.options.std 1", "credit.options.std: "),
+        ("train small.toml --model.path ./none", "model.path: there is no folder ./none"),
+        ("train small.toml --model.path a/b/c", "model.path: there is no folder a/b/c"),
+        ("eval small.toml --model.path /none/here", "there is no folder /none/here"),
+        ("sft small.toml --env.options.eval_words=x", "env.options.eval_words: "),
+        ("report nowhere", "nowhere"),
+        ("report small.toml", "small.toml: no such run directory"),
+        ("train small.toml --loss.impl triton", "loss.impl: 'triton' is not available"),
     ],
 )
-def test_mistakes_exit_with_code_2_and_name_the_cause(run, recipe, words, text):
+def test_mistakes_exit_with_code_2_and_name_the_cause(run, recipe, command, text):
+    words = command.split()
     code, errors = run(*words)
     assert code == 2 and text in errors and "Traceback" not in errors
     if words[:1] == ["train"]:
@@ -150,19 +145,21 @@ def test_mistakes_exit_with_code_2_and_name_the_cause(run, recipe, words, text):
     assert not Path("runs").exists() or not list(Path("runs").rglob("config.toml"))
 
 
-def test_a_mistake_in_the_file_names_the_file(run, here):
-    (here / "wrong.toml").write_text("[trian]\nsteps = 3\n")
+def test_a_mistake_in_the_file_names_the_file(run, folder):
+    (folder / "wrong.toml").write_text("[trian]\nsteps = 3\n")
     code, errors = run("train", "wrong.toml")
     assert code == 2
     assert errors == "turnfast: wrong.toml: trian: no such field; did you mean 'train'?\n"
 
 
-def test_errors_of_the_search_recipe(run, here):
-    (here / "corpus.jsonl").write_text('{"title": "Ida", "text": "Ida wrote Ulm."}\n')
-    (here / "bad.jsonl").write_text('{"title": "Ida", "text": "Ida wrote Ulm."}\n{"title": "Ulm"}')
+def test_errors_of_the_search_recipe(run, folder):
+    (folder / "corpus.jsonl").write_text('{"title": "Ida", "text": "Ida wrote Ulm."}\n')
+    (folder / "bad.jsonl").write_text(
+        '{"title": "Ida", "text": "Ida wrote Ulm."}\n{"title": "Ulm"}'
+    )
     lines = [f'{{"id": "{i}", "question": "Who?", "answers": ["Ida"]}}\n' for i in range(4)]
-    (here / "questions.jsonl").write_text("".join(lines))
-    (here / "empty").mkdir()
+    (folder / "questions.jsonl").write_text("".join(lines))
+    (folder / "empty").mkdir()
     files = {"questions": "questions.jsonl", "corpus": "corpus.jsonl"}
     for changes, text in (
         ({}, "model.path: 'tiny' trains its tokenizer on"),
@@ -202,9 +199,9 @@ class World:
 
 
 @pytest.fixture
-def world(here, monkeypatch, request):
+def world(folder, monkeypatch, request):
     """A user's environment with one method replaced."""
-    (here / "world.py").write_text(WORLD + request.param)
+    (folder / "world.py").write_text(WORLD + request.param)
     monkeypatch.delitem(sys.modules, "world", raising=False)
 
 
@@ -219,7 +216,7 @@ def world(here, monkeypatch, request):
     indirect=["world"],
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_an_environment_that_cannot_start(run, recipe, world, text, more):
+def test_environment_that_cannot_start(run, recipe, world, text, more):
     code, errors = run("train", recipe, "--env.name", "world:World", *more)
     assert code == 2 and text in errors and errors.count("\n") == 1
 
@@ -291,14 +288,14 @@ def test_notes_of_an_exception_are_printed(run, recipe, world):
     ],
     indirect=["world"],
 )
-def test_an_environment_that_fails_ends_the_run_and_is_named(run, recipe, model, world, text):
+def test_failures_of_the_environment_end_the_run(run, recipe, model, world, text):
     words = ["--env.name", "world:World", "--model.path", model]
     code, errors = run("train", recipe, *words)
     assert code == 1 and "2 of 2 rollouts failed" in errors and text in errors
     assert errors.count("\n") == 1
 
 
-def test_a_missing_sink_leaves_the_run_directory_free(run, recipe, model, monkeypatch):
+def test_missing_sink_leaves_the_run_directory_free(run, recipe, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     words = ["train", recipe, "--model.path", model]
     code, errors = run(*words, "--train.sinks=['wandb']")
@@ -306,12 +303,13 @@ def test_a_missing_sink_leaves_the_run_directory_free(run, recipe, model, monkey
     assert run(*words)[0] == 0
 
 
-def test_signals_become_a_request_and_handlers_are_restored():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_become_a_request_and_handlers_are_restored(name):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_on_signals() as stop:
         assert not stop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop() and stop.reason == "SIGTERM"
+        os.kill(os.getpid(), signal.Signals[name])
+        assert stop() and stop.reason == name
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -327,41 +325,23 @@ def test_commands_of_one_process_reject_torchrun(run, recipe, command, monkeypat
     assert "WORLD_SIZE" not in run(command, recipe, "--model.path", "./absent")[1]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["train", "{recipe}", "--run-dir", "out", "--train.seed", "3", "--model.path={model}"],
-        ["train", "--train.seed", "3", "--model.path", "{model}", "{recipe}", "--run-dir=out"],
-        ["--model.path={model}", "--train.seed=3", "train", "--run-dir", "out", "{recipe}"],
-    ],
-)
-def test_flags_are_accepted_in_any_position(run, recipe, model, words):
-    assert run(*(word.format(recipe=recipe, model=model) for word in words)) == (0, "")
-    text = Path("out/config.toml").read_text()
-    assert "seed = 3" in text and Path("out/report.html").exists()
-
-
 def test_sft_train_eval_and_report(recipe, capsys):
     assert main(["sft", recipe]) == 0
     assert capsys.readouterr().out.endswith("model: runs/small-sft/model\n")
-    assert main(["train", recipe, "--model.path", "runs/small-sft/model"]) == 0
-    shown = capsys.readouterr().out
-    assert "report  runs/small/report.html" in shown
-    assert shown.startswith("sampler  local on cpu, ")
+    assert main(["--model.path", "runs/small-sft/model", "train", recipe]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("sampler  local on cpu, ") and "report  runs/small/report.html" in out
 
-    step = "runs/small/checkpoints/step_000001"
-    assert main(["eval", recipe, "--model.path", step, "--out", "deep/rollouts.jsonl"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["eval/rollouts"] == 2 and "eval/exact_match" in figures
-    lines = Path("deep/rollouts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["task_id"].split("-")[0] for line in lines] == ["eval", "eval"]
-    drawn = ["--split", "train", "--sampled", "--out", "drawn.jsonl"]
-    assert main(["eval", recipe, "--model.path", step, *drawn]) == 0
-    assert json.loads(capsys.readouterr().out)["eval/rollouts"] == 2
-    drawn = [json.loads(line) for line in Path("drawn.jsonl").read_text().splitlines()]
-    assert [line["task_id"].split("-")[0] for line in drawn] == ["train", "train"]
-    again = json.loads(Path("runs/small/metrics.jsonl").read_text().splitlines()[-1])
-    assert again["eval/reward/turn"] == figures["eval/reward/turn"]
+    evaluation = ["eval", recipe, "--model.path", "runs/small/checkpoints/step_000001"]
+    logged = json.loads(Path("runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    for split, options in (("eval", []), ("train", ["--split", "train", "--sampled"])):
+        assert main([*evaluation, *options, "--out", "deep/rollouts.jsonl"]) == 0
+        metrics = json.loads(capsys.readouterr().out)
+        assert metrics["eval/rollouts"] == 2 and "eval/exact_match" in metrics
+        if split == "eval":
+            assert metrics["eval/reward/turn"] == logged["eval/reward/turn"]
+        lines = Path("deep/rollouts.jsonl").read_text().splitlines()
+        assert [json.loads(line)["task_id"].split("-")[0] for line in lines] == [split, split]
 
     Path("runs/small/report.html").unlink()
     assert main(["report", "runs/small"]) == 0
@@ -378,10 +358,10 @@ def test_sft_train_eval_and_report(recipe, capsys):
     assert main(["train", recipe, "--model.path", "runs/small-sft/model", "--resume"]) == 0
 
 
-def test_an_evaluation_writes_nothing_but_out(recipe, here, capsys):
-    """The built-in model is written to a temporary folder; a bad --out is refused at once."""
+def test_evaluation_writes_only_the_file_of_out(recipe, folder, capsys):
+    """The built-in model is written to a temporary folder; an unusable --out is an error."""
     assert main(["eval", recipe]) == 0
     json.loads(capsys.readouterr().out)
-    assert [path.name for path in here.iterdir()] == ["small.toml"]
+    assert [path.name for path in folder.iterdir()] == ["small.toml"]
     assert main(["eval", recipe, "--out", "small.toml/x.jsonl"]) == 2
     assert "--out small.toml/x.jsonl: cannot be written" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The loop from end to end, on small models that sample for themselves."""
+"""Whole training runs with small models and the local sampler."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import torch
 from training_runs import LETTERS, logged, recipe, stop_after, training_lines, weights
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Model
 
-import turnfast.run
-from turnfast.cli import main
 from turnfast.config.recipe import to_toml
 from turnfast.envs import Demonstration, SearchEnv
 from turnfast.errors import ConfigError, OutOfMemory, RolloutError, SyncError, TrainingError
@@ -32,7 +31,7 @@ from turnfast.train import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = Path(os.environ.get("TURNFAST_TEST_DATA", "/nonexistent")) / "hotpotqa"
-NAMED = {
+METRICS = {
     *("step", "loss", "reward/outcome", "reward/turn", "tool_success", "exact_match"),
     *("grad_norm", "ratio/max", "logprob_gap", "tokens", "tokens_trained", "padding"),
     *("shared_prefix", "zero_signal_groups", "time/rollout", "time/score", "time/pack"),
@@ -40,7 +39,7 @@ NAMED = {
 }
 
 
-def lines_of(run_dir: Path) -> list[tuple[int, str]]:
+def logged_steps(run_dir: Path) -> list[tuple[int, str]]:
     return [
         (line["step"], "eval" if "eval/rollouts" in line else "train")
         for line in read_metrics(run_dir)
@@ -48,9 +47,9 @@ def lines_of(run_dir: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def straight(letters_model, tmp_path_factory) -> Path:
-    """Four steps without a break."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(letters_model, tmp_path_factory) -> Path:
+    """The run directory of four steps without a stop."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(recipe(letters_model), run_dir)
     return run_dir
 
@@ -85,12 +84,12 @@ def test_three_steps_on_the_built_in_world(tmp_path):
     steps = training_lines(run_dir)
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
-        assert set(line) >= NAMED and "nonfinite" not in line
+        assert set(line) >= METRICS and "nonfinite" not in line
         phases = sum(line[f"time/{p}"] for p in ("rollout", "score", "pack", "train", "sync"))
         assert 0.98 * line["time/step"] <= phases <= line["time/step"] + 1e-9
         assert line["padding"] <= 0.05 and line["logprob_gap/max"] <= 1e-4
         assert line["sync_gap"] <= 1e-4
-        # a model that knows nothing yet earns nothing: a step without signal is no update
+        # a step without signal takes no optimizer step
         if line["zero_signal_groups"] == 1.0:
             assert line["tokens_trained"] == line["grad_norm"] == line["lr"] == 0.0
     evaluations = [line for line in read_metrics(run_dir) if "eval/exact_match" in line]
@@ -103,32 +102,32 @@ def test_three_steps_on_the_built_in_world(tmp_path):
         "step_000002",
         "step_000003",
     ]
-    # the folder of a checkpoint is a model
+    # a checkpoint is a model folder
     train(recipe(run_dir / "checkpoints" / "step_000003", base, train__steps=1), tmp_path / "next")
 
 
-def test_steps_change_the_weights_and_carry_signal(straight, letters_model):
-    steps = training_lines(straight)
+def test_every_step_has_signal_and_changes_the_weights(uninterrupted, letters_model):
+    steps = training_lines(uninterrupted)
     assert all(line["grad_norm"] > 0 and line["tokens_trained"] > 0 for line in steps)
     assert all(line["ratio/max"] == 1.0 for line in steps)
-    assert weights(straight, 2) != weights(straight, 4)
+    assert weights(uninterrupted, 2) != weights(uninterrupted, 4)
     assert [line["lr"] for line in steps] == [1e-2] * 4
 
 
-def test_a_run_on_two_legs_is_the_run_on_one(straight, letters_model, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(uninterrupted, letters_model, tmp_path):
     run_dir = tmp_path / "run"
     train(recipe(letters_model, train__steps=2), run_dir)
     train(recipe(letters_model), run_dir, resume=True)
-    assert weights(run_dir, 4) == weights(straight, 4)
-    assert logged(run_dir) == logged(straight)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
+    assert logged(run_dir) == logged(uninterrupted)
     assert (run_dir / "config.1.toml").exists()
 
 
-def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(
-    straight, letters_model, tmp_path, monkeypatch
+def test_run_can_be_stopped_anywhere_and_resumed(
+    uninterrupted, letters_model, tmp_path, monkeypatch
 ):
-    """The stops fall into evaluations and rollouts, the first, a middle and the last ones."""
-    # asked after every engine step, however fast the machine is
+    """The stops happen in evaluations and rollouts of the first, middle and last steps."""
+    # call should_stop after every engine step, independent of the machine's speed
     monkeypatch.setattr("turnfast.sampler.awaited.POLL_SHARE", 0.0)
     run_dir = tmp_path / "run"
     reached = []
@@ -140,85 +139,83 @@ def test_wherever_a_run_is_stopped_a_resume_makes_it_whole(
         reached.append(int(newest.removeprefix("step_")))
     assert reached == sorted(reached) and reached[0] == 0 and reached[-1] == 4, reached
     assert len(set(reached)) >= 4, reached
-    assert weights(run_dir, 4) == weights(straight, 4)
-    assert logged(run_dir) == logged(straight)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
+    assert logged(run_dir) == logged(uninterrupted)
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_an_evaluation_that_was_cut_short_is_made_up_for(steps, straight, letters_model, tmp_path):
-    """Also the last one, after which there is no step left."""
+def test_interrupted_evaluation_is_repeated(steps, uninterrupted, letters_model, tmp_path):
+    """Also after the last step."""
     config = recipe(letters_model, train__steps=steps)
     run_dir = tmp_path / "run"
-    done = []
 
-    def in_the_evaluation_after_the_last_step() -> bool:
+    def evaluates_the_last_step() -> bool:
         metrics = run_dir / "metrics.jsonl"
-        done.append(metrics.exists() and lines_of(run_dir)[-1] == (steps, "train"))
-        return done[-1]
+        return metrics.exists() and logged_steps(run_dir)[-1] == (steps, "train")
 
-    train(config, run_dir, should_stop=in_the_evaluation_after_the_last_step)
-    assert lines_of(run_dir)[-1] == (steps, "train")
+    train(config, run_dir, should_stop=evaluates_the_last_step)
+    assert logged_steps(run_dir)[-1] == (steps, "train")
     assert (run_dir / "checkpoints" / f"step_{steps:06d}").exists()
     train(config, run_dir, resume=True)
-    assert lines_of(run_dir)[-1] == (steps, "eval")
+    assert logged_steps(run_dir)[-1] == (steps, "eval")
     train(config, run_dir, resume=True)
-    assert lines_of(run_dir).count((steps, "eval")) == 1
-    assert logged(run_dir)[0] == logged(straight)[0][: len(lines_of(run_dir))]
+    assert logged_steps(run_dir).count((steps, "eval")) == 1
+    assert logged(run_dir)[0] == logged(uninterrupted)[0][: len(logged_steps(run_dir))]
 
 
-def test_a_damaged_checkpoint_is_passed_over(straight, letters_model, tmp_path, caplog):
+def test_damaged_checkpoint_is_skipped(uninterrupted, letters_model, tmp_path, caplog):
     run_dir = tmp_path / "run"
-    shutil.copytree(straight, run_dir)
+    shutil.copytree(uninterrupted, run_dir)
     file = run_dir / "checkpoints" / "step_000004" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     train(recipe(letters_model), run_dir, resume=True)
     assert "step_000004" in caplog.text and "damaged" in caplog.text
-    assert weights(run_dir, 4) == weights(straight, 4)
-    assert logged(run_dir) == logged(straight)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
+    assert logged(run_dir) == logged(uninterrupted)
 
 
-def test_a_run_directory_is_not_used_twice(straight, letters_model, tmp_path, capsys):
-    before = logged(straight)
-    recipe_file = tmp_path / "letters.toml"
-    recipe_file.write_text(to_toml(recipe(letters_model)))
-    assert main(["train", str(recipe_file), "--run-dir", str(straight)]) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert logged(straight) == before
-
-
-def test_resume_of_nothing_starts_at_the_beginning(straight, letters_model, tmp_path):
+def test_resume_without_a_checkpoint_starts_at_step_1(uninterrupted, letters_model, tmp_path):
     run_dir = tmp_path / "run"
     train(recipe(letters_model, train__steps=2), run_dir, resume=True)
-    assert lines_of(run_dir) == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
-    assert weights(run_dir, 2) == weights(straight, 2)
+    assert logged_steps(run_dir) == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+    assert weights(run_dir, 2) == weights(uninterrupted, 2)
 
 
-def test_a_failed_start_leaves_the_folder_free(letters_model, tmp_path):
+def test_failed_start_leaves_the_run_directory_free(letters_model, tmp_path):
     run_dir = tmp_path / "run"
-    for wrong, text in (
-        ({"model__path": "./no/such/model"}, "model.path: there is no folder"),
-        ({"credit__rule": "mt_grop"}, "did you mean 'mt_grpo'"),
-        ({"env__name": "letters:Leters"}, "did you mean 'Letters'"),
-        ({"env__options": {"wait": 1}}, "env.options.wait: no such option"),
-        ({"rollout__max_context": 9, "rollout__max_new_tokens": 8}, None),
+    for changes, error, text in (
+        ({"model__path": "./no/such/model"}, ConfigError, "model.path: there is no folder"),
+        ({"credit__rule": "mt_grop"}, ConfigError, "did you mean 'mt_grpo'"),
+        ({"env__name": "letters:Leters"}, ConfigError, "did you mean 'Letters'"),
+        ({"env__options": {"wait": 1}}, ConfigError, "env.options.wait: no such option"),
+        (
+            {"rollout__max_context": 513, "train__tokens_per_microbatch": 1024},
+            ConfigError,
+            r"rollout\.max_context: 513 .* = 512",
+        ),
+        (
+            {"rollout__max_context": 9, "rollout__max_new_tokens": 8},
+            RolloutError,
+            r"first prompt has \d+ tokens.*max_context",
+        ),
     ):
-        if text is None:
-            with pytest.raises(RolloutError, match=r"first prompt has \d+ tokens.*max_context"):
-                train(recipe(letters_model, **wrong), run_dir)
-        else:
-            with pytest.raises(ConfigError, match=text):
-                train(recipe(letters_model, **wrong), run_dir)
+        with pytest.raises(error, match=text):
+            train(recipe(letters_model, **changes), run_dir)
         assert not (run_dir / "config.toml").exists()
     train(recipe(letters_model, train__steps=1), run_dir)
 
 
-def test_rows_beyond_the_model_are_refused_before_anything_starts(letters_model, tmp_path):
-    config = recipe(letters_model, rollout__max_context=513, train__tokens_per_microbatch=1024)
-    with pytest.raises(ConfigError, match=r"rollout\.max_context: 513 .* = 512"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def change_output(monkeypatch, change) -> None:
+    """Pass the output and the keyword arguments of every forward of the tiny model to `change`."""
+    forward = Qwen3Model.forward
+
+    @wraps(forward)
+    def changed(self, *args, **kwargs):
+        return change(forward(self, *args, **kwargs), kwargs)
+
+    monkeypatch.setattr(Qwen3Model, "forward", changed)
 
 
 @pytest.mark.parametrize(
@@ -229,49 +226,45 @@ def test_rows_beyond_the_model_are_refused_before_anything_starts(letters_model,
 def test_out_of_memory_ends_the_run_with_a_checkpoint(
     letters_model, tmp_path, monkeypatch, changed, with_grad
 ):
-    load, calls = turnfast.run.load_policy, itertools.count()
+    calls = itertools.count()
 
-    def fail(module, args, kwargs) -> None:
+    def fail(out, kwargs):
         packed = "packed_rows" in kwargs and torch.is_grad_enabled() == with_grad
-        if packed and (tmp_path / "run/metrics.jsonl").read_text().count('"loss"') == 1:
+        metrics = tmp_path / "run/metrics.jsonl"
+        if packed and metrics.exists() and metrics.read_text().count('"loss"') == 1:
             raise torch.OutOfMemoryError(f"CUDA out of memory {next(calls)}")
+        return out
 
-    def load_limited(*args):
-        policy = load(*args)
-        policy.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
-        return policy
-
-    monkeypatch.setattr("turnfast.run.load_policy", load_limited)
-    monkeypatch.setattr("turnfast.update.reference.load_policy", load_limited)
+    change_output(monkeypatch, fail)
     text = (
         r"lower train\.tokens_per_microbatch from 128 to 96; .*model\.checkpointing = true \(CUDA"
     )
     with pytest.raises(OutOfMemory, match=text):
         train(recipe(letters_model, train__save_every=0, **changed), tmp_path / "run")
-    assert next(calls) == 1  # not tried again
+    assert next(calls) == 1  # the forward is not repeated
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_000001"
 
 
-def test_an_environment_without_evaluation_or_training_tasks(letters_model, tmp_path, monkeypatch):
+def test_environment_without_evaluation_or_training_tasks(letters_model, tmp_path, monkeypatch):
     config = recipe(letters_model, train__steps=1, env__options={"eval_words": 0})
     train(config, tmp_path / "run")
-    assert lines_of(tmp_path / "run") == [(1, "train")]
+    assert logged_steps(tmp_path / "run") == [(1, "train")]
     monkeypatch.setattr("letters.WORDS", ())
     with pytest.raises(ConfigError, match="no tasks in split 'train'"):
         train(config, tmp_path / "none")
 
 
-def test_too_many_failures_keep_the_steps_that_were_done(
-    straight, letters_model, tmp_path, monkeypatch
+def test_too_many_failed_rollouts_keep_the_completed_steps(
+    uninterrupted, letters_model, tmp_path, monkeypatch
 ):
     from letters import Spelling
 
-    async def refuse(self):
+    async def fail(self):
         raise ConnectionError("no route to the search server")
 
     def after_two_steps() -> bool:
-        if (run_dir / "metrics.jsonl").exists() and (2, "eval") in lines_of(run_dir):
-            monkeypatch.setattr(Spelling, "finish", refuse)
+        if (run_dir / "metrics.jsonl").exists() and (2, "eval") in logged_steps(run_dir):
+            monkeypatch.setattr(Spelling, "finish", fail)
         return False
 
     run_dir = tmp_path / "run"
@@ -280,78 +273,65 @@ def test_too_many_failures_keep_the_steps_that_were_done(
         train(config, run_dir, should_stop=after_two_steps)
     monkeypatch.undo()
     train(config, run_dir, resume=True)
-    assert weights(run_dir, 4) == weights(straight, 4)
-    assert logged(run_dir) == logged(straight)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
+    assert logged(run_dir) == logged(uninterrupted)
 
 
-@pytest.mark.parametrize("fault", ["gradient", "memory", "sync"])
-def test_a_fault_in_a_step_keeps_the_steps_that_were_done(
-    fault, straight, letters_model, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("error", "completed"), [(TrainingError, 2), (SyncError, 3)], ids=["gradient", "sync"]
+)
+def test_fault_in_the_third_step_keeps_the_completed_steps(
+    error, completed, uninterrupted, letters_model, tmp_path, monkeypatch
 ):
-    """A gradient that is no number, no memory, an engine that takes no weights: in the third step,
-    where there is no other checkpoint. A step whose weights are not handed over is done, too."""
+    """A sync fails after the update, so that its step is completed. No other checkpoint exists."""
     run_dir = tmp_path / "run"
-    load = turnfast.run.load_policy
+    load_weights = LocalSampler.load_weights
 
     def in_the_third_step() -> bool:
-        return (run_dir / "metrics.jsonl").exists() and (2, "eval") in lines_of(run_dir)
+        return (run_dir / "metrics.jsonl").exists() and (2, "eval") in logged_steps(run_dir)
 
-    def check(module, args, kwargs, out):
-        if fault != "sync" and "packed_rows" in kwargs and in_the_third_step():
-            if fault == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory")
+    def make_nan(out, kwargs):
+        if error is TrainingError and "packed_rows" in kwargs and in_the_third_step():
             out.last_hidden_state = out.last_hidden_state * float("nan")
         return out
 
-    def load_policy(*args):
-        policy = load(*args)
-        policy.model.base_model.register_forward_hook(check, with_kwargs=True)
-        return policy
-
-    take = LocalSampler.load_weights
-
-    def load_weights(self, named_weights):
-        if fault == "sync" and in_the_third_step():
+    def fail_to_load(self, named_weights):
+        if error is SyncError and in_the_third_step():
             raise SyncError("the engine is gone")
-        take(self, named_weights)
+        load_weights(self, named_weights)
 
-    monkeypatch.setattr("turnfast.run.load_policy", load_policy)
-    monkeypatch.setattr(LocalSampler, "load_weights", load_weights)
+    change_output(monkeypatch, make_nan)
+    monkeypatch.setattr(LocalSampler, "load_weights", fail_to_load)
     config = recipe(letters_model, train__save_every=0)
-    error = {"gradient": TrainingError, "memory": OutOfMemory, "sync": SyncError}[fault]
     with pytest.raises(error):
         train(config, run_dir)
     monkeypatch.undo()
-    done = 3 if fault == "sync" else 2
-    assert (run_dir / "checkpoints/latest").read_text().strip() == f"step_{done:06d}"
+    assert (run_dir / "checkpoints/latest").read_text().strip() == f"step_{completed:06d}"
     train(config, run_dir, resume=True)
-    assert weights(run_dir, 4) == weights(straight, 4)
-    if fault != "sync":  # whose third step has no line
-        assert logged(run_dir) == logged(straight)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
+    if error is TrainingError:  # a failed sync leaves no line of its step
+        assert logged(run_dir) == logged(uninterrupted)
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_nothing_is_learned_from_tokens_of_other_weights(
-    ignored, letters_model, tmp_path, monkeypatch
-):
-    """A sampler with weights of its own, which does or does not take those of the first step. No
-    probe is due then: the tokens of the second step tell."""
-    take = LocalSampler.load_weights
+@pytest.mark.parametrize("stale", [False, True])
+def test_stale_sampler_weights_end_the_run(stale, letters_model, tmp_path, monkeypatch):
+    """A sampler with its own weights that keeps those of the start: the tokens of the second step
+    show it, because no probe is due after the first."""
+    load_weights = LocalSampler.load_weights
     loads = []
 
     def open_copy(*args, **options):
         return open_sampler(*args, **{**options, "overlap": True})
 
-    def load_weights(self, named_weights):
-        named = [(name, tensor.detach().clone()) for name, tensor in named_weights]
-        loads.append(named)
-        take(self, loads[0] if ignored and len(loads) == 2 else named)
+    def load_first_weights(self, named_weights):
+        loads.append([(name, tensor.detach().clone()) for name, tensor in named_weights])
+        load_weights(self, loads[0 if stale and len(loads) == 2 else -1])
 
     monkeypatch.setattr("turnfast.run.open_sampler", open_copy)
-    monkeypatch.setattr(LocalSampler, "load_weights", load_weights)
+    monkeypatch.setattr(LocalSampler, "load_weights", load_first_weights)
     run_dir = tmp_path / "run"
     config = recipe(letters_model, train__save_every=0, train__eval_every=0)
-    if not ignored:
+    if not stale:
         train(config, run_dir)
         lines = training_lines(run_dir)
         assert all(line["logprob_gap/max"] <= 1e-4 for line in lines) and len(lines) == 4
@@ -362,23 +342,22 @@ def test_nothing_is_learned_from_tokens_of_other_weights(
     assert len(training_lines(run_dir)) == 1
 
 
-def test_reused_log_probs_must_be_close_to_the_trainer(letters_model, tmp_path):
-    def run(name: str, limit: float) -> None:
+def test_reused_logprobs_must_be_near_those_of_the_trainer(letters_model, tmp_path):
+    def run(limit: float) -> None:
         changed = {"loss__old_logprobs": "sampler", "loss__max_logprob_gap": limit}
-        train(recipe(letters_model, train__steps=2, **changed), tmp_path / name)
+        train(recipe(letters_model, train__steps=2, **changed), tmp_path / str(limit))
 
-    run("within", 1.0)
-    assert len(training_lines(tmp_path / "within")) == 2
+    run(1.0)
+    assert len(training_lines(tmp_path / "1.0")) == 2
     with pytest.raises(TrainingError, match=r"loss\.max_logprob_gap: .*more than 1e-12"):
-        run("beyond", 1e-12)
+        run(1e-12)
 
 
 CHILD = "from turnfast.cli import main; raise SystemExit(main())"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_in_order(number, straight, letters_model, tmp_path):
-    """The signal falls into a rollout whose trajectories all wait for the environment."""
+def test_signal_ends_a_run_with_a_checkpoint(uninterrupted, letters_model, tmp_path):
+    """The signal arrives in a rollout while all trajectories wait for the environment."""
     run_dir = tmp_path / "run"
     recipe_file = tmp_path / "slow.toml"
     options = {"wait_s": 0.2}
@@ -396,21 +375,21 @@ def test_a_signal_ends_a_run_in_order(number, straight, letters_model, tmp_path)
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("train 1/4"):
-                    child.send_signal(number)
+                    child.terminate()
                     break
             _, errors = child.communicate(timeout=120)
         finally:
             child.kill()
-    assert child.returncode == 128 + number
-    assert errors.count("\n") == 1 and number.name in errors and "--resume" in errors
+    assert child.returncode == 128 + signal.SIGTERM
+    assert errors.count("\n") == 1 and "SIGTERM" in errors and "--resume" in errors
     assert (run_dir / "checkpoints" / "step_000001" / "manifest.json").exists()
     assert (run_dir / "report.html").exists()
     train(recipe(letters_model, env__options=options), run_dir, resume=True)
-    assert weights(run_dir, 4) == weights(straight, 4)
+    assert weights(run_dir, 4) == weights(uninterrupted, 4)
 
 
-def test_another_family_and_bfloat16(letters_model, tmp_path):
-    """A Llama with a head of its own, trained in bfloat16 with float32 masters."""
+def test_llama_in_float32_and_bfloat16(letters_model, tmp_path):
+    """The head has its own weights; AdamW keeps float32 copies of bfloat16 weights."""
     tokenizer = AutoTokenizer.from_pretrained(letters_model)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
@@ -436,12 +415,12 @@ def test_another_family_and_bfloat16(letters_model, tmp_path):
         assert step["grad_norm"] > 0 and step["logprob_gap/max"] <= gap
         saved = LlamaForCausalLM.from_pretrained(run_dir / "checkpoints" / "step_000001")
         assert any(
-            not torch.equal(ours, theirs)
-            for ours, theirs in zip(saved.parameters(), llama.parameters(), strict=True)
+            not torch.equal(after, before)
+            for after, before in zip(saved.parameters(), llama.parameters(), strict=True)
         )
 
 
-def test_several_updates_per_step_see_a_ratio(letters_model, tmp_path):
+def test_second_update_of_a_step_has_a_ratio(letters_model, tmp_path):
     config = recipe(
         letters_model,
         train__steps=1,
@@ -457,27 +436,27 @@ def test_several_updates_per_step_see_a_ratio(letters_model, tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="TURNFAST_TEST_DATA has no hotpotqa folder")
 def test_two_steps_on_real_questions(tmp_path):
-    """A tiny model that has learned to search for one word, and every other time for none."""
+    """A tiny model that was tuned on valid and malformed calls of the search tool."""
     files = {name: str(DATA / f"{name}.jsonl") for name in ("questions", "corpus")}
     options = {**files, "reasoning": False, "instructions": "Search, then answer."}
     call = '<tool>{"name": "search", "args": {"query": "film"}}</tool>'
-    torn = '<tool>{"name": "search"}</tool>'
+    malformed = '<tool>{"name": "search"}</tool>'
 
-    class Shown(SearchEnv):
+    class SearchWithDemonstrations(SearchEnv):
         def corpus(self):
             lines = Path(files["corpus"]).read_text().splitlines()[:200]
-            return [*(json.loads(line)["text"] for line in lines), *[call, torn] * 100]
+            return [*(json.loads(line)["text"] for line in lines), *[call, malformed] * 100]
 
         def demonstrations(self, seed):
             return [
                 Demonstration(
-                    messages=(*self.first_messages(task), {"role": "assistant", "content": said})
+                    messages=(*self.first_messages(task), {"role": "assistant", "content": reply})
                 )
                 for task in self.tasks("train")[:20]
-                for said in (call, torn)
+                for reply in (call, malformed)
             ]
 
-    env = Shown(**options)
+    env = SearchWithDemonstrations(**options)
     base = {
         **LETTERS,
         "env": {"name": "search", "max_turns": 2, "options": options},
@@ -494,8 +473,13 @@ def test_two_steps_on_real_questions(tmp_path):
         tmp_path / "tiny", env.corpus(), seed=0, vocab_size=600, layers=2, width=64
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "Shown", Shown, raising=False)
-        shown = {**base["env"], "name": f"{__name__}:Shown"}
+        patch.setattr(
+            sys.modules[__name__],
+            "SearchWithDemonstrations",
+            SearchWithDemonstrations,
+            raising=False,
+        )
+        shown = {**base["env"], "name": f"{__name__}:SearchWithDemonstrations"}
         warm = warm_start(recipe(folder, {**base, "env": shown}), tmp_path / "warm")
     train(recipe(warm, base), tmp_path / "run")
     steps = training_lines(tmp_path / "run")
