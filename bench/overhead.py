@@ -190,11 +190,10 @@ def watch(seen: Watch) -> None:
         seen.answers += seen.clock() - begin
         return answer
 
-    def log_timed(run: Any, step: int, metrics: Any, show: Any) -> None:
+    def log_timed(*args: Any) -> None:
         begin = seen.clock()
-        log(run, step, metrics, show)
-        if "time/step" in metrics:  # not an evaluation
-            seen.logging.append(seen.clock() - begin)
+        log(*args)
+        seen.logging.append(seen.clock() - begin)
 
     async def call_timed(function: Any, *args: Any, **kwargs: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
