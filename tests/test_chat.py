@@ -17,16 +17,7 @@ from turnfast.errors import ConfigError
 from turnfast.packing.rows import rows_of
 from turnfast.types import Turn
 
-SPECIAL_STRINGS = [
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "<|endoftext|>",
-    "",
-    "\n",
-    " ",
-    "é𝄞\u202e",
-    "\x00",
-]
+SPECIAL_STRINGS = ("<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "", "\n", " ", "\x00")
 TEXT = st.lists(st.text(max_size=12) | st.sampled_from(SPECIAL_STRINGS), max_size=4).map("".join)
 QUESTION = [{"role": "user", "content": "Who?"}]
 FOLLOW_UP = [{"role": "user", "content": "Sure?"}]
@@ -75,19 +66,15 @@ def test_trained_ids_are_the_sampled_ids(chat, question, replies, closed, seed):
     assert [context[place + 1] for place in row.states_N] == targets
 
 
-def test_the_first_prompt_equals_the_template(chat):
+def test_the_first_prompt_is_the_rendered_template_and_copies_the_messages(chat):
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     expected = chat.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
-    assert list(chat.open(messages).prompt_ids) == expected
-
-
-def test_messages_are_copied(chat):
-    messages = [dict(QUESTION[0])]
     first = chat.open(messages)
+    assert list(first.prompt_ids) == expected
     messages[0]["content"] = "changed"
-    assert first.messages[0]["content"] == "Who?"
+    assert first.messages[0]["content"] == "Be brief."
 
 
 def test_contents_never_become_special_tokens(chat):
@@ -98,12 +85,12 @@ def test_contents_never_become_special_tokens(chat):
     assert chat.end_id not in chat.encode_turn("<|im_end|>")[:-1]
 
 
-def test_stop_ids_are_no_text_wherever_they_stand(chat):
+def test_only_stop_ids_are_left_out_of_decoded_turns(chat):
     ids = chat.encode_turn("Ida")
     eos = chat.tokenizer.eos_token_id
     assert chat.decode_turn((ids[0], chat.end_id, eos, *ids[1:])) == "Ida"
     start = chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert chat.decode_turn((start, *ids)) == "<|im_start|>Ida"  # other special tokens are
+    assert chat.decode_turn((start, *ids)) == "<|im_start|>Ida"
 
 
 def test_eos_and_llamas_end_of_message_stop_a_turn(tokenizer):
@@ -151,18 +138,14 @@ def test_template_options_apply_to_every_turn(tokenizer, kept):
     assert text.startswith("\n<|im_start|>user\nSure?" if kept else "<|im_start|>user\nWho?")
 
 
-def test_unknown_template_options_are_refused(tokenizer):
+@pytest.mark.parametrize("name", ["thinking", "chat_template", "messages", "add_generation_prompt"])
+def test_unknown_template_options_are_errors(tokenizer, name):
     tokenizer.chat_template = EMPTY_THOUGHT
-
-    def open_with(**options):
-        return open_chat(ModelConfig(template_options=options), tokenizer, [])
-
-    first = open_with(enable_thinking=False).open(QUESTION)
-    assert tokenizer.decode(first.prompt_ids).endswith("<think></think>")
-    for name in ("thinking", "chat_template", "messages", "add_generation_prompt"):
-        text = rf"^model\.template_options\.{name}: the model's chat"
-        with pytest.raises(ConfigError, match=text):
-            open_with(enable_thinking=False, **{name: "x"})
+    options: dict = {"enable_thinking": False}
+    open_chat(ModelConfig(template_options=options), tokenizer, [])
+    options[name] = "x"
+    with pytest.raises(ConfigError, match=rf"^model\.template_options\.{name}: the model's chat"):
+        open_chat(ModelConfig(template_options=options), tokenizer, [])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +158,7 @@ def test_unknown_template_options_are_refused(tokenizer):
         ),
     ],
 )
-def test_models_without_a_usable_template_are_refused(tokenizer, template, text):
+def test_templates_without_an_end_of_turn_are_errors(tokenizer, template, text):
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=text):
         open_chat(ModelConfig(), tokenizer, [])

@@ -45,19 +45,14 @@ def tokenizer(tiny_folder):
     return qwen3_tokenizer(tiny_folder)
 
 
-@pytest.fixture(scope="module")
-def renderer(tokenizer):
-    return renderers.Qwen3Renderer(tokenizer, renderers.Qwen3RendererConfig())
-
-
-def test_first_prompts_are_the_same_ids(tokenizer, renderer):
-    chat = Chat(tokenizer)
+def test_first_prompts_are_the_same_ids(tokenizer):
     for messages in (
         [{"role": "user", "content": "Who wrote Ulm?"}],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Ulm? \n"}],
     ):
-        ids = renderer.render_ids(messages, add_generation_prompt=True)
-        assert list(chat.open(messages).prompt_ids) == ids
+        expected = Chat(tokenizer).open(messages)
+        opened = RenderedChat(tokenizer, "qwen3").open(messages)
+        assert (opened.messages, opened.prompt_ids) == (expected.messages, expected.prompt_ids)
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -71,24 +66,25 @@ def test_first_prompts_are_the_same_ids(tokenizer, renderer):
         ],
     ],
 )
-def test_prompts_after_a_sampled_turn_are_the_same_ids(tokenizer, renderer, replies, closed):
+def test_prompts_after_a_sampled_turn_are_the_same_ids(tokenizer, replies, closed):
     chat = Chat(tokenizer)
     first = chat.open([{"role": "user", "content": "Who wrote Ulm?"}])
     text = '<tool_call>\n{"name": "search", "arguments": {"q": "Ulm"}}\n</tool_call>'
-    # other ids than the text is encoded to: both keep the sampled ids
-    sampled = [i for word in text for i in tokenizer.encode(word, add_special_tokens=False)]
-    sampled += [chat.end_id] if closed else []
     after = chat.extend(first, text, closed, replies)
-    bridged = renderer.bridge_to_next_turn(list(first.prompt_ids), sampled, replies)
+    # not the ids that the text is encoded to: the package keeps the sampled ids, too
+    sampled = [i for letter in text for i in tokenizer.encode(letter, add_special_tokens=False)]
+    sampled += [chat.end_id] if closed else []
+    package = renderers.Qwen3Renderer(tokenizer, renderers.Qwen3RendererConfig())
+    bridged = package.bridge_to_next_turn(list(first.prompt_ids), sampled, replies)
     assert bridged is not None and not after.restart
     assert [*first.prompt_ids, *sampled, *after.prompt_ids] == list(bridged.token_ids)
     rendered = RenderedChat(tokenizer, "qwen3")
-    theirs = rendered.extend(rendered.open(first.messages), text, closed, replies)
-    assert theirs.prompt_ids == after.prompt_ids and not theirs.restart
-    assert theirs.messages == after.messages
+    extended = rendered.extend(rendered.open(first.messages), text, closed, replies)
+    assert extended.prompt_ids == after.prompt_ids and not extended.restart
+    assert extended.messages == after.messages
 
 
-def test_stop_ids_and_scripted_turns_are_the_template_s(tokenizer):
+def test_stop_ids_and_scripted_turns_equal_those_of_the_template(tokenizer):
     chat, rendered = Chat(tokenizer), RenderedChat(tokenizer, "qwen3")
     assert rendered.end_id == chat.end_id and set(rendered.stop_ids) >= set(chat.stop_ids)
     ids = rendered.encode_turn("Ida")
@@ -134,10 +130,8 @@ def test_contents_never_become_special_tokens(tokenizer, role):
 
 
 def test_tools_are_offered(tokenizer):
-    schema = {
-        "type": "function",
-        "function": {"name": "search", "description": "Search.", "parameters": {}},
-    }
+    function = {"name": "search", "description": "Search.", "parameters": {}}
+    schema = {"type": "function", "function": function}
     ids = RenderedChat(tokenizer, "qwen3", [schema]).open(USER).prompt_ids
     assert json.dumps(schema) in tokenizer.decode(ids)
 
@@ -150,7 +144,7 @@ def test_auto_selects_by_the_hub_name(tiny_folder, tokenizer):
     assert RenderedChat(known, "auto").open(USER) == RenderedChat(tokenizer, "qwen3").open(USER)
 
 
-def test_renderers_that_do_not_fit_are_refused(tiny_folder, tokenizer, monkeypatch):
+def test_renderers_that_do_not_fit_are_errors(tiny_folder, tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match=r"no such renderer 'qwen'; set it to .*, 'auto'"):
         RenderedChat(tokenizer, "qwen")
     with pytest.raises(ConfigError, match=r"'qwen3' does not fit the tokenizer .*<tool_call>"):
@@ -168,10 +162,8 @@ def test_renderers_that_do_not_fit_are_refused(tiny_folder, tokenizer, monkeypat
 @pytest.fixture(scope="module")
 def qwen3_letters_model(letters_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("letters-qwen3")
-    tokenizer, model = (
-        qwen3_tokenizer(letters_model),
-        AutoModelForCausalLM.from_pretrained(letters_model),
-    )
+    tokenizer = qwen3_tokenizer(letters_model)
+    model = AutoModelForCausalLM.from_pretrained(letters_model)
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

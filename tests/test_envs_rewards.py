@@ -70,7 +70,7 @@ def test_f1(answer, accepted, value):
         ("Ida", [], 0.0),
     ],
 )
-def test_containment_is_by_whole_words(text, accepted, value):
+def test_only_whole_words_are_contained(text, accepted, value):
     assert contains_answer(text, accepted) == value
 
 

@@ -17,8 +17,8 @@ class Conversation:
     """The messages so far and their rendered form.
 
     Attributes:
-        rendered: the text of the messages and of the next assistant header.
-        prompt_ids: ids to append before the next sample, or with `restart` the whole context.
+        rendered: text of the messages and of the next assistant header.
+        prompt_ids: ids to append before the next sample; with `restart`, the whole context.
         restart: the template changed earlier turns, so the next turn starts a new row.
     """
 
@@ -32,8 +32,8 @@ class ChatInterface(Protocol):
     """Encodes conversations and decodes sampled turns.
 
     Attributes:
-        end_id: ends a turn in the rendered form.
-        stop_ids: end a turn when sampled. The sampled one belongs to the turn and is trained.
+        end_id: the id that ends a turn in the rendered form.
+        stop_ids: ids that end a turn when sampled. The stop id is part of the turn and is trained.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,8 +51,8 @@ class ChatInterface(Protocol):
 
         Args:
             text: the sampled turn without its stop id.
-            closed: whether a stop id was sampled. If not, `prompt_ids` begins with one, which is
-                not trained.
+            closed: whether a stop id was sampled. If not, `prompt_ids` begins with `end_id`, which
+                is not trained.
         """
         ...
 

@@ -1,9 +1,9 @@
-"""Messages to token ids by Prime Intellect's package `renderers`, one Python renderer per family.
+"""Convert messages to token ids with Prime Intellect's package `renderers`.
 
-It does on ids what `Chat` does on the template's text: a prompt only grows, sampled ids are kept,
-and where the model's format rewrites earlier turns the next turn begins a new row. A renderer knows
-more about its family: which reasoning is kept, and how a turn that was cut inside its reasoning is
-closed.
+As with `Chat`, ids are only appended to a prompt, sampled ids are kept, and if the model's format
+rewrites earlier turns, the next turn begins a new row. A renderer is written for one family of
+models. It also knows which reasoning is kept, and how to close a turn that was cut inside its
+reasoning.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ EXAMPLE: list[Message] = [
     {"role": "user", "content": "."},
     {"role": "assistant", "content": "."},
 ]
-EXAMPLE_USER_REPLY: Message = {"role": "user", "content": "."}
-EXAMPLE_TOOL_REPLY: Message = {"role": "tool", "name": "tool", "content": "."}
+USER_REPLY: Message = {"role": "user", "content": "."}
+TOOL_REPLY: Message = {"role": "tool", "name": "tool", "content": "."}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedConversation(Conversation):
-    """A conversation with its whole context. `context_ids` encodes sampled turns again, as the
-    renderer only looks at their delimiters; they are never trained."""
+    """A conversation with all its ids.
+
+    In `context_ids` the sampled turns are encoded again: the renderer reads only their delimiters,
+    and these ids are never trained.
+    """
 
     context_ids: tuple[int, ...]
 
@@ -44,9 +47,9 @@ class RenderedChat:
     Args:
         tokenizer: must also have a chat template, which defines how a turn ends.
         name: a renderer such as `qwen3`; `auto` selects it by the tokenizer's hub name.
-        tools: JSON schemas offered to the model.
+        tools: JSON schemas that are offered to the model.
     Raises:
-        ConfigError: no such renderer, or it does not fit the tokenizer.
+        ConfigError: there is no such renderer, or it does not fit the tokenizer.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class RenderedChat:
         bridged = self._renderer.bridge_to_next_turn(
             list(before.context_ids), sampled, list(messages), tools=self._tools
         )
-        # None where the format may rewrite earlier turns; whether it did shows in the ids
+        # None if the format may rewrite earlier turns; the ids show whether it did
         ids = bridged.token_ids if bridged else _render_ids(self._renderer, history, self._tools)
         if ids[: len(head)] != head:
             return self._start(history, restart=True)
@@ -140,12 +143,11 @@ def _open_renderer(tokenizer: Any, name: str, tools: list[dict] | None) -> Any:
             f"model.renderer: no such renderer {name!r}; set it to one of {', '.join(names)}, "
             "'auto' or 'template'"
         )
-    config: Any = renderers.config_from_name(name)  # declared as the base class, needs the union
+    config: Any = renderers.config_from_name(name)  # declared as the base class, not as the union
     try:
         plain_text = renderers.create_renderer(_PlainTextTokenizer(tokenizer), config)
         usual = renderers.create_renderer(tokenizer, config)
-        reply = EXAMPLE_USER_REPLY if tools is None else EXAMPLE_TOOL_REPLY
-        example = [*EXAMPLE, reply]
+        example = [*EXAMPLE, USER_REPLY if tools is None else TOOL_REPLY]
         same = _render_ids(plain_text, example, tools) == _render_ids(usual, example, tools)
     except Exception as error:  # each renderer checks the tokenizer in its own way
         raise ConfigError(

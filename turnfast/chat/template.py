@@ -1,17 +1,17 @@
-"""Messages to token ids by the model's chat template; a prompt only grows, token by token.
+"""Convert messages to token ids with the model's chat template.
 
-The template renders the conversation, but sampled ids are never rendered again. After a turn only
-the difference is tokenised: what the template puts after the assistant's text (end of turn, the
+The template renders the conversation, but sampled ids are kept. After a turn, only the text that
+the template puts after the assistant's text is tokenised and appended (end of turn, the
 environment's messages, the next assistant header)::
 
     prompt    <|im_start|>user ⏎ Who wrote Ulm?<|im_end|> ⏎ <|im_start|>assistant ⏎
     sampled   <tool>…</tool><|im_end|>                       kept as sampled
     appended   ⏎ <|im_start|>user ⏎ Ida wrote Ulm.<|im_end|> ⏎ <|im_start|>assistant ⏎
 
-Some templates rewrite earlier turns, for instance to drop old reasoning. Then no appended text can
-reproduce the context, and `Conversation.restart` is set: the next turn begins a new row. Others,
+Some templates rewrite earlier turns, for instance to drop old reasoning. The new context is then no
+extension of the old one, and `Conversation.restart` is set: the next turn begins a new row. Others,
 such as Mistral's, accept a tool result only after a turn with `tool_calls` and matching ids: the
-turn is rendered in that form, and only what follows it is used.
+turn is rendered in that form, and only the text after it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EOM = "<|eom_id|>"
-"""Llama 3 ends turns with built-in tool calls with it instead of the end-of-turn token."""
+"""Ends a turn with built-in tool calls of Llama 3, instead of its end-of-turn token."""
 _MARK = "\ue000{}\ue001"  # private-use characters, which no template inspects
 
 
@@ -44,7 +44,7 @@ class Chat:
             itself.
         options: further variables of the template, such as `enable_thinking`.
     Raises:
-        ConfigError: no template, or its turns do not end in a special token.
+        ConfigError: there is no template, or its turns do not end with a special token.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Chat:
         contents = [str(message["content"]) for message in messages[first:]]
         if not any(special in content for content in contents for special in self._special):
             return tuple(self._encode_template(rendered[skip:]))
-        # render with placeholders for the contents, and tokenise each content by itself
+        # render with placeholders for the contents, and tokenise each content separately
         marked = [
             message
             if i < first or not message["content"]
@@ -156,8 +156,8 @@ class Chat:
         for i, content in enumerate(contents):
             if not content:
                 continue
-            literal, found, rest = rest.partition(_MARK.format(i))
-            if not found:
+            literal, mark, rest = rest.partition(_MARK.format(i))
+            if not mark:
                 raise ConfigError(
                     f"model.path: the chat template of {self.tokenizer.name_or_path} omits or "
                     f"reorders message {first + i}; use another template"
@@ -189,8 +189,8 @@ class Chat:
     def _find_end_id(self) -> int:
         mark = _MARK.format("end")
         turn = [{"role": "user", "content": "."}, {"role": "assistant", "content": mark}]
-        _, found, tail = self._render(turn, prompt=False).partition(mark)
-        ids = self._encode_template(tail.lstrip()) if found else []
+        _, _, tail = self._render(turn, prompt=False).partition(mark)
+        ids = self._encode_template(tail.lstrip())
         if not ids or self.tokenizer.decode([ids[0]]) not in self._special:
             raise ConfigError(
                 f"model.path: the chat template of {self.tokenizer.name_or_path} does not end an "
@@ -207,19 +207,17 @@ def _match_calls(
 
     The ids have nine characters, as Mistral's template requires, and are unique in a conversation.
     """
-    attempts = iter(parse_calls(text))
+    parsed = iter(parse_calls(text))
     calls: list[dict[str, Any]] = []
     replies: list[Message] = []
     for message in messages:
         if message["role"] != "tool":
             replies.append(message)
             continue
-        call, call_id = next(attempts, None), f"c{num_before:04d}{len(calls):04d}"
-        parsed = isinstance(call, ToolCall)
-        function = {
-            "name": call.name if parsed else str(message.get("name", "unknown")),
-            "arguments": dict(call.arguments) if parsed else {},
-        }
+        call_id = f"c{num_before:04d}{len(calls):04d}"
+        function = {"name": str(message.get("name", "unknown")), "arguments": {}}
+        if isinstance(call := next(parsed, None), ToolCall):
+            function = {"name": call.name, "arguments": dict(call.arguments)}
         calls.append({"id": call_id, "type": "function", "function": function})
         replies.append({**message, "tool_call_id": call_id})
     return {"role": "assistant", "content": "", "tool_calls": calls}, tuple(replies)
