@@ -355,5 +355,5 @@ def test_a_call_with_too_many_operations_is_an_error():
     env = calculator(operations=2, max_operations=1)
     call = '<tool>{"name": "calculate", "args": {"expression": "1 + 2 + 3"}}</tool>'
     _, (step,), _ = play(env, env.tasks("train")[0], call)
-    assert "2 operations; one call takes 1" in step.messages[0]["content"]
+    assert "2 operations; one call accepts 1" in step.messages[0]["content"]
     assert step.reward == 0.0

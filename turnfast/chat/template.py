@@ -40,7 +40,7 @@ class Chat:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        tools: JSON schemas given to the template; empty when the environment describes its tools
+        tools: JSON schemas passed to the template; empty if the environment describes its tools
             itself.
         options: further variables of the template, such as `enable_thinking`.
     Raises:

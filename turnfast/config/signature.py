@@ -85,7 +85,7 @@ def check_arguments(
     """Validate arguments against a model of `arguments_model`.
 
     Args:
-        field: the recipe field that holds the arguments.
+        field: the recipe field with the arguments.
     Returns:
         The arguments, with nested records constructed; defaults are not added.
     Raises:

@@ -106,7 +106,7 @@ class CalculatorEnv(ToolEnv):
         value = calculate(expression)
         count = sum(isinstance(node, ast.BinOp) for node in ast.walk(ast.parse(expression.strip())))
         if count > self._max_operations:
-            raise ValueError(f"{count} operations; one call takes {self._max_operations}")
+            raise ValueError(f"{count} operations; one call accepts {self._max_operations}")
         return format_number(value)
 
 

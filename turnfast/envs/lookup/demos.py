@@ -203,7 +203,7 @@ class _Writer:
 
 
 def malformations(tag: str) -> Sequence[Callable[[str], str]]:
-    """Typical errors of models in a call; each function takes the query."""
+    """Typical errors of models in a call; each function gets the query."""
     key = "arguments" if tag == "tool_call" else "args"
     start, end = f'<{tag}>{{"name": "search", "{key}": {{"query": ', f"</{tag}>"
     return (

@@ -1,6 +1,6 @@
 """Apply reward functions to a trajectory, each weighted and under a deadline.
 
-A reward function takes the task and the turns so far and returns a number; it may be `async`::
+A reward function of the task and the turns so far returns a number; it may be `async`::
 
     def brevity(task: Task, turns: Sequence[PlayedTurn]) -> float:
         return 1.0 / (1 + len(turns[-1].text.split()))
@@ -35,7 +35,7 @@ TURN_REWARD, OUTCOME = "the environment's turn reward", "the environment's outco
 
 
 class RewardFault(Exception):
-    """A reward that is not a finite number; `kind` says why."""
+    """A reward that is not a finite number; `kind` is the reason."""
 
     def __init__(self, kind: FaultKind, text: str) -> None:
         super().__init__(text)
