@@ -26,8 +26,8 @@ demo: $(STAMP)
 		|| $(BIN)/turnfast sft demo --run-dir $(RUN)/warm-start --resume
 	$(BIN)/turnfast train demo --model.path $(RUN)/warm-start/model --run-dir $(RUN)/mt_grpo --resume
 
-INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_truth.py loss_head_parallel.py \
-	segments.py attention_tree_triton.py liger.py)
+INTERPRETED := $(addprefix tests/test_,loss_head_triton.py loss_head_shared.py loss_head_truth.py \
+	loss_head_parallel.py segments.py attention_tree_triton.py liger.py)
 
 # vLLM and the Triton interpreter cannot share a process, so each has a run of its own. One thread
 # per process makes sums reproducible bit for bit.

@@ -18,12 +18,12 @@ ROOT = Path(__file__).parent
 
 def packages() -> dict[str, str]:
     """Return import name -> folder for every folder with an __init__.py."""
-    found = {}
+    folders = {}
     for name, folder in (("turnfast", "turnfast"), ("turnfast.kernels", "kernels")):
         for init in sorted((ROOT / folder).rglob("__init__.py")):
             inner = init.parent.relative_to(ROOT / folder).parts
-            found[".".join((name, *inner))] = str(Path(folder, *inner))
-    return found
+            folders[".".join((name, *inner))] = str(Path(folder, *inner))
+    return folders
 
 
 def extension() -> dict:

@@ -7,6 +7,7 @@ the low-precision baseline of the error budget.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from turnfast.kernels import (
     turn_policy_loss,
 )
 from turnfast.kernels.loss_head import backends
+from turnfast.kernels.loss_head.problem import Problem, Vocab, compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,32 @@ def logprobs_of(case: Case, impl: str = "auto", **options: Any) -> LinearLogprob
     )
 
 
+def as_problem(case: Case, **options: Any) -> Problem:
+    """Return the case as the record that implementations receive, with both gradients wanted."""
+    dtype = compute_dtype(case.hidden.dtype)
+    values = {
+        "hidden_TD": case.hidden,
+        "head_VD": case.head,
+        "vocab": Vocab.of(case.head),
+        "rows_N": case.rows,
+        "targets_N": case.targets,
+        "turns_N": case.turns,
+        "sequences_K": case.sequences,
+        "advantages_K": case.advantages.to(dtype),
+        "weights_N": case.weights.to(dtype),
+        "old_N": case.old,
+        "ref_N": case.ref,
+        "sampler_N": case.sampler,
+        "rule": case.rule,
+        "temperature": case.temperature,
+        "softcap": case.softcap,
+        "chunk_tokens": None,
+        "need_hidden": True,
+        "need_head": True,
+    }
+    return Problem(**values | options)
+
+
 def leaves(case: Case) -> tuple[Tensor, Tensor]:
     """Return copies of hidden and head that require gradients."""
     return (
@@ -269,65 +297,15 @@ def microbatches(case: Case, count: int) -> list[Case]:
     return [select(case, case.turns % count == number) for number in range(count)]
 
 
-def assert_microbatches_accumulate(impl: str, dtype: torch.dtype, chunk_tokens: int | None) -> None:
-    """Micro-batches with one head_grad buffer sum to the whole gradient.
-
-    The error is at most that of autograd's sum in the head's dtype.
-    """
-    case = make_case(3, N=63, V=150, D=24, rule=PolicyRule(ratio="turn"), dtype=dtype)
-    true = truth(case)
-    autograd_sum = torch.zeros_like(case.head)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    start = torch.linspace(-1, 1, case.head.numel()).view(case.head.shape).to(wide)
-    head_grad, offset_grad = torch.zeros_like(start), start.clone()
-    d_hidden = torch.zeros_like(true.d_hidden)
-    for part in microbatches(case, 4):
-        _, alone = run(part, impl, chunk_tokens=chunk_tokens)
-        autograd_sum += alone.d_head.to(dtype)
-        found = run_into(part, impl, head_grad, chunk_tokens=chunk_tokens)
-        assert torch.equal(found, alone.d_hidden)
-        run_into(part, impl, offset_grad, chunk_tokens=chunk_tokens)
-        d_hidden += found
-    error, allowed = (relative(x.double(), true.d_head) for x in (head_grad, autograd_sum))
-    assert error <= max(allowed, 1e-6), f"{error:.1e}, autograd's sum {allowed:.1e}"
-    assert (offset_grad - start - head_grad).abs().max() < 1e-6
-    if dtype == torch.float32:
-        _, whole = run(case, impl, chunk_tokens=chunk_tokens)
-        assert (head_grad - whole.d_head).abs().max() < 1e-6
-        assert (d_hidden - whole.d_hidden).abs().max() < 1e-6
-
-
-def assert_any_chunks_agree(case: Case, impl: str, chunks: tuple[int, ...]) -> None:
-    """Any chunk size gives the same loss, gradients and statistics."""
-    whole, expected = run(case, impl, chunk_tokens=len(case.rows))
-    for chunk in chunks:
-        out, found = run(case, impl, chunk_tokens=chunk)
-        assert relative(found.d_hidden, expected.d_hidden) < 1e-6
-        assert relative(found.d_head, expected.d_head) < 1e-6
-        torch.testing.assert_close(out.loss, whole.loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(out.turn_logprobs, whole.turn_logprobs, rtol=1e-5, atol=1e-6)
-        assert_same_stats(out, whole, rtol=1e-5, atol=1e-6)
-
-
-def assert_same_stats(found: PolicyLoss, expected: PolicyLoss, rtol: float, atol: float) -> None:
-    for field in dataclasses.fields(found.stats):
-        a, b = (getattr(each.stats, field.name) for each in (found, expected))
+def assert_same_stats(actual: PolicyLoss, expected: PolicyLoss, rtol: float, atol: float) -> None:
+    for field in dataclasses.fields(actual.stats):
+        a, b = (getattr(each.stats, field.name) for each in (actual, expected))
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=f"{field.name}: {a} != {b}")
 
 
-def assert_repeatable(case: Case, impl: str) -> None:
-    """A second call gives the same bits."""
-    (out_a, a), (out_b, b) = run(case, impl), run(case, impl)
-    for name in ("loss", "d_hidden", "d_head"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert torch.equal(out_a.turn_logprobs, out_b.turn_logprobs)
-
-
-def relative(found: Tensor, true: Tensor) -> float:
+def relative(actual: Tensor, true: Tensor) -> float:
     """Return the norm of the error relative to the norm of the truth."""
-    if true.numel() == 0:
-        return 0.0
-    return float((found - true).norm() / true.norm().clamp(min=1e-12))
+    return float((actual - true).norm() / true.norm().clamp(min=1e-12))
 
 
 def trained(out: PolicyLoss) -> Tensor:
@@ -336,37 +314,26 @@ def trained(out: PolicyLoss) -> Tensor:
 
 
 def assert_within_budget(case: Case, impl: str, slack: float = 1e-5, **options: Any) -> None:
-    """Assert err(found) <= 2 err(low-precision autograd) + slack, both against float64."""
-    out, found = run(case, impl, **options)
-    true, low = truth(case), truth(case, case.hidden.dtype)
-    computed = trained(out)
-    assert (computed | (case.weights == 0) | _without_advantage(case)).all()
-    pairs = [
-        ("loss", found.loss - true.loss, low.loss - true.loss, max(1.0, float(true.loss.abs()))),
-        *(
-            (name, getattr(found, name)[computed] - getattr(true, name)[computed],
-             getattr(low, name)[computed] - getattr(true, name)[computed], 1.0)
-            for name in ("logprobs", "entropies")
-        ),
-        *(
-            (name, getattr(found, name) - getattr(true, name),
-             getattr(low, name) - getattr(true, name), float(getattr(true, name).abs().max()))
-            for name in ("d_hidden", "d_head")
-        ),
-    ]  # fmt: skip
-    for name, error, low_error, unit in pairs:
-        if error.numel() == 0:
-            continue
-        unit = max(unit, 1e-12)
-        worst, allowed = float(error.abs().max()) / unit, float(low_error.abs().max()) / unit
-        assert worst <= 2 * allowed + slack, f"{name}: {worst:.2e} > 2 * {allowed:.2e} + {slack}"
+    """Assert err(impl) <= 2 err(low-precision autograd) + slack, both against float64.
 
-
-def _without_advantage(case: Case) -> Tensor:
-    """Return tokens whose own turn has no advantage; only those may be skipped."""
+    Errors of the loss are relative if it exceeds 1; those of gradients to their largest element.
+    """
+    out, actual = run(case, impl, **options)
+    low, true = truth(case, case.hidden.dtype), truth(case)
+    has_signal = (case.advantages != 0)[case.turns]
     if case.rule.kl_coef or case.rule.entropy_coef:
-        return torch.zeros_like(case.turns, dtype=torch.bool)
-    return (case.advantages == 0)[case.turns]
+        has_signal = torch.ones_like(has_signal)
+    assert (trained(out) | (case.weights == 0) | ~has_signal).all()
+    for name, x, x_low, x_true in _compared(actual, low, true, trained(out)):
+        unit = 1.0
+        if name == "loss":
+            unit = max(1.0, float(x_true.abs()))
+        elif name.startswith("d_"):
+            unit = max(1e-12, float(x_true.abs().max()))
+        error, low_error = (float((each - x_true).abs().max()) / unit for each in (x, x_low))
+        assert error <= 2 * low_error + slack, (
+            f"{name}: {error:.2e} > 2 * {low_error:.2e} + {slack}"
+        )
 
 
 def assert_as_accurate_as_reference(
@@ -377,51 +344,29 @@ def assert_as_accurate_as_reference(
     Errors are absolute for loss, log-probs and entropies, relative to the norm for gradients.
     slack is added for gradients.
     """
-    true = truth(case)
     reference, low = run(case, "reference", **options)
-    out, found = run(case, impl, **options)
-    computed = trained(reference)
-    assert torch.equal(trained(out), computed)
-    for name in ("loss", "logprobs", "entropies", "d_hidden", "d_head"):
-        values = [getattr(each, name) for each in (found, low, true)]
+    out, actual = run(case, impl, **options)
+    assert torch.equal(trained(out), trained(reference))
+    for name, x, x_low, x_true in _compared(actual, low, truth(case), trained(out)):
         if name.startswith("d_"):
-            error, low_error = (relative(x, values[2]) for x in values[:2])
-            low_error += slack / 2
+            error, allowed = relative(x, x_true), 2 * relative(x_low, x_true) + slack
         else:
-            if name != "loss":
-                values = [x[computed] for x in values]
-            errors = [(x - values[2]).abs() for x in values[:2]]
-            error, low_error = (float(x.max()) if x.numel() else 0.0 for x in errors)
-        assert error <= 2 * low_error + 1e-5, f"{name}: {error:.2e}, reference {low_error:.2e}"
+            error, low_error = (float((each - x_true).abs().max()) for each in (x, x_low))
+            allowed = 2 * low_error
+        assert error <= allowed + 1e-5, f"{name}: {error:.2e}, allowed {allowed:.2e}"
     assert_same_stats(out, reference, rtol=1e-3, atol=1e-4)
 
 
-def assert_ignores_uninitialised_memory(
-    impl: str, softcap: float | None, *, N: int, chunk_tokens: int
-) -> None:
-    """New memory that torch fills with NaN changes no result."""
-    rule = PolicyRule(ratio="turn", entropy_coef=0.01, kl_coef=0.1)
-    case = make_case(21, N=N, normaliser="masked", rule=rule, softcap=softcap)
-    clean, expected = run(case, impl, chunk_tokens=chunk_tokens)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        assert bool(torch.empty(3).isnan().all())
-        out, found = run(case, impl, chunk_tokens=chunk_tokens)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for field in ("loss", "d_hidden", "d_head"):
-        assert torch.equal(getattr(found, field), getattr(expected, field)), field
-    assert torch.equal(out.turn_logprobs, clean.turn_logprobs)
-
-
-def assert_logprobs_match_the_loss(case: Case, impl: str, chunks: tuple[int | None, ...]) -> None:
-    """linear_logprobs returns the log-probs and entropies of the loss, for any chunk size."""
-    case = dataclasses.replace(case, advantages=torch.ones_like(case.advantages))
-    out, _ = run(case, impl)
-    for chunk_tokens in chunks:
-        alone = logprobs_of(case, impl, chunk_tokens=chunk_tokens)
-        torch.testing.assert_close(alone.logprobs, out.logprobs, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(alone.entropies, out.entropies, rtol=1e-5, atol=1e-5)
+def _compared(
+    actual: Answer, low: Answer, true: Answer, computed: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield the name and the three values of each result, of the computed tokens only."""
+    for field in dataclasses.fields(Answer):
+        values = [getattr(answer, field.name) for answer in (actual, low, true)]
+        if field.name in ("logprobs", "entropies"):
+            values = [x[computed] for x in values]
+        if values[0].numel():
+            yield field.name, values[0], values[1], values[2]
 
 
 def with_large_logit(case: Case, value: float) -> Case:

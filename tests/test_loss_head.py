@@ -14,10 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
-    assert_any_chunks_agree,
-    assert_ignores_uninitialised_memory,
-    assert_logprobs_match_the_loss,
-    assert_repeatable,
+    as_problem,
     assert_within_budget,
     every_impl,
     is_available,
@@ -25,19 +22,15 @@ from loss_cases import (
     logprobs_of,
     loss_of,
     make_case,
-    operator_arguments,
     relative,
     run,
     select,
-    truth,
-    with_large_logit,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from turnfast.kernels import PolicyRule, linear_logprobs, turn_policy_loss
-from turnfast.kernels.loss_head import backends, op, reference
-from turnfast.kernels.loss_head.problem import Problem, Vocab
+from turnfast.kernels.loss_head import backends, reference
 
 CPU = torch.device("cpu")
 
@@ -77,21 +70,6 @@ def test_low_precision_is_within_the_error_budget(
 
 
 @every_impl
-@pytest.mark.parametrize("shift", [-120.0, 120.0])
-def test_logits_far_from_zero(impl: str, shift: float) -> None:
-    assert_within_budget(make_case(4, shift=shift), impl)
-
-
-@every_impl
-@pytest.mark.parametrize("value", [45.0, 100.0, 1000.0])
-@pytest.mark.parametrize("rule", [PolicyRule(), PolicyRule(entropy_coef=0.01)])
-def test_a_logit_far_above_the_target(impl: str, value: float, rule: PolicyRule) -> None:
-    case = with_large_logit(make_case(5, rule=rule, on_policy=True), value)
-    assert_within_budget(case, impl, slack=1e-5 * value / 45)
-    assert float(truth(case).logprobs[0]) < -value / 3
-
-
-@every_impl
 def test_log_probs_of_confident_tokens_keep_their_relative_precision(impl: str) -> None:
     gaps = torch.tensor([5.0, 10.0, 20.0, 40.0])
     hidden, rows = gaps[:, None], torch.arange(4)
@@ -104,22 +82,14 @@ def test_log_probs_of_confident_tokens_keep_their_relative_precision(impl: str) 
 
 
 @every_impl
-@pytest.mark.parametrize("ratio", ["token", "turn", "sequence"])
-def test_any_chunk_size_gives_the_same_gradient(impl: str, ratio: str) -> None:
-    rule = PolicyRule(ratio=ratio, kl_coef=0.04, entropy_coef=0.01)  # type: ignore[arg-type]
-    case = make_case(6, N=200, rule=rule, normaliser="masked")
-    assert_any_chunks_agree(case, impl, (1, 13, 64))
-
-
-@every_impl
 def test_sequences_may_have_any_ids(impl: str) -> None:
     case = make_case(23, N=60, rule=PolicyRule(ratio="sequence"))
     _, expected = run(case, impl)
     spread = dataclasses.replace(case, sequences=case.sequences * 10**15 + 2**62)
     assert len(case.sequences.unique()) > 1
-    _, found = run(spread, impl)
-    assert relative(found.d_hidden, expected.d_hidden) < 1e-6
-    assert relative(found.d_head, expected.d_head) < 1e-6
+    _, actual = run(spread, impl)
+    assert relative(actual.d_hidden, expected.d_hidden) < 1e-6
+    assert relative(actual.d_head, expected.d_head) < 1e-6
 
 
 @every_impl
@@ -135,18 +105,6 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(impl: str, ratio: 
         assert relative(a.d_hidden + b.d_hidden, whole.d_hidden) < 1e-6
         assert relative(a.d_head + b.d_head, whole.d_head) < 1e-6
         torch.testing.assert_close(a.loss + b.loss, whole.loss, rtol=1e-5, atol=1e-7)
-
-
-@every_impl
-def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
-    case = make_case(8, N=300, V=500, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
-    assert_repeatable(case, impl)
-
-
-@every_impl
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_uninitialised_memory_is_never_read(impl: str, softcap: float | None) -> None:
-    assert_ignores_uninitialised_memory(impl, softcap, N=150, chunk_tokens=40)
 
 
 @every_impl
@@ -174,39 +132,13 @@ def test_values_of_unused_rows_and_masked_tokens_are_never_read(impl: str) -> No
 @every_impl
 def test_several_targets_per_row_equal_copied_rows(impl: str) -> None:
     case = make_case(10, N=40)
-    _, found = run(case, impl)
+    _, actual = run(case, impl)
     copied = dataclasses.replace(case, hidden=case.hidden[case.rows], rows=torch.arange(40))
     _, expected = run(copied, impl)
-    d_hidden = torch.zeros_like(found.d_hidden).index_add_(0, case.rows, expected.d_hidden)
+    d_hidden = torch.zeros_like(actual.d_hidden).index_add_(0, case.rows, expected.d_hidden)
     assert len(case.rows.unique()) < 40
-    assert relative(found.d_hidden, d_hidden) < 1e-6
-    assert relative(found.d_head, expected.d_head) < 1e-6
-
-
-@every_impl
-@pytest.mark.parametrize("why", ["no tokens", "no turns", "masked", "no advantage"])
-def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str, why: str) -> None:
-    case = make_case(11, N=12, K=4)
-    no_tokens = select(case, torch.zeros(12, dtype=torch.bool))
-    if why == "no tokens":
-        case = no_tokens
-    elif why == "no turns":
-        empty = {name: getattr(case, name)[:0] for name in ("advantages", "sequences")}
-        case = dataclasses.replace(no_tokens, **empty)
-    elif why == "masked":
-        case = dataclasses.replace(case, weights=torch.zeros(12))
-    else:
-        case = dataclasses.replace(case, advantages=torch.zeros(4))
-    for ratio in ("token", "turn", "sequence"):
-        case = dataclasses.replace(case, rule=PolicyRule(ratio=ratio))  # type: ignore[arg-type]
-        out, answer = run(case, impl)
-        assert float(out.loss.detach()) == 0.0
-        assert not answer.d_hidden.any() and not answer.d_head.any()
-        assert not out.turn_logprobs.any()
-        assert int(out.stats.tokens) == 0
-        assert int(out.stats.masked) == (12 if why == "masked" else 0)
-        assert int(out.stats.skipped) == (12 if why == "no advantage" else 0)
-        assert float(out.stats.ratio_max) == 1.0 and float(out.stats.kl) == 0.0
+    assert relative(actual.d_hidden, d_hidden) < 1e-6
+    assert relative(actual.d_head, expected.d_head) < 1e-6
 
 
 @every_impl
@@ -260,12 +192,6 @@ def test_the_worked_example_of_the_docstring(impl: str) -> None:
 
 
 @every_impl
-def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
-    case = make_case(12, N=100, V=300, temperature=0.8, softcap=6.0)
-    assert_logprobs_match_the_loss(case, impl, (None, 9))
-
-
-@every_impl
 def test_only_inputs_that_require_a_gradient_get_one(impl: str) -> None:
     case = make_case(13)
     _, both = run(case, impl)
@@ -285,36 +211,6 @@ def test_only_inputs_that_require_a_gradient_get_one(impl: str) -> None:
     with torch.no_grad():
         out = loss_of(case, impl, hidden, head)
     assert not out.loss.requires_grad
-
-
-def test_a_frozen_head_gets_no_gradient_buffer() -> None:
-    case = make_case(13)
-    frozen = _problem(case, need_head=False)
-    assert reference.policy_loss(frozen).d_head_VD.numel() == 0
-    assert reference.policy_loss(_problem(case)).d_head_VD.shape == case.head.shape
-
-
-def _problem(case: Case, need_head: bool = True) -> Problem:
-    return Problem(
-        hidden_TD=case.hidden,
-        head_VD=case.head,
-        vocab=Vocab.of(case.head),
-        rows_N=case.rows,
-        targets_N=case.targets,
-        turns_N=case.turns,
-        sequences_K=case.sequences,
-        advantages_K=case.advantages,
-        weights_N=case.weights,
-        old_N=case.old,
-        ref_N=case.ref,
-        sampler_N=case.sampler,
-        rule=case.rule,
-        temperature=case.temperature,
-        softcap=case.softcap,
-        chunk_tokens=32,
-        need_hidden=True,
-        need_head=need_head,
-    )
 
 
 class Largest(TorchDispatchMode):
@@ -337,7 +233,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_tokens_by_vocabulary_ever_exists() -> None:
     case = make_case(14, N=512, V=400, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
     with Largest() as seen:
-        reference.policy_loss(_problem(case))
+        reference.policy_loss(as_problem(case, chunk_tokens=32))
     assert 32 * 400 <= seen.elements <= 64 * 400 < 512 * 400
 
 
@@ -352,14 +248,15 @@ def test_only_tokens_with_a_signal_enter_the_products(
     rule = PolicyRule(ratio=ratio)  # type: ignore[arg-type]
     case = make_case(22, N=90, V=50, D=8, rule=rule, normaliser="masked")
     signal = (case.advantages != 0)[case.turns] & (case.weights != 0)
-    wanted = dataclasses.replace(_problem(case), need_hidden=needs[0], need_head=needs[1])
+    wanted = as_problem(case, chunk_tokens=32, need_hidden=needs[0], need_head=needs[1])
 
     def in_place(_: object, a: list[int], b: list[int], **others: object) -> int:
         return 2 * a[0] * a[1] * b[1]
 
     mapping = {torch.ops.aten.addmm_: in_place}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        reference.policy_loss(wanted)
+        out = reference.policy_loss(wanted)
+    assert out.d_head_VD.numel() == (50 * 8 if needs[1] else 0)
     assert 0 < int(signal.sum()) < 90
     assert counter.get_total_flops() == products * 2 * int(signal.sum()) * 50 * 8
 
@@ -372,16 +269,6 @@ def test_gradients_pass_gradcheck_in_float64(rule: PolicyRule) -> None:
         return loss_of(case, "reference", hidden, head).loss
 
     assert torch.autograd.gradcheck(loss, leaves(case), eps=1e-6, atol=1e-6)
-
-
-@every_impl
-def test_the_operators_pass_opcheck(impl: str) -> None:
-    case = make_case(16, N=20)
-    # No skipped tokens, whose NaN would differ: opcheck compares with ==.
-    case = dataclasses.replace(case, advantages=case.advantages + 0.5)
-    torch.library.opcheck(op.policy_loss_op, operator_arguments(case, impl))
-    plain = (case.hidden.detach(), case.head.detach(), case.rows, case.targets)
-    torch.library.opcheck(op.logprobs_op, (*plain, 1.0, None, None, "", 0, impl))
 
 
 @every_impl
@@ -428,11 +315,11 @@ def test_autocast_changes_nothing(impl: str) -> None:
     case = make_case(20, N=40, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
     _, expected = run(case, impl)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, found = run(case, impl)
+        _, actual = run(case, impl)
         inside = logprobs_of(case, impl).logprobs
     outside = logprobs_of(case, impl).logprobs
-    assert torch.equal(found.d_head, expected.d_head)
-    assert torch.equal(found.d_hidden, expected.d_hidden)
+    assert torch.equal(actual.d_head, expected.d_head)
+    assert torch.equal(actual.d_hidden, expected.d_hidden)
     assert torch.equal(inside, outside)
 
 
@@ -444,93 +331,82 @@ def test_auto_selects_the_fastest_available_implementation() -> None:
     assert backends.implementation("auto", CPU, torch.float64) is reference
 
 
-BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("hidden", {"hidden": torch.zeros(4)}, r"hidden: expected \[T, D\]"),
-    ("hidden", {"hidden": torch.zeros(4, 3, dtype=torch.long)}, r"hidden: .* floating"),
-    ("head", {"head_weight": torch.zeros(5, 4)}, r"head_weight: expected shape \[5, 3\]"),
-    ("head", {"head_weight": torch.zeros(0, 3)}, r"head_weight: expected \[V, D\]"),
-    ("head", {"head_weight": torch.zeros(5, 3).half()}, r"head_weight: expected the dtype"),
-    ("head", {"head_weight": torch.zeros(5, 3, device="meta")}, r"head_weight: expected device"),
-    ("rows", {"rows": torch.tensor([0, 1, 4])}, r"rows: expected 0 <= row < 4, got 4 at index 2"),
-    ("rows", {"rows": torch.tensor([-1, 1, 2])}, r"rows: .* got -1 at index 0"),
-    ("rows", {"rows": torch.zeros(3)}, r"rows: expected a dtype of int32, int64"),
-    ("rows", {"rows": torch.zeros(3, dtype=torch.long, device="meta")}, r"rows: expected device"),
-    ("rows", {"rows": torch.zeros(3, 1, dtype=torch.long)}, r"rows: expected shape \[N\]"),
-    ("targets", {"targets": torch.tensor([0, 5, 1])}, r"targets: .* got 5 at index 1"),
-    ("targets", {"targets": torch.tensor([0, 1])}, r"targets: expected shape \[3\]"),
-    ("targets", {"targets": torch.tensor([0, 1, -1])}, r"targets: .* got -1 at index 2"),
-    ("targets", {"targets": torch.zeros(3)}, r"targets: expected a dtype of int32, int64"),
-    ("turns", {"turns": torch.tensor([0, 0])}, r"turns: expected shape \[3\]"),
-    ("turns", {"turns": torch.zeros(3)}, r"turns: expected a dtype of int32, int64"),
-    ("turns", {"turns": torch.tensor([-1, 0, 1])}, r"turns: .* got -1 at index 0"),
-    ("turns", {"turns": torch.tensor([0, 1, 0])}, r"turns: .*contiguous.* got 0 at index 2"),
-    ("turns", {"turns": torch.tensor([0, 1, 2])}, r"turns: expected 0 <= turn < 2, got 2"),
-    ("advantages", {"advantages": torch.tensor([[1.0]])}, r"advantages: expected shape \[K\]"),
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"hidden": torch.zeros(4)}, r"hidden: expected \[T, D\]"),
+    ({"hidden": torch.zeros(4, 3, dtype=torch.long)}, r"hidden: .* floating"),
+    ({"head_weight": torch.zeros(5, 4)}, r"head_weight: expected shape \[5, 3\]"),
+    ({"head_weight": torch.zeros(0, 3)}, r"head_weight: expected \[V, D\]"),
+    ({"head_weight": torch.zeros(5, 3).half()}, r"head_weight: expected the dtype"),
+    ({"head_weight": torch.zeros(5, 3, device="meta")}, r"head_weight: expected device"),
+    ({"rows": torch.tensor([0, 1, 4])}, r"rows: expected 0 <= row < 4, got 4 at index 2"),
+    ({"rows": torch.tensor([-1, 1, 2])}, r"rows: .* got -1 at index 0"),
+    ({"rows": torch.zeros(3)}, r"rows: expected a dtype of int32, int64"),
+    ({"rows": torch.zeros(3, dtype=torch.long, device="meta")}, r"rows: expected device"),
+    ({"rows": torch.zeros(3, 1, dtype=torch.long)}, r"rows: expected shape \[N\]"),
+    ({"targets": torch.tensor([0, 5, 1])}, r"targets: .* got 5 at index 1"),
+    ({"targets": torch.tensor([0, 1])}, r"targets: expected shape \[3\]"),
+    ({"targets": torch.tensor([0, 1, -1])}, r"targets: .* got -1 at index 2"),
+    ({"targets": torch.zeros(3)}, r"targets: expected a dtype of int32, int64"),
+    ({"turns": torch.tensor([0, 0])}, r"turns: expected shape \[3\]"),
+    ({"turns": torch.zeros(3)}, r"turns: expected a dtype of int32, int64"),
+    ({"turns": torch.tensor([-1, 0, 1])}, r"turns: .* got -1 at index 0"),
+    ({"turns": torch.tensor([0, 1, 0])}, r"turns: .*contiguous.* got 0 at index 2"),
+    ({"turns": torch.tensor([0, 1, 2])}, r"turns: expected 0 <= turn < 2, got 2"),
+    ({"advantages": torch.tensor([[1.0]])}, r"advantages: expected shape \[K\]"),
+    ({"advantages": torch.tensor([1.0, torch.nan])}, r"advantages: .* nan at index 1"),
+    ({"old_logprobs": torch.tensor([0.0, -torch.inf, 0.0])}, r"old_logprobs: .* -inf at in"),
+    ({"old_logprobs": torch.zeros(2)}, r"old_logprobs: expected shape \[3\]"),
+    ({"old_logprobs": torch.zeros(3).long()}, r"old_logprobs: expected a dtype"),
     (
-        "advantages",
-        {"advantages": torch.tensor([1.0, torch.nan])},
-        r"advantages: .* nan at index 1",
-    ),
-    ("old", {"old_logprobs": torch.tensor([0.0, -torch.inf, 0.0])}, r"old_logprobs: .* -inf at in"),
-    ("old", {"old_logprobs": torch.zeros(2)}, r"old_logprobs: expected shape \[3\]"),
-    ("old", {"old_logprobs": torch.zeros(3).long()}, r"old_logprobs: expected a dtype"),
-    (
-        "sampler",
-        {
-            "sampler_logprobs": torch.tensor([0.0, torch.nan, 0.0]),
-            "rule": PolicyRule(is_cap=2.0),
-        },
+        {"sampler_logprobs": torch.tensor([0.0, torch.nan, 0.0]), "rule": PolicyRule(is_cap=2.0)},
         r"sampler_logprobs: .* nan at index 1",
     ),
-    ("advantages", {"advantages": torch.ones(2).long()}, r"advantages: expected a dtype"),
-    ("weights", {"weights": torch.tensor([1.0, 1.0, torch.inf])}, r"weights: .* inf at index 2"),
-    ("weights", {"weights": torch.ones(2)}, r"weights: expected shape \[3\]"),
+    ({"advantages": torch.ones(2).long()}, r"advantages: expected a dtype"),
+    ({"weights": torch.tensor([1.0, 1.0, torch.inf])}, r"weights: .* inf at index 2"),
+    ({"weights": torch.ones(2)}, r"weights: expected shape \[3\]"),
     (
-        "sequences",
         {"sequences": torch.tensor([0, -1]), "rule": PolicyRule(ratio="sequence")},
         r"sequences: expected ids >= 0, got -1 at index 1",
     ),
-    ("ref", {"ref_logprobs": torch.tensor([0.0, 0.0, torch.nan])}, r"ref_logprobs: .* index 2"),
-    ("weights", {"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights: .* -1.0 at index 1"),
-    ("weights", {"weights": torch.ones(3, dtype=torch.long)}, r"weights: expected a dtype"),
-    ("hidden", {"hidden": torch.full((4, 3), torch.nan)}, r"hidden: expected finite .* index 0"),
-    ("head", {"head_weight": torch.full((5, 3), torch.nan)}, r"head_weight: expected finite"),
-    ("temperature", {"temperature": 0.0}, r"temperature: expected a finite number > 0"),
-    ("temperature", {"temperature": math.nan}, r"temperature: expected"),
-    ("softcap", {"softcap": -1.0}, r"softcap: expected"),
-    ("chunk", {"chunk_tokens": 0}, r"chunk_tokens: expected"),
-    ("vocab_start", {"vocab_start": 3}, r"vocab_start: expected 0 without a process group"),
-    ("sequences", {"rule": PolicyRule(ratio="sequence")}, r"sequences: expected the sequence"),
-    ("sequences", {"sequences": torch.zeros(3, dtype=torch.long)}, r"sequences: expected shape"),
-    ("kl", {"rule": PolicyRule(kl_coef=0.1)}, r"ref_logprobs: expected with kl_coef"),
-    ("is_cap", {"rule": PolicyRule(is_cap=2.0)}, r"sampler_logprobs: expected with is_cap"),
-    ("is_cap", {"sampler_logprobs": torch.zeros(3)}, r"sampler_logprobs: given, but"),
-    ("hidden", {"hidden": [[1.0]]}, r"hidden: expected a dense tensor, got list"),
-    ("hidden", {"hidden": torch.ones(4, 3).to_sparse()}, r"hidden: .* layout torch.sparse_coo"),
-    ("head", {"head_weight": None}, r"head_weight: expected a dense tensor, got NoneType"),
-    ("rows", {"rows": [0, 1, 2]}, r"rows: expected a dense tensor, got list"),
-    ("targets", {"targets": [0, 1, 4]}, r"targets: expected a dense tensor, got list"),
-    ("advantages", {"advantages": 1.0}, r"advantages: expected a dense tensor, got float"),
-    ("old", {"old_logprobs": [0.0] * 3}, r"old_logprobs: expected a dense tensor, got list"),
-    ("temperature", {"temperature": "1"}, r"temperature: expected a finite number > 0, got '1'"),
-    ("chunk", {"chunk_tokens": 1.5}, r"chunk_tokens: expected an integer >= 1 or None, got 1.5"),
-    ("vocab_start", {"vocab_start": "0"}, r"vocab_start: expected an integer, got '0'"),
-    ("group", {"group": "world"}, r"group: expected a process group or None, got str"),
-    ("rule", {"rule": {"ratio": "turn"}}, r"rule: expected a PolicyRule, got dict"),
-    ("impl", {"impl": None}, r"impl: expected a name, got None"),
-    ("impl", {"impl": "fast"}, r"impl: expected one of auto, reference"),
-    ("impl", {"impl": "triton"}, r"impl: 'triton' is not available here"),
-    ("impl", {"impl": "triton_anchored"}, r"impl: 'triton_anchored' is not available here"),
+    ({"ref_logprobs": torch.tensor([0.0, 0.0, torch.nan])}, r"ref_logprobs: .* index 2"),
+    ({"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights: .* -1.0 at index 1"),
+    ({"weights": torch.ones(3, dtype=torch.long)}, r"weights: expected a dtype"),
+    ({"hidden": torch.full((4, 3), torch.nan)}, r"hidden: expected finite .* index 0"),
+    ({"head_weight": torch.full((5, 3), torch.nan)}, r"head_weight: expected finite"),
+    ({"temperature": 0.0}, r"temperature: expected a finite number > 0"),
+    ({"temperature": math.nan}, r"temperature: expected"),
+    ({"softcap": -1.0}, r"softcap: expected"),
+    ({"chunk_tokens": 0}, r"chunk_tokens: expected"),
+    ({"vocab_start": 3}, r"vocab_start: expected 0 without a process group"),
+    ({"rule": PolicyRule(ratio="sequence")}, r"sequences: expected the sequence"),
+    ({"sequences": torch.zeros(3, dtype=torch.long)}, r"sequences: expected shape"),
+    ({"rule": PolicyRule(kl_coef=0.1)}, r"ref_logprobs: expected with kl_coef"),
+    ({"rule": PolicyRule(is_cap=2.0)}, r"sampler_logprobs: expected with is_cap"),
+    ({"sampler_logprobs": torch.zeros(3)}, r"sampler_logprobs: given, but"),
+    ({"hidden": [[1.0]]}, r"hidden: expected a dense tensor, got list"),
+    ({"hidden": torch.ones(4, 3).to_sparse()}, r"hidden: .* layout torch.sparse_coo"),
+    ({"head_weight": None}, r"head_weight: expected a dense tensor, got NoneType"),
+    ({"rows": [0, 1, 2]}, r"rows: expected a dense tensor, got list"),
+    ({"targets": [0, 1, 4]}, r"targets: expected a dense tensor, got list"),
+    ({"advantages": 1.0}, r"advantages: expected a dense tensor, got float"),
+    ({"old_logprobs": [0.0] * 3}, r"old_logprobs: expected a dense tensor, got list"),
+    ({"temperature": "1"}, r"temperature: expected a finite number > 0, got '1'"),
+    ({"chunk_tokens": 1.5}, r"chunk_tokens: expected an integer >= 1 or None, got 1.5"),
+    ({"vocab_start": "0"}, r"vocab_start: expected an integer, got '0'"),
+    ({"group": "world"}, r"group: expected a process group or None, got str"),
+    ({"rule": {"ratio": "turn"}}, r"rule: expected a PolicyRule, got dict"),
+    ({"impl": None}, r"impl: expected a name, got None"),
+    ({"impl": "fast"}, r"impl: expected one of auto, reference"),
+    ({"impl": "triton"}, r"impl: 'triton' is not available here"),
+    ({"impl": "triton_anchored"}, r"impl: 'triton_anchored' is not available here"),
 ]
 
 
 @every_impl
 @pytest.mark.parametrize(
-    ("name", "bad", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)]
+    ("bad", "message"), BAD, ids=[f"{next(iter(bad))}-{i}" for i, (bad, _) in enumerate(BAD)]
 )
-def test_bad_input_is_rejected_by_name(
-    impl: str, name: str, bad: dict[str, Any], message: str
-) -> None:
+def test_bad_input_is_rejected_by_name(impl: str, bad: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {
         "hidden": torch.ones(4, 3),
         "head_weight": torch.ones(5, 3),
@@ -552,7 +428,7 @@ def test_bad_input_of_log_probs_alone_is_rejected_by_name(impl: str, name: str) 
     good |= {"rows": torch.tensor([0, 1, 2]), "targets": torch.tensor([0, 1, 4])}
     linear_logprobs(**good, impl=impl)
     tried = 0
-    for _, bad, message in BAD:
+    for bad, message in BAD:
         if set(bad) == {name}:
             tried += 1
             with pytest.raises(ValueError, match=message):

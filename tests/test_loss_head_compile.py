@@ -86,12 +86,12 @@ def row_cases(dtype: str) -> list[Case]:
     """Cases of the row-wise kernels with tensors of the model's dtype."""
     types = dict.fromkeys(("x_ptr", "w_ptr", "E_ptr", "out_ptr"), f"*{dtype}")
     row, d = {"BLOCK_V": triton_head.ROW_BLOCK}, {"BLOCK_D": triton_head.D_BLOCK}
-    found = []
+    built = []
 
     def add(kernel: Any, constants: dict[str, Any], warps: int = 4) -> None:
         switches = [f"{value:d}" for value in constants.values() if isinstance(value, bool)]
         label = "-".join(["", dtype, *filter(None, ["".join(switches)])])
-        found.append(case_of(kernel, constants, types=types, warps=warps, label=label))
+        built.append(case_of(kernel, constants, types=types, warps=warps, label=label))
 
     for cap in (False, True):
         for keep, flagged in ((True, False), (True, True), (False, False)):
@@ -102,12 +102,12 @@ def row_cases(dtype: str) -> list[Case]:
         add(rows.dlogits_rows_kernel, {"HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, **row})
     add(rows.scale_rows_kernel, d)
     add(rows.finish_dx_kernel, d)
-    return found
+    return built
 
 
 def policy_cases() -> list[Case]:
     """Cases of the policy kernel with all options and with none."""
-    found = []
+    policies = []
     options = ("HAS_OLD", "HAS_REF", "HAS_CAP", "HAS_DUAL", "HAS_ENTROPY")
     for segments_too in (False, True):
         for cispo in (False, True):
@@ -116,20 +116,20 @@ def policy_cases() -> list[Case]:
                 constants |= {"SEGMENTS": segments_too, "CISPO": cispo}
                 constants |= {"HAS_DUAL": on and not cispo, "BLOCK": triton_policy.BLOCK}
                 label = f"-{segments_too:d}{cispo:d}{on:d}"
-                found.append(case_of(triton_policy.policy_kernel, constants, label=label))
-    return found
+                policies.append(case_of(triton_policy.policy_kernel, constants, label=label))
+    return policies
 
 
 def cases() -> list[Case]:
-    found = [*row_cases("bf16"), *row_cases("fp16"), *row_cases("fp32"), *policy_cases()]
+    all_cases = [*row_cases("bf16"), *row_cases("fp16"), *row_cases("fp32"), *policy_cases()]
     for cap in (False, True):
         for keep, flagged in ((True, False), (True, True), (False, False)):
             switches = {"HAS_SOFTCAP": cap, "KEEP": keep, "ONLY_FLAGGED": flagged}
-            found.append(anchored(triton_head.HOPPER_TILES, (SM90,), **switches))
-            found.append(anchored(triton_head.AMPERE_TILES, (SM80, SM90), **switches))
+            all_cases.append(anchored(triton_head.HOPPER_TILES, (SM90,), **switches))
+            all_cases.append(anchored(triton_head.AMPERE_TILES, (SM80, SM90), **switches))
     block = {"BLOCK": segments.BLOCK}
     return [
-        *found,
+        *all_cases,
         case_of(rows.max_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
         case_of(rows.sum_rows_kernel, {"BLOCK_C": 32, "BLOCK_T": 64}),
         case_of(rows.choose_shifts_kernel, {"BLOCK_C": 256}),

@@ -12,18 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     Case,
-    assert_any_chunks_agree,
-    assert_ignores_uninitialised_memory,
-    assert_logprobs_match_the_loss,
-    assert_microbatches_accumulate,
-    assert_repeatable,
     assert_within_budget,
     make_case,
-    operator_arguments,
     relative,
     run,
     truth,
-    with_large_logit,
 )
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -31,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from turnfast.kernels import PolicyRule
-from turnfast.kernels.loss_head import backends, op, policy
+from turnfast.kernels.loss_head import backends, policy
 from turnfast.kernels.loss_head.triton import policy as triton_policy
 from turnfast.kernels.loss_head.triton.entry import choose_design
 
@@ -72,13 +65,13 @@ def test_the_policy_kernel_equals_the_policy_in_torch(case: Case, data: st.DataO
     )
     entropies = logprobs.abs() * 0.5
     expected = policy.policy_terms(case.rule, tokens, logprobs, entropies)
-    found = triton_policy.policy_terms(case.rule, tokens, logprobs, entropies)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.d_logprob_C, expected.d_logprob_C, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-5, atol=1e-5)
-    assert (found.d_entropy_C is None) == (expected.d_entropy_C is None)
-    if found.d_entropy_C is not None:
-        torch.testing.assert_close(found.d_entropy_C, expected.d_entropy_C)
+    actual = triton_policy.policy_terms(case.rule, tokens, logprobs, entropies)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.d_logprob_C, expected.d_logprob_C, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual.sums, expected.sums, rtol=1e-5, atol=1e-5)
+    assert (actual.d_entropy_C is None) == (expected.d_entropy_C is None)
+    if actual.d_entropy_C is not None:
+        torch.testing.assert_close(actual.d_entropy_C, expected.d_entropy_C)
 
 
 def test_the_policy_kernel_handles_segments_longer_than_a_block(
@@ -96,21 +89,6 @@ def test_the_policy_kernel_handles_segments_longer_than_a_block(
 )
 def test_shapes_that_break_kernels(impl: str, N: int, V: int, D: int) -> None:
     assert_within_budget(make_case(1, N=N, V=V, D=D, rule=PolicyRule(ratio="turn")), impl)
-
-
-@both_designs
-@pytest.mark.parametrize("shift", [-120.0, 120.0])
-def test_logits_far_from_zero(impl: str, shift: float) -> None:
-    assert_within_budget(make_case(4, N=20, shift=shift), impl)
-
-
-@both_designs
-@pytest.mark.parametrize("value", [45.0, 100.0, 1000.0])
-def test_a_row_that_would_overflow_is_repeated(impl: str, value: float) -> None:
-    rule = PolicyRule(entropy_coef=0.01 if value == 45.0 else 0.0)
-    case = with_large_logit(make_case(5, N=20, on_policy=True, rule=rule), value)
-    assert_within_budget(case, impl, slack=1e-5 * value / 45)
-    assert float(truth(case).logprobs[0]) < -value / 3
 
 
 @both_designs
@@ -133,65 +111,11 @@ def test_bf16_log_probs_have_float32_accuracy_and_gradients_that_of_bf16() -> No
     case = make_case(3, N=40, V=700, D=64, dtype=torch.bfloat16)
     true = truth(case)
     for impl in DESIGNS:
-        out, found = run(case, impl)
+        out, actual = run(case, impl)
         computed = ~out.logprobs.isnan()
-        assert float((found.logprobs - true.logprobs)[computed].abs().max()) < 1e-5
-        assert relative(found.d_hidden, true.d_hidden) < 6e-3
-        assert relative(found.d_head, true.d_head) < 6e-3
-
-
-@both_designs
-def test_any_chunk_size_gives_the_same_gradient(impl: str) -> None:
-    case = make_case(6, N=30, rule=PolicyRule(ratio="turn", kl_coef=0.04))
-    assert_any_chunks_agree(case, impl, (13,))
-
-
-@both_designs
-def test_the_same_call_twice_is_bitwise_equal(impl: str) -> None:
-    case = make_case(8, N=20, V=150, rule=PolicyRule(ratio="turn", entropy_coef=0.01))
-    assert_repeatable(case, impl)
-
-
-@both_designs
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_uninitialised_memory_is_never_read(impl: str, softcap: float | None) -> None:
-    assert_ignores_uninitialised_memory(impl, softcap, N=40, chunk_tokens=20)
-
-
-@both_designs
-def test_log_probs_alone_equal_those_of_the_loss(impl: str) -> None:
-    case = make_case(12, N=20, V=200, temperature=0.8, softcap=6.0)
-    assert_logprobs_match_the_loss(case, impl, (12,))
-
-
-@both_designs
-def test_without_a_loss_bearing_token_the_loss_is_zero(impl: str) -> None:
-    case = make_case(11, N=12, K=4)
-    case = dataclasses.replace(case, advantages=torch.zeros(4))
-    out, answer = run(case, impl)
-    assert float(out.loss.detach()) == 0.0 and int(out.stats.skipped) == 12
-    assert not answer.d_hidden.any() and not answer.d_head.any()
-
-
-@both_designs
-def test_a_nan_in_the_head_weight_is_reported(impl: str) -> None:
-    case = make_case(11)
-    case.head[40, 3] = torch.nan
-    with pytest.raises(ValueError, match="head_weight: expected finite"):
-        run(case, impl)
-
-
-@both_designs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_microbatches_accumulate_in_one_buffer(impl: str, dtype: torch.dtype) -> None:
-    assert_microbatches_accumulate(impl, dtype, chunk_tokens=10)
-
-
-@both_designs
-def test_the_operator_passes_opcheck(impl: str) -> None:
-    case = make_case(16, N=10, V=20)
-    case = dataclasses.replace(case, advantages=case.advantages + 0.5)
-    torch.library.opcheck(op.policy_loss_op, operator_arguments(case, impl))
+        assert float((actual.logprobs - true.logprobs)[computed].abs().max()) < 1e-5
+        assert relative(actual.d_hidden, true.d_hidden) < 6e-3
+        assert relative(actual.d_head, true.d_head) < 6e-3
 
 
 @pytest.mark.parametrize(
@@ -215,7 +139,7 @@ def test_the_design_is_fixed_per_architecture(
 def test_the_name_triton_selects_the_safe_design_in_the_interpreter() -> None:
     case = make_case(18, N=20)
     _, named = run(case, "triton_safe")
-    _, found = run(case, "triton")
-    assert torch.equal(found.d_head, named.d_head)
+    _, actual = run(case, "triton")
+    assert torch.equal(actual.d_head, named.d_head)
     with pytest.raises(ValueError, match="only the reference supports float64"):
         backends.implementation("triton", CPU, torch.float64)

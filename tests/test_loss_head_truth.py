@@ -70,9 +70,9 @@ def test_truth_equals_the_padded_formula_of_trl(ratio: str, kind: str) -> None:
     torch.testing.assert_close(true.d_hidden, hidden.grad)
     torch.testing.assert_close(true.d_head, head.grad)
     for impl in filter(is_available, ("reference", "cpp")):
-        _, found = run(case, impl)
-        assert relative(found.d_hidden, true.d_hidden) < 1e-5
-        assert relative(found.d_head, true.d_head) < 1e-5
+        _, actual = run(case, impl)
+        assert relative(actual.d_hidden, true.d_hidden) < 1e-5
+        assert relative(actual.d_head, true.d_head) < 1e-5
 
 
 @pytest.mark.skipif(
@@ -110,6 +110,6 @@ def test_every_implementation_equals_liger_triton_grpo_loss(level: str) -> None:
     d_logits = padded.grad[:, :-1][mask].double()
     d_head = d_logits.T @ case.hidden[case.rows].double()
     for impl in filter(is_available, ("reference", "cpp", "triton_safe", "triton_anchored")):
-        out, found = run(case, impl)
+        out, actual = run(case, impl)
         assert float((out.loss - loss).detach().abs()) < 2e-6
-        assert relative(found.d_head, d_head) < 2e-5
+        assert relative(actual.d_head, d_head) < 2e-5

@@ -19,9 +19,6 @@
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
 
 #define TURNFAST_ISA amx
-#define TURNFAST_LANES 16
-#define TURNFAST_ROWS 12
-#define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 1
 #define TURNFAST_AMX 1
 

@@ -7,9 +7,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define TURNFAST_ISA avx512
-#define TURNFAST_LANES 16
-#define TURNFAST_ROWS 12
-#define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 0
 #define TURNFAST_AMX 0
 

@@ -1,6 +1,10 @@
-// Functions for which the compiler does not find the AVX-512 instruction. The AVX-512 kernels
-// include this file after they set the compiler's target and TURNFAST_ISA. All masks are ones: GCC
-// warns about its own header in the forms without a mask.
+// Shared by the AVX-512 kernels, which set the compiler's target, TURNFAST_ISA and TURNFAST_PAIRS
+// first: the vector size, and functions for which the compiler does not find the instruction. All
+// masks are ones: GCC warns about its own header in the forms without a mask.
+
+#define TURNFAST_LANES 16
+#define TURNFAST_ROWS 12
+#define TURNFAST_AVX512 1
 
 #include <immintrin.h>
 
@@ -16,7 +20,7 @@ typedef int8_t ByteLanes __attribute__((vector_size(16)));
 
 // p * 2^n; 0 or infinity outside the range.
 inline __attribute__((always_inline)) Lanes scale(Lanes p, Lanes n) {
-  return (Lanes)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (Lanes)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 }
 
 inline __attribute__((always_inline)) WordLanes from_halves(HalfLanes x) {

@@ -7,9 +7,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
 #define TURNFAST_ISA avx512_bf16
-#define TURNFAST_LANES 16
-#define TURNFAST_ROWS 12
-#define TURNFAST_AVX512 1
 #define TURNFAST_PAIRS 1
 #define TURNFAST_AMX 0
 
@@ -34,9 +31,7 @@ inline __attribute__((always_inline)) Lanes dot_pairs(uint32_t a, Lanes b, Lanes
 namespace turnfast {
 
 extern constinit const Kernel kAvx512Bf16 = avx512_bf16::table("avx512_bf16", [] {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16");
+  return kAvx512.supported() && __builtin_cpu_supports("avx512bf16");
 });
 
 }  // namespace turnfast

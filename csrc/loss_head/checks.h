@@ -1,4 +1,4 @@
-// Checks of the arguments of the whole-call operators.
+// Checks of the operators' arguments.
 
 #pragma once
 
@@ -25,10 +25,10 @@ inline void check_indices(const Tensor& index, int64_t N) {
                     "rows, targets, turns: expected contiguous int64 of one size");
 }
 
-inline void check_tokens(const char* name, const Tensor& values, int64_t N) {
+inline void check_floats(const char* name, const Tensor& values, at::IntArrayRef sizes) {
   TORCH_CHECK_VALUE(values.scalar_type() == at::kFloat && values.is_contiguous() &&
-                        values.dim() == 1 && values.numel() == N,
-                    name, ": expected contiguous float32 [", N, "]");
+                        values.device().is_cpu() && values.sizes() == sizes,
+                    name, ": expected a contiguous float32 ", sizes, " on the CPU");
 }
 
 template <class T>
@@ -86,7 +86,8 @@ inline bool valid_rows(const CheckedInputs& of) {
          finite_rows(of.hidden, of.rows);
 }
 
-// The cheap test of all values. False: the Python path finds the fault, or computes the call.
+// Returns whether all values are valid. If not, the Python caller finds the bad value and raises
+// the error.
 inline bool valid_values(const CheckedInputs& of, const Tensor& turns, const PolicyInputs& in,
                          int64_t K, const int64_t* sequences) {
   const int64_t N = of.rows.numel();
@@ -104,8 +105,7 @@ inline bool valid_values(const CheckedInputs& of, const Tensor& turns, const Pol
     if (zero != 0.0f) return false;
   }
   for (int64_t k = 0; sequences != nullptr && k < K; ++k) {
-    // A table is indexed by these ids, so very large ones take the Python path.
-    if (sequences[k] < 0 || sequences[k] > (int64_t{1} << 24)) return false;
+    if (sequences[k] < 0) return false;
   }
   return contiguous_turns(in.turns, N, K);
 }

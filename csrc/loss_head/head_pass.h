@@ -16,7 +16,7 @@ using at::Tensor;
 
 // Tokens per chunk. A chunk of C tokens reads W and dW and writes dW, with 6 C flops per element:
 // from kOverlapTokens on, arithmetic hides that memory traffic. E of a large head is limited so
-// that all memory stays within a quarter of what PyTorch takes (bench/loss_head.py). Where E of
+// that all memory stays within a quarter of what PyTorch uses (bench/loss_head.py). Where E of
 // more tokens fits into kSmallBytes, a core's cache, larger chunks reduce the overhead per pass.
 constexpr int64_t kOverlapTokens = 384, kMaxTokens = 2304, kStep = 96;
 constexpr int64_t kSmallBytes = 1 << 20;
@@ -42,31 +42,6 @@ struct Gradients {
   HeadGradient head{};
 };
 
-inline Gradients make_gradients(const Kernel& k, const Tensor& hidden, const Tensor& weight,
-                                Needs needs, bool distinct_rows,
-                                const std::optional<Tensor>& head_grad) {
-  Gradients sums;
-  const std::vector<int64_t> none{0};
-  sums.d_hidden = at::zeros(needs.hidden ? hidden.sizes() : none,
-                            distinct_rows ? hidden.scalar_type() : at::kFloat);
-  const bool bf16 = weight.scalar_type() == at::kBFloat16, allocate = needs.head && !head_grad;
-  const at::IntArrayRef shape = allocate ? weight.sizes() : none;
-  sums.d_head = at::empty(shape, bf16 ? at::kBFloat16 : at::kFloat);
-  if (needs.head && head_grad) sums.head = {head_grad->data_ptr<float>(), nullptr, nullptr, 0};
-  if (!allocate) return sums;
-  prefer_huge_pages(sums.d_head.data_ptr(), sums.d_head.nbytes());
-  if (bf16) {
-    const int64_t low_row = round_up(weight.size(1), k.tile_lanes) / 2;
-    sums.low = at::empty({weight.size(0), low_row}, at::kChar);
-    prefer_huge_pages(sums.low.data_ptr(), sums.low.nbytes());
-    sums.head = {nullptr, static_cast<uint16_t*>(sums.d_head.data_ptr()),
-                 sums.low.data_ptr<int8_t>(), low_row};
-  } else {
-    sums.head = {sums.d_head.data_ptr<float>(), nullptr, nullptr, 0};
-  }
-  return sums;
-}
-
 // Memory that a thread reuses from call to call. It has huge pages, because the panels are streamed
 // many times and a hardware prefetcher stops at the end of a page.
 class Arena {
@@ -89,7 +64,7 @@ class Arena {
   int64_t size_ = 0;
 };
 
-// What one pass reads: all tokens of the call.
+// The arguments of one call that a pass reads.
 struct PassInputs {
   const Kernel& kernel;
   const Head& head;
@@ -104,18 +79,14 @@ struct PassInputs {
 class HeadPass {
  public:
   HeadPass(const PassInputs& in, Gradients& sums)
-      : k_(in.kernel),
+      : in_(in),
+        k_(in.kernel),
         head_(in.head),
-        hidden_(static_cast<const char*>(in.hidden.const_data_ptr())),
         row_bytes_(in.head.D * static_cast<int64_t>(in.hidden.element_size())),
-        rows_(in.rows),
-        targets_(in.targets),
-        temperature_(in.temperature),
         transform_(in.entropy || in.head.capped),
-        needs_(in.needs),
         sums_(sums) {}
 
-  bool wants_gradients() const { return needs_.hidden || needs_.head; }
+  bool wants_gradients() const { return in_.needs.hidden || in_.needs.head; }
 
   int64_t chunk_tokens() const {
     if (!stores_exps()) return kOverlapTokens;
@@ -129,7 +100,7 @@ class HeadPass {
   // Allocates buffers for chunks of up to `tokens`.
   void reserve(int64_t tokens) {
     const int64_t ld = round_up(tokens, k_.tile_lanes), width = round_up(head_.D, k_.tile_lanes);
-    const int64_t threads = at::get_num_threads();
+    const int64_t rows = round_up(tokens, k_.rows_of(head_.type)), threads = at::get_num_threads();
     partial_sums_.resize(3 * threads * ld);
     partial_max_.resize(threads * ld);
     const int64_t exps = stores_exps() ? exps_bytes(k_, head_.type, head_.V, tokens) : 0;
@@ -137,9 +108,9 @@ class HeadPass {
     const std::pair<char**, int64_t> places[] = {
         {&x_, tokens * row_bytes_},
         {&panels_, k_.panel_bytes(head_, tokens, false)},
-        {&scaled_, needs_.head ? k_.panel_bytes(head_, tokens, true) : 0},
+        {&scaled_, in_.needs.head ? k_.panel_bytes(head_, tokens, true) : 0},
         {&scratch_, 4 * threads * k_.scratch_floats(head_, tokens)},
-        {&d_x_, needs_.hidden ? 4 * threads * round_up(tokens, k_.rows_of(head_.type)) * width : 0},
+        {&d_x_, in_.needs.hidden ? 4 * threads * rows * width : 0},
         {&exps_, small ? exps : 0}};
     int64_t total = 0;
     for (const auto& [place, bytes] : places) total += round_up(bytes, 64);
@@ -159,11 +130,12 @@ class HeadPass {
   void forward(const int64_t* tokens, int64_t C, bool keep, double* logprobs, double* entropies) {
     tokens_ = tokens, C_ = C, ld_ = round_up(C, k_.tile_lanes);
     workers_ = count_workers(k_, head_, C);
-    for (int64_t i = 0; i < C; ++i) {
-      std::memcpy(x_ + i * row_bytes_, hidden_ + rows_[tokens[i]] * row_bytes_, row_bytes_);
-    }
+    const auto* hidden = static_cast<const char*>(in_.hidden.const_data_ptr());
     columns_.assign(ld_, -1);
-    for (int64_t i = 0; i < C; ++i) columns_[i] = static_cast<int32_t>(targets_[tokens[i]]);
+    for (int64_t i = 0; i < C; ++i) {
+      std::memcpy(x_ + i * row_bytes_, hidden + in_.rows[tokens[i]] * row_bytes_, row_bytes_);
+      columns_[i] = static_cast<int32_t>(in_.targets[tokens[i]]);
+    }
     target_logits_.assign(ld_, kPaddingAnchor);
     at::parallel_for(0, C, grain(head_.D), [&](int64_t begin, int64_t end) {
       k_.target_logits(head_, x_, columns_.data(), begin, end, target_logits_.data());
@@ -196,14 +168,14 @@ class HeadPass {
     // Where a token's dz is one factor times E, the factor is applied to its D-wide vector.
     const std::vector<float>& row_scales = transform_ ? ones_ : scales_;
     ones_.assign(ld_, 1.0f);
-    if (needs_.head) {
+    if (in_.needs.head) {
       const int64_t panels = round_up(head_.D, k_.tile_lanes) / k_.tile_lanes;
       at::parallel_for(0, panels, grain(C_ * k_.tile_lanes), [&](int64_t begin, int64_t end) {
         k_.pack_scaled(head_, x_, row_scales.data(), C_, begin, end, scaled_);
       });
       chunk.x_panels = scaled_;
     }
-    if (needs_.head || !fused()) {
+    if (in_.needs.head || !fused()) {
       for_each_worker(workers_, [&](int64_t w) {
         const auto [begin, end] = range_of(k_, head_, w, workers_);
         k_.backward(head_, chunk, begin, end, scratch(w), fused() ? nullptr : rounded_sum(w),
@@ -216,14 +188,14 @@ class HeadPass {
 
  private:
   // E @ W needs no coefficient, so the forward pass computes it.
-  bool fused() const { return needs_.hidden && !transform_; }
-  bool stores_exps() const { return needs_.head || (needs_.hidden && transform_); }
+  bool fused() const { return in_.needs.hidden && !transform_; }
+  bool stores_exps() const { return in_.needs.head || (in_.needs.hidden && transform_); }
 
-  Scratch scratch(int64_t w) const {
-    return {reinterpret_cast<float*>(scratch_) + w * k_.scratch_floats(head_, C_)};
+  float* scratch(int64_t w) const {
+    return reinterpret_cast<float*>(scratch_) + w * k_.scratch_floats(head_, C_);
   }
   float* d_x(int64_t w) const {
-    if (!needs_.hidden) return nullptr;
+    if (!in_.needs.hidden) return nullptr;
     const int64_t floats = round_up(C_, k_.rows_of(head_.type)) * round_up(head_.D, k_.tile_lanes);
     return reinterpret_cast<float*>(d_x_) + w * floats;
   }
@@ -233,12 +205,8 @@ class HeadPass {
 
   void run_forward(bool keep) {
     const bool stored = keep && stores_exps(), product = keep && fused();
-    const ForwardChunk chunk{C_,
-                             ld_,
-                             panels_,
-                             columns_.data(),
-                             anchors_.data(),
-                             stored ? exps_ : nullptr};
+    const ForwardChunk chunk{
+        C_, ld_, panels_, columns_.data(), anchors_.data(), stored ? exps_ : nullptr};
     for_each_worker(workers_, [&](int64_t w) {
       const auto [begin, end] = range_of(k_, head_, w, workers_);
       k_.forward(head_, chunk, begin, end, scratch(w),
@@ -280,9 +248,9 @@ class HeadPass {
     entropy_scales_.assign(ld_, 0.0f);
     entropy_offsets_.assign(ld_, 0.0f);
     for (int64_t i = 0; i < C_; ++i) {
-      scales_[i] = static_cast<float>(-d_logprobs[i] / (Z_[i] * temperature_));
+      scales_[i] = static_cast<float>(-d_logprobs[i] / (Z_[i] * in_.temperature));
       if (!d_entropies) continue;
-      entropy_scales_[i] = static_cast<float>(-d_entropies[i] / (Z_[i] * temperature_));
+      entropy_scales_[i] = static_cast<float>(-d_entropies[i] / (Z_[i] * in_.temperature));
       entropy_offsets_[i] = static_cast<float>(entropies_[i] - log_Z_[i]);
     }
   }
@@ -315,9 +283,9 @@ class HeadPass {
     const HiddenSums hidden{partial.data(), workers_, row_scales.data()};
     const TargetTerms targets{x_, columns_.data(), target_dlogits_.data(), C_};
     token_rows_.resize(C_);
-    for (int64_t i = 0; i < C_; ++i) token_rows_[i] = rows_[tokens_[i]];
+    for (int64_t i = 0; i < C_; ++i) token_rows_[i] = in_.rows[tokens_[i]];
     const bool in_place = sums_.d_hidden.scalar_type() == at::kFloat;
-    if (needs_.hidden && !in_place) {
+    if (in_.needs.hidden && !in_place) {
       d_rows_ = at::zeros({C_, head_.D}, at::kFloat);
       own_rows_.resize(C_);
       std::iota(own_rows_.begin(), own_rows_.end(), 0);
@@ -328,25 +296,22 @@ class HeadPass {
     // Split along D: tokens may share a row of hidden or a target.
     at::parallel_for(0, panels, grain(C_ * k_.tile_lanes), [&](int64_t begin, int64_t end) {
       const int64_t from = begin * k_.tile_lanes, to = std::min(end * k_.tile_lanes, head_.D);
-      if (needs_.hidden) {
+      if (in_.needs.hidden) {
         k_.scatter_d_x(head_, hidden, targets, rows, from, to, d_hidden.data_ptr<float>());
       }
-      if (needs_.head) k_.add_targets(head_, targets, from, to, nullptr, sums_.head);
+      if (in_.needs.head) k_.add_targets(head_, targets, from, to, sums_.head);
     });
-    if (needs_.hidden && !in_place) {
+    if (in_.needs.hidden && !in_place) {
       const Tensor index = at::from_blob(token_rows_.data(), {C_}, at::kLong);
       sums_.d_hidden.index_copy_(0, index, d_rows_.to(sums_.d_hidden.scalar_type()));
     }
   }
 
+  const PassInputs in_;
   const Kernel& k_;
   const Head& head_;
-  const char* hidden_;
   const int64_t row_bytes_;
-  const int64_t *rows_, *targets_;
-  const double temperature_;
   const bool transform_;
-  const Needs needs_;
   Gradients& sums_;
 
   char *x_ = nullptr, *panels_ = nullptr, *scaled_ = nullptr, *scratch_ = nullptr, *d_x_ = nullptr,

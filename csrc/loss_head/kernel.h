@@ -45,16 +45,11 @@ struct Head {
   bool capped;
 };
 
-// Scratch memory of one worker; Kernel::scratch_floats gives its size.
-struct Scratch {
-  float* base;
-};
-
 struct ForwardChunk {
   int64_t C;               // tokens
   int64_t ld;              // C rounded up to tile_lanes; row length of E
   const void* x_panels;    // output of pack_tokens
-  const int32_t* columns;  // [ld] column of the target in this shard, or -1
+  const int32_t* columns;  // [ld] column of the target, -1 for padding
   const float* anchors;    // [ld]
   void* exps;              // E [V rounded up to kBlock][ld], target column 0; null: not stored
 };
@@ -67,7 +62,7 @@ struct ForwardSums {
   double* rounded_sum;  // of E as rounded for the products; only with d_x
 };
 
-// The head's gradient [V, D], summed over chunks: float32, or bf16 with 4 more bits beside it.
+// The head's gradient [V, D], summed over chunks: float32, or bf16 and 4 more bits.
 // float32 is required where a sum continues over several calls. 20 bits lose 2^-13 per chunk, a
 // sixteenth of the final rounding to bf16, and take less memory traffic than 32. `high` is always
 // the sum rounded to bf16.
@@ -99,7 +94,7 @@ struct HiddenSums {
   const float* row_scales;
 };
 
-// The targets' own terms of both gradients: dlogits[n] W[columns[n]] and dlogits[n] x[n].
+// The targets' terms of both gradients: dlogits[n] W[columns[n]] and dlogits[n] x[n].
 struct TargetTerms {
   const void* x;
   const int32_t* columns;
@@ -122,26 +117,24 @@ struct Kernel {
   void (*pack_tokens)(const Head&, const void* x, int64_t C, int64_t begin, int64_t end, void* out);
   void (*pack_scaled)(const Head&, const void* x, const float* row_scales, int64_t C, int64_t begin,
                       int64_t end, void* out);
-  // z of the targets of tokens [begin, end); 0 where the target is not in this shard.
+  // z of the targets of tokens [begin, end).
   void (*target_logits)(const Head&, const void* x, const int32_t* columns, int64_t begin,
                         int64_t end, float* z);
   // Vocabulary rows [begin, end), begin a multiple of `rows`. d_x: E @ W over these rows, [C
   // rounded up to `rows`][D rounded up to tile_lanes], overwritten; null: not wanted. Computed per
   // block, while E and W are in the cache.
-  void (*forward)(const Head&, const ForwardChunk&, int64_t begin, int64_t end, Scratch,
-                  ForwardSums, float* d_x);
+  void (*forward)(const Head&, const ForwardChunk&, int64_t begin, int64_t end,
+                  float* scratch, ForwardSums, float* d_x);
   // d_x: G @ W as above. g_sums: [ld], sums over this worker's vocabulary rows of G as rounded for
   // the products; null if G is E and d_x is null.
-  void (*backward)(const Head&, const BackwardChunk&, int64_t begin, int64_t end, Scratch,
-                   double* g_sums, float* d_x);
-  // out[n] = dX[n] for tokens [begin, end).
-  void (*finish_d_x)(const Head&, const HiddenSums&, int64_t begin, int64_t end, float* out);
+  void (*backward)(const Head&, const BackwardChunk&, int64_t begin, int64_t end,
+                   float* scratch, double* g_sums, float* d_x);
   // out[rows[n]] += dX[n] + the target's term for all tokens; out: [.][D]. Hidden columns
   // [begin, end), begin a multiple of tile_lanes.
   void (*scatter_d_x)(const Head&, const HiddenSums&, const TargetTerms&, const int64_t* rows,
                       int64_t begin, int64_t end, float* out);
-  // Add the targets' terms to d_x and d_head, each if wanted, for the same range of columns.
-  void (*add_targets)(const Head&, const TargetTerms&, int64_t begin, int64_t end, float* d_x,
+  // Adds the targets' terms to d_head, for the same range of columns.
+  void (*add_targets)(const Head&, const TargetTerms&, int64_t begin, int64_t end,
                       const HeadGradient& d_head);
   void (*exp)(const float* x, int64_t n, float* out);
 

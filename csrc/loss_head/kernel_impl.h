@@ -2,7 +2,7 @@
 //   TURNFAST_ISA     namespace of this copy
 //   TURNFAST_LANES   floats per vector
 //   TURNFAST_ROWS    broadcast rows per register tile
-//   TURNFAST_AVX512  1: avx512.h is included
+//   TURNFAST_AVX512  1: avx512.h is included; it defines this and the two sizes above
 //   TURNFAST_PAIRS   1: bf16 heads use products of bf16 pairs (`narrow` is defined)
 //   TURNFAST_AMX     1: products of whole tiles (`TileShapes`, `multiply_tiles`, `transpose` are
 //                    defined); 0: products of vectors (`dot_pairs` is defined)
@@ -31,7 +31,6 @@ constexpr Kernel table(const char* name, bool (*supported)()) {
           target_logits,
           forward,
           backward,
-          finish_d_x,
           scatter_d_x,
           add_targets,
           exp_all};

@@ -1,5 +1,4 @@
-// Shared by the operators of the CPU loss head: kernel selection, the description of a head, and
-// the ranges of the vocabulary that threads work on.
+// Kernel selection, the description of a head, and the vocabulary ranges of the threads.
 
 #pragma once
 
@@ -64,19 +63,14 @@ inline Head make_head(const at::Tensor& x, const at::Tensor& weight, double inv_
   return head;
 }
 
-inline void check_floats(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat && tensor.is_contiguous() &&
-                        tensor.device().is_cpu() && tensor.sizes() == sizes,
-                    name, ": expected a contiguous float32 ", sizes, " on the CPU");
-}
-
 inline int64_t exps_bytes(const Kernel& k, Type type, int64_t V, int64_t C) {
   // A tile of the d-hidden product may read up to `rows` tokens past the last row of E.
   const int64_t elements = round_up(V, kBlock) * round_up(C, k.tile_lanes) + k.rows_of(type);
   return elements * k.bytes_per_exp[static_cast<int>(type)];
 }
 
-// For hundreds of MB that are written once per call: page faults of 4 KB pages would cost percents.
+// Requests huge pages for hundreds of MB that are written once per call: faults of 4 KB pages would
+// take several percent of the time.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;

@@ -24,8 +24,8 @@ struct Plan {
   int64_t masked = 0, skipped = 0;
 };
 
-// Cuts tokens that are segments of their own into equal chunks: a short last chunk would cost as
-// much weight traffic as a full one.
+// Cuts tokens, each its own segment, into equal chunks: a short last chunk would read as much of
+// the head as a full one.
 inline void cut_tokens(Plan& plan, int64_t chunk) {
   const auto total = static_cast<int64_t>(plan.order.size());
   plan.edges.resize(total + 1);

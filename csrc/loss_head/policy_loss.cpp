@@ -1,19 +1,20 @@
-// The whole policy loss in one call, and log-probs alone in another, for a head that is not
-// sharded: plan, log-probs, policy and gradients, chunk by chunk. Mathematics and order are those
-// of kernels/loss_head/driver.py with the operators of chunk_ops.cpp. This path avoids Python and
-// a tensor per vector, which dominate for a small vocabulary, and adds two optimisations:
+// The policy loss in one operator, and log-probs alone in another, for a head that is not sharded:
+// plan, log-probs, policy and gradients, chunk by chunk, with the steps of
+// kernels/loss_head/driver.py. Two optimisations:
 //   E @ W is computed while E is made, block by block, because the token's coefficient is applied
 //   to its D-wide vector. E is stored only for the head's gradient, not at all for a frozen head.
 //   The gradient of a bf16 head is summed in 20 bits (HeadGradient), which needs less than half the
 //   memory traffic of a float32 sum and its conversion.
-// The operators return an empty list for values that are not valid; the Python path then raises the
-// error.
+// Each worker owns a fixed range of vocabulary rows and partial sums are added in worker order, so
+// results are bitwise reproducible for a given thread count.
 
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
@@ -31,6 +32,49 @@ struct TokenValues {
   std::vector<double> logprobs, entropies, d_logprobs, d_entropies;
 };
 
+void check_finite(double logprob, int64_t token) {
+  TORCH_CHECK_VALUE(std::isfinite(logprob),
+                    "head_weight: expected finite logits, got none at index ", token, " of rows");
+}
+
+inline Gradients make_gradients(const Kernel& k, const Tensor& hidden, const Tensor& weight,
+                                Needs needs, bool distinct_rows,
+                                const std::optional<Tensor>& head_grad) {
+  Gradients sums;
+  const std::vector<int64_t> none{0};
+  sums.d_hidden = at::zeros(needs.hidden ? hidden.sizes() : none,
+                            distinct_rows ? hidden.scalar_type() : at::kFloat);
+  const bool bf16 = weight.scalar_type() == at::kBFloat16, allocate = needs.head && !head_grad;
+  const at::IntArrayRef shape = allocate ? weight.sizes() : none;
+  sums.d_head = at::empty(shape, bf16 ? at::kBFloat16 : at::kFloat);
+  if (needs.head && head_grad) sums.head = {head_grad->data_ptr<float>(), nullptr, nullptr, 0};
+  if (!allocate) return sums;
+  prefer_huge_pages(sums.d_head.data_ptr(), sums.d_head.nbytes());
+  if (bf16) {
+    const int64_t low_row = round_up(weight.size(1), k.tile_lanes) / 2;
+    sums.low = at::empty({weight.size(0), low_row}, at::kChar);
+    prefer_huge_pages(sums.low.data_ptr(), sums.low.nbytes());
+    sums.head = {nullptr, static_cast<uint16_t*>(sums.d_head.data_ptr()),
+                 sums.low.data_ptr<int8_t>(), low_row};
+  } else {
+    sums.head = {sums.d_head.data_ptr<float>(), nullptr, nullptr, 0};
+  }
+  return sums;
+}
+
+// Returns the sequence of each token, numbered from 0: the ids may be any integers.
+std::vector<int64_t> number_sequences(const int64_t* sequences, int64_t K, const int64_t* turns,
+                                      int64_t N) {
+  std::vector<int64_t> ids(sequences, sequences + K), numbers(N);
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  for (int64_t n = 0; n < N; ++n) {
+    const auto place = std::lower_bound(ids.begin(), ids.end(), sequences[turns[n]]);
+    numbers[n] = place - ids.begin();
+  }
+  return numbers;
+}
+
 // Computes a plan chunk by chunk and returns the sums of the policy terms.
 PolicySums run_plan(const Plan& plan, int64_t size, HeadPass& pass, const PolicyInputs& in,
                     const Rule& rule, bool overwrite, TokenValues& values) {
@@ -44,11 +88,7 @@ PolicySums run_plan(const Plan& plan, int64_t size, HeadPass& pass, const Policy
       const int64_t C = std::min(size, chunk.stop - i);
       pass.forward(&plan.order[i], C, gradients && !recompute, &logprobs[i], &entropies[i]);
     }
-    for (int64_t i = chunk.start; i < chunk.stop; ++i) {
-      TORCH_CHECK_VALUE(std::isfinite(logprobs[i]),
-                        "head_weight: expected finite logits, got none at index ", plan.order[i],
-                        " of rows");
-    }
+    for (int64_t i = chunk.start; i < chunk.stop; ++i) check_finite(logprobs[i], plan.order[i]);
     for (int64_t s = chunk.first_segment; s < chunk.stop_segment; ++s) {
       const int64_t i = plan.edges[s];
       double* d_entropy = entropy ? &d_entropies[i] : nullptr;
@@ -87,8 +127,8 @@ Tensor stats_tensor(const Plan& plan, PolicySums total) {
   return stats;
 }
 
-// Returns loss, logprobs, entropies, turn_logprobs, stats, d_hidden and d_head, or nothing (see
-// above). With head_grad the head's gradient is added to that, and d_head is empty.
+// Returns loss, logprobs, entropies, turn_logprobs, stats, d_hidden and d_head; nothing for values
+// that are not valid. With head_grad the head's gradient is added to that, and d_head is empty.
 std::vector<Tensor> policy_loss(
     const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& targets,
     const Tensor& turns, const std::optional<Tensor>& sequences, const Tensor& advantages,
@@ -104,9 +144,9 @@ std::vector<Tensor> policy_loss(
   const int64_t N = rows.numel(), K = advantages.numel();
   for (const Tensor& index : {rows, targets, turns}) check_indices(index, N);
   for (const std::optional<Tensor>& values : {std::optional(weights), old, ref, sampler}) {
-    if (values) check_tokens("weights and log-probs", *values, N);
+    if (values) check_floats("weights and log-probs", *values, {N});
   }
-  check_tokens("advantages", advantages, K);
+  check_floats("advantages", advantages, {K});
   TORCH_CHECK_VALUE(!sequences || (sequences->scalar_type() == at::kLong &&
                                    sequences->is_contiguous() && sequences->numel() == K),
                     "sequences: expected contiguous int64 [", K, "]");
@@ -121,7 +161,7 @@ std::vector<Tensor> policy_loss(
   std::vector<int64_t> segments;
   if (ratio == "sequence") {
     TORCH_CHECK_VALUE(sequences, "sequences: expected with ratio 'sequence'");
-    for (int64_t n = 0; n < N; ++n) segments.push_back(sequence_of[in.turns[n]]);
+    segments = number_sequences(sequence_of, K, in.turns, N);
   }
   const int64_t* segment_of = ratio == "turn"       ? in.turns
                               : ratio == "sequence" ? segments.data()
@@ -164,15 +204,17 @@ std::vector<Tensor> policy_loss(
           sums.d_hidden, sums.d_head};
 }
 
-// Returns logprobs and entropies, [N] float32, or nothing (see above).
-std::vector<Tensor> linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& rows,
-                                    const Tensor& targets, double temperature, double softcap,
-                                    int64_t chunk_tokens, c10::string_view kernel_name) {
+// Returns logprobs and entropies, [N] float32.
+std::tuple<Tensor, Tensor> linear_logprobs(const Tensor& hidden, const Tensor& weight,
+                                           const Tensor& rows, const Tensor& targets,
+                                           double temperature, double softcap,
+                                           int64_t chunk_tokens, c10::string_view kernel_name) {
   const Kernel& kernel = select_kernel(std::string(kernel_name));
   const Head head = make_head(hidden, weight, 1.0 / temperature, softcap);
   const int64_t N = rows.numel();
   for (const Tensor& index : {rows, targets}) check_indices(index, N);
-  if (!valid_rows({hidden, weight, rows, targets})) return {};
+  TORCH_CHECK_VALUE(valid_rows({hidden, weight, rows, targets}),
+                    "rows, targets, hidden: expected valid indices and finite values");
   Gradients none;
   HeadPass pass({kernel, head, hidden, rows.const_data_ptr<int64_t>(),
                  targets.const_data_ptr<int64_t>(), temperature, false, {false, false}},
@@ -188,11 +230,28 @@ std::vector<Tensor> linear_logprobs(const Tensor& hidden, const Tensor& weight, 
     pass.forward(&order[i], std::min(size, N - i), false, &logprob[i], &entropy[i]);
   }
   for (int64_t n = 0; n < N; ++n) {
-    if (!std::isfinite(logprob[n])) return {};
+    check_finite(logprob[n], n);
     logprobs_N[n] = static_cast<float>(logprob[n]);
     entropies_N[n] = static_cast<float>(entropy[n]);
   }
   return {logprobs, entropies};
+}
+
+// Returns the kernels that this machine supports, the fastest first.
+std::vector<std::string> head_kernels() {
+  std::vector<std::string> names;
+  for (const Kernel* candidate : kKernels) {
+    if (candidate->supported()) names.emplace_back(candidate->name);
+  }
+  return names;
+}
+
+Tensor exp_anchored(const Tensor& x, c10::string_view kernel_name) {
+  check_floats("x", x, x.sizes());
+  Tensor out = at::empty_like(x);
+  select_kernel(std::string(kernel_name))
+      .exp(x.const_data_ptr<float>(), x.numel(), out.mutable_data_ptr<float>());
+  return out;
 }
 
 }  // namespace
@@ -208,10 +267,14 @@ TORCH_LIBRARY_FRAGMENT(turnfast, m) {
       "Tensor(a!)? head_grad=None, str kernel=\"\") -> Tensor[]");
   m.def(
       "logprobs(Tensor hidden, Tensor head_weight, Tensor rows, Tensor targets, "
-      "float temperature, float softcap, int chunk_tokens, str kernel=\"\") -> Tensor[]");
+      "float temperature, float softcap, int chunk_tokens, str kernel=\"\") -> (Tensor, Tensor)");
+  // For tests.
+  m.def("head_kernels() -> str[]", &turnfast::head_kernels);
+  m.def("exp_anchored(Tensor x, str kernel) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(turnfast, CPU, m) {
   m.impl("policy_loss", &turnfast::policy_loss);
   m.impl("logprobs", &turnfast::linear_logprobs);
+  m.impl("exp_anchored", &turnfast::exp_anchored);
 }

@@ -24,7 +24,7 @@ struct PolicyInputs {
   const float *advantages, *weights, *old, *ref, *sampler;
 };
 
-// Sums over tokens and extremes of the ratio, as Terms.sums has them.
+// Sums over tokens and extremes of the ratio; see Terms.sums in kernels/loss_head/policy.py.
 struct PolicySums {
   double loss = 0, clip_low = 0, clip_high = 0, clip_dual = 0, kl = 0, ref_kl = 0, entropy = 0;
   double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -ratio_min;

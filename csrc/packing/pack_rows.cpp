@@ -37,9 +37,9 @@ class Bins {
   std::vector<int64_t> free_;
 };
 
-// First-fit decreasing: rows by falling length, equal lengths in their given order, each into the
-// first bin with enough space. lengths: S row lengths in tokens, each in [0, budget] (checked by
-// the Python function). Returns the bin of each row.
+// First-fit decreasing: rows by decreasing length, equal lengths in their original order, each into
+// the first bin with enough space. lengths: S row lengths in tokens, each in [0, budget] (checked
+// by the Python function). Returns the bin of each row.
 std::vector<int64_t> pack_rows(at::IntArrayRef lengths, int64_t budget) {
   const auto num_rows = static_cast<int64_t>(lengths.size());
   std::vector<int64_t> order(num_rows);

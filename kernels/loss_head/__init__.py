@@ -78,7 +78,7 @@ def turn_policy_loss(
         results only by float32 rounding.
     group, vocab_start: head_weight is the slice of the vocabulary that starts at vocab_start, and
         the other ranks of the group hold the rest. All other arguments are equal on all ranks.
-        Every rank gets the full gradient of hidden.
+        Every rank gets the full gradient of hidden. On the CPU only by the reference.
     impl: "auto", "reference", "cpp" or "triton"; an explicit name never falls back.
 
     The forward pass computes the gradients, only for those of hidden and head_weight that require

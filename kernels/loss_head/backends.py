@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .problem import LogprobsProblem, Outcome, Problem, Vocab
+from .problem import LogprobsProblem, Outcome, Problem
 
 # Name -> module, attribute; an empty attribute means the module itself. Benchmarks and tests use
 # the names of the two Triton designs.
@@ -26,8 +26,8 @@ NEEDS = {"triton.entry": "triton", "cpp": f"{__package__}.cpp"}
 class Implementation(Protocol):
     """The interface of an implementation."""
 
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Return why this device and dtype are not supported, or an empty string."""
+    def unavailable(self, device: torch.device, dtype: torch.dtype, sharded: bool) -> str:
+        """Return why this device, dtype or sharding is not supported, or an empty string."""
         ...
 
     def policy_loss(self, problem: Problem) -> Outcome:
@@ -40,33 +40,30 @@ class Implementation(Protocol):
 
 
 def implementation(
-    impl: str, device: torch.device, dtype: torch.dtype, vocab: Vocab | None = None
+    impl: str, device: torch.device, dtype: torch.dtype, sharded: bool = False
 ) -> Implementation:
     """Return the implementation of a name. Raises ValueError naming impl if it is not available.
 
-    "auto" is triton on CUDA and cpp elsewhere. It is the reference if any rank of the vocabulary's
-    group cannot use that one.
+    "auto" is triton on CUDA and cpp elsewhere, or the reference where that one is not available.
+    sharded: the ranks of a group share the vocabulary.
     """
     if impl == "auto":
-        first = "triton" if device.type == "cuda" else "cpp"
-        usable = not _reason(first, device, dtype)
-        if vocab is not None:
-            # Different implementations exchange different sums, so all ranks use the same one.
-            usable = bool(vocab.least(int(usable), device))
-        impl = first if usable else "reference"
+        impl = "triton" if device.type == "cuda" else "cpp"
+        if _reason(impl, device, dtype, sharded):
+            impl = "reference"
     if impl not in PLACES:
         raise ValueError(f"impl: expected one of auto, {', '.join(PLACES)}, got {impl!r}")
-    reason = _reason(impl, device, dtype)
+    reason = _reason(impl, device, dtype, sharded)
     if reason:
         raise ValueError(f"impl: {impl!r} is not available here: {reason}")
     return _load(impl)
 
 
-def _reason(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def _reason(impl: str, device: torch.device, dtype: torch.dtype, sharded: bool) -> str:
     needed = NEEDS.get(PLACES[impl][0])
     if needed and importlib.util.find_spec(needed) is None:
         return f"{needed} is not installed"
-    return _load(impl).unavailable(device, dtype)
+    return _load(impl).unavailable(device, dtype, sharded)
 
 
 def _load(impl: str) -> Implementation:

@@ -109,8 +109,8 @@ def check_head_grad(head_grad: Tensor, head_weight: Tensor) -> None:
 
 def _check_dense(name: str, x: object) -> None:
     if not isinstance(x, Tensor) or x.layout != torch.strided:
-        found = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name}: expected a dense tensor, got {found}")
+        kind = f"one of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def _check(

@@ -25,8 +25,6 @@ from .values import check_indices
 
 NUM_STATS = len(fields(PolicyStats))
 RULE_FIELDS = tuple(get_type_hints(PolicyRule))
-# A block of this size stays in the caches from its product to its conversion.
-BLOCK_ELEMENTS = 1 << 20
 
 
 class PolicyArguments(NamedTuple):
@@ -126,7 +124,7 @@ def _policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
 def _compute(arguments: PolicyArguments, head_grad: Tensor | None) -> Outcome:
     hidden, head_weight = arguments.hidden, arguments.head_weight
     vocab = Vocab.of(head_weight, arguments.vocab_start, arguments.group)
-    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab)
+    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab.group is not None)
     dtype = compute_dtype(hidden.dtype)
     N = arguments.rows.shape[0]
     weights = arguments.weights
@@ -164,7 +162,7 @@ def _compute(arguments: PolicyArguments, head_grad: Tensor | None) -> Outcome:
 
 def _outputs(arguments: PolicyArguments, out: Outcome) -> tuple[Tensor, ...]:
     outputs = (out.loss, out.logprobs_N, out.entropies_N, out.turn_logprobs_K, out.stats)
-    # Saved until backward, so in the dtype that it has there.
+    # Saved until backward, so in the model's dtype.
     return *outputs, out.d_hidden_TD.to(arguments.hidden.dtype)
 
 
@@ -193,7 +191,6 @@ def _fake_policy_loss_onto(*flat: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     arguments = PolicyArguments.of(inputs)
-    ctx.dtypes = arguments.hidden.dtype, arguments.head_weight.dtype
     ctx.needs = arguments.need_hidden, arguments.need_head
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(output[5], output[6])
@@ -205,8 +202,8 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
     if d_loss is None:
         return None, None, *nothing
     grads = tuple(
-        _scaled(grad, d_loss, dtype) if need else None
-        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+        _scaled(grad, d_loss) if need else None
+        for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     return *grads, *nothing
 
@@ -230,7 +227,7 @@ class _HiddenGradient(torch.autograd.Function):
             )
         if not d_hidden.numel():
             return None, None, None
-        return _scaled(d_hidden, d_loss, d_hidden.dtype), None, None
+        return _scaled(d_hidden, d_loss), None, None
 
 
 def with_hidden_gradient(
@@ -242,31 +239,17 @@ def with_hidden_gradient(
     return _HiddenGradient.apply(leaf, loss, d_hidden)
 
 
-def _scaled(grad: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return grad * d_loss in the model's dtype, without a second float32 buffer of its size.
+def _scaled(grad: Tensor, d_loss: Tensor) -> Tensor:
+    """Return grad * d_loss.
 
-    A float32 gradient with factor 1 is returned itself, unless the graph is kept for another
-    backward pass.
+    On the CPU a factor of 1 returns the gradient itself, without a second buffer of its size,
+    unless the graph is kept for another backward pass.
     """
-    if torch.compiler.is_compiling() or type(grad) is not Tensor:
-        return (grad * d_loss).to(dtype)  # a tracer has no values, and its compiler fuses the two
-    if grad.device.type != "cpu":
-        # A GPU kernel writes another dtype directly; the comparison below would synchronise.
-        return torch.mul(grad, d_loss, out=torch.empty_like(grad, dtype=dtype))
-    one = bool(d_loss == 1)
-    if grad.dtype == dtype:
-        return grad.detach() if one and not _graph_is_kept() else grad * d_loss
-    if one:
-        return grad.to(dtype)
-    # On the CPU torch would make the whole float32 product before its conversion.
-    out = torch.empty_like(grad, dtype=dtype)
-    for target, values in zip(_blocks(out), _blocks(grad), strict=True):
-        target.copy_(values * d_loss)
-    return out
-
-
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    return x.view(-1).split(BLOCK_ELEMENTS)
+    # A tracer has no values, and a GPU would synchronise with the host for this one.
+    has_value = type(grad) is Tensor and grad.device.type == "cpu"
+    if has_value and not torch.compiler.is_compiling() and d_loss == 1 and not _graph_is_kept():
+        return grad.detach()
+    return grad * d_loss
 
 
 def _graph_is_kept() -> bool:
@@ -280,7 +263,7 @@ def _logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
     arguments = LogprobsArguments(*flat)
     hidden, head_weight = arguments.hidden, arguments.head_weight
     vocab = Vocab.of(head_weight, arguments.vocab_start, arguments.group)
-    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab)
+    chosen = implementation(arguments.impl, hidden.device, hidden.dtype, vocab.group is not None)
     problem = LogprobsProblem(
         hidden_TD=hidden,
         head_VD=head_weight,

@@ -140,10 +140,7 @@ def stats_vector(sums: Tensor, tokens: int, masked: Tensor, skipped: Tensor) -> 
     Without a trained token means are 0 and ratios 1.
     """
     head = torch.stack([torch.full_like(masked, tokens), masked, skipped]).double()
+    means, extremes = sums[:NUM_SUMS] / max(tokens, 1), sums[NUM_SUMS:]
     if tokens == 0:
-        ones = torch.ones(2, dtype=torch.float64, device=sums.device)
-        zeros = torch.zeros(NUM_SUMS, dtype=torch.float64, device=sums.device)
-        means, extremes = zeros, ones
-    else:
-        means, extremes = sums[:NUM_SUMS] / tokens, sums[NUM_SUMS:]
+        extremes = torch.ones_like(extremes)
     return torch.cat([head, means[: NUM_SUMS - 1], extremes, means[NUM_SUMS - 1 :]])

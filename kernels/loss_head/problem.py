@@ -1,4 +1,4 @@
-"""The records of one call: vocabulary shard, problem, head inputs, outcome."""
+"""The records of one call: vocabulary shard, problem, outcome."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ class Vocab:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobsProblem:
-    """The arguments of one linear_logprobs with checked shapes and dtypes; indices are int64."""
+    """The arguments of one linear_logprobs with checked shapes and dtypes; indices are int64.
+
+    The last three fields are only set in a Problem.
+    """
 
     hidden_TD: Tensor
     head_VD: Tensor
@@ -83,21 +86,29 @@ class LogprobsProblem:
     temperature: float
     softcap: float | None
     chunk_tokens: int | None
+    need_hidden: bool = False
+    need_head: bool = False
+    head_grad_VD: Tensor | None = None
+
+    def head_gradient(self) -> Tensor | None:
+        """Return the buffer to add the head's gradient to: the caller's or zeros; None: unused."""
+        if not self.need_head or self.head_grad_VD is not None:
+            return self.head_grad_VD
+        return torch.zeros_like(
+            self.head_VD,
+            dtype=compute_dtype(self.head_VD.dtype),
+            memory_format=torch.contiguous_format,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class Problem(LogprobsProblem):
     """The arguments of one turn_policy_loss with checked shapes and dtypes.
 
     Integer tensors are int64. The floats per token and per turn, and head_grad_VD, have the compute
     dtype: float32, or float64 for float64 hidden states.
     """
 
-    hidden_TD: Tensor
-    head_VD: Tensor
-    vocab: Vocab
-    rows_N: Tensor
-    targets_N: Tensor
     turns_N: Tensor
     sequences_K: Tensor | None
     advantages_K: Tensor
@@ -106,46 +117,6 @@ class Problem:
     ref_N: Tensor | None
     sampler_N: Tensor | None
     rule: PolicyRule
-    temperature: float
-    softcap: float | None
-    chunk_tokens: int | None
-    need_hidden: bool
-    need_head: bool
-    head_grad_VD: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadInputs:
-    """What a Head needs of a call.
-
-    d_head_VD [V, D], compute dtype: the head's gradient is added to it; None: no gradient.
-    """
-
-    head_VD: Tensor
-    vocab: Vocab
-    temperature: float
-    softcap: float | None
-    need_hidden: bool = False
-    d_head_VD: Tensor | None = None
-
-    @classmethod
-    def of(cls, p: Problem | LogprobsProblem) -> HeadInputs:
-        """Take the head of a problem; d_head_VD is the caller's buffer or new zeros."""
-        fields = {
-            "head_VD": p.head_VD,
-            "vocab": p.vocab,
-            "temperature": p.temperature,
-            "softcap": p.softcap,
-        }
-        if isinstance(p, LogprobsProblem):
-            return cls(**fields)
-        d_head_VD = None
-        if p.need_head:
-            d_head_VD = p.head_grad_VD
-            if d_head_VD is None:
-                dtype, device = compute_dtype(p.head_VD.dtype), p.head_VD.device
-                d_head_VD = torch.zeros(p.head_VD.shape, dtype=dtype, device=device)
-        return cls(**fields, need_hidden=p.need_hidden, d_head_VD=d_head_VD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

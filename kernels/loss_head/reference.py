@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..segments.reference import add_rows
 from .driver import run_logprobs, run_policy_loss
-from .problem import HeadInputs, LogprobsProblem, Outcome, Problem, compute_dtype
+from .problem import LogprobsProblem, Outcome, Problem, compute_dtype
 
 CHUNK_ELEMENTS = 1 << 24
 MIN_CHUNK, MAX_CHUNK = 64, 2048
@@ -28,12 +28,12 @@ COLUMNS = 4096
 class ReferenceHead:
     """The driver's Head in plain torch."""
 
-    def __init__(self, inputs: HeadInputs) -> None:
-        self.dtype = compute_dtype(inputs.head_VD.dtype)
-        self.head_VD = inputs.head_VD.to(self.dtype)
-        self.vocab = inputs.vocab
-        self.temperature, self.softcap = inputs.temperature, inputs.softcap
-        self.need_hidden, self.d_head_VD = inputs.need_hidden, inputs.d_head_VD
+    def __init__(self, p: LogprobsProblem) -> None:
+        self.dtype = compute_dtype(p.head_VD.dtype)
+        self.head_VD = p.head_VD.to(self.dtype)
+        self.vocab = p.vocab
+        self.temperature, self.softcap = p.temperature, p.softcap
+        self.need_hidden, self.d_head_VD = p.need_hidden, p.head_gradient()
         self.kept: tuple[Tensor, ...] = ()
 
     def chunk_tokens(self) -> int:
@@ -101,16 +101,16 @@ def _dot_rows(a_CV: Tensor, b_CV: Tensor) -> Tensor:
     return torch.stack([(a * b).sum(dim=1) for a, b in pairs]).sum(dim=0)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str:
+def unavailable(device: torch.device, dtype: torch.dtype, sharded: bool) -> str:
     """Return an empty string: every device and floating dtype is supported."""
     return ""
 
 
 def policy_loss(problem: Problem) -> Outcome:
     """Compute loss and gradients of a problem."""
-    return run_policy_loss(problem, ReferenceHead(HeadInputs.of(problem)))
+    return run_policy_loss(problem, ReferenceHead(problem))
 
 
 def logprobs(problem: LogprobsProblem) -> tuple[Tensor, Tensor]:
     """Compute log-probs and entropies, [N] in the compute dtype."""
-    return run_logprobs(problem, ReferenceHead(HeadInputs.of(problem)))
+    return run_logprobs(problem, ReferenceHead(problem))

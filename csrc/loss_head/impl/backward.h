@@ -60,10 +60,10 @@ void make_d_head(const Head& head, const BackwardChunk& chunk, const Gradient& g
 
 template <class Mul, bool kPairs>
 void backward_as(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
-                 Scratch scratch, double* g_sums, float* d_x) {
+                 float* scratch, double* g_sums, float* d_x) {
   [[maybe_unused]] const typename Mul::Shapes shapes;
   const Layout layout_of = layout(head, chunk.C);
-  float* sums = scratch.base + layout_of.sums;
+  float* sums = scratch + layout_of.sums;
   const bool g_is_e = g_sums == nullptr;
   const int64_t row_bytes = chunk.ld * (kPairs ? 2 : 4);
   if (!g_is_e) {
@@ -78,20 +78,20 @@ void backward_as(const Head& head, const BackwardChunk& chunk, int64_t begin, in
     if (!g_is_e) {
       for (int64_t t = 0; t < chunk.ld; ++t) sums[t] = 0.0f;
       const ExpBlock block{e, chunk.ld, n, chunk.transform ? &chunk : nullptr};
-      g = make_g(head, block, v, scratch.base, sums, layout_of);
+      g = make_g(head, block, v, scratch, sums, layout_of);
       for (int64_t t = 0; t < chunk.ld; ++t) g_sums[t] += sums[t];
     }
     if (d_x != nullptr) {
-      add_d_x<Mul, kPairs>(head, chunk.C, g, v > begin, scratch.base + layout_of.weight, d_x);
+      add_d_x<Mul, kPairs>(head, chunk.C, g, v > begin, scratch + layout_of.weight, d_x);
     }
     if (!chunk.d_head.wanted()) continue;
     const int64_t rows_after = g_is_e ? end - v - n : 0;
-    make_d_head<Mul>(head, chunk, g, chunk.ld / (kPairs ? 2 : 1), rows_after, scratch.base);
+    make_d_head<Mul>(head, chunk, g, chunk.ld / (kPairs ? 2 : 1), rows_after, scratch);
   }
 }
 
 void backward(const Head& head, const BackwardChunk& chunk, int64_t begin, int64_t end,
-              Scratch scratch, double* g_sums, float* d_x) {
+              float* scratch, double* g_sums, float* d_x) {
   if (use_pairs(head)) {
     backward_as<MulPairs, true>(head, chunk, begin, end, scratch, g_sums, d_x);
   } else {

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "math.h"
-#include "packing.h"
+#include "product.h"
 
 namespace turnfast::TURNFAST_ISA {
 namespace {

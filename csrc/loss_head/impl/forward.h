@@ -90,11 +90,11 @@ __attribute__((noinline)) void forward_tile(const Head& head, const ForwardChunk
 
 template <class Mul, bool kPairs>
 void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
-                Scratch scratch, ForwardSums out, float* d_x) {
+                float* scratch, ForwardSums out, float* d_x) {
   constexpr int64_t kRows = Mul::kRows;
   [[maybe_unused]] const typename Mul::Shapes shapes;
   const Layout layout_of = layout(head, chunk.C);
-  float* sums = scratch.base + layout_of.sums;
+  float* sums = scratch + layout_of.sums;
   const int64_t k = units(head, head.D), ld = chunk.ld, row_bytes = ld * (kPairs ? 2 : 4);
   const int64_t block_size = block_rows(head, chunk.C);
   for (int64_t n = 0; n < ld; ++n) {
@@ -109,13 +109,13 @@ void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int6
     if (e != nullptr) e += block * row_bytes;
     // Where E is not stored, the block's part of it is still needed for E @ W.
     if (e == nullptr && d_x != nullptr) {
-      e = reinterpret_cast<char*>(scratch.base + layout_of.g_rows);
+      e = reinterpret_cast<char*>(scratch + layout_of.g_rows);
     }
     // Float sums within a block, double across blocks: the error does not grow with V.
     for (int64_t n = 0; n < 2 * ld; ++n) sums[n] = 0.0f;
     for (int64_t v = block; v < stop; v += kRows) {
       int64_t lda;
-      const uint32_t* a = broadcast_rows(head, v, kRows, stop, scratch.base, &lda);
+      const uint32_t* a = broadcast_rows(head, v, kRows, stop, scratch, &lda);
       const int64_t rows = stop - v < kRows ? stop - v : kRows, rows_after = end - v - rows;
       const int64_t next = rows_after < kRows ? rows_after : kRows;
       for (int64_t n = 0; n < ld; n += NR) {
@@ -134,15 +134,15 @@ void forward_as(const Head& head, const ForwardChunk& chunk, int64_t begin, int6
     float* rounded_sum = sums + 3 * ld;
     for (int64_t n = 0; n < ld; ++n) rounded_sum[n] = 0.0f;
     const ExpBlock exps{e, ld, stop - block, nullptr};
-    const Gradient g = make_g(head, exps, block, scratch.base, rounded_sum, layout_of);
+    const Gradient g = make_g(head, exps, block, scratch, rounded_sum, layout_of);
     for (int64_t n = 0; n < ld; ++n) out.rounded_sum[n] += rounded_sum[n];
-    add_d_x<Mul, kPairs>(head, chunk.C, g, block > begin, scratch.base + layout_of.weight, d_x);
+    add_d_x<Mul, kPairs>(head, chunk.C, g, block > begin, scratch + layout_of.weight, d_x);
   }
   for (int64_t n = 0; n < ld; ++n) out.max[n] = sums[2 * ld + n];
 }
 
 void forward(const Head& head, const ForwardChunk& chunk, int64_t begin, int64_t end,
-             Scratch scratch, ForwardSums out, float* d_x) {
+             float* scratch, ForwardSums out, float* d_x) {
   if (use_pairs(head)) {
     forward_as<MulPairs, true>(head, chunk, begin, end, scratch, out, d_x);
   } else {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "head_gradient.h"
-#include "math.h"
 
 namespace turnfast::TURNFAST_ISA {
 namespace {
@@ -11,10 +10,6 @@ namespace {
 void target_logits(const Head& head, const void* x, const int32_t* columns, int64_t begin,
                    int64_t end, float* z) {
   for (int64_t n = begin; n < end; ++n) {
-    if (columns[n] < 0) {
-      z[n] = 0.0f;
-      continue;
-    }
     const char* a = at(x, head.type, n * head.D);
     const char* b = at(head.weight, head.type, columns[n] * head.D);
     F sum{};
@@ -35,16 +30,6 @@ TF_INLINE F sum_workers(const HiddenSums& sums, int64_t index) {
   return sum;
 }
 
-void finish_d_x(const Head& head, const HiddenSums& sums, int64_t begin, int64_t end, float* out) {
-  const int64_t width = round_up(head.D, NR);
-  for (int64_t n = begin; n < end; ++n) {
-    for (int64_t d = 0; d < head.D; d += L) {
-      store_some(out + n * head.D + d, sum_workers(sums, n * width + d) * sums.row_scales[n],
-                 head.D - d);
-    }
-  }
-}
-
 void scatter_d_x(const Head& head, const HiddenSums& sums, const TargetTerms& targets,
                  const int64_t* rows, int64_t begin, int64_t end, float* out) {
   const int64_t width = round_up(head.D, NR);
@@ -54,8 +39,7 @@ void scatter_d_x(const Head& head, const HiddenSums& sums, const TargetTerms& ta
     for (int64_t d = begin; d < end; d += L) {
       const int64_t m = end - d;
       const F sum = sum_workers(sums, n * width + d);
-      F weight{};
-      if (v >= 0) weight = load_some(at(head.weight, head.type, v * head.D + d), head.type, m);
+      const F weight = load_some(at(head.weight, head.type, v * head.D + d), head.type, m);
       const F add = sum * sums.row_scales[n] + weight * targets.dlogits[n];
       store_some(to + d, load_some(to + d, Type::kFloat, m) + add, m);
     }
@@ -63,23 +47,15 @@ void scatter_d_x(const Head& head, const HiddenSums& sums, const TargetTerms& ta
 }
 
 void add_targets(const Head& head, const TargetTerms& targets, int64_t begin, int64_t end,
-                 float* d_x, const HeadGradient& d_head) {
-  const auto product = [&](const void* from, int64_t row, int64_t d, float factor) {
+                 const HeadGradient& d_head) {
+  const auto product = [&](int64_t n, int64_t d) {
     if (d >= end) return F{};
-    return load_some(at(from, head.type, row * head.D + d), head.type, end - d) * factor;
+    const char* x = at(targets.x, head.type, n * head.D + d);
+    return load_some(x, head.type, end - d) * targets.dlogits[n];
   };
   for (int64_t n = 0; n < targets.C; ++n) {
-    const int64_t v = targets.columns[n];
-    const float g = targets.dlogits[n];
-    if (v < 0) continue;
-    for (int64_t d = begin; d_x != nullptr && d < end; d += L) {
-      const int64_t m = end - d;
-      float* to = d_x + n * head.D + d;
-      store_some(to, load_some(to, Type::kFloat, m) + product(head.weight, v, d, g), m);
-    }
-    for (int64_t d = begin; d_head.wanted() && d < end; d += NR) {
-      add_gradient(d_head, head.D, false, v, d, product(targets.x, n, d, g),
-                   product(targets.x, n, d + L, g));
+    for (int64_t d = begin; d < end; d += NR) {
+      add_gradient(d_head, head.D, false, targets.columns[n], d, product(n, d), product(n, d + L));
     }
   }
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...segments.triton_segments import segment_sum
 from ..driver import run_logprobs, run_policy_loss
-from ..problem import HeadInputs, LogprobsProblem, Outcome, Problem
+from ..problem import LogprobsProblem, Outcome, Problem
 from .head import INTERPRETED, Design, TritonHead
 from .policy import policy_terms
 
@@ -34,7 +34,7 @@ class TritonLoss:
 
     design: Design | None = None
 
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
+    def unavailable(self, device: torch.device, dtype: torch.dtype, sharded: bool) -> str:
         """Return why this device and dtype are not supported, or an empty string."""
         if dtype == torch.float64:
             return "only the reference supports float64"
@@ -59,20 +59,13 @@ class TritonLoss:
         with torch.cuda.device_of(problem.hidden_TD):
             return run_logprobs(problem, self._head(problem))
 
-    def _head(self, p: Problem | LogprobsProblem) -> TritonHead:
-        tokens = p.chunk_tokens or p.rows_N.shape[0]
-        return TritonHead(HeadInputs.of(p), self._design(p), tokens)
-
-    def _design(self, p: Problem | LogprobsProblem) -> Design:
-        if self.design is not None:
-            return self.design
-        design: Design = "safe"
-        if p.head_VD.is_cuda:
-            capability = torch.cuda.get_device_capability(p.head_VD.device)
+    def _head(self, p: LogprobsProblem) -> TritonHead:
+        design = self.design
+        if design is None:
+            cuda = p.head_VD.is_cuda
+            capability = torch.cuda.get_device_capability(p.head_VD.device) if cuda else (0, 0)
             design = choose_design(p.head_VD.dtype, capability)
-        # The designs exchange different sums, so all ranks of a sharded vocabulary take the same.
-        anchored = p.vocab.least(int(design == "anchored"), p.head_VD.device)
-        return "anchored" if anchored else "safe"
+        return TritonHead(p, design, tokens=p.chunk_tokens or p.rows_N.shape[0])
 
 
 automatic, safe, anchored = TritonLoss(), TritonLoss("safe"), TritonLoss("anchored")

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from ...segments.reference import add_rows
-from ..problem import HeadInputs
+from ..problem import LogprobsProblem
 from .gemm import anchored_kernel
 from .rows import (
     choose_shifts_kernel,
@@ -75,13 +75,13 @@ Design = Literal["safe", "anchored"]
 class TritonHead:
     """The driver's Head in Triton; `tokens` limits the workspace of small calls."""
 
-    def __init__(self, inputs: HeadInputs, design: Design, tokens: int) -> None:
-        head_VD = inputs.head_VD
+    def __init__(self, p: LogprobsProblem, design: Design, tokens: int) -> None:
+        head_VD = p.head_VD
         # The kernels require rows of stride 1.
         self.head_VD = head_VD if head_VD.stride(1) == 1 else head_VD.contiguous()
-        self.vocab = inputs.vocab
-        self.scale, self.softcap = 1.0 / inputs.temperature, inputs.softcap
-        self.need_hidden, self.d_head_VD = inputs.need_hidden, inputs.d_head_VD
+        self.vocab = p.vocab
+        self.scale, self.softcap = 1.0 / p.temperature, p.softcap
+        self.need_hidden, self.d_head_VD = p.need_hidden, p.head_gradient()
         self.design, self.tokens = design, max(tokens, 1)
         self.half = head_VD.dtype == torch.float16
         self.one = torch.ones((), dtype=torch.float32, device=head_VD.device)

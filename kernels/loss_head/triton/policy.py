@@ -155,36 +155,16 @@ def policy_terms(rule: PolicyRule, t: Tokens, logprobs_C: Tensor, entropies_C: T
     d_logprob_C = torch.empty_like(logprobs_C)
     d_entropy_C = torch.empty_like(logprobs_C) if rule.entropy_coef else None
     partial = torch.empty(9, programs, dtype=torch.float32, device=device)
-    has_ref = t.ref_C is not None
     policy_kernel[(programs,)](
-        logprobs_C,
-        entropies_C,
-        t.advantages_C,
-        t.weights_C,
-        logprobs_C if t.old_C is None else t.old_C,
-        logprobs_C if t.ref_C is None else t.ref_C,
-        logprobs_C if t.sampler_C is None else t.sampler_C,
-        offsets,
-        d_logprob_C,
-        d_logprob_C if d_entropy_C is None else d_entropy_C,
-        partial,
-        C,
-        programs,
-        rule.clip_low,
-        rule.clip_high,
-        rule.dual_clip or 0.0,
-        rule.kl_coef,
-        rule.entropy_coef,
-        rule.is_cap or 0.0,
-        HAS_OLD=t.old_C is not None,
-        HAS_REF=has_ref,
-        HAS_CAP=rule.is_cap is not None,
-        HAS_DUAL=rule.dual_clip is not None,
-        HAS_ENTROPY=d_entropy_C is not None,
-        SEGMENTS=segments,
-        CISPO=rule.kind == "cispo",
-        BLOCK=BLOCK,
-    )
+        logprobs_C, entropies_C, t.advantages_C, t.weights_C,
+        *(logprobs_C if x is None else x for x in (t.old_C, t.ref_C, t.sampler_C)),
+        offsets, d_logprob_C, d_logprob_C if d_entropy_C is None else d_entropy_C, partial,
+        C, programs, rule.clip_low, rule.clip_high, rule.dual_clip or 0.0, rule.kl_coef,
+        rule.entropy_coef, rule.is_cap or 0.0,
+        HAS_OLD=t.old_C is not None, HAS_REF=t.ref_C is not None, HAS_CAP=rule.is_cap is not None,
+        HAS_DUAL=rule.dual_clip is not None, HAS_ENTROPY=d_entropy_C is not None,
+        SEGMENTS=segments, CISPO=rule.kind == "cispo", BLOCK=BLOCK,
+    )  # fmt: skip
     sums = partial[:7].double().sum(dim=1)
     extremes = [partial[7].min().double(), partial[8].max().double()]
     return Terms(

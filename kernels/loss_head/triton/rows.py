@@ -36,25 +36,10 @@ def scaled_logits(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def exp_rows_kernel(
-    z_ptr,
-    stride_zc,
-    E_ptr,
-    stride_ec,
-    shift_ptr,
-    target_ptr,
-    flag_ptr,
-    S_ptr,
-    U_ptr,
-    M_ptr,
-    V,
-    scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    KEEP: tl.constexpr,
-    ONLY_FLAGGED: tl.constexpr,
-    CEILING: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    z_ptr, stride_zc, E_ptr, stride_ec, shift_ptr, target_ptr, flag_ptr, S_ptr, U_ptr, M_ptr,
+    V, scale, softcap, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, ONLY_FLAGGED: tl.constexpr,
+    CEILING: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0).to(tl.int64)
     wanted = True
     if ONLY_FLAGGED:
