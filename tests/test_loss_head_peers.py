@@ -52,7 +52,7 @@ def test_a_missing_required_argument_is_named(peers):
 
 
 def test_peers_that_are_not_installed_are_named(peers):
-    found, missing = peers.contenders(torch.device("cpu"), {"torch-eager", "trl"})
-    assert "torch eager" in {one.name for one in found}
-    assert len(found) + len(missing) == 2
+    available, missing = peers.contenders(torch.device("cpu"), {"torch-eager", "trl"})
+    assert "torch eager" in {one.name for one in available}
+    assert len(available) + len(missing) == 2
     assert all(line.startswith("trl: not timed") for line in missing)

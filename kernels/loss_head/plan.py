@@ -12,7 +12,7 @@ from .problem import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Whole segments: tokens [start, stop) of the order, segments [first_segment, stop_segment)."""
+    """Complete segments: tokens [start, stop) of the order, segments [first_segment, stop_segment)."""
 
     start: int
     stop: int
@@ -70,7 +70,7 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
             order_M=order_M,
             segment_M=None,
             lengths_S=None,
-            chunks=_even_chunks(order_M.shape[0], chunk),
+            chunks=_token_chunks(order_M.shape[0], chunk),
             masked=masked,
             skipped=skipped,
         )
@@ -80,20 +80,20 @@ def make_plan(problem: Problem, chunk: int) -> Plan:
         order_M=order_M[by_segment_M],
         segment_M=number_M,
         lengths_S=lengths,
-        chunks=_whole_segment_chunks(lengths.tolist(), chunk),
+        chunks=_segment_chunks(lengths.tolist(), chunk),
         masked=masked,
         skipped=skipped,
     )
 
 
-def _even_chunks(total: int, chunk: int) -> tuple[Chunk, ...]:
+def _token_chunks(total: int, chunk: int) -> tuple[Chunk, ...]:
     # Equal chunks: a short last one would read as much of the head as a full one.
     size = -(-total // max(1, -(-total // chunk)))
     spans = ((start, min(start + size, total)) for start in range(0, total, max(size, 1)))
     return tuple(Chunk(start=a, stop=b, first_segment=a, stop_segment=b) for a, b in spans)
 
 
-def _whole_segment_chunks(lengths: list[int], chunk: int) -> tuple[Chunk, ...]:
+def _segment_chunks(lengths: list[int], chunk: int) -> tuple[Chunk, ...]:
     chunks: list[Chunk] = []
     start = stop = first = 0
     for number, length in enumerate([*lengths, chunk + 1]):

@@ -1,4 +1,4 @@
-"""The policy loss of whole ratio segments and its derivatives by log-prob and entropy.
+"""The policy loss of complete ratio segments and its derivatives by log-prob and entropy.
 
 r_n   = logprob_n - old_n                       (0 without old log-probs: on policy)
 ratio = exp(r_n), or exp(mean of r over the segment's tokens) at turn and sequence level
@@ -24,7 +24,7 @@ NUM_SUMS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The per-token inputs of the policy loss for C tokens in S whole segments, in order.
+    """The per-token inputs of the policy loss for C tokens in S complete segments, in order.
 
     segment_C: segment of each token, from 0. lengths_S: tokens per segment. Both are None at token
     level.

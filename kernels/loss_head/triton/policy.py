@@ -1,4 +1,4 @@
-"""The policy loss of whole segments in one kernel, with the mathematics of ../policy.py.
+"""The policy loss of complete segments in one kernel, with the mathematics of ../policy.py.
 
 Token level: one program per BLOCK tokens. Turn and sequence level: one program per segment, which
 reads it up to three times (mean log-ratio; losses and shared derivative; coefficients).
