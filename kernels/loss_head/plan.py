@@ -12,7 +12,7 @@ from .problem import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Complete segments: tokens [start, stop) of the order, segments [first_segment, stop_segment)."""
+    """Tokens [start, stop) of the order: the complete segments [first_segment, stop_segment)."""
 
     start: int
     stop: int
