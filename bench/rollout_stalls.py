@@ -87,7 +87,7 @@ class Clock(ScriptedSampler):
         super().__init__(self._answer, pick=self._finished, capacity=capacity)
         self._chat = chat
         self._step_s = step_s
-        self._hops = max(env.hops)
+        self._hops = max(env.training.hops)
         self._described = env.describe().count("<result>")
         self._num_left: dict[int, int] = {}
 

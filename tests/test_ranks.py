@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -446,7 +447,8 @@ def launch(recipe: Path, run_dir: Path, module: list[str], env: dict[str, str]) 
     )
 
 
-def start_two_ranks(model: Path, folder: Path, **changed: object) -> list[subprocess.Popen]:
+@contextmanager
+def two_ranks(model: Path, folder: Path, **changed: object) -> Iterator[list[subprocess.Popen]]:
     """Two ranks that have finished the first step of `folder/letters.toml`."""
     path = folder / "letters.toml"
     path.write_text(to_toml(recipe(model, **changed)))
@@ -459,12 +461,15 @@ def start_two_ranks(model: Path, folder: Path, **changed: object) -> list[subpro
         for r in range(2)
     ]
     metrics = folder / "two" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (
-        metrics.exists() and '"loss"' in metrics.read_text()
-    ):
-        time.sleep(0.01)
-    return processes
+    deadline = time.monotonic() + 240
+    try:
+        while not (metrics.exists() and '"loss"' in metrics.read_text()):
+            assert time.monotonic() < deadline, "the first step took too long"
+            time.sleep(0.01)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def results_of(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
@@ -488,10 +493,10 @@ def test_two_processes_train_like_one(letters_model, tmp_path, monkeypatch, one_
         "train__save_every": 1,
         "train__keep_checkpoints": num_steps + 1,
     }
-    processes = start_two_ranks(letters_model, tmp_path, **fields)
-    processes[1].send_signal(signal.SIGTERM)
-    train(recipe(letters_model, **fields), tmp_path / "one")
-    first = results_of(*processes)
+    with two_ranks(letters_model, tmp_path, **fields) as processes:
+        processes[1].send_signal(signal.SIGTERM)
+        train(recipe(letters_model, **fields), tmp_path / "one")
+        first = results_of(*processes)
     last = max(line["step"] for line in read_metrics(tmp_path / "two"))
     assert [code for code, _, _ in first] == [0, 128 + signal.SIGTERM], first
     assert "stopped by SIGTERM" in first[1][2] and 1 <= last < num_steps
@@ -520,8 +525,9 @@ def test_two_processes_train_like_one(letters_model, tmp_path, monkeypatch, one_
 
 
 def test_a_killed_rank_ends_the_others(letters_model, tmp_path):
-    processes = start_two_ranks(letters_model, tmp_path, train__steps=1000, train__eval_every=0)
-    processes[1].kill()
-    (code, _, err), _ = results_of(*processes)
+    fields = {"train__steps": 1000, "train__eval_every": 0}
+    with two_ranks(letters_model, tmp_path, **fields) as processes:
+        processes[1].kill()
+        (code, _, err), _ = results_of(*processes)
     assert code == 1 and "rank 0 of 2 lost another rank" in err
     assert "Traceback" not in err
