@@ -87,9 +87,9 @@ class Bfloat16AdamW(torch.optim.Optimizer):
                 state["step"] += 1
                 count = int(state["step"])
                 random = torch.Generator(p.device).manual_seed((count << 20) + index)
-                slices = (_slices(x) for x in (p, p.grad, *(state[name] for name in _MOMENTS)))
-                for part in zip(*slices, strict=True):
-                    _update(*part, count, group, random)
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                for w, grad, mean, square in zip(*map(_slices, tensors), strict=True):
+                    _update(w, grad, mean, square, count, group, random)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
