@@ -1,7 +1,7 @@
 """Environments of Prime Intellect's verifiers, tested with the real package.
 
-Its dependencies conflict with those of vLLM, so these tests have a virtual environment of their
-own: `make test-verifiers`.
+Its dependencies conflict with those of vLLM, so these tests need their own virtual environment:
+`make test-verifiers`.
 """
 
 from __future__ import annotations
@@ -186,25 +186,23 @@ def test_tools_are_shown_called_and_counted():
 
 
 def test_concurrent_rollouts_of_groups(chat):
-    def say(seen: str) -> str:
-        below = int(re.findall(r"below (\d+)", seen)[-1])
-        low, high = 0, below
-        replies = seen.rpartition("below")[2]
+    def say(context: str) -> str:
+        low, high = 0, int(re.findall(r"below (\d+)", context)[-1])
+        replies = context.rpartition("below")[2]
         for number, reply in re.findall(r"\b(\d+)\b(?=\D*(Higher|Lower)\.)", replies):
             low, high = (int(number) + 1, high) if reply == "Higher" else (low, int(number))
         return str((low + high) // 2)
 
     env = make("guess")
-    for _ in range(2):  # each in an event loop of its own
-        groups = roll(chat, env, say, max_turns=8, group_size=2, max_context=3000)
-        for group in groups:
+    for _ in range(2):  # each time in a new event loop
+        for group in roll(chat, env, say, max_turns=8, group_size=2, max_context=3000):
             one, two = group.trajectories
             assert (one.status, one.error) == ("finished", "")
             assert [turn.text for turn in one.turns] == [turn.text for turn in two.turns]
             assert one.turns[-1].reward == 0.0 and one.metrics["num_turns"] == len(one.turns)
 
 
-def test_error_types():
+def test_errors_of_the_environment():
     task = make("guess").tasks("train")[0]
     with pytest.raises(RewardFault, match=r"'boom' raised KeyError: 'no such column'") as fault:
         play(make("boom"), task, "1")
@@ -228,7 +226,7 @@ def test_a_reward_of_nan_is_a_reward_error(chat):
     assert {t.status for t in group.trajectories} == {"reward_not_finite"}
 
 
-def test_invalid_options_and_signal_handlers():
+def test_invalid_options_are_named_and_signal_handlers_are_kept():
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ConfigError, match=r"env.options.id: verifiers cannot import 'no-such-env'"):
         load_env("verifiers", {"id": "no-such-env"})

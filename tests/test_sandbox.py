@@ -26,6 +26,7 @@ from turnfast.tools.sandbox import (
 from turnfast.tools.sandbox_init import limit_is_per_namespace
 
 needs_sandbox = pytest.mark.skipif(bool(sandbox_fault()), reason=f"no sandbox: {sandbox_fault()}")
+SIZES = {"train_tasks": 4, "eval_tasks": 2}
 GENEROUS = Limits(wall_s=60.0, cpu_s=30)
 
 
@@ -35,11 +36,11 @@ def run(code: str, limits: Limits = GENEROUS):
 
 @needs_sandbox
 def test_exit_code_and_output():
-    assert (run("print(6 * 7)").code, run("print(6 * 7)").output) == (0, "42\n")
+    ended = run("print(chr(0x1f600))")
+    assert (ended.code, ended.output) == (0, "\U0001f600\n")
     failed = run("import sys; print('before'); sys.exit(3)")
     assert (failed.code, failed.output) == (3, "before\n")
     assert "ZeroDivisionError" in run("1 / 0").output
-    assert run("print(chr(0x1f600))").output == "\U0001f600\n"
 
 
 @needs_sandbox
@@ -53,10 +54,7 @@ def test_exit_code_and_output():
         ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "Network is unreachable"),
         ("x = bytearray(1 << 30)", "MemoryError"),
         ("open('/tmp/x', 'wb').write(bytes(64 << 20))", "File too large"),
-        (
-            "for i in range(20): open(f'/tmp/{i}', 'wb').write(bytes(8 << 20))",
-            "No space left on device",
-        ),
+        ("for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(8 << 20))", "No space left"),
         ("import torch", "No module named 'torch'"),
         (
             "import os\nfor pid in (1, os.getppid()):\n  try: os.kill(pid, 9)\n"
@@ -73,12 +71,10 @@ def test_forbidden_actions_fail(code, error):
 @needs_sandbox
 def test_environment_processes_and_files_of_the_host_are_hidden(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "hunter2")
-    shown = run(
-        "import os, json\n"
-        "print(json.dumps([dict(os.environ), [p for p in os.listdir('/proc') if p.isdigit()]]))"
-    ).output
-    environment, processes = json.loads(shown)
-    assert "SECRET_KEY" not in environment and "hunter2" not in shown
+    code = "print(json.dumps([dict(os.environ), [p for p in os.listdir('/proc') if p.isdigit()]]))"
+    output = run(f"import json, os\n{code}").output
+    environment, processes = json.loads(output)
+    assert "SECRET_KEY" not in environment and "hunter2" not in output
     assert len(processes) <= 2 and str(os.getpid()) not in processes
     assert run("open('/tmp/note', 'w').write('x')").code == 0
     assert run("import os; print(os.listdir('/tmp'))").output == "[]\n"
@@ -131,11 +127,8 @@ def test_a_fork_bomb_is_stopped(bomb):
     begin = time.perf_counter()
     ended = run(code, Limits(wall_s=60.0, cpu_s=30, processes=24))
     assert not ended.timed_out and time.perf_counter() - begin < 30.0
-    assert (
-        ended.too_many_processes
-        or "temporarily unavailable" in ended.output
-        or "thread" in ended.output
-    )
+    failures = ("temporarily unavailable", "thread")
+    assert ended.too_many_processes or any(text in ended.output for text in failures)
     assert not [line for line in command_lines() if "import os, sys, threading" in line]
 
 
@@ -168,15 +161,15 @@ def no_bwrap(monkeypatch):
     sandbox_fault.cache_clear()
 
 
-def test_without_a_sandbox_code_runs_only_if_the_user_accepts_it(no_bwrap):
+def test_without_a_sandbox_code_runs_only_if_the_user_agrees(no_bwrap):
     assert "bwrap is not installed" in sandbox_fault()
     for text in ("", "yes", "true", "i understand"):
         with pytest.raises(SandboxError, match=r"no sandbox .* bwrap is not installed"):
             require_sandbox(text)
     assert require_sandbox(UNSAFE) is False
     with pytest.raises(ConfigError, match=r"unsafe_without_sandbox = \"I understand that"):
-        load_env("python", {"train_tasks": 4, "eval_tasks": 2})
-    env = load_env("python", {"train_tasks": 4, "eval_tasks": 2, "unsafe_without_sandbox": UNSAFE})
+        load_env("python", SIZES)
+    env = load_env("python", {**SIZES, "unsafe_without_sandbox": UNSAFE})
     assert result(env, "print(2 + 2)") == "<result>4</result>"
 
 
@@ -189,12 +182,11 @@ def result(env, code: str) -> str:
 
 @needs_sandbox
 def test_the_python_environment_shows_results_and_errors():
-    options = {"train_tasks": 4, "eval_tasks": 2, "wall_s": 30.0}
-    env = load_env("python", options, tool_timeout_s=60.0)
+    env = load_env("python", {**SIZES, "wall_s": 30.0}, tool_timeout_s=60.0)
     assert result(env, "print('a', 1)") == "<result>a 1</result>"
     assert "Error: Traceback" in result(env, "nope") and "NameError" in result(env, "nope")
     assert result(env, "pass") == "<result>No result.</result>"
-    short = load_env("python", {**options, "wall_s": 1.0})
+    short = load_env("python", {**SIZES, "wall_s": 1.0})
     error = "<result>Error: the program did not end within 1 s</result>"
     assert result(short, "import time; time.sleep(60)") == error
 
@@ -202,4 +194,4 @@ def test_the_python_environment_shows_results_and_errors():
 @needs_sandbox
 def test_wall_s_must_be_less_than_the_tool_timeout():
     with pytest.raises(ConfigError, match=r"env.options.wall_s: 5 s must be less than .* = 3 s"):
-        load_env("python", {"train_tasks": 4, "eval_tasks": 2}, tool_timeout_s=3.0)
+        load_env("python", SIZES, tool_timeout_s=3.0)
