@@ -174,7 +174,7 @@ def test_an_unreadable_reply_is_requested_again_and_never_cached(serve, answer, 
 @pytest.mark.parametrize(("status", "num_requests"), [(401, 1), (502, 2)])
 def test_a_permanent_error_names_the_status_and_the_body(serve, status, num_requests):
     headers = {"content-type": "application/json", "retry-after-ms": "5"}
-    body = json.dumps({"error": {"message": "no such key"}}).encode()
+    body = b'{"error": {"message": "no such key"}}'
     server = serve(lambda number, request: (status, headers, body))
     (error,) = ask(make_client(server, attempts=2), "q")
     assert isinstance(error, JudgeError) and "no such key" in str(error)

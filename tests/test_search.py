@@ -187,7 +187,7 @@ def test_missing_files_and_conflicting_options(files, tmp_path):
             load(**options)
 
 
-def test_a_separate_evaluation_file(files, tmp_path):
+def test_questions_for_evaluation_from_another_file(files, tmp_path):
     row = {"id": "e1", "question": "Where is Ida Berg from?", "answers": ["Oslo"]}
     env = load(**files, eval_questions=write(tmp_path / "eval.jsonl", [row]))
     assert [task.id for task in env.tasks("eval")] == ["e1"]

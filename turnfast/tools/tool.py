@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from typing import Any, overload
@@ -130,15 +130,8 @@ def tool(
     return _make_tool(function, name, description)
 
 
-def _tool_parameters(function: Callable[..., Any], label: str) -> tuple[list[Parameter], bool]:
-    """Return the parameters of a tool without `self`, and whether it has `self`.
-
-    Raises:
-        TypeError: a parameter has no type or cannot be passed by name.
-    """
-    parameters = parameters_of(function)
-    is_method = bool(parameters) and parameters[0].name == "self"
-    for parameter in parameters[is_method:]:
+def _check_parameters(parameters: Sequence[Parameter], label: str) -> None:
+    for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{label}: *{parameter.name} has no schema; name each parameter")
         if parameter.kind is parameter.POSITIONAL_ONLY:
@@ -147,7 +140,6 @@ def _tool_parameters(function: Callable[..., Any], label: str) -> tuple[list[Par
             )
         if parameter.annotation is parameter.empty:
             raise TypeError(f"{label}: parameter {parameter.name!r} has no type")
-    return parameters[is_method:], is_method
 
 
 def _make_tool(function: Callable[..., Any], name: str | None, description: str | None) -> Tool:
@@ -157,7 +149,10 @@ def _make_tool(function: Callable[..., Any], name: str | None, description: str 
             f"tool {label!r}: the name may contain only letters, digits, '_', '.' and '-'"
         )
     summary, described = _read_docstring(inspect.getdoc(function) or "")
-    parameters, is_method = _tool_parameters(function, label)
+    parameters = parameters_of(function)
+    is_method = bool(parameters) and parameters[0].name == "self"
+    parameters = parameters[is_method:]
+    _check_parameters(parameters, label)
     model = arguments_model(label, parameters, descriptions=described, arbitrary_types=False)
     schema = model.model_json_schema(schema_generator=_PlainSchema)
     schema.pop("title", None)
@@ -182,14 +177,10 @@ class _PlainSchema(GenerateJsonSchema):
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """Return the first paragraph and the descriptions of the parameters under `Args:`."""
     summary = " ".join(text.split("\n\n", 1)[0].split())
-    described: dict[str, str] = {}
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", text, flags=re.MULTILINE)
-    if section:
-        for name, first, rest in re.findall(
-            r"^ {4}(\w+)(?: \([^)]*\))?: *(.*)\n?((?: {5,}.*\n?)*)", section[1], flags=re.MULTILINE
-        ):
-            described[name] = " ".join(f"{first} {rest}".split())
-    return summary, described
+    entry = re.compile(r"^ {4}(\w+)(?: \([^)]*\))?: *(.*\n?(?: {5,}.*\n?)*)", flags=re.MULTILINE)
+    entries = entry.findall(section[1]) if section else []
+    return summary, {name: " ".join(description.split()) for name, description in entries}
 
 
 def _explain(item: Any) -> str:

@@ -187,7 +187,7 @@ def _tool(definition: Any) -> Tool:
     """Return a tool for the chat template only: the environment runs its calls itself."""
 
     def not_callable(**_: Any) -> str:
-        raise RuntimeError("the calls of this tool are run by its verifiers environment")
+        raise RuntimeError("only the verifiers environment can run this tool")
 
     return Tool(
         name=definition.name,
