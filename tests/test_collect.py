@@ -119,9 +119,7 @@ def test_prompts_that_were_put_back_come_first_and_must_finish():
         assert [p.place for p in following] == [1, 4, 6, 7]
         assert [p.must_finish for p in following] == [True, True, False, False]
         assert [p.task for p in following[:2]] == [taken[1].task, taken[4].task]
-
-
-def test_a_checkpoint_without_a_data_position():
+    # a checkpoint without a data position
     assert open_queue(TASKS, 0, {"step": 3}, done=12).state() == {"position": 12, "returned": []}
 
 

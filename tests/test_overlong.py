@@ -14,7 +14,7 @@ from turnfast.metrics.rewards import diagnose
 from turnfast.metrics.rollouts import summarise
 from turnfast.packing.pack import pack
 from turnfast.rollout.overlong import apply_overlong_rule
-from turnfast.types import Credit, Group, Turn
+from turnfast.types import Group, Turn
 
 
 def paid(tokens: int, reward: float) -> Turn:
@@ -69,7 +69,6 @@ def test_a_group_of_cut_rollouts_has_no_signal():
     (masked,) = apply_overlong_rule([group], config("mask"))
     credit = assign_credit(masked)
     assert not credit.has_signal and pack([masked], [credit], budget=99).batches == ()
-    assert Credit(rule="", advantages=()).tokens is None
 
 
 def test_a_buffer_beyond_the_limit_is_refused():

@@ -30,13 +30,7 @@ from turnfast.rollout.groups import collect_groups
 from turnfast.rollout.schedule import Prompt, Quota, RolloutScheduler
 from turnfast.sampler.awaited import AwaitedSampler
 from turnfast.sampler.local import LocalSampler
-from turnfast.sampler.scripted import (
-    ScriptedSampler,
-    everything,
-    newest,
-    oldest,
-    shuffled,
-)
+from turnfast.sampler.scripted import ScriptedSampler, everything, shuffled
 from turnfast.types import Credit, Status, Trajectory
 
 ANSWER = "<answer>done</answer>"
@@ -152,7 +146,11 @@ def test_a_slow_tool_delays_its_own_trajectory_alone(chat, workshop, capacity):
     assert [len(t.turns) for group in groups for t in group.trajectories] == [2, 4]
 
 
-@pytest.mark.parametrize("pick", [everything, oldest, newest, shuffled(1), shuffled(2)])
+def oldest(waiting):
+    return waiting[:1]
+
+
+@pytest.mark.parametrize("pick", [oldest, lambda waiting: waiting[-1:], shuffled(1), shuffled(2)])
 def test_the_order_of_completion_does_not_change_the_groups(chat, workshop, pick):
     def say(prompt: str) -> str:
         depth = prompt.count("assistant")
@@ -494,7 +492,7 @@ def test_the_timeout_of_a_rollout_begins_at_its_start(chat):
 
     def slow(waiting):
         time.sleep(0.05)
-        return waiting[:1]
+        return waiting
 
     sampler = ScriptedSampler(lambda request: [chat.end_id], pick=slow, capacity=1)
     groups = roll_out(Fragile(), chat, sampler, group_size=1, trajectory_timeout_s=0.3)

@@ -168,14 +168,11 @@ def _turn(conversation: Conversation, completion: Completion, text: str, step: S
         reward_parts=step.reward_parts,
         tool_calls=step.tool_calls,
         tool_successes=step.tool_successes,
-        tool_errors=_count_errors(step) if step.calls else {},
+        tool_errors=Counter(
+            call.result.kind for call in step.calls if isinstance(call.result, ToolError)
+        ),
         restart=conversation.restart,
     )
-
-
-def _count_errors(step: Step) -> Mapping[str, int]:
-    errors = (call.result for call in step.calls)
-    return Counter(error.kind for error in errors if isinstance(error, ToolError))
 
 
 def _is_cancelled() -> bool:

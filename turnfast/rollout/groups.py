@@ -8,16 +8,17 @@ trajectory becomes that trajectory's end.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..errors import Interrupted, RolloutError
 from ..metrics.reduce import Metric, Sum
 from ..sampler.awaited import AwaitedSampler, Usage
-from ..types import Group, Task, Trajectory
+from ..types import Group, Task
 from .episode import play_episode
 from .event_loop import run_bounded
-from .schedule import CANCEL_GRACE_S, Deadline, Prompt, Quota, RolloutScheduler
+from .schedule import CANCEL_GRACE_S, Prompt, Quota, RolloutScheduler
 from .setup import RolloutSetup
 
 
@@ -45,10 +46,6 @@ class CollectedGroups:
         }
 
 
-def every_group_counts(group: Group) -> bool:
-    return True
-
-
 def rollout_tasks(
     setup: RolloutSetup,
     tasks: Sequence[Task],
@@ -70,7 +67,7 @@ def collect_groups(
     prompts: Iterator[Prompt],
     quota: Quota,
     *,
-    counts: Callable[[Group], bool] = every_group_counts,
+    counts: Callable[[Group], bool] = lambda group: True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CollectedGroups:
     """Roll out prompts, each `group_size` times, until enough groups are finished.
@@ -92,17 +89,11 @@ def collect_groups(
 
     async def run() -> CollectedGroups:
         engine = AwaitedSampler(setup.sampler)
-
-        def play(
-            prompt: Prompt, index: int, deadline: Deadline
-        ) -> Coroutine[None, None, Trajectory]:
-            return play_episode(setup, engine, prompt, index, deadline)
-
         scheduler = RolloutScheduler(
             prompts,
             quota,
             engine,
-            play,
+            partial(play_episode, setup, engine),
             size=config.group_size,
             counts=counts,
             timeout_s=config.trajectory_timeout_s,

@@ -25,7 +25,7 @@ def apply_overlong_rule(groups: Sequence[Group], config: RolloutConfig) -> list[
     """
     if config.overlong == "train":
         return list(groups)
-    change = _mask if config.overlong == "mask" else _charge
+    change = _mask if config.overlong == "mask" else _charge_turns
     return [
         replace(group, trajectories=tuple(change(t, config) for t in group.trajectories))
         for group in groups
@@ -36,9 +36,8 @@ def _mask(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
     return replace(trajectory, masked=True) if trajectory.status.is_cut else trajectory
 
 
-def _charge(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
-    turns = tuple(_charge_turn(turn, config) for turn in trajectory.turns)
-    return replace(trajectory, turns=turns)
+def _charge_turns(trajectory: Trajectory, config: RolloutConfig) -> Trajectory:
+    return replace(trajectory, turns=tuple(_charge_turn(turn, config) for turn in trajectory.turns))
 
 
 def _charge_turn(turn: Turn, config: RolloutConfig) -> Turn:

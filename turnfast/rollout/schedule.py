@@ -187,7 +187,7 @@ class RolloutScheduler:
             self._engine.leave()
 
     def _add(self, group: _OpenGroup, index: int, trajectory: Trajectory) -> None:
-        # a rollout that was given up as uncancellable may still end: its timeout stands
+        # a rollout that ignored its cancellation may still end; it remains a timeout
         group.trajectories.setdefault(index, trajectory)
         if len(group.trajectories) < self._size or not self._is_open(group):
             return
@@ -213,15 +213,14 @@ class RolloutScheduler:
                 self._late.append(first)
         for late in [late for late in self._late if late.deadline.end + CANCEL_GRACE_S <= now]:
             self._late.remove(late)
-            if not late.task.done():
-                self._add(late.group, late.index, self._timed_out(late.group, late.index))
-
-    def _timed_out(self, group: _OpenGroup, index: int) -> Trajectory:
-        return Trajectory(
-            task_id=group.prompt.task.id,
-            index=index,
-            turns=(),
-            status=Status.TIMEOUT,
-            error=f"no end after {self._timeout_s} s, and its environment ignored cancellation",
-            time_s=self._timeout_s + CANCEL_GRACE_S,
-        )
+            if late.task.done():
+                continue
+            timed_out = Trajectory(
+                task_id=late.group.prompt.task.id,
+                index=late.index,
+                turns=(),
+                status=Status.TIMEOUT,
+                error=f"no end after {self._timeout_s} s, and its environment ignored cancellation",
+                time_s=self._timeout_s + CANCEL_GRACE_S,
+            )
+            self._add(late.group, late.index, timed_out)

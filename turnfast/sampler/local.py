@@ -200,7 +200,14 @@ class LocalSampler:
             finish = self._finish(row)
             if finish is not None:
                 self._slots.release(row.slot)
-                done.append(_completion(row, finish))
+                completion = Completion(
+                    id=row.request.id,
+                    sampled_ids=tuple(row.sampled_ids),
+                    logprobs=tuple(row.logprobs),
+                    finish=finish,
+                    cached_tokens=row.cached,
+                )
+                done.append(completion)
         finished = {completion.id for completion in done}
         self._running = [row for row in self._running if row.request.id not in finished]
         return done
@@ -245,16 +252,6 @@ def _generator(request: Request) -> torch.Generator | None:
     if request.temperature == 0.0:
         return None
     return torch.Generator().manual_seed(request.seed)
-
-
-def _completion(row: _Running, finish: Finish) -> Completion:
-    return Completion(
-        id=row.request.id,
-        sampled_ids=tuple(row.sampled_ids),
-        logprobs=tuple(row.logprobs),
-        finish=finish,
-        cached_tokens=row.cached,
-    )
 
 
 @contextmanager

@@ -21,14 +21,6 @@ def everything(waiting: Sequence[Request]) -> Sequence[Request]:
     return waiting
 
 
-def oldest(waiting: Sequence[Request]) -> Sequence[Request]:
-    return waiting[:1]
-
-
-def newest(waiting: Sequence[Request]) -> Sequence[Request]:
-    return waiting[-1:]
-
-
 def shuffled(seed: int) -> Pick:
     """One random request per step."""
     generator = random.Random(seed)
@@ -50,7 +42,7 @@ class ScriptedSampler:
 
     Example::
 
-        sampler = ScriptedSampler(lambda request: [request.prompt_ids[-1] + 1, 2], pick=newest)
+        sampler = ScriptedSampler(lambda request: [request.prompt_ids[-1] + 1, 2], pick=shuffled(0))
     """
 
     def __init__(
