@@ -62,10 +62,8 @@ def closing_table(lines: Sequence[Mapping[str, Any]], report: Path | None = None
         (c.title, f"{c.before:.3f}", f"{c.after:.3f}", signed(c.after - c.before, 3))
         for c in changes
     ]
-    if changes:
-        rows.insert(
-            0, (f"{source} at step", str(changes[0].step_before), str(changes[0].step_after), "")
-        )
+    for first in changes[:1]:
+        rows.insert(0, (f"{source} at step", str(first.step_before), str(first.step_after), ""))
     width = max((len(title) for title, *_ in rows), default=0)
     text = "".join(
         f"{title:<{width}}  {before:>8}  {after:>8}  {change:>8}".rstrip() + "\n"
@@ -96,10 +94,10 @@ class Progress:
         label: str = "train",
         stream: TextIO | None = None,
     ) -> None:
-        stream = stream or sys.stdout
-        terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        out = stream or sys.stdout
+        terminal = out.isatty() and os.environ.get("TERM") != "dumb"
         self._run_dir = run_dir
-        self._view = _Bar(label, total, done, stream) if terminal else _Lines(label, total, stream)
+        self._view = _Bar(label, total, done, out) if terminal else _Lines(label, total, out)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a training step, of an evaluation or of both."""
