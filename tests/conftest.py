@@ -67,7 +67,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat(tiny_folder: Path) -> Chat:
-    """Messages and ids of the tiny model."""
+    """The chat interface of the tiny model."""
     from transformers import AutoTokenizer
 
     from turnfast.chat.template import Chat
@@ -77,7 +77,7 @@ def chat(tiny_folder: Path) -> Chat:
 
 @pytest.fixture
 def policy(tiny_folder: Path) -> Policy:
-    """The tiny model on the CPU, fresh for every test that changes it."""
+    """The tiny model on the CPU, loaded again for every test."""
     from turnfast.config.schema import ModelConfig
     from turnfast.model import load_policy
 
@@ -101,9 +101,9 @@ def letters_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Sums on several threads are not repeated bit for bit."""
+    """Run torch on one thread: sums of several threads are not bitwise repeatable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

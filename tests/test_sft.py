@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: its gradient is that of the negative log-likelihood, and it learns."""
+"""Supervised fine-tuning: gradient of the negative log-likelihood, resuming, errors in the data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import stop_after
 
 from turnfast.config.recipe import build_config, load_config
 from turnfast.config.schema import LossConfig, OptimConfig, SftConfig
@@ -29,7 +30,7 @@ from turnfast.update.learner import Learner
 from turnfast.update.optimizer import Optimizer
 from turnfast.update.update import update
 
-TALK = Demonstration(
+LONG = Demonstration(
     messages=(
         {"role": "user", "content": "Who wrote Ulm?"},
         {"role": "assistant", "content": "<tool>Ulm</tool>"},
@@ -41,7 +42,7 @@ SHORT = Demonstration(
     messages=(
         {"role": "user", "content": "Oslo?"},
         {"role": "assistant", "content": "é𝄞"},
-        {"role": "user", "content": "left open"},
+        {"role": "user", "content": "no reply"},
     )
 )
 
@@ -73,8 +74,8 @@ def rows_for(chat, *demonstrations: Demonstration) -> Rows:
     return rows_of(turns, [1.0] * sum(map(len, turns)))
 
 
-def test_targets_are_the_assistants_tokens(chat):
-    row = rows_for(chat, TALK)
+def test_targets_are_the_tokens_of_the_assistant(chat):
+    row = rows_for(chat, LONG)
     replies = [chat.encode_turn("<tool>Ulm</tool>"), chat.encode_turn("Ida")]
     assert len(row) == 1 and row.targets_N.tolist() == [*replies[0], *replies[1]]
     assert row.tokens_T[row.states_N[:-1] + 1].tolist() == row.targets_N[:-1].tolist()
@@ -82,8 +83,8 @@ def test_targets_are_the_assistants_tokens(chat):
     assert chat.decode_turn(short.targets_N.tolist()) == "é𝄞" and short.targets_N[-1] == chat.end_id
 
 
-def test_the_gradient_is_that_of_the_likelihood(policy, chat):
-    rows = rows_for(chat, TALK, SHORT)
+def test_gradient_is_that_of_the_mean_negative_log_likelihood(policy, chat):
+    rows = rows_for(chat, LONG, SHORT)
     count = len(rows.targets_N)
     gradients = []
 
@@ -114,11 +115,11 @@ def test_the_gradient_is_that_of_the_likelihood(policy, chat):
         )
     (loss / count).backward()
     assert done.logprob.value == pytest.approx(-float(loss.detach()) / count, abs=1e-5)
-    worst = max(
+    largest_error = max(
         float((ours - p.grad).abs().max())
         for ours, p in zip(gradients, policy.model.parameters(), strict=True)
     )
-    assert worst <= 1e-6
+    assert largest_error <= 1e-6
     assert max(float(g.abs().max()) for g in gradients) > 1e-2
 
 
@@ -137,7 +138,7 @@ def test_loss_falls_and_the_same_seed_gives_the_same_steps(policy, chat):
     runs = []
     for _ in range(2):
         policy.model.load_state_dict(start)
-        runs.append(tune(policy, Demonstrations(TALK, SHORT), chat, config, seed=4))
+        runs.append(tune(policy, Demonstrations(LONG, SHORT), chat, config, seed=4))
     assert runs[0] == runs[1] and len(runs[0]) == 25
     assert sum(runs[0][-5:]) < 0.5 * sum(runs[0][:5])
 
@@ -159,29 +160,28 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def test_a_resumed_run_equals_one_without_a_stop(tiny_folder, tmp_path):
-    whole = warm_start(recipe(tiny_folder), tmp_path / "whole")
-    assert whole == tmp_path / "whole" / "model"
-    assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 9))
+    uninterrupted = tmp_path / "uninterrupted"
+    assert warm_start(recipe(tiny_folder), uninterrupted) == uninterrupted / "model"
+    assert [step for step, _ in losses(uninterrupted)] == list(range(1, 9))
 
     run_dir = tmp_path / "resumed"
     for count in (0, 4, 2):  # steps until the stop
-        asked = iter(range(count))
         kept = warm_start(
             recipe(tiny_folder),
             run_dir,
             resume=run_dir.exists(),
-            should_stop=lambda asked=asked: next(asked, None) is None,
+            should_stop=stop_after(count),
         )
         assert kept.parent == run_dir / "checkpoints" and not (run_dir / "model").exists()
     assert kept.name == "step_000006"
     shutil.rmtree(kept)  # continue from the checkpoint before it
     assert warm_start(recipe(tiny_folder), run_dir, resume=True) == run_dir / "model"
-    assert losses(run_dir) == losses(tmp_path / "whole")
-    files = [folder / "model" / "model.safetensors" for folder in (run_dir, tmp_path / "whole")]
+    assert losses(run_dir) == losses(uninterrupted)
+    files = [folder / "model" / "model.safetensors" for folder in (run_dir, uninterrupted)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
     assert warm_start(recipe(tiny_folder), run_dir, resume=True) == run_dir / "model"
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert losses(run_dir) == losses(uninterrupted)
     with pytest.raises(ConfigError, match="continue it with --resume"):
         warm_start(recipe(tiny_folder), run_dir)
 
@@ -206,7 +206,7 @@ def test_a_failed_step_leaves_a_checkpoint_of_the_steps_before(tiny_folder, tmp_
         ),
     ],
 )
-def test_an_environment_without_demonstrations_is_refused(policy, chat, env, text):
+def test_environment_without_demonstrations_is_an_error(policy, chat, env, text):
     with pytest.raises(ConfigError, match=text):
         demonstration_rows(policy, env, chat, SftConfig(), seed=0)
 
@@ -217,16 +217,17 @@ def write_lines(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def test_a_file_and_the_environment_give_the_same_rows(policy, chat, tmp_path):
+def test_file_and_environment_give_the_same_rows(policy, chat, tmp_path):
     data = write_lines(
-        tmp_path / "talks.jsonl", *({"messages": list(shown.messages)} for shown in (TALK, SHORT))
+        tmp_path / "data.jsonl",
+        *({"messages": list(shown.messages)} for shown in (LONG, SHORT)),
     )
-    own, file = (
+    from_env, from_file = (
         demonstration_rows(policy, env, chat, SftConfig(data=path), seed=1)
-        for env, path in ((Demonstrations(TALK, SHORT), ""), (object(), data))
+        for env, path in ((Demonstrations(LONG, SHORT), ""), (object(), data))
     )
-    assert own.tokens_T.tolist() == file.tokens_T.tolist()
-    assert own.targets_N.tolist() == file.targets_N.tolist()
+    assert from_env.tokens_T.tolist() == from_file.tokens_T.tolist()
+    assert from_env.targets_N.tolist() == from_file.targets_N.tolist()
 
 
 USER = {"role": "user", "content": "Who?"}
@@ -247,26 +248,29 @@ USER = {"role": "user", "content": "Who?"}
         ({"messages": [USER]}, "a demonstration needs a prompt"),
     ],
 )
-def test_an_invalid_line_is_named(policy, chat, tmp_path, line, text):
-    data = write_lines(tmp_path / "talks.jsonl", {"messages": list(TALK.messages)}, "", line)
+def test_invalid_line_is_named(policy, chat, tmp_path, line, text):
+    data = write_lines(tmp_path / "data.jsonl", {"messages": list(LONG.messages)}, "", line)
     with pytest.raises(ConfigError, match=rf"^{data}:3: {text}"):
         demonstration_rows(policy, object(), chat, SftConfig(data=data), seed=0)
 
 
 @pytest.mark.parametrize(
     ("lines", "text"),
-    [(None, r"talks\.jsonl: No such file"), ([""], r"sft\.data: .*talks\.jsonl contains no conv")],
+    [
+        (None, r"data\.jsonl: No such file"),
+        ([""], r"sft\.data: .*data\.jsonl contains no conv"),
+    ],
 )
-def test_a_file_without_conversations_is_named(policy, chat, tmp_path, lines, text):
-    path = tmp_path / "talks.jsonl"
+def test_file_without_conversations_is_named(policy, chat, tmp_path, lines, text):
+    path = tmp_path / "data.jsonl"
     if lines is not None:
         write_lines(path, *lines)
     with pytest.raises(ConfigError, match=text):
         demonstration_rows(policy, object(), chat, SftConfig(data=str(path)), seed=0)
 
 
-def test_a_demonstration_that_is_too_long_is_refused_with_the_numbers(policy, chat):
-    env, length = Demonstrations(SHORT, TALK), len(rows_for(chat, TALK).tokens_T)
+def test_demonstration_that_is_too_long_is_an_error(policy, chat):
+    env, length = Demonstrations(SHORT, LONG), len(rows_for(chat, LONG).tokens_T)
     with pytest.raises(ConfigError) as caught:
         demonstration_rows(policy, env, chat, SftConfig(batch_tokens=length - 1), seed=0)
     assert str(caught.value).startswith(
@@ -284,6 +288,6 @@ def test_a_demonstration_that_is_too_long_is_refused_with_the_numbers(policy, ch
         demonstration_rows(policy, Demonstrations(long), chat, SftConfig(), seed=0)
 
 
-def test_the_default_rate_suits_a_pretrained_model():
-    """A rate for the built-in model would ruin a pretrained one in a few steps."""
+def test_default_learning_rate_suits_a_pretrained_model():
+    """The rate of the demo would destroy a pretrained model in a few steps."""
     assert SftConfig().lr <= 2e-5 < load_config("demo").sft.lr

@@ -1,4 +1,4 @@
-"""Whole runs in the letters environment, and the outputs that must be reproducible."""
+"""Training runs in the letters environment, and their outputs that must be reproducible."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def stop_after(count: int) -> Callable[[], bool]:
 
 
 def training_lines(run_dir: Path) -> list[dict]:
-    """The metrics of the training steps, without the evaluations."""
+    """The lines of the training steps in metrics.jsonl, without those of evaluations."""
     return [line for line in read_metrics(run_dir) if "loss" in line]
 
 
 def weights(run_dir: Path, step: int) -> str:
-    """One hash over the model and the optimizer of a checkpoint."""
+    """The hashes of the model and the optimizer of a checkpoint."""
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     names = ("model.safetensors", "trainer/optimizer.safetensors")
     return "".join(hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names)
 
 
 def logged(run_dir: Path) -> list:
-    """All lines of metrics and rollouts, without times."""
-    lines = [run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl"]
-    return [_without_times([json.loads(line) for line in file.open()]) for file in lines]
+    """All lines of metrics.jsonl and rollouts.jsonl, without times."""
+    files = [run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl"]
+    return [_without_times([json.loads(line) for line in file.open()]) for file in files]
 
 
 def _without_times(node):

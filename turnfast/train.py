@@ -165,36 +165,28 @@ class TrainingLoop:
                 )
 
     def update(self, packed: Packed) -> Update:
-        """Take the optimizer steps of a training step, which is done then."""
+        """Take the optimizer steps of a training step; then this step counts as done."""
+        run, advice = self._run, self._memory_advice
         loss, temperature = self._config.loss, self._config.rollout.temperature
         batches: Sequence[Batch] = packed.batches
         with self._clock.phase("train"):
-            if self._run.reference is not None:
-                with (
-                    self._ranks.share_errors(),
-                    explain_out_of_memory(OutOfMemory, self._memory_advice),
-                ):
-                    batches = with_reference(
-                        batches, self._run.reference, loss, temperature=temperature
-                    )
+            if run.reference is not None:
+                with self._ranks.share_errors(), explain_out_of_memory(OutOfMemory, advice):
+                    batches = with_reference(batches, run.reference, loss, temperature=temperature)
             updated = update(
-                self._run.learner,
+                run.learner,
                 batches,
                 loss,
                 temperature=temperature,
                 num_updates=self._config.train.updates_per_step,
                 check_gap=self._check_gap,
-                memory_advice=self._memory_advice,
+                memory_advice=advice,
             )
         self.step += 1
         return updated
 
     def sync(self) -> float:
-        """Load the new weights into the sampler, and check that all ranks have the same.
-
-        Returns:
-            See `sync_after_step`.
-        """
+        """Load the new weights, the same on all ranks, into the sampler; see `sync_after_step`."""
         run, train, model = self._run, self._config.train, self._policy.model
         probed = train.overlap or is_due(self.step, train.eval_every, train.steps)
         with self._clock.phase("rollout"):
