@@ -52,15 +52,15 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SMALL),
     "mistral-sliding": MistralConfig(**SMALL, sliding_window=5),
     "gemma": GemmaConfig(**SMALL),
-    # windows in one layer of two, a final soft-cap
+    # a window in every second layer, and a final soft-cap
     "gemma3": Gemma3TextConfig(
         **SMALL, sliding_window=5, sliding_window_pattern=2, final_logit_softcapping=3.0
     ),
-    # logits that are scaled, by a factor and by a divisor
+    # scaled logits, by a factor and by a divisor
     "cohere2": Cohere2Config(**SMALL, logit_scale=0.25, sliding_window=5),
     "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
     "olmo2": Olmo2Config(**SMALL),
-    # a window that only the mask knows of
+    # a sliding window that only the attention mask has
     "qwen2_moe": Qwen2MoeConfig(
         **SMALL,
         **EXPERTS,
@@ -70,7 +70,7 @@ FAMILIES = {
         sliding_window=5,
         layer_types=["full_attention", "sliding_attention"],
     ),
-    # learned positions, dropout unless it is switched off
+    # learned positions and dropout
     "gpt2": GPT2Config(
         vocab_size=97,
         n_embd=32,

@@ -19,7 +19,7 @@ from turnfast.update.optimizer import Optimizer
 
 
 class RecordingOptimizer(Optimizer):
-    """Records the weights and gradients of its parameters before every step."""
+    """Record the weights and gradients of the parameters before every step."""
 
     def step(self) -> float:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]

@@ -1,7 +1,4 @@
-"""The model that Liger's kernels are put into stays the same model.
-
-In the interpreter, where a process has it, and on a GPU.
-"""
+"""Hidden states and gradients with Liger's kernels, in the interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
-def modules_of_transformers(monkeypatch):
-    """Liger replaces classes and functions for the whole process; every test has them back."""
+def restore_transformers(monkeypatch):
+    """Liger replaces classes and functions of transformers: restore them after each test."""
     for name in CONFIGS:
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         for attribute, value in vars(module).items():
@@ -47,14 +44,14 @@ def tanh(x):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """What the compiler has and the interpreter lacks, for kernels that are not ours: float
-    arguments that are float32 scalars, and libdevice, which is machine code."""
+    """Add to the interpreter what Liger's kernels need: float32 scalars for float arguments, and
+    two functions of libdevice, which is machine code."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
-    as_argument = interpreter._implicit_cvt
+    convert = interpreter._implicit_cvt
 
     def with_floats(x):
         if not isinstance(x, float):
-            return as_argument(x)
+            return convert(x)
         handle = interpreter.TensorHandle(np.array([x], np.float32), tl.float32)
         return tl.tensor(handle, tl.float32)
 
@@ -66,17 +63,17 @@ def interpreter(monkeypatch):
 @pytest.mark.triton
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_hidden_states_and_gradients_stay(family, interpreter):
-    compare(family, "cpu", bound=1e-5)
+def test_same_hidden_states_and_gradients(family, interpreter):
+    assert_same_model(family, "cpu", bound=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", CONFIGS)
-def test_hidden_states_and_gradients_stay_on_a_gpu(family):
-    compare(family, "cuda", bound=1e-4)
+def test_same_hidden_states_and_gradients_on_a_gpu(family):
+    assert_same_model(family, "cuda", bound=1e-4)
 
 
-def compare(family: str, device: str, *, bound: float) -> None:
+def assert_same_model(family: str, device: str, *, bound: float) -> None:
     policy = policy_of(CONFIGS[family], device)
     model = policy.model
     prompt = torch.randint(97, (6,)).tolist()

@@ -55,7 +55,7 @@ class PackedRows:
         device = self.cu_seqlens.device
         starts = self.cu_seqlens.tolist()
         order = sorted(range(len(self.lengths)), key=lambda s: -self.lengths[s])
-        made, begin = [], 0
+        rectangles, begin = [], 0
         while begin < len(order):
             longest, real, end = self.lengths[order[begin]], 0, begin
             while end < len(order):
@@ -70,9 +70,9 @@ class PackedRows:
             valid = column[None] < length
             index = torch.where(valid, start + column[None], start).reshape(-1)
             kept = valid.reshape(-1).nonzero().squeeze(1)
-            made.append((index.to(device), kept.to(device), len(rows), longest))
+            rectangles.append((index.to(device), kept.to(device), len(rows), longest))
             begin = end
-        return made
+        return rectangles
 
     @cached_property
     def restore(self) -> Tensor:
@@ -114,7 +114,7 @@ def pick_backend(
             value_dim not in (0, head_dim)
         ),
     }
-    own: dict[Backend, dict[str, bool]] = {
+    specific: dict[Backend, dict[str, bool]] = {
         "flash": {"flash-attn installed": importlib.util.find_spec("flash_attn") is None},
         "varlen": {
             f"a newer torch for a sliding window, varlen_attn of {torch.__version__} has none": (
@@ -123,8 +123,8 @@ def pick_backend(
         },
     }
     problems: dict[Backend, str] = {
-        name: next((text for text, found in (common | extra).items() if found), "")
-        for name, extra in own.items()
+        name: next((need for need, missing in (common | extra).items() if missing), "")
+        for name, extra in specific.items()
     }
     problems["sdpa"] = ""
     best: Backend = next(name for name, problem in problems.items() if not problem)
@@ -177,7 +177,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, backend: str)
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float, window: int) -> Tensor:
     outputs = []
     for index, kept, num_rows, length in rows.rectangles:
-        cut = [
+        qkv = [
             x.index_select(1, index).view(x.shape[0], num_rows, length, -1).transpose(0, 1)
             for x in (q, k, v)
         ]
@@ -187,7 +187,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float, windo
             distance = distance[:, None] - distance[None, :]
             mask = (distance >= 0) & (distance < window)
         out = F.scaled_dot_product_attention(
-            *cut, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            *qkv, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         out = out.permute(0, 2, 1, 3).reshape(num_rows * length, q.shape[0], -1)
         outputs.append(out.index_select(0, kept))

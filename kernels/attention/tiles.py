@@ -28,9 +28,9 @@ _LONG_STRETCH = 2048
 """Number of tokens from which one causal tile is faster than several masked ones. A path of up to
 half as many tokens adds at most an eighth to the work."""
 
-_MOST_KEPT = 1 << 24
-"""Most mask elements that are cached for the next layers in a forward without gradient, 64 MiB in
-float32. With gradients masks are always cached, as autograd would keep one copy per layer."""
+_MAX_CACHED_ELEMENTS = 1 << 24
+"""Limit of cached mask elements in a forward without gradient, 64 MiB in float32. With gradients
+masks are always cached for the next layers, as autograd would keep one copy per layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Tiles:
         seen = visible(self._ends_T, self._positions_T, tile.own, tile.keys, self._window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         mask = mask.masked_fill_(~seen, float("-inf"))
-        if torch.is_grad_enabled() or self._num_masked <= _MOST_KEPT:
+        if torch.is_grad_enabled() or self._num_masked <= _MAX_CACHED_ELEMENTS:
             self._masks[tile.first, dtype] = mask
         return mask
 
@@ -107,7 +107,7 @@ def queries_per_tile(path: int) -> int:
 def _cut(ends_T: Tensor, positions_T: Tensor, window: int) -> list[Tile]:
     stretches = _long_stretches(positions_T.tolist(), window)
     edges = [*stretches, len(ends_T)]
-    made: list[Tile] = []
+    tiles: list[Tile] = []
     first = 0
     while first < len(ends_T):
         path = (ends_T[:first] > first).nonzero().squeeze(1)
@@ -120,20 +120,20 @@ def _cut(ends_T: Tensor, positions_T: Tensor, window: int) -> list[Tile]:
         own = torch.arange(first, stop, device=path.device)
         if window:
             path = path[visible(ends_T, positions_T, own, path, window).any(0)]
-        made.append(Tile(first=first, stop=stop, keys=torch.cat([path, own]), causal=causal))
+        tiles.append(Tile(first=first, stop=stop, keys=torch.cat([path, own]), causal=causal))
         first = stop
-    return made
+    return tiles
 
 
 def _long_stretches(depths: Sequence[int], window: int) -> dict[int, int]:
-    """First and last + 1 token of the unbranched stretches that become causal tiles."""
-    found: dict[int, int] = {}
+    """Map the first token to the end (exclusive) of each stretch that becomes a causal tile."""
+    stretches: dict[int, int] = {}
     first = 0
     for t in range(1, len(depths) + 1):
         if t < len(depths) and depths[t] == depths[t - 1] + 1:
             continue
         length, path = t - first, depths[first]
         if length >= max(_LONG_STRETCH, 2 * path) and path + length <= (window or path + length):
-            found[first] = t
+            stretches[first] = t
         first = t
-    return found
+    return stretches

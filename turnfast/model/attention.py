@@ -22,7 +22,6 @@ from ..errors import ConfigError
 from ..kernels.attention import PackedRows, TreeRows, packed_attention, tree_attention
 
 ATTENTION = "turnfast"
-USE_ANOTHER = "use another model"
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
 
 
@@ -58,19 +57,19 @@ def _attend(
         if _in_packed_forward.get() or isinstance(attention_mask, int):
             raise ConfigError(
                 f"model.path: {name} does not pass the keyword arguments of a forward to its "
-                f"attention, which packed rows need; {USE_ANOTHER}"
+                "attention, which packed rows need; use another model"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(attention_mask, Tensor):
         raise ConfigError(
             f"model.path: {name} makes its own attention mask, which is not supported with packed "
-            f"rows; {USE_ANOTHER}"
+            "rows; use another model"
         )
     unsupported = [option for option in ("s_aux", "softcap") if options.get(option) is not None]
     if unsupported or options.get("dropout"):
         raise ConfigError(
             f"model.path: {name} needs attention with {' and '.join(unsupported) or 'dropout'}, "
-            f"which is not supported; {USE_ANOTHER}"
+            "which is not supported; use another model"
         )
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

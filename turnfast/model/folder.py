@@ -1,4 +1,4 @@
-"""Where the model lies: a folder, a hub name, or the built-in tiny model."""
+"""Find the model of a recipe: a folder, a hub name, or the built-in tiny model."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def model_folder(
         corpus: texts on which the tokenizer of the tiny model is trained.
         seed: of the tiny model's weights. max_context: its number of positions.
         token_cut: see `write_tiny_model`.
+
     Raises:
         ConfigError: no such folder, or the tiny model without a corpus.
     """
@@ -66,6 +67,7 @@ def load_architecture(path: str, *, max_context: int) -> Any:
 
     Args:
         max_context: number of positions of the tiny model.
+
     Raises:
         ConfigError: there is no model at this path.
     """

@@ -43,7 +43,7 @@ class Policy:
     def head_VD(self) -> Tensor:
         """The weight of the output projection; the embedding itself if the two are tied."""
         head = self.model.get_output_embeddings()
-        assert head is not None  # check_modules
+        assert head is not None  # see check_modules
         return head.weight
 
     def synchronize(self) -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..kernels.packing.tree import PrefixTree
 from ..metrics.reduce import Mean, Metric, Sum
@@ -91,7 +91,7 @@ def trainable_rows(groups: Sequence[Group], credits: Sequence[Credit]) -> Rows:
     """
     turns: list[Sequence[Turn]] = []
     advantages: list[float] = []
-    tokens: list[TokenCredit] = []
+    token_credits: list[TokenCredit] = []
     for group, credit in zip(groups, credits, strict=True):
         if not credit.has_signal:
             continue
@@ -100,8 +100,8 @@ def trainable_rows(groups: Sequence[Group], credits: Sequence[Credit]) -> Rows:
                 turns.append(trajectory.turns)
                 advantages += credit.advantages[i]
                 if credit.tokens is not None:
-                    tokens.append(credit.tokens[i])
-    return rows_of(turns, advantages, tokens)
+                    token_credits.append(credit.tokens[i])
+    return rows_of(turns, advantages, token_credits)
 
 
 def pack_step(
@@ -199,7 +199,7 @@ def batch_of(
         starts = torch.from_numpy(starts_S)
     turns_N = rows.turns_N + np.repeat(first_turns_S, rows.num_targets_S)
     weights_S = np.asarray(weights, np.float32)[rows.trajectories_S]
-    on_host = {
+    arrays = {
         "tokens_T": tokens,
         "positions_T": positions,
         "ends_T": ends_T,
@@ -215,14 +215,12 @@ def batch_of(
     }
     if len(rows.values_N):
         known_N = ~np.isnan(rows.value_targets_N)
-        on_host |= {
+        arrays |= {
             "values_N": rows.values_N,
             "value_targets_N": np.where(known_N, rows.value_targets_N, np.float32(0)),
             "value_weights_N": known_N / np.float32(max(1, num_value_targets)),
         }
-    on_device = {name: _to_device(x, device) for name, x in on_host.items()}
-    return Batch(max_seqlen=int(rows.lengths_S.max()), **on_device)  # type: ignore[arg-type]
-
-
-def _to_device(x: Tensor | np.ndarray | None, device: torch.device | str) -> Tensor | None:
-    return x if x is None else torch.as_tensor(x, device=device)
+    tensors: dict[str, Any] = {
+        name: None if x is None else torch.as_tensor(x, device=device) for name, x in arrays.items()
+    }
+    return Batch(max_seqlen=int(rows.lengths_S.max()), **tensors)

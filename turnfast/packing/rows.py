@@ -64,8 +64,6 @@ class Rows:
     def take(self, chosen: Sequence[int] | Array) -> Rows:
         """Select rows, in the given order."""
         chosen = np.asarray(chosen, np.int64)
-        if len(chosen) and (np.diff(chosen) == 1).all():
-            return _slice(self, slice(chosen[0], chosen[-1] + 1))
         return _cut(self, chosen, self.lengths_S[chosen], self.num_targets_S[chosen])
 
 
@@ -146,13 +144,9 @@ def join_ranks(arrays_by_rank: Sequence[Sequence[Array]]) -> Rows:
     """Concatenate the rows of all ranks (`Rows.arrays` of each) and renumber their trajectories."""
     names = [field.name for field in fields(Rows)]
     columns = dict(zip(names, zip(*arrays_by_rank, strict=True), strict=True))
-    counts = [trajectories_S.max(initial=-1) + 1 for trajectories_S in columns["trajectories_S"]]
-    columns["trajectories_S"] = tuple(
-        trajectories_S + first
-        for trajectories_S, first in zip(
-            columns["trajectories_S"], _starts(np.array(counts)), strict=True
-        )
-    )
+    by_rank = columns["trajectories_S"]
+    firsts = _starts(np.array([numbers.max(initial=-1) + 1 for numbers in by_rank]))
+    columns["trajectories_S"] = tuple(map(np.add, by_rank, firsts))
     return Rows(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
@@ -190,17 +184,6 @@ def _cut(rows: Rows, chosen: Array, lengths: Array, num_targets: Array) -> Rows:
     columns = {f.name: getattr(rows, f.name) for f in fields(Rows)}
     columns = {n: column[index[n[-1]]] if len(column) else column for n, column in columns.items()}
     return Rows(**{**columns, "lengths_S": lengths, "num_targets_S": num_targets})
-
-
-def _slice(rows: Rows, chosen: slice) -> Rows:
-    """Select adjacent rows without a copy."""
-    index = {"S": chosen}
-    for kind, counts in zip(
-        "TNK", (rows.lengths_S, rows.num_targets_S, rows.num_turns_S), strict=True
-    ):
-        first = counts[: chosen.start].sum()
-        index[kind] = slice(first, first + counts[chosen].sum())
-    return Rows(**{f.name: getattr(rows, f.name)[index[f.name[-1]]] for f in fields(Rows)})
 
 
 def _starts(counts: Array) -> Array:

@@ -37,24 +37,24 @@ def load_tile(
 ):  # fmt: skip
     """Load [rows, BLOCK_D] of a [T, D] tensor with a contiguous last dimension; 0 outside."""
     d = tl.arange(0, BLOCK_D)
-    held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
-    return tl.load(ptr + rows[:, None].to(tl.int64) * stride_t + d[None, :], mask=held, other=0.0)
+    inside = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride_t + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def store_tile(
     ptr, rows, stride_t, tile, T, D, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile that `load_tile` can load, in the dtype of the tensor."""
+    """Store [rows, BLOCK_D] to a [T, D] tensor, in the dtype of the tensor."""
     d = tl.arange(0, BLOCK_D)
-    held = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
+    inside = (rows < T)[:, None] & (EVEN_D | (d[None, :] < D))
     at = rows[:, None].to(tl.int64) * stride_t + d[None, :]
-    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=held)
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def load_depth(depth_ptr, rows, T, HAS_WINDOW: tl.constexpr):
-    """Load the depths of tokens, which are needed with a window only."""
+    """Load the depths of tokens if there is a window; without one they are not used."""
     depth = rows
     if HAS_WINDOW:
         depth = tl.load(depth_ptr + rows, mask=rows < T, other=0).to(tl.int32)
