@@ -310,8 +310,6 @@ def test_unknown_targets_are_errors(policy, targets, message):
 
 
 def test_unusable_settings_name_the_field(policy, letters_model, monkeypatch, capsys, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.freeze_head"):
-        build_config({"model": {"freeze_head": True, "lora": {"r": 4}}})
     with pytest.raises(ConfigError, match=r"model\.lora\.rank: no such field"):
         build_config({"model": {"lora": {"rank": 4}}})
     toml = tmp_path / "run.toml"
