@@ -10,11 +10,14 @@ import functools
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_QUERY_WORDS = 64
 MAX_CACHED_QUERIES = 2048
+MAX_CACHED_WORDS = 1 << 16
+RARE = 100
+"""A word in at most so many passages is rare."""
 
 _STOP_TEXT = """
 a about after all also an and any are as at be because been before being between both but by can
@@ -80,8 +83,8 @@ class SearchIndex:
             raise ValueError(f"a passage is not valid UTF-8: {error}") from None
         self._connection.execute("PRAGMA query_only = ON")
         (self.num_passages,) = self._connection.execute("SELECT count(*) FROM passages").fetchone()
-        # The rollouts of a group often send the same query. A query over 100,000 passages takes
-        # about 0.1 s, and only one runs at a time.
+        # the rollouts of a group often send the same query, and only one query runs at a time
+        self._count = functools.lru_cache(maxsize=MAX_CACHED_WORDS)(self._count_passages)
         self._cached = functools.lru_cache(maxsize=MAX_CACHED_QUERIES)(self._look_up)
 
     def search(self, query: str, k: int = 1) -> list[Hit]:
@@ -90,8 +93,8 @@ class SearchIndex:
         return list(self._cached(words, k)) if words and k > 0 else []
 
     def _look_up(self, words: tuple[str, ...], k: int) -> tuple[Hit, ...]:
-        match = " OR ".join(f'"{word}"' for word in words)
         with self._lock:
+            match = self._match(words)
             rows = self._connection.execute(
                 "SELECT rowid, title, text, bm25(passages, ?, 1.0) AS score FROM passages"
                 " WHERE passages MATCH ? ORDER BY score, rowid LIMIT ?",
@@ -102,6 +105,25 @@ class SearchIndex:
             Hit(row=row - 1, title=title, text=text, score=-score)
             for row, title, text, score in rows
         )
+
+    def _match(self, words: Sequence[str]) -> str:
+        """The FTS5 query. Only passages with a rare word, or with the rarest, are scored.
+
+        A common word matches thousands of passages, and scoring them takes most of the time.
+        """
+        counts = {word: count for word in words if (count := self._count(word))}
+        limit = max(RARE, min(counts.values(), default=0))
+        rare = _any_of([word for word, count in counts.items() if count <= limit])
+        common = _any_of([word for word, count in counts.items() if count > limit])
+        return f"({rare}) AND ({rare} OR {common})" if common else rare or _any_of(words)
+
+    def _count_passages(self, word: str) -> int:
+        query = "SELECT count(*) FROM passages WHERE passages MATCH ?"
+        return self._connection.execute(query, (_any_of([word]),)).fetchone()[0]
+
+
+def _any_of(words: Sequence[str]) -> str:
+    return " OR ".join(f'"{word}"' for word in words)
 
 
 def _query_words(query: str) -> tuple[str, ...]:
