@@ -22,7 +22,9 @@ other rollouts and also return the targets of those values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from turnfast.config.signature import suggest
@@ -41,6 +43,7 @@ from turnfast.credit.rules import (
     mt_ppo,
     return_to_go,
     rloo,
+    turn_grpo,
     turn_ppo,
 )
 from turnfast.credit.with_values import ValueRule, Values, credit_with_values
@@ -50,7 +53,24 @@ from turnfast.types import Credit, Group
 GroupRule = Callable[..., Rows]
 """`rule(group, **options)`: one row per rollout, one advantage per turn."""
 
-RULES: dict[str, GroupRule | ValueRule] = {
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRule:
+    """A rule that scales a group relative to the other groups of the step.
+
+    Attributes:
+        advantages: `(group, batch_spread, **options)`, as a `GroupRule`.
+        spread: `(group, outcome_weight)`; its root mean square over the groups of the step, on all
+            ranks, is `batch_spread`.
+    """
+
+    advantages: Callable[..., Rows]
+    spread: Callable[..., float]
+
+
+Rule = GroupRule | BatchRule | ValueRule
+
+RULES: dict[str, Rule] = {
     "dr": dr.advantages,
     "gigpo": gigpo.advantages,
     "grpo_mr": grpo_mr.advantages,
@@ -62,6 +82,7 @@ RULES: dict[str, GroupRule | ValueRule] = {
     "return_to_go": return_to_go.advantages,
     "rloo": rloo.advantages,
     "tree": branches.advantages,
+    "turn_grpo": BatchRule(advantages=turn_grpo.advantages, spread=turn_grpo.spread),
     "turn_ppo": ValueRule(estimate=turn_ppo.estimate, per="turn"),
 }
 
@@ -72,7 +93,12 @@ def assign_credit(group: Group, rule: str = "mt_grpo", **options: Any) -> Credit
 
 
 def assign_credits(
-    groups: Sequence[Group], rule: str = "mt_grpo", *, values: Values | None = None, **options: Any
+    groups: Sequence[Group],
+    rule: str = "mt_grpo",
+    *,
+    values: Values | None = None,
+    sum_over_ranks: Callable[[list[float]], list[float]] = list,
+    **options: Any,
 ) -> list[Credit]:
     """Compute the advantage of every turn of a batch; returns one `Credit` per group.
 
@@ -80,6 +106,7 @@ def assign_credits(
         groups: may be ragged, empty, or contain failed rollouts or equal rewards only.
         rule: a name in `RULES`.
         values: the critic's values; only `ValueRule`s use them.
+        sum_over_ranks: adds numbers over the ranks of the step; only `BatchRule`s use it.
         options: options of the rule, and those of every rule.
 
     Raises:
@@ -96,7 +123,12 @@ def assign_credits(
         if values is None:
             raise ValueError(f"credit.rule: {rule!r} needs the values of a critic")
         return credit_with_values(rule, found, groups, values, frame, arguments)
-    rows_by_group = [found(frame.before(group), **arguments) for group in groups]
+    seen = [frame.before(group) for group in groups]
+    if isinstance(found, BatchRule):
+        batch_spread = _batch_spread(found, seen, arguments, sum_over_ranks)
+        rows_by_group = [found.advantages(group, batch_spread, **arguments) for group in seen]
+    else:
+        rows_by_group = [found(group, **arguments) for group in seen]
     return [
         Credit(rule=rule, advantages=with_failed(group, rows))
         for group, rows in zip(groups, frame.after(rows_by_group), strict=True)
@@ -117,11 +149,27 @@ def check_rule(rule: str, options: Mapping[str, Any], *, num_ranks: int = 1) -> 
         )
 
 
-def _find(rule: str) -> GroupRule | ValueRule:
+def _find(rule: str) -> Rule:
     if rule not in RULES:
         raise ConfigError(f"credit.rule: no rule is called {rule!r}{suggest(rule, RULES)}")
     return RULES[rule]
 
 
-def _function(rule: GroupRule | ValueRule) -> Callable[..., Any]:
-    return rule.estimate if isinstance(rule, ValueRule) else rule
+def _function(rule: Rule) -> Callable[..., Any]:
+    match rule:
+        case ValueRule(estimate=function) | BatchRule(advantages=function):
+            return function
+    return rule
+
+
+def _batch_spread(
+    rule: BatchRule,
+    groups: Sequence[Group],
+    arguments: Mapping[str, Any],
+    sum_over_ranks: Callable[[list[float]], list[float]],
+) -> float:
+    """Root mean square of the groups' spreads, over all ranks; 0 without groups."""
+    own = {name: arguments[name] for name in ("outcome_weight",) if name in arguments}
+    spreads = [rule.spread(group, **own) for group in groups if group.trajectories]
+    squares, count = sum_over_ranks([math.fsum(s * s for s in spreads), float(len(spreads))])
+    return math.sqrt(squares / count) if count else 0.0
