@@ -22,7 +22,7 @@ from turnfast.types import Credit, Group, Trajectory
 PAIR: dict[str, Any] = {"std": "biased", "epsilon": 0.0}  # two different numbers become -1 and +1
 PLAIN: dict[str, Any] = {"std": "none"}
 GROUP_RULES = [rule for rule in RULES if rule not in VALUE_RULES]
-NORMED = [rule for rule in GROUP_RULES if rule not in ("dr", "rloo")]
+NORMED = [rule for rule in GROUP_RULES if rule not in ("dr", "rloo", "turn_grpo")]
 
 Rewards = Sequence[float | None]
 

@@ -198,6 +198,27 @@ def dr(d: Dense) -> np.ndarray:
     return grpo_mr(d, std="none")
 
 
+def turn_grpo(
+    d: Dense, outcome_weight: float = 1.0, scale: str = "group", floor: float = 0.3
+) -> np.ndarray:
+    if scale == "turn":
+        return mt_grpo_unbiased(d, outcome_weight)
+    everyone = np.broadcast_to(d.present[..., None], d.lives.shape)
+    x = np.where(d.present[..., None], zeroed(d)[..., ::-1].cumsum(-1)[..., ::-1], 0.0)
+    x = x + d.present[..., None] * outcome_weight * d.outcomes[..., None]
+    centred = over_turn_index(x, everyone, std="none")
+    size = d.present.sum(1)
+    whole = np.where(d.present, zeroed(d).sum(-1) + outcome_weight * d.outcomes, np.nan)
+    spread = np.array(
+        [np.nanstd(row, ddof=1) if n else 0.0 for row, n in zip(whole, size, strict=True)]
+    )
+    spread = np.where(spread < 1e-12, 0.0, spread)
+    batch = np.sqrt((spread**2).sum() / (size > 0).sum())
+    divisor = {"group": np.maximum(spread, floor * batch), "batch": batch, "none": 1.0}[scale]
+    divisor = np.broadcast_to(divisor, len(spread))[:, None, None]
+    return centred / np.where(divisor == 0.0, 1.0, divisor)
+
+
 def tree(d: Dense, **norm: Any) -> np.ndarray:
     score = grpo_mr(d, **norm)[..., 0]
     sharers, value, credit = same(d.present), np.zeros_like(score), np.zeros_like(score)
@@ -214,7 +235,8 @@ def tree(d: Dense, **norm: Any) -> np.ndarray:
 
 
 REFERENCES = {f.__name__: f for f in (grpo_or, grpo_mr, mt_grpo, mt_grpo_unbiased, return_to_go)}
-REFERENCES |= {f.__name__: f for f in (hybrid, gigpo, rloo, dr, tree)}
+REFERENCES |= {f.__name__: f for f in (hybrid, gigpo, rloo, dr, tree, turn_grpo)}
+NO_NORM = ("rloo", "dr", "turn_grpo")
 
 NORMS: list[dict[str, Any]] = [
     {},
@@ -232,6 +254,13 @@ OWN: dict[str, list[dict[str, Any]]] = {
         {"missing": "zero", "one_turn": "merged"},
     ],
     "mt_grpo_unbiased": [{}, {"outcome_weight": 0.0}, {"outcome_weight": 2.0}, {}, {}],
+    "turn_grpo": [
+        {},
+        {"floor": 0.0, "outcome_weight": 0.5},
+        {"scale": "batch"},
+        {"scale": "none", "outcome_weight": 2.0},
+        {"scale": "turn"},
+    ],
     "return_to_go": [
         {},
         {"gamma": 0.9, "over": "group"},
@@ -262,7 +291,7 @@ def test_rules_match_the_dense_implementation(
 ) -> None:
     signal = 0
     for chunk, (groups, dense) in enumerate(world):
-        options = {} if rule in ("rloo", "dr") else NORMS[chunk]
+        options = {} if rule in NO_NORM else NORMS[chunk]
         options = options | OWN.get(rule, [{}] * len(NORMS))[chunk]
         want = np.where(dense.lives, REFERENCES[rule](dense, **options), 0.0)
         got = np.zeros_like(want)
