@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from by_hand import group_of, rollout, turn
 
-from turnfast.credit import assign_credit, assign_credits
+from turnfast.credit import assign_credit, assign_credits, spread_sums
 from turnfast.types import Group
 
 
@@ -51,11 +51,9 @@ def test_floor_bounds_a_group_that_differs_by_a_price_only() -> None:
 def test_batch_spread_covers_all_ranks() -> None:
     groups = [group(((-0.01, None), 1.0), ((None,), 1.0)), MIXED]
     together = assign_credits(groups, "turn_grpo")
-    sums: list[list[float]] = []
-    for one in groups:
-        assign_credits([one], "turn_grpo", sum_over_ranks=lambda xs: sums.append(xs) or xs)
-    total = [sum(column) for column in zip(*sums, strict=True)]
-    apart = [assign_credits([g], "turn_grpo", sum_over_ranks=lambda xs: total)[0] for g in groups]
+    by_rank = [spread_sums([group], "turn_grpo") for group in groups]
+    sums = [sum(column) for column in zip(*by_rank, strict=True)]
+    apart = [assign_credits([group], "turn_grpo", sums=sums)[0] for group in groups]
     assert [c.advantages for c in apart] == [c.advantages for c in together]
 
 

@@ -97,7 +97,7 @@ def assign_credits(
     rule: str = "mt_grpo",
     *,
     values: Values | None = None,
-    sum_over_ranks: Callable[[list[float]], list[float]] = list,
+    sums: Sequence[float] | None = None,
     **options: Any,
 ) -> list[Credit]:
     """Compute the advantage of every turn of a batch; returns one `Credit` per group.
@@ -106,7 +106,7 @@ def assign_credits(
         groups: may be ragged, empty, or contain failed rollouts or equal rewards only.
         rule: a name in `RULES`.
         values: the critic's values; only `ValueRule`s use them.
-        sum_over_ranks: adds numbers over the ranks of the step; only `BatchRule`s use it.
+        sums: `spread_sums` of all ranks; default: those of `groups`.
         options: options of the rule, and those of every rule.
 
     Raises:
@@ -125,7 +125,8 @@ def assign_credits(
         return credit_with_values(rule, found, groups, values, frame, arguments)
     seen = [frame.before(group) for group in groups]
     if isinstance(found, BatchRule):
-        batch_spread = _batch_spread(found, seen, arguments, sum_over_ranks)
+        squares, count = _spread_sums(found, seen, arguments) if sums is None else sums
+        batch_spread = math.sqrt(squares / count) if count else 0.0
         rows_by_group = [found.advantages(group, batch_spread, **arguments) for group in seen]
     else:
         rows_by_group = [found(group, **arguments) for group in seen]
@@ -133,6 +134,18 @@ def assign_credits(
         Credit(rule=rule, advantages=with_failed(group, rows))
         for group, rows in zip(groups, frame.after(rows_by_group), strict=True)
     ]
+
+
+def spread_sums(groups: Sequence[Group], rule: str, **options: Any) -> list[float]:
+    """The sum of the groups' squared spreads and their number, to be summed over the ranks.
+
+    Zeros for rules that do not scale by the batch.
+    """
+    found = _find(rule)
+    if not isinstance(found, BatchRule):
+        return [0.0, 0.0]
+    frame, arguments = split_options(found.advantages, options)
+    return _spread_sums(found, [frame.before(group) for group in groups], arguments)
 
 
 def check_rule(rule: str, options: Mapping[str, Any], *, num_ranks: int = 1) -> None:
@@ -162,14 +175,9 @@ def _function(rule: Rule) -> Callable[..., Any]:
     return rule
 
 
-def _batch_spread(
-    rule: BatchRule,
-    groups: Sequence[Group],
-    arguments: Mapping[str, Any],
-    sum_over_ranks: Callable[[list[float]], list[float]],
-) -> float:
-    """Root mean square of the groups' spreads, over all ranks; 0 without groups."""
+def _spread_sums(
+    rule: BatchRule, groups: Sequence[Group], arguments: Mapping[str, Any]
+) -> list[float]:
     own = {name: arguments[name] for name in ("outcome_weight",) if name in arguments}
     spreads = [rule.spread(group, **own) for group in groups if group.trajectories]
-    squares, count = sum_over_ranks([math.fsum(s * s for s in spreads), float(len(spreads))])
-    return math.sqrt(squares / count) if count else 0.0
+    return [math.fsum(s * s for s in spreads), float(len(spreads))]
