@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from by_hand import group_of, rollout, turn
 
-from turnfast.credit import RULES, assign_credit, check_rule
+from turnfast.credit import RULES, BatchRule, assign_credit, check_rule
 from turnfast.credit.with_values import ValueRule
 from turnfast.types import Group
 
@@ -52,7 +52,14 @@ def test_the_readme_lists_every_rule():
 
 
 def test_every_rule_is_one_short_file():
-    functions = [rule.estimate if isinstance(rule, ValueRule) else rule for rule in RULES.values()]
+    functions = [
+        rule.estimate
+        if isinstance(rule, ValueRule)
+        else rule.advantages
+        if isinstance(rule, BatchRule)
+        else rule
+        for rule in RULES.values()
+    ]
     files = {Path(inspect.getfile(function)) for function in functions}
     assert len(files) == len(RULES) and {file.parent.name for file in files} == {"rules"}
     assert all(len(file.read_text(encoding="utf-8").splitlines()) <= 60 for file in files)

@@ -86,6 +86,13 @@ def turn_rewards(group: Group, missing: Literal["skip", "zero"]) -> list[list[fl
     ]
 
 
+def padded_rewards(group: Group) -> Rows:
+    """[G, K] turn rewards; 0 if missing, and after the end of a rollout."""
+    longest = max((len(t.turns) for t in group.trajectories), default=0)
+    rows = [[turn.reward or 0.0 for turn in t.turns] for t in group.trajectories]
+    return [row + [0.0] * (longest - len(row)) for row in rows]
+
+
 def outcomes(group: Group) -> list[float]:
     return [t.outcome for t in group.trajectories]
 

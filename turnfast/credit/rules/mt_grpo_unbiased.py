@@ -1,6 +1,6 @@
 """Turn-level GRPO in which a finished rollout stays in the baseline of later turns."""
 
-from turnfast.credit.baseline import NORM, Norm, Rows, norm_within, outcomes
+from turnfast.credit.baseline import NORM, Norm, Rows, norm_within, outcomes, padded_rewards
 from turnfast.types import Group
 
 
@@ -27,12 +27,8 @@ def advantages(group: Group, *, outcome_weight: float = 1.0, norm: Norm = NORM) 
     r = (0, 1). Both have the return 1. mt_grpo gives a (0,) and b (-0.5, 0), so continuing looks
     bad. Here a has (0.5 - 0.5,) = (0,) and b (-0.5 + 0.5, 0.5) = (0, 0.5).
     """
-    longest = max((len(t.turns) for t in group.trajectories), default=0)
-    rewards = [
-        [turn.reward or 0.0 for turn in t.turns] + [0.0] * (longest - len(t.turns))
-        for t in group.trajectories
-    ]
-    turn = norm_within(rewards, [range(longest)] * len(rewards), norm)
+    rewards = padded_rewards(group)
+    turn = norm_within(rewards, [range(len(row)) for row in rewards], norm)
     outcome = norm(outcomes(group))
     return [
         [sum(turn[i][k:]) + outcome_weight * outcome[i] for k in range(len(t.turns))]

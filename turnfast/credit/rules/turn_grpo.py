@@ -1,24 +1,19 @@
-"""Turn-level GRPO on the return to go, with one scale per group: the recommended rule."""
+"""Turn-level GRPO on the return to go, with one scale per group and a floor from the batch."""
 
 import math
 from typing import Literal
 
 from turnfast.config.schema import Share
-from turnfast.credit.baseline import NORM, Norm, Rows, norm_within
+from turnfast.credit.baseline import NORM, Norm, Rows, norm_within, padded_rewards
 from turnfast.types import Group
 
 CENTRED = Norm(std="none")
 
-Scale = Literal["group", "batch", "turn", "none"]
-
 
 def spread(group: Group, *, outcome_weight: float = 1.0) -> float:
-    """Standard deviation (n - 1) of the whole return sum_k r_{i,k} + lambda * o_i of a group."""
-    returns = [
-        math.fsum([turn.reward or 0.0 for turn in t.turns] + [outcome_weight * t.outcome])
-        for t in group.trajectories
-    ]
-    centred = CENTRED(returns)
+    """Standard deviation (n - 1) of the whole return sum_k r_{i,k} + lambda * o_i."""
+    outcomes_G = [outcome_weight * t.outcome for t in group.trajectories]
+    centred = CENTRED([row[0] for row in _returns_to_go(padded_rewards(group), outcomes_G)])
     return math.sqrt(math.fsum(c * c for c in centred) / max(1, len(centred) - 1))
 
 
@@ -27,48 +22,38 @@ def advantages(
     batch_spread: float,
     *,
     outcome_weight: float = 1.0,
-    scale: Scale = "group",
+    scale: Literal["group", "batch", "turn", "none"] = "group",
     floor: Share = 0.3,
 ) -> Rows:
-    """With G_{i,k} = sum_{m >= k} r_{i,m} + lambda * o_i, the return to go of turn k:
+    """With the return to go G_{i,k} = sum_{m >= k} r_{i,m} + lambda * o_i of turn k:
 
         A_{i,k} = (G_{i,k} - mean_j G_{j,k}) / max(s_g, floor * s_B)
 
-    The mean is over all rollouts j of the group. A rollout that ended before turn k stays in it
-    with turn rewards of 0 and its outcome, so an extra turn is worth exactly its reward (`mt_grpo`
-    compares only the rollouts that continue). s_g is the group's `spread`, and s_B its root mean
-    square over all groups of the step, on all ranks: `batch_spread`. The floor bounds the
-    advantages of a group whose outcomes are equal and whose turns differ by a small price.
+    The mean is over all rollouts of the group. One that ended before turn k has turn rewards of 0
+    there, so an extra turn is worth exactly its reward. s_g is the group's `spread`, s_B its root
+    mean square over the step's groups on all ranks. The floor bounds the advantages of a group
+    whose outcomes are equal and whose turns differ by a small price. A missing reward is 0.
 
-    scale="batch" divides by s_B, scale="none" by 1. scale="turn" divides the reward of each turn
-    index and the outcome by their own standard deviations, so that small turn rewards get the same
-    weight as success.
-
-    A missing turn reward (None) is 0, and lambda is `outcome_weight`.
+    scale="batch" divides by s_B, "none" by 1. "turn" divides each turn index's reward and the
+    outcome by their own standard deviations: small turn rewards weigh as much as success.
 
     Example (scale "none"): a stops after r = (1,), b continues with r = (0, 1), equal outcomes.
     Both have the return 1: a gets (0,), and b gets (0, 0.5).
     """
-    longest = max((len(t.turns) for t in group.trajectories), default=0)
-    rewards_GK = [
-        [turn.reward or 0.0 for turn in t.turns] + [0.0] * (longest - len(t.turns))
-        for t in group.trajectories
-    ]
+    rewards_GK = padded_rewards(group)
     outcomes_G = [outcome_weight * t.outcome for t in group.trajectories]
+    cells = [range(len(row)) for row in rewards_GK]
     if scale == "turn":
-        rewards_GK = norm_within(rewards_GK, [range(longest)] * len(rewards_GK), NORM)
+        rewards_GK = norm_within(rewards_GK, cells, NORM)
         outcomes_G = [outcome_weight * a for a in NORM([t.outcome for t in group.trajectories])]
-    divisor = 1.0
-    if scale in ("group", "batch"):
-        own = spread(group, outcome_weight=outcome_weight) if scale == "group" else 0.0
-        bound = floor if scale == "group" else 1.0
-        divisor = max(own, bound * batch_spread) or 1.0
-    to_go_GK = [
-        [math.fsum([*rewards[k:], outcome]) for k in range(longest)]
-        for rewards, outcome in zip(rewards_GK, outcomes_G, strict=True)
-    ]
-    centred_GK = norm_within(to_go_GK, [range(longest)] * len(to_go_GK), CENTRED)
-    return [
-        [centred / divisor for centred in row[: len(t.turns)]]
-        for row, t in zip(centred_GK, group.trajectories, strict=True)
-    ]
+    own = spread(group, outcome_weight=outcome_weight) if scale == "group" else 0.0
+    bound = {"group": floor * batch_spread, "batch": batch_spread}.get(scale, 1.0)
+    rows = norm_within([r[:-1] for r in _returns_to_go(rewards_GK, outcomes_G)], cells, CENTRED)
+    pairs = zip(rows, group.trajectories, strict=True)
+    return [[x / (max(own, bound) or 1.0) for x in row[: len(t.turns)]] for row, t in pairs]
+
+
+def _returns_to_go(rewards_GK: Rows, outcomes_G: list[float]) -> Rows:
+    """[G, K + 1]; the last column is the outcome alone."""
+    pairs = zip(rewards_GK, outcomes_G, strict=True)
+    return [[math.fsum([*r[k:], o]) for k in range(len(r) + 1)] for r, o in pairs]
