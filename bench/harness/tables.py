@@ -217,6 +217,38 @@ def credit_bias(record: dict[str, Any]) -> str:
     )
 
 
+def credit_direction(record: dict[str, Any]) -> str:
+    cases = {name: case for name, case in record["cases"].items() if "rare" not in name}
+    rules = next(iter(cases.values()))["rules"]
+    sizes = next(iter(rules.values()))
+    rows = []
+    for rule in rules:
+        cells = [
+            f"{found['search_gradient']:+.3f} ({found['cosine']:.2f})"
+            for case in cases.values()
+            for size in sizes
+            for found in [case["rules"][rule][size]["constant"]]
+        ]
+        rows.append(f"| `{rule}` | {' | '.join(cells)} |")
+    titles = [
+        f"{name} ({case['true_search_gradient']:+.3f}), {size} rollouts"
+        for name, case in cases.items()
+        for size in sizes
+    ]
+    return "\n".join(
+        [
+            f"| rule | {' | '.join(titles)} |",
+            "|---|" + "---|" * len(titles),
+            *rows,
+            "",
+            "Expected gradient of the search logit, and in parentheses the cosine between the "
+            "expected gradient and the gradient of the expected return; in the title the true "
+            "gradient of the search logit. Normalised by a constant. "
+            f"Groups of 8 are sampled {record['samples']:,} times. {_source(record)}",
+        ]
+    )
+
+
 def loss_head_cpu(record: dict[str, Any]) -> str:
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -302,6 +334,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "hops": hops,
     "step": step,
     "credit_bias": credit_bias,
+    "credit_direction": credit_direction,
     "trl_step": trl_step,
     "loss_head_cpu": loss_head_cpu,
     "linear_logprobs_cpu": linear_logprobs_cpu,
