@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config.schema import Config
-from .credit import assign_credits
+from .credit import assign_credits, spread_sums
 from .errors import Interrupted, OutOfMemory, RolloutError, SyncError, TrainingError
 from .evaluate import evaluate
 from .metrics.reduce import Max, Metrics, reduce_metrics, to_plain
@@ -136,7 +136,13 @@ class TrainingLoop:
                         tokens_per_microbatch=train.tokens_per_microbatch,
                         share_prefixes=train.share_prefixes,
                     )
-            return assign_credits(groups, credit.rule, values=values, **credit.options)
+            sums = spread_sums(groups, credit.rule, **credit.options)
+        with self._clock.phase("score"):
+            sums = self._ranks.sum(sums)
+            with self._ranks.share_errors():
+                return assign_credits(
+                    groups, credit.rule, values=values, sums=sums, **credit.options
+                )
 
     def pack(self, groups: Sequence[Group], credits: Sequence[Credit]) -> Packed:
         """Pack this rank's share of the rows of all ranks."""
