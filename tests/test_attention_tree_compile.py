@@ -23,16 +23,16 @@ TYPES = {
 }
 
 
-def all_cases() -> list[Case]:
-    cases = [
+def cases() -> list[Case]:
+    found = [
         case_of(forward.forward_kernel, forward.forward_tile, 128, window=True),
         case_of(backward.query_gradient_kernel, backward.query_gradient_tile, 128),
     ]
     for width in (64, 128):
         keys = (backward.key_gradient_kernel, backward.key_gradient_tile, width)
         # the tile is tuned for Hopper; Ampere needs more registers and may spill
-        cases += [case_of(*keys, archs=(SM90,)), case_of(*keys, archs=(SM80,), spills=32)]
-    return cases
+        found += [case_of(*keys, archs=(SM90,)), case_of(*keys, archs=(SM80,), spills=32)]
+    return found
 
 
 def case_of(kernel, tile, width, *, window=False, archs=(SM80, SM90), spills=0) -> Case:
@@ -58,7 +58,7 @@ def case_of(kernel, tile, width, *, window=False, archs=(SM80, SM90), spills=0) 
     )
 
 
-BUILDS = [(case, arch) for case in all_cases() for arch in case.archs]
+BUILDS = [(case, arch) for case in cases() for arch in case.archs]
 
 
 @pytest.mark.parametrize(
