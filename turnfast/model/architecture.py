@@ -159,5 +159,5 @@ def attention_span_of(model: PreTrainedModel) -> int:
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or embedding.weight is not head.weight:
-        weights -= embedding.weight.numel()  # a lookup, not a product
+        weights -= sum(p.numel() for p in embedding.parameters())  # a lookup, not a product
     return max(1, weights // (2 * config.num_hidden_layers * width))
